@@ -1,0 +1,233 @@
+"""A tokenizer as this toolkit sees it: the bytes of each id, the roles of special tokens, and spans."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool
+
+from cdm_toolkit.errors import BadText, UnknownTokenId, UnsupportedTokenizer
+from cdm_toolkit.tokdiff.roles import roles_of
+from cdm_toolkit.tokdiff.spans import TokenSpans, span_ids, span_tokens
+from cdm_toolkit.tokdiff.token_bytes import Description, Scheme, parts, scheme_of, token_bytes, vocabulary
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """What is read of a `tokenizers.Encoding`; offsets are in characters."""
+
+    @property
+    def ids(self) -> list[int]: ...
+    @property
+    def offsets(self) -> list[tuple[int, int]]: ...
+    @property
+    def special_tokens_mask(self) -> list[int]: ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a view needs of `tokenizers.Tokenizer`."""
+
+    def to_str(self, pretty: bool = False) -> str: ...
+    def encode(self, sequence: Any, *, add_special_tokens: bool = True) -> Any: ...
+    def encode_batch(self, input: Any, *, add_special_tokens: bool = True) -> list[Any]: ...
+
+    post_processor: Any
+
+    def no_truncation(self) -> None: ...
+    def no_padding(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """Hold a special token; `role` is the primary one of its `roles`, None where none is known."""
+
+    id: int
+    content: str
+    role: str | None
+    roles: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizerView:
+    """Hold a tokenizer's vocabulary as bytes, and encode texts into spans."""
+
+    name: str
+    family: str
+    token_bytes: tuple[bytes | None, ...] = field(repr=False)
+    """Index: id. None for special tokens and for ids that no token has."""
+    special: Mapping[int, SpecialToken] = field(repr=False)
+    fingerprint: str
+    """sha256 of whatever changes bytes, ids, roles or splitting; neither name nor truncation nor padding."""
+    backend: Backend = field(repr=False)
+    scheme: Scheme
+    literals: tuple[bytes, ...] = field(repr=False)
+    """What each id looks like in a text: as `token_bytes`, with the content of special tokens."""
+    is_special: Bool[np.ndarray, " vocab"] = field(repr=False)
+    dropped_bytes: bytes = b""
+    """What a byte-level vocabulary has no token for: the tokenizer leaves it out of a text without a word."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Count the ids, unused ones among them."""
+        return len(self.token_bytes)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> TokenSpans:
+        """Tokenize a text. Raises BadText for a text with lone surrogates."""
+        text_bytes = utf8(text)
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return span_tokens(self, text, text_bytes, encoding)
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[TokenSpans]:
+        """Tokenize texts together: the same as `encode` of each, on all cores. Raises BadText."""
+        many_bytes = [utf8(text) for text in texts]
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [span_tokens(self, *each) for each in zip(texts, many_bytes, encodings, strict=True)]
+
+    def spans_of(self, text: str, ids: Sequence[int]) -> TokenSpans:
+        """Find where given ids stand in the text that they were made from.
+
+        Special tokens that the text does not have are zero-width.
+        Raises BadText, UnknownTokenId, DoesNotSpell.
+        """
+        text_bytes = utf8(text)
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise UnknownTokenId(self.name, int(token_id), self.vocab_size)
+        return span_ids(self, text, text_bytes, [int(token_id) for token_id in ids])
+
+    def token_text(self, token_id: int) -> str:
+        """Show a token: its text, with bytes that are no text as `\\xe2`; the content of a special token."""
+        if not 0 <= token_id < self.vocab_size:
+            raise UnknownTokenId(self.name, token_id, self.vocab_size)
+        return self.literals[token_id].decode("utf-8", errors="backslashreplace")
+
+
+def utf8(text: str) -> bytes:
+    """Encode a text. Raises BadText where it has lone surrogates."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        raise BadText(problem, "remove it, or decode the source with errors='replace'") from None
+
+
+def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None = None) -> TokenizerView:
+    """Make the view of a tokenizer.
+
+    `special_map` gives bos_token, eos_token, ... as in `tokenizer_config.json`. The view takes the backend
+    over, and turns off its truncation, its padding and the trimming of its offsets. Raises
+    UnsupportedTokenizer.
+    """
+    try:
+        backend.no_truncation()
+        backend.no_padding()
+        with _garbage_collection_paused():
+            description: Description = json.loads(backend.to_str())
+    except (
+        Exception
+    ) as error:  # a part written in Python cannot be described; the library raises plain Exception
+        raise UnsupportedTokenizer(name, f"it does not describe itself: {error}") from None
+    _report_whole_offsets(backend, description)
+    special_map = special_map or {}
+    scheme = scheme_of(description, name=name)
+    table = list(token_bytes(description, name=name))
+    special = {}
+    contents = {}
+    for token in description["added_tokens"]:
+        roles = roles_of(token["content"], special_map)
+        # DeepSeek does not mark its turn markers as special
+        if (
+            token["special"]
+            or token["content"] in special_map.values()
+            or {"turn_start", "turn_end"} & set(roles)
+        ):
+            special[token["id"]] = SpecialToken(
+                token["id"], token["content"], roles[0] if roles else None, frozenset(roles)
+            )
+            contents[token["id"]] = token["content"].encode()
+            table[token["id"]] = None
+    is_special = np.zeros(len(table), bool)
+    is_special[list(special)] = True
+    return TokenizerView(
+        name=name,
+        family=scheme.family,
+        token_bytes=tuple(table),
+        special=MappingProxyType(special),
+        fingerprint=fingerprint(description, special),
+        backend=backend,
+        scheme=scheme,
+        literals=tuple(contents.get(i, b"") if token is None else token for i, token in enumerate(table)),
+        is_special=is_special,
+        dropped_bytes=bytes(set(range(256)) - {token[0] for token in table if token and len(token) == 1})
+        if scheme.byte_level
+        else b"",
+    )
+
+
+def _report_whole_offsets(backend: Backend, description: Description) -> None:
+    """Have blanks counted in: trimmed offsets are wrong behind a dummy prefix that is not at the front."""
+    processor = description.get("post_processor")
+    if not any(part.get("trim_offsets") for part in parts(processor)):
+        return
+    from tokenizers import Tokenizer
+
+    untrimmed = json.loads(
+        json.dumps(processor),
+        object_hook=lambda part: part | {"trim_offsets": False} if "trim_offsets" in part else part,
+    )
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    husk = {"added_tokens": [], "model": model, "post_processor": untrimmed}
+    backend.post_processor = Tokenizer.from_str(json.dumps(husk)).post_processor
+
+
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Save half the time of parsing: a vocabulary is a million live objects, and none of them garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _pruned(value: Any) -> Any:
+    """Drop what is null, false or empty, so that a new optional field of the format changes nothing."""
+    if isinstance(value, Mapping):
+        pruned = {key: _pruned(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in pruned.items() if inner or type(inner) is int}
+    return [_pruned(inner) for inner in value] if isinstance(value, list) else value
+
+
+def fingerprint(description: Description, special: Mapping[int, SpecialToken]) -> str:
+    """Hash the canonical form of a description and of the special tokens' roles."""
+    model = dict(description["model"])
+    vocab = model.pop("vocab")
+    if isinstance(vocab, Mapping):
+        vocab = sorted(vocabulary(description).items(), key=lambda item: item[1])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.pop("merges", ())]
+    left_out = ("model", "truncation", "padding", "version", "post_processor")
+    rest = _pruned({key: value for key, value in description.items() if key not in left_out})
+    roles = [[token.id, token.content, sorted(token.roles)] for token in special.values()]
+    canonical = [_pruned(model), rest, _adds_specials(description), sorted(roles), vocab, merges]
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+
+def _adds_specials(description: Description) -> list[Any]:
+    """Give the parts of the post-processor that add special tokens; the others only report offsets.
+
+    transformers writes a template that adds nothing where there was none.
+    """
+    processors = [part for part in parts(description.get("post_processor")) if part["type"] != "ByteLevel"]
+    adding = [part for part in processors if part["type"] != "TemplateProcessing" or part["special_tokens"]]
+    return [_pruned({key: value for key, value in part.items() if key != "trim_offsets"}) for part in adding]
