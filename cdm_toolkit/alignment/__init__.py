@@ -1,0 +1,1 @@
+"""Align the token sequences of a teacher and a student over one text."""

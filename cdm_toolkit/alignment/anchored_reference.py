@@ -1,0 +1,46 @@
+"""Define the anchored alignment, in plain Python. `anchored` is the fast way to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cdm_toolkit.alignment.bytes_reference import byte_groups
+from cdm_toolkit.alignment.dtw_reference import Link, path_groups, warp
+from cdm_toolkit.alignment.markers import Row
+from cdm_toolkit.alignment.sides import Side, token_string
+
+
+def anchored(
+    t: Side, s: Side, weight_t: Sequence[int], weight_s: Sequence[int]
+) -> tuple[list[tuple[Row, bool]], list[Link]]:
+    """Give the groups with whether each is exact, and the links of tokens."""
+    groups: list[tuple[Row, bool]] = []
+    links: list[Link] = []
+    for row, exact in byte_groups(t, s):
+        t0, t1, s0, s1 = row
+        if t1 - t0 < 2 or s1 - s0 < 2:
+            groups.append((row, exact))
+            links += [(i, j) for i in range(t0, t1) for j in range(s0, s1)]
+            continue
+        path = warp_stretch(t, s, row, weight_t, weight_s)
+        links += [(t0 + i, s0 + j) for i, j in path]
+        if exact:
+            groups.append((row, True))
+        else:
+            groups += [((t0 + a, t0 + b, s0 + c, s0 + d), False) for a, b, c, d in path_groups(path)]
+    return groups, links
+
+
+def warp_stretch(t: Side, s: Side, row: Row, weight_t: Sequence[int], weight_s: Sequence[int]) -> list[Link]:
+    """Warp the tokens of one group.
+
+    In ties the side with more tokens, then that with the greater strings, takes the teacher's place: so
+    that swapping the sides transposes the alignment.
+    """
+    t0, t1, s0, s1 = row
+    tokens_t = [token_string(t.view, int(i)) for i in t.ids[t0:t1]]
+    tokens_s = [token_string(s.view, int(i)) for i in s.ids[s0:s1]]
+    if (len(tokens_s), tokens_s) > (len(tokens_t), tokens_t):
+        path, _ = warp(tokens_s, tokens_t, weight_s[s0:s1], weight_t[t0:t1])
+        return [(i, j) for j, i in path]
+    return warp(tokens_t, tokens_s, weight_t[t0:t1], weight_s[s0:s1])[0]

@@ -1,0 +1,135 @@
+"""What an alignment is: a monotone list of groups that covers both token sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+KINDS = ("1-1", "1-n", "n-1", "n-m", "1-0", "n-0", "0-1", "0-n")
+_KIND_OF = np.array([[-1, 6, 7], [4, 0, 1], [5, 2, 3]])  # by the sizes of both sides, 2 standing for more
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Teacher tokens `[t0, t1)` and student tokens `[s0, s1)` that belong together.
+
+    `exact`: both spell the same bytes, or are special tokens of one role.
+
+    >>> Group(4, 5, 3, 6, exact=True).kind
+    '1-n'
+    """
+
+    t0: int
+    t1: int
+    s0: int
+    s1: int
+    exact: bool
+
+    @property
+    def kind(self) -> str:
+        """Name the sizes of both sides, teacher's first: one of `KINDS`."""
+        return KINDS[_KIND_OF[min(self.t1 - self.t0, 2), min(self.s1 - self.s0, 2)]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alignment:
+    """Groups of teacher and student tokens, in order, that cover both sequences.
+
+    `groups` holds t0, t1, s0, s1 in a row. `links` are pairs of tokens, ordered: the path where DTW found
+    one, else every pair of a group. Between two groups that have both sides, the teacher's unmatched tokens
+    stand first.
+    """
+
+    groups: Int32[np.ndarray, "group 4"]
+    exact: Bool[np.ndarray, " group"]
+    links: Int32[np.ndarray, "link 2"]
+    aligner: str
+    n_t: int
+    n_s: int
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[Group]:
+        for (t0, t1, s0, s1), exact in zip(self.groups.tolist(), self.exact.tolist(), strict=True):
+            yield Group(t0, t1, s0, s1, exact)
+
+    def transpose(self) -> Alignment:
+        """Swap the sides."""
+        groups, exact = in_order(self.groups[:, [2, 3, 0, 1]], self.exact)
+        links = self.links[:, ::-1]
+        links = links[np.lexsort((links[:, 1], links[:, 0]))]
+        return Alignment(groups, exact, links, self.aligner, self.n_s, self.n_t)
+
+    def kind_numbers(self) -> Int[np.ndarray, " group"]:
+        """Give each group's kind as its place in `KINDS`."""
+        sizes = np.minimum(self.groups[:, 1::2] - self.groups[:, ::2], 2)
+        kinds: Int[np.ndarray, " group"] = _KIND_OF[sizes[:, 0], sizes[:, 1]]
+        return kinds
+
+    def kind_counts(self) -> dict[str, int]:
+        """Count the groups of each of `KINDS`."""
+        counts = np.bincount(self.kind_numbers(), minlength=len(KINDS))
+        return dict(zip(KINDS, counts.tolist(), strict=True))
+
+
+def in_order(
+    groups: Int[np.ndarray, "group 4"], exact: Bool[np.ndarray, " group"]
+) -> tuple[Int[np.ndarray, "group 4"], Bool[np.ndarray, " group"]]:
+    """Sort groups that cover both sequences: by place, the teacher's first where that leaves a choice."""
+    by_place = np.argsort(groups[:, 0] + groups[:, 2], kind="stable")  # grows: a group has one token or more
+    groups, exact = groups[by_place], exact[by_place]
+    no_t, no_s = groups[:, 0] == groups[:, 1], groups[:, 2] == groups[:, 3]
+    if not no_t.any():
+        return groups, exact
+    run = np.cumsum(~(no_t | no_s))
+    order = np.lexsort(
+        (no_t, no_t | no_s, run)
+    )  # stable: a group with both sides, then its run's 1-0, then 0-1
+    groups, exact = groups[order], exact[order]
+    # the empty sides stand where the cover of that side has come to
+    for column in (0, 2):
+        empty = groups[:, column] == groups[:, column + 1]
+        reached = np.concatenate(([0], np.maximum.accumulate(np.where(empty, 0, groups[:, column + 1]))[:-1]))
+        groups[empty, column] = groups[empty, column + 1] = reached[empty]
+    return groups, exact
+
+
+@runtime_checkable
+class Spanned(Protocol):
+    """Tokens that have places in a text: `start` and `end` in bytes, each non-decreasing."""
+
+    @property
+    def start(self) -> Int[np.ndarray, " time"]: ...
+    @property
+    def end(self) -> Int[np.ndarray, " time"]: ...
+
+
+def faults(alignment: Alignment, t: Spanned | None = None, s: Spanned | None = None) -> list[str]:
+    """List what keeps an alignment from being one: a gap, a crossing, an empty group.
+
+    With the spans of both sides, also each place where a group could be cut in two: a group is minimal when
+    no cut of its teacher tokens meets a cut of its student tokens. Empty when all is well.
+    """
+    found, at_t, at_s = [], 0, 0
+    for group in alignment:
+        t0, t1, s0, s1 = group.t0, group.t1, group.s0, group.s1
+        if (t0, s0) != (at_t, at_s) or t1 < t0 or s1 < s0:
+            found.append(f"{group} does not follow ({at_t}, {at_s})")
+        if t0 == t1 and s0 == s1:
+            found.append(f"{group} is empty")
+        at_t, at_s = t1, s1
+        if t is not None and s is not None:
+            found += [
+                f"{group} can be cut before ({i}, {j})"
+                for i in range(t0 + 1, t1)
+                for j in range(s0 + 1, s1)
+                if max(t.end[i - 1], s.end[j - 1]) <= min(t.start[i], s.start[j])
+            ]
+    if (at_t, at_s) != (alignment.n_t, alignment.n_s):
+        found.append(f"the groups end at ({at_t}, {at_s}) of ({alignment.n_t}, {alignment.n_s})")
+    return found

@@ -1,0 +1,308 @@
+"""Compiled loops over arrays. Each has a plain twin in a `*_reference` module that says what it computes.
+
+All are in one file: numba's cache on disk looks at the file of a function alone, not at what it calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+from jaxtyping import Bool, Int16, Int32, Int64, UInt8, UInt64
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _compiled(function: F) -> F:
+    # what is inside the wrapper that checks shapes in the tests
+    return cast(F, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
+
+
+@_compiled
+def shared_cuts(
+    start_t: Int64[np.ndarray, " time_t"],
+    end_t: Int64[np.ndarray, " time_t"],
+    start_s: Int64[np.ndarray, " time_s"],
+    end_s: Int64[np.ndarray, " time_s"],
+) -> Int64[np.ndarray, "cut 2"]:
+    """Find the cuts that both sides allow, as the tokens that follow them, in one pass.
+
+    Before token i a text can be cut anywhere in [end[i-1], start[i]]; two cuts are one where these ranges
+    meet. Of several that meet, the earliest: what has no width, and what meets dropped text, goes with what
+    follows it.
+    """
+    n, m = len(start_t), len(start_s)
+    cuts = np.empty((max(0, min(n, m) - 1), 2), np.int64)
+    count, i, j = 0, 1, 1
+    while i < n and j < m:
+        if end_t[i - 1] > start_t[i] or start_t[i] < end_s[j - 1]:
+            i += 1
+        elif end_s[j - 1] > start_s[j] or start_s[j] < end_t[i - 1]:
+            j += 1
+        else:
+            cuts[count, 0], cuts[count, 1] = i, j
+            count, i, j = count + 1, i + 1, j + 1
+    return cuts[:count]
+
+
+@_compiled
+def _fills(
+    start: Int64[np.ndarray, " time"],
+    end: Int64[np.ndarray, " time"],
+    sound: Bool[np.ndarray, " time"],
+    first: int,
+    last: int,
+) -> bool:
+    for i in range(first, last):
+        gap = i > first and start[i] != end[i - 1]
+        if gap or not sound[i]:
+            return False
+    return True
+
+
+@_compiled
+def surely_exact(
+    groups: Int64[np.ndarray, "group 4"],
+    start_t: Int64[np.ndarray, " time_t"],
+    end_t: Int64[np.ndarray, " time_t"],
+    sound_t: Bool[np.ndarray, " time_t"],
+    start_s: Int64[np.ndarray, " time_s"],
+    end_s: Int64[np.ndarray, " time_s"],
+    sound_s: Bool[np.ndarray, " time_s"],
+) -> Bool[np.ndarray, " group"]:
+    """Tell which groups are of sound tokens that fill the same bytes on both sides, without a gap."""
+    sure = np.zeros(len(groups), np.bool_)
+    for k in range(len(groups)):
+        t0, t1, s0, s1 = groups[k]
+        if t0 == t1 or s0 == s1 or start_t[t0] != start_s[s0] or end_t[t1 - 1] != end_s[s1 - 1]:
+            continue
+        sure[k] = _fills(start_t, end_t, sound_t, t0, t1) and _fills(start_s, end_s, sound_s, s0, s1)
+    return sure
+
+
+@_compiled
+def product_links(groups: Int64[np.ndarray, "group 4"]) -> Int32[np.ndarray, "link 2"]:
+    """Link every teacher token of a group with every student token of it."""
+    count = 0
+    for k in range(len(groups)):
+        count += (groups[k, 1] - groups[k, 0]) * (groups[k, 3] - groups[k, 2])
+    links = np.empty((count, 2), np.int32)
+    at = 0
+    for k in range(len(groups)):
+        for i in range(groups[k, 0], groups[k, 1]):
+            for j in range(groups[k, 2], groups[k, 3]):
+                links[at, 0], links[at, 1] = i, j
+                at += 1
+    return links
+
+
+# Levenshtein distance
+
+_ONE = np.uint64(1)
+_NONE = np.uint64(0)
+_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_WORD = 64
+
+
+@_compiled
+def _levenshtein_long(a: Int32[np.ndarray, " len_a"], b: Int32[np.ndarray, " len_b"]) -> int:
+    row = np.arange(len(b) + 1)
+    for i in range(len(a)):
+        corner, row[0] = row[0], i + 1
+        for j in range(len(b)):
+            kept = corner + (a[i] != b[j])
+            corner = row[j + 1]
+            row[j + 1] = min(kept, corner + 1, row[j] + 1)
+    return int(row[len(b)])
+
+
+@_compiled
+def _levenshtein_word(
+    where: UInt64[np.ndarray, " alphabet"], length: int, b: Int32[np.ndarray, " len_b"]
+) -> int:
+    """Myers 1999 (in Hyyrö's form): a column of the distance table in two machine words.
+
+    `where[c]` has bit k set where the pattern's k-th symbol is c; the pattern has 1 to 64 symbols.
+    """
+    plus, minus, distance = _ALL, _NONE, length
+    last = _ONE << np.uint64(length - 1)
+    for k in range(len(b)):
+        equal = where[b[k]]
+        vertical = equal | minus
+        horizontal = (((equal & plus) + plus) ^ plus) | equal
+        up = minus | ~(horizontal | plus)
+        down = plus & horizontal
+        if up & last:
+            distance += 1
+        elif down & last:
+            distance -= 1
+        up = (up << _ONE) | _ONE
+        down = down << _ONE
+        plus = down | ~(vertical | up)
+        minus = up & vertical
+    return distance
+
+
+class Symbols(NamedTuple):
+    """Tokens as symbols, end to end: token u's bytes are `units[units_at[u]:units_at[u + 1]]`.
+
+    Where they are `whole` characters, these are `chars[chars_at[u]:chars_at[u + 1]]`, numbered from 0.
+    """
+
+    units: Int32[np.ndarray, " byte"]
+    units_at: Int64[np.ndarray, " token_and_1"]
+    chars: Int32[np.ndarray, " char"]
+    chars_at: Int64[np.ndarray, " token_and_1"]
+    whole: Bool[np.ndarray, " token"]
+
+
+@_compiled
+def distances(
+    t: Symbols,
+    rows: Int64[np.ndarray, " row"],
+    s: Symbols,
+    cols: Int64[np.ndarray, " col"],
+    where: UInt64[np.ndarray, "2 alphabet"],
+) -> Int16[np.ndarray, "row col"]:
+    """Take the edit distance of each row's teacher token and each column's student token.
+
+    Over characters where both tokens are whole characters, else over bytes. `where` is scratch, zero before
+    and after.
+    """
+    out = np.empty((len(rows), len(cols)), np.int16)
+    for i in range(len(rows)):
+        u = rows[i]
+        units = t.units[t.units_at[u] : t.units_at[u + 1]]
+        chars = t.chars[t.chars_at[u] : t.chars_at[u + 1]]
+        short = 0 < len(units) <= _WORD
+        if short:
+            for k in range(len(units)):
+                where[0, units[k]] |= _ONE << np.uint64(k)
+            for k in range(len(chars)):
+                where[1, chars[k]] |= _ONE << np.uint64(k)
+        for j in range(len(cols)):
+            v = cols[j]
+            if t.whole[u] and s.whole[v]:
+                mine, other, alphabet = chars, s.chars[s.chars_at[v] : s.chars_at[v + 1]], 1
+            else:
+                mine, other, alphabet = units, s.units[s.units_at[v] : s.units_at[v + 1]], 0
+            if short:
+                out[i, j] = _levenshtein_word(where[alphabet], len(mine), other)
+            else:
+                out[i, j] = _levenshtein_long(mine, other)
+        if short:
+            for k in range(len(units)):
+                where[0, units[k]] = _NONE
+            for k in range(len(chars)):
+                where[1, chars[k]] = _NONE
+    return out
+
+
+# Dynamic time warping
+
+_DIAGONAL, _TEACHER, _STUDENT = 0, 1, 2
+
+
+@_compiled
+def fill_steps(
+    distance: Int16[np.ndarray, "row col"],
+    row: Int64[np.ndarray, " time_t"],
+    col: Int64[np.ndarray, " time_s"],
+    weight_t: Int64[np.ndarray, " time_t"],
+    weight_s: Int64[np.ndarray, " time_s"],
+) -> tuple[UInt8[np.ndarray, "time_t time_s_4"], int]:
+    """Find each cell's cheapest step to it (2 bits, four to a byte), and the cost of the last cell.
+
+    The cost of cell (i, j) is distance[row[i], col[j]]·weight_t[i]·weight_s[j]; of the costs' sums, two
+    rows are kept.
+    """
+    n, m = len(row), len(col)
+    steps = np.zeros((n, (m + 3) // 4), np.uint8)
+    cost, through, came = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m, np.uint8)
+    total = np.empty(m, np.int64)
+    for i in range(n):
+        here = distance[row[i]]
+        for j in range(m):
+            cost[j] = here[col[j]] * weight_t[i] * weight_s[j]
+        if i == 0:
+            total[0] = cost[0]
+            came[0] = _DIAGONAL
+            for j in range(1, m):
+                total[j] = total[j - 1] + cost[j]
+                came[j] = _STUDENT
+        else:
+            through[0] = total[0]
+            came[0] = _TEACHER
+            for j in range(1, m):  # no cell waits for its neighbour here, so this loop is vectorised
+                through[j] = min(total[j - 1], total[j])
+                came[j] = total[j] < total[j - 1]
+            left = through[0] + cost[0]
+            total[0] = left
+            for j in range(1, m):
+                best = through[j]
+                if left < best:
+                    best = left
+                    came[j] = _STUDENT
+                left = best + cost[j]
+                total[j] = left
+        for j in range(m):
+            steps[i, j >> 2] |= came[j] << ((j & 3) << 1)
+    return steps, total[m - 1]
+
+
+@_compiled
+def trace(steps: UInt8[np.ndarray, "time_t time_s_4"], m: int) -> Int32[np.ndarray, "link 2"]:
+    """Follow the steps back from the last cell to the first."""
+    n = len(steps)
+    path = np.empty((n + m - 1, 2), np.int32)
+    at, i, j = n + m - 1, n - 1, m - 1
+    while True:
+        at -= 1
+        path[at, 0], path[at, 1] = i, j
+        if i == 0 and j == 0:
+            return path[at:]
+        step = (steps[i, j >> 2] >> ((j & 3) << 1)) & 3
+        if step != _STUDENT:
+            i -= 1
+        if step != _TEACHER:
+            j -= 1
+
+
+@_compiled
+def warp_stretches(
+    stretches: Int64[np.ndarray, "stretch 4"],
+    turned: Bool[np.ndarray, " stretch"],
+    t: Symbols,
+    of_t: Int64[np.ndarray, " time_t"],
+    weight_t: Int64[np.ndarray, " time_t"],
+    s: Symbols,
+    of_s: Int64[np.ndarray, " time_s"],
+    weight_s: Int64[np.ndarray, " time_s"],
+    where: UInt64[np.ndarray, "2 alphabet"],
+) -> tuple[Int32[np.ndarray, "link 2"], Int64[np.ndarray, " stretch"]]:
+    """Warp each stretch (t0, t1, s0, s1) alone: all paths, end to end, and the length of each.
+
+    Where `turned`, the student's tokens take the teacher's place in ties.
+    """
+    longest = (stretches[:, 1] - stretches[:, 0] + stretches[:, 3] - stretches[:, 2]).sum()
+    links, lengths = np.empty((longest, 2), np.int32), np.empty(len(stretches), np.int64)
+    count = 0
+    for k in range(len(stretches)):
+        t0, t1, s0, s1 = stretches[k]
+        distance = distances(t, of_t[t0:t1], s, of_s[s0:s1], where)
+        rows, cols = np.arange(t1 - t0), np.arange(s1 - s0)
+        if turned[k]:
+            turned_distance = np.ascontiguousarray(distance.T)
+            steps, _ = fill_steps(turned_distance, cols, rows, weight_s[s0:s1], weight_t[t0:t1])
+            path = trace(steps, t1 - t0)[:, ::-1]
+        else:
+            steps, _ = fill_steps(distance, rows, cols, weight_t[t0:t1], weight_s[s0:s1])
+            path = trace(steps, s1 - s0)
+        lengths[k] = len(path)
+        for step in range(len(path)):
+            links[count, 0], links[count, 1] = t0 + path[step, 0], s0 + path[step, 1]
+            count += 1
+    return links[:count], lengths
