@@ -1,0 +1,119 @@
+"""Mappings for other tools: json, csv, parquet, and a dense vector of ids."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.maps import HEADER, map_header, save_map
+from cdm_toolkit.artifacts.receipts import Receipt
+from cdm_toolkit.errors import MissingExtra, UnknownName
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.vocab_map.record import VocabMap
+
+Row = tuple[int, str, int, str, float]
+COLUMNS = ("teacher_id", "teacher_token", "student_id", "student_token", "weight")
+
+
+FORMS = ("safetensors", "json", "csv", "parquet", "npy")
+
+
+def export_map(
+    path: str | Path,
+    mapping: VocabMap,
+    view_t: TokenizerView,
+    view_s: TokenizerView,
+    *,
+    form: str,
+    made_by: Receipt | None = None,
+) -> list[Path]:
+    """Write a mapping in one of `FORMS`; give the files written.
+
+    json, csv and parquet have a row for each pair, with both ids. npy is a dense int64 vector: the index
+    is the teacher id, the value the best student id or −1. csv and npy have no room for the header: it stands
+    beside them in `PATH.header.json`. UnknownName, MissingExtra without pyarrow, FileProblem.
+    """
+    path = Path(path)
+    header = map_header(mapping, made_by)
+    if form == "safetensors":
+        save_map(path, mapping, made_by)
+    elif form == "json":
+        _write(path, _json(mapping, view_t, view_s, header))
+    elif form == "csv":
+        _write(path, _csv(mapping, view_t, view_s))
+    elif form == "parquet":
+        _write(path, _parquet(mapping, view_t, view_s, header))
+    elif form == "npy":
+        _write(path, _npy(mapping))
+    else:
+        raise UnknownName("format", form, FORMS)
+    if form not in ("csv", "npy"):
+        return [path]
+    beside = path.with_name(f"{path.name}.header.json")
+    _write(beside, json.dumps(header, ensure_ascii=False, indent=1).encode())
+    return [path, beside]
+
+
+def _rows(mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView) -> Iterator[Row]:
+    teacher_ids = np.repeat(np.arange(mapping.size_t), np.diff(mapping.indptr)).tolist()
+    for teacher_id, student_id, weight in zip(
+        teacher_ids, mapping.ids.tolist(), mapping.weights.tolist(), strict=True
+    ):
+        text_t, text_s = view_t.token_text(teacher_id), view_s.token_text(student_id)
+        yield teacher_id, text_t, student_id, text_s, round(weight, 6)
+
+
+def _json(
+    mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView, header: Mapping[str, Any]
+) -> bytes:
+    """Give one object with a pair a line, so that the file can be read, searched and compared."""
+    head = json.dumps(header, ensure_ascii=False, indent=1).removesuffix("\n}")
+    pairs = ",\n".join(
+        json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False)
+        for row in _rows(mapping, view_t, view_s)
+    )
+    return f'{head},\n "pairs": [\n{pairs}\n]}}\n'.encode()
+
+
+def _csv(mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows(_rows(mapping, view_t, view_s))
+    return text.getvalue().encode()
+
+
+def _npy(mapping: VocabMap) -> bytes:
+    content = io.BytesIO()
+    np.save(content, mapping.dense())
+    return content.getvalue()
+
+
+def _parquet(
+    mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView, header: Mapping[str, Any]
+) -> bytes:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise MissingExtra("pyarrow", "export", "the parquet format") from None
+    types = (pa.int32(), pa.string(), pa.int32(), pa.string(), pa.float32())
+    meta = {HEADER: json.dumps(header, ensure_ascii=False)}
+    schema = pa.schema(list(zip(COLUMNS, types, strict=True)), metadata=meta)
+    columns = list(zip(*_rows(mapping, view_t, view_s), strict=True)) or [()] * len(COLUMNS)
+    arrays = [pa.array(column, type) for column, type in zip(columns, types, strict=True)]
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), content)
+    return content.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as stream:
+        stream.write(content)

@@ -1,0 +1,190 @@
+"""Mappings and neighbour tables on disk: safetensors with a JSON header.
+
+The header names format and version, both tokenizers with their fingerprints, what the mapping was built with,
+and how (a receipt). Its checksum covers the arrays, which safetensors itself does not check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.cache import cache_folder
+from cdm_toolkit.artifacts.receipts import Receipt, receipt
+from cdm_toolkit.errors import BadArtifact, FileProblem
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.vocab_map.record import (
+    Neighbours,
+    NeighbourTable,
+    VocabMap,
+    check_sides,
+    sides,
+    sides_of,
+)
+
+MAP_FORMAT = "cdm-toolkit vocabulary mapping"
+TABLE_FORMAT = "cdm-toolkit neighbour table"
+# Raised whenever a file's layout or the meaning of what is in it changes.
+VERSION = 1
+HEADER = "cdm_toolkit"
+
+Made = TypeVar("Made")
+
+
+def save_map(path: str | Path, mapping: VocabMap, made_by: Receipt | None = None) -> None:
+    """Write a mapping; FileProblem where that cannot be done."""
+    arrays = {"indptr": mapping.indptr, "ids": mapping.ids, "weights": mapping.weights}
+    _save(path, arrays, map_header(mapping, made_by))
+
+
+def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:
+    """Read a mapping for these tokenizers.
+
+    FileProblem where there is no such file, BadArtifact where it is damaged, foreign or of another version,
+    TokenizerMismatch where it was built for other tokenizers.
+    """
+    arrays, header = _load(path, MAP_FORMAT)
+    mapping = _made(path, lambda: VocabMap(**{**_record(VocabMap, header), **arrays}))
+    check_sides(f"the mapping {path}", mapping, sides(view_t, view_s))
+    return mapping
+
+
+def save_table(path: str | Path, table: NeighbourTable, made_by: Receipt | None = None) -> None:
+    """Write a neighbour table; FileProblem where that cannot be done."""
+    arrays = {
+        f"{way}.{field.name}": getattr(getattr(table, way), field.name)
+        for way in ("t_to_s", "s_to_t")
+        for field in fields(Neighbours)
+    }
+    facts = {"theta": table.theta, "guards": table.guards}
+    counts = {"t_to_s": len(table.t_to_s.ids), "s_to_t": len(table.s_to_t.ids)}
+    _save(path, arrays, _header(TABLE_FORMAT, table, {**facts, "counts": counts}, made_by))
+
+
+def load_table(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> NeighbourTable:
+    """Read a neighbour table for these tokenizers. Raises as `load_map`."""
+    arrays, header = _load(path, TABLE_FORMAT)
+
+    def way(name: str) -> Neighbours:
+        return Neighbours(**{field.name: arrays[f"{name}.{field.name}"] for field in fields(Neighbours)})
+
+    table = _made(
+        path,
+        lambda: NeighbourTable(**_record(NeighbourTable, header), t_to_s=way("t_to_s"), s_to_t=way("s_to_t")),
+    )
+    check_sides(f"the neighbour table {path}", table, sides(view_t, view_s))
+    return table
+
+
+def load_or_build_neighbours(
+    view_t: TokenizerView,
+    view_s: TokenizerView,
+    *,
+    theta: float,
+    guards: bool = True,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> NeighbourTable:
+    """Read the neighbour table of two tokenizers from the cache, or build it and keep it there.
+
+    An entry that is damaged is built anew. FileProblem where the cache cannot be written; BadOption as
+    `build_neighbours`.
+    """
+    path = cached_table(view_t, view_s, theta=theta, guards=guards)
+    if path.is_file():
+        try:
+            return load_table(path, view_t, view_s)
+        except BadArtifact:
+            path.unlink()
+    # Numba is slow to import, and only building needs it.
+    from cdm_toolkit.vocab_map.neighbours import build_neighbours
+
+    table = build_neighbours(view_t, view_s, theta=theta, guards=guards, workers=workers, progress=progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"the cache cannot be written ({error.strerror})"
+        raise FileProblem(path.parent, problem, "set CDM_CACHE to a folder that can be written") from None
+    save_table(path, table)
+    return table
+
+
+def cached_table(view_t: TokenizerView, view_s: TokenizerView, *, theta: float, guards: bool) -> Path:
+    """Say where the cache keeps the table of two tokenizers."""
+    key = json.dumps([VERSION, view_t.fingerprint, view_s.fingerprint, theta, guards])
+    return cache_folder() / "neighbours" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def map_header(mapping: VocabMap, made_by: Receipt | None) -> dict[str, Any]:
+    """Give a mapping's header: all of it but the arrays."""
+    facts = {"strategy": mapping.strategy, "theta": mapping.theta, "guards": mapping.guards}
+    counts = {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}
+    return _header(MAP_FORMAT, mapping, {**facts, "counts": counts}, made_by)
+
+
+def _header(
+    kind: str, built: VocabMap | NeighbourTable, facts: Mapping[str, Any], made_by: Receipt | None
+) -> dict[str, Any]:
+    fingerprints = {"teacher": built.fingerprint_t, "student": built.fingerprint_s}
+    made = receipt(fingerprints=fingerprints) if made_by is None else made_by
+    return {"format": kind, "version": VERSION, **sides_of(built), **facts, "receipt": made}
+
+
+def _save(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+    header = {**header, "checksum": _checksum(arrays)}
+    content = save(dict(arrays), {HEADER: json.dumps(header, ensure_ascii=False)})
+    with atomic_write(path) as stream:
+        stream.write(content)
+
+
+def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    again = "build it again with: cdm vocab-map build"
+    if not Path(path).is_file():
+        raise FileProblem(
+            path, "there is no such file", "check the path, or make it with: cdm vocab-map build"
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+            if not isinstance(header, dict) or header.get("format") != kind:
+                raise BadArtifact(path, f"this is no {kind} file", f"give another file, or {again}")
+            if header.get("version") != VERSION:
+                problem = f"it has format version {header.get('version')}, this tool reads {VERSION}"
+                raise BadArtifact(path, problem, again)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise BadArtifact(path, f"it is damaged or no safetensors file ({error})", again) from None
+    except OSError as error:
+        raise FileProblem(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+    if _checksum(arrays) != header.get("checksum"):
+        raise BadArtifact(path, "it is damaged: its checksum is wrong", again)
+    return arrays, header
+
+
+def _made(path: str | Path, make: Callable[[], Made]) -> Made:
+    try:
+        return make()
+    except (KeyError, TypeError) as error:
+        problem = f"its contents are not complete ({error})"
+        raise BadArtifact(path, problem, "build it again with: cdm vocab-map build") from None
+
+
+def _record(of: type[VocabMap] | type[NeighbourTable], header: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: header[field.name] for field in fields(of) if field.name in header}
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, crc)
+    return crc

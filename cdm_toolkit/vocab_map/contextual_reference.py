@@ -1,0 +1,112 @@
+"""The definition of `contextual.py`: the rule for one position, in plain Python, from the tokens' bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+from jaxtyping import Int64
+
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.vocab_map.exact import exact_partners
+from cdm_toolkit.vocab_map.keys import TokenKey, token_keys
+from cdm_toolkit.vocab_map.neighbours_reference import apart, distance
+
+CHOICES = 3
+
+Nearness = tuple[float, bool, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Hold what decides whether two ids may be paired; `last` is the last partner where a list was cut."""
+
+    keys_t: Mapping[int, TokenKey]
+    keys_s: Mapping[int, TokenKey]
+    exact_t: Mapping[int, int]
+    exact_s: Mapping[int, int]
+    size_t: int
+    size_s: int
+    theta: float
+    guards: bool
+    last: Mapping[int, int]
+
+
+def make_rule(
+    view_t: TokenizerView,
+    view_s: TokenizerView,
+    partner_ids: Int64[np.ndarray, "row width"],
+    *,
+    theta: float,
+    guards: bool,
+) -> Rule:
+    """Make the rule of two views, with the lists of `partners.partner_rows` for where they were cut."""
+    return Rule(
+        keys_t={key.id: key for key in token_keys(view_t, strip=True)},
+        keys_s={key.id: key for key in token_keys(view_s, strip=True)},
+        exact_t={i: other for i, other in enumerate(exact_partners(view_t, view_s).tolist()) if other >= 0},
+        exact_s={i: other for i, other in enumerate(exact_partners(view_s, view_t).tolist()) if other >= 0},
+        size_t=view_t.vocab_size,
+        size_s=view_s.vocab_size,
+        theta=theta,
+        guards=guards,
+        last={i: last for i, last in enumerate(partner_ids[:, -1].tolist()) if last < view_s.vocab_size},
+    )
+
+
+def select_reference(
+    rule: Rule, teacher: Sequence[tuple[int, float]], student: Sequence[tuple[int, float]]
+) -> dict[int, int]:
+    """Pair the candidates (id, log-probability) of one position: teacher slot to student slot."""
+    choices = {slot: _choices(rule, candidate, student) for slot, candidate in enumerate(teacher)}
+    pairs: dict[int, int] = {}
+    for _ in range(CHOICES):
+        asked: dict[int, list[tuple[Nearness, int]]] = {}
+        for slot_t in range(len(teacher)):
+            free = [choice for choice in choices[slot_t] if choice[1] not in pairs.values()]
+            if slot_t not in pairs and free:
+                near, slot_s = free[0]
+                asked.setdefault(slot_s, []).append((near, slot_t))
+        pairs.update({min(asking)[1]: slot_s for slot_s, asking in asked.items()})
+    return pairs
+
+
+def nearness(rule: Rule, teacher_id: int, student_id: int) -> Nearness | None:
+    """Say how near two ids are, by (distance, blanks differ, apart); None if never a pair."""
+    if rule.exact_t.get(teacher_id) == student_id:
+        return (-1.0, False, False)
+    if teacher_id in rule.exact_t and student_id in rule.exact_s:
+        return None
+    key, other = rule.keys_t.get(teacher_id), rule.keys_s.get(student_id)
+    if key is None or other is None or (rule.guards and key.guard != other.guard):
+        return None
+    far = distance(key, other)
+    return (far, key.blanks != other.blanks, apart(key, other)) if far < rule.theta else None
+
+
+def _choices(
+    rule: Rule, candidate: tuple[int, float], student: Sequence[tuple[int, float]]
+) -> list[tuple[Nearness, int]]:
+    """Give the nearest student candidates as (nearness, slot)."""
+    teacher_id, logprob = candidate
+    if not (0 <= teacher_id < rule.size_t and logprob > -inf):
+        return []
+    found, seen = [], set()
+    for slot, (student_id, logprob) in enumerate(student):
+        if 0 <= student_id < rule.size_s and logprob > -inf and student_id not in seen:
+            seen.add(student_id)
+            near = nearness(rule, teacher_id, student_id)
+            if near is not None and _kept(rule, teacher_id, student_id, near):
+                found.append((near, slot))
+    return sorted(found)[:CHOICES]
+
+
+def _kept(rule: Rule, teacher_id: int, student_id: int, near: Nearness) -> bool:
+    """Say whether a partner is still in the teacher id's list where that was cut."""
+    if teacher_id not in rule.last:
+        return True
+    last_near = nearness(rule, teacher_id, rule.last[teacher_id])
+    assert last_near is not None
+    return (near[2], near, student_id) <= (last_near[2], last_near, rule.last[teacher_id])

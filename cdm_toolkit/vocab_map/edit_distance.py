@@ -1,0 +1,365 @@
+"""Edit distance between two vocabularies: every near pair, or the nearest choice, without trying all pairs.
+
+Most of the billions of pairs are hopeless, and two cheap lower bounds of the distance say so: the difference
+in length, and the characters that one side has and the other has not, counted on 64-bit signatures. What is
+left is settled with Myers' bit-parallel algorithm (J. ACM 46(3), 1999). The references that use this module
+try every pair with rapidfuzz.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+from jaxtyping import Int32, Int64, UInt64
+
+Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., object])
+
+# Longest pattern that fits one machine word in Myers' algorithm; longer ones take the plain recurrence.
+WORD = 64
+# Queries a task: small enough for a smooth progress bar and even loads, large enough that calls cost nothing.
+CHUNK = 256
+
+
+class Strings(NamedTuple):
+    """Hold strings as symbol codes, ordered by length; `order` leads back to the caller's numbering.
+
+    `guard` is compared for equality before any distance, `tie` decides between choices at equal distance.
+    """
+
+    codes: Int32[np.ndarray, " symbols"]
+    start: Int64[np.ndarray, " strings"]
+    length: Int32[np.ndarray, " strings"]
+    signature: UInt64[np.ndarray, " strings"]
+    guard: Int32[np.ndarray, " strings"]
+    tie: Int32[np.ndarray, " strings"]
+    order: Int64[np.ndarray, " strings"]
+    first_of_length: Int64[np.ndarray, " lengths"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Hold pairs of a query and a choice with their distance in edits and both lengths' sum."""
+
+    query: Int64[np.ndarray, " pairs"]
+    choice: Int64[np.ndarray, " pairs"]
+    edits: Int32[np.ndarray, " pairs"]
+    total: Int32[np.ndarray, " pairs"]
+
+
+def pack(
+    queries: Sequence[str] | Sequence[bytes],
+    choices: Sequence[str] | Sequence[bytes],
+    guards: tuple[Int32[np.ndarray, " queries"], Int32[np.ndarray, " choices"]],
+    tie: Int32[np.ndarray, " choices"],
+) -> tuple[Strings, Strings]:
+    """Pack two lists over one alphabet: characters where they are `str`, bytes where they are `bytes`."""
+    texts = [*queries, *choices]
+    length = np.fromiter((len(text) for text in texts), np.int32, len(texts))
+    if texts and isinstance(texts[0], bytes):
+        codes = np.frombuffer(b"".join(texts), np.uint8).astype(np.int32)
+    else:
+        utf32 = "".join(texts).encode("utf-32-le", "surrogatepass")
+        codes = np.unique(np.frombuffer(utf32, np.uint32), return_inverse=True)[1].astype(np.int32)
+    start = np.concatenate([np.zeros(1, np.int64), np.cumsum(length, dtype=np.int64)])[:-1]
+    signature = _signatures(codes, start, length)
+    ranks = np.concatenate([np.zeros(len(queries), np.int32), tie])
+    guard = np.concatenate(guards)
+
+    def side(lo: int, hi: int) -> Strings:
+        order = np.lexsort((ranks[lo:hi], length[lo:hi]))
+        at = order + lo
+        bounds = np.searchsorted(length[at], np.arange(int(length.max(initial=0)) + 2))
+        return Strings(codes, start[at], length[at], signature[at], guard[at], ranks[at], order, bounds)
+
+    return side(0, len(queries)), side(len(queries), len(texts))
+
+
+def near_pairs(
+    queries: Strings, choices: Strings, progress: Progress | None = None, *, theta: float, workers: int = 1
+) -> Pairs:
+    """Find every pair with edits / (sum of lengths) < theta and equal guards, in the caller's numbering."""
+    limit = _limits(queries, choices, theta)
+    parts = list(_run(partial(_near, queries, choices, limit), len(queries.order), workers, progress))
+    query, choice, edits = (
+        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
+        for column in range(3)
+    )
+    total = queries.length[query] + choices.length[choice]
+    return Pairs(queries.order[query], choices.order[choice], edits, total)
+
+
+def nearest(
+    queries: Strings, choices: Strings, progress: Progress | None = None, *, workers: int = 1
+) -> Pairs:
+    """Find each query's choice with the least edits / (sum of lengths); ties by the choices' `tie`.
+
+    A choice must have equal guards and keep at least one symbol: edits below the longer length. Queries that
+    have no such choice are left out.
+    """
+    parts = list(_run(partial(_nearest, queries, choices), len(queries.order), workers, progress))
+    choice, edits = (
+        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
+        for column in range(2)
+    )
+    query = np.flatnonzero(choice >= 0)
+    choice, edits = choice[query], edits[query]
+    total = queries.length[query] + choices.length[choice]
+    return Pairs(queries.order[query], choices.order[choice], edits, total)
+
+
+def _run(
+    task: Callable[[int, int], Result], count: int, workers: int, progress: Progress | None
+) -> Iterator[Result]:
+    """Yield the results of `task` on consecutive pieces of `count` queries, in order.
+
+    Threads suffice: the compiled kernels hold no interpreter lock.
+    """
+    starts = range(0, count, CHUNK)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for lo, result in zip(
+            starts, pool.map(lambda lo: task(lo, min(lo + CHUNK, count)), starts), strict=True
+        ):
+            if progress is not None:
+                progress(min(lo + CHUNK, count), count)
+            yield result
+
+
+def _limits(queries: Strings, choices: Strings, theta: float) -> Int32[np.ndarray, " totals"]:
+    """Give the most edits that stay below theta for each sum of lengths, −1 where none do."""
+    longest = int(queries.length.max(initial=0)) + int(choices.length.max(initial=0))
+    limit = np.full(longest + 1, -1, np.int32)
+    for total in range(1, longest + 1):
+        edits = int(theta * total) + 1
+        while edits >= 0 and not edits / total < theta:
+            edits -= 1
+        limit[total] = edits
+    return limit
+
+
+def _compiled(function: Function) -> Function:
+    # Unwrapped, because the tests wrap all functions to check shapes; without the lock, for threads.
+    return cast(Function, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
+
+
+@_compiled
+def _signatures(codes: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Set a bit for each (symbol, how often it stood before): one edit adds and removes at most one bit."""
+    out = np.zeros(len(start), np.uint64)
+    for row in range(len(start)):
+        bits = np.uint64(0)
+        for i in range(length[row]):
+            symbol = codes[start[row] + i]
+            before = 0
+            for j in range(i):
+                before += codes[start[row] + j] == symbol
+            mixed = np.uint64(symbol + 1) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(before) * np.uint64(
+                0xC2B2AE3D27D4EB4F
+            )
+            bits |= np.uint64(1) << (mixed >> np.uint64(58))
+        out[row] = bits
+    return out
+
+
+@_compiled
+def _ones(x: np.uint64) -> np.uint64:
+    """Count the set bits; LLVM turns this into one instruction where the machine has it."""
+    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+@_compiled
+def _bounds(signature: np.uint64, signatures: np.ndarray, lo: int, hi: int, out: np.ndarray) -> None:
+    """Write lower bounds of the distances to choices lo to hi: the larger one-sided difference."""
+    for i in range(hi - lo):
+        other = signatures[lo + i]
+        out[i] = max(_ones(signature & ~other), _ones(other & ~signature))
+
+
+@_compiled
+def _set_pattern(pattern: np.ndarray, codes: np.ndarray, start: int, length: int) -> None:
+    for i in range(min(length, WORD)):
+        pattern[codes[start + i]] |= np.uint64(1) << np.uint64(i)
+
+
+@_compiled
+def _clear_pattern(pattern: np.ndarray, codes: np.ndarray, start: int, length: int) -> None:
+    for i in range(min(length, WORD)):
+        pattern[codes[start + i]] = np.uint64(0)
+
+
+@_compiled
+def _myers(pattern: np.ndarray, length: int, codes: np.ndarray, start: int, other: int, limit: int) -> int:
+    """Give the edit distance of the pattern to codes[start : start + other], or limit + 1 if it is more."""
+    one = np.uint64(1)
+    positive = ~np.uint64(0)
+    negative = np.uint64(0)
+    last = one << np.uint64(length - 1)
+    edits = length
+    for i in range(other):
+        match = pattern[codes[start + i]]
+        vertical = match | negative
+        diagonal = (((match & positive) + positive) ^ positive) | match
+        up = negative | ~(diagonal | positive)
+        down = positive & diagonal
+        if up & last:
+            edits += 1
+        elif down & last:
+            edits -= 1
+        if edits - (other - 1 - i) > limit:
+            return limit + 1
+        up = (up << one) | one
+        down = down << one
+        positive = down | ~(vertical | up)
+        negative = up & vertical
+    return min(edits, limit + 1)
+
+
+@_compiled
+def _plain(codes: np.ndarray, a: int, length: int, b: int, other: int) -> int:
+    """Give the edit distance by the recurrence, one row at a time."""
+    row = np.arange(other + 1)
+    for i in range(length):
+        corner, row[0] = row[0], i + 1
+        for j in range(other):
+            change = corner + (codes[a + i] != codes[b + j])
+            corner = row[j + 1]
+            row[j + 1] = min(change, corner + 1, row[j] + 1)
+    return int(row[other])
+
+
+@_compiled
+def _distance(
+    pattern: np.ndarray, codes: np.ndarray, a: int, length: int, b: int, other: int, limit: int
+) -> int:
+    if length <= WORD:
+        return _myers(pattern, length, codes, b, other, limit)
+    return min(_plain(codes, a, length, b, other), limit + 1)
+
+
+@_compiled
+def _near(
+    queries: Strings,
+    choices: Strings,
+    limits: np.ndarray,
+    lo: int,
+    hi: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pattern = np.zeros(queries.codes.max() + 1, np.uint64)
+    bound = np.empty(len(choices.start), np.uint8)
+    size, used = 1024, 0
+    query, choice, edits = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
+    for q in range(lo, hi):
+        length = queries.length[q]
+        _set_pattern(pattern, queries.codes, queries.start[q], length)
+        for other in range(1, len(choices.first_of_length) - 1):
+            limit = limits[length + other] if length + other < len(limits) else -1
+            if limit < abs(length - other) or length == 0:
+                continue
+            first, last = choices.first_of_length[other], choices.first_of_length[other + 1]
+            _bounds(queries.signature[q], choices.signature, first, last, bound)
+            for i in range(last - first):
+                c = first + i
+                if bound[i] > limit or queries.guard[q] != choices.guard[c]:
+                    continue
+                found = _distance(
+                    pattern, queries.codes, queries.start[q], length, choices.start[c], other, limit
+                )
+                if found > limit:
+                    continue
+                if used == size:
+                    size *= 2
+                    query, choice = _grown(query, size), _grown(choice, size)
+                    edits = _grown(edits, size)
+                query[used], choice[used], edits[used] = q, c, found
+                used += 1
+        _clear_pattern(pattern, queries.codes, queries.start[q], length)
+    return query[:used].copy(), choice[:used].copy(), edits[:used].copy()
+
+
+@_compiled
+def _grown(values: np.ndarray, size: int) -> np.ndarray:
+    out = np.empty(size, values.dtype)
+    out[: len(values)] = values
+    return out
+
+
+@_compiled
+def _nearest(
+    queries: Strings,
+    choices: Strings,
+    lo: int,
+    hi: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    pattern = np.zeros(queries.codes.max() + 1, np.uint64)
+    bound = np.empty(len(choices.start), np.uint8)
+    best_choice, best_edits = np.full(hi - lo, -1, np.int32), np.zeros(hi - lo, np.int32)
+    lengths = len(choices.first_of_length) - 2
+    for q in range(lo, hi):
+        length = queries.length[q]
+        if length == 0:
+            continue
+        _set_pattern(pattern, queries.codes, queries.start[q], length)
+        found_c, found_edits, found_total = -1, 0, 1
+        # Lengths nearest first, and in each the signatures nearest first: a good distance is found early, and
+        # most of the rest then fails on its bound alone.
+        for step in range(max(length, lengths) + 1):
+            for side in range(2 if step else 1):
+                other = length - step if side else length + step
+                if other < 1 or other > lengths:
+                    continue
+                first, last = choices.first_of_length[other], choices.first_of_length[other + 1]
+                total = length + other
+                cap = _cap(found_c, found_edits, found_total, length, other)
+                if cap < step or first == last:
+                    continue
+                _bounds(queries.signature[q], choices.signature, first, last, bound)
+                near = step
+                while near <= cap:
+                    following = 255
+                    for i in range(last - first):
+                        if bound[i] > near:
+                            following = min(following, bound[i])
+                            continue
+                        c = first + i
+                        bound[i] = 255
+                        if queries.guard[q] != choices.guard[c]:
+                            continue
+                        edits = _distance(
+                            pattern, queries.codes, queries.start[q], length, choices.start[c], other, cap
+                        )
+                        if edits > cap:
+                            continue
+                        closer = edits * found_total - found_edits * total
+                        if (
+                            found_c < 0
+                            or closer < 0
+                            or (closer == 0 and choices.tie[c] < choices.tie[found_c])
+                        ):
+                            found_c, found_edits, found_total = c, edits, total
+                            cap = _cap(found_c, found_edits, found_total, length, other)
+                    if following == 255:
+                        break
+                    near = following
+        best_choice[q - lo], best_edits[q - lo] = found_c, found_edits
+        _clear_pattern(pattern, queries.codes, queries.start[q], length)
+    return best_choice, best_edits
+
+
+@_compiled
+def _cap(found: int, found_edits: int, found_total: int, length: int, other: int) -> int:
+    """Give the most edits with which a choice of this length would equal or beat the one found."""
+    common = max(length, other) - 1
+    if found < 0:
+        return common
+    return min(common, found_edits * (length + other) // found_total)

@@ -1,0 +1,49 @@
+"""The definition of `neighbours.py`: every pair is tried."""
+
+from __future__ import annotations
+
+from rapidfuzz.distance import Levenshtein
+
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.vocab_map.exact_reference import exact_reference
+from cdm_toolkit.vocab_map.keys import TokenKey, token_keys
+
+
+def edits_and_lengths(a: TokenKey, b: TokenKey) -> tuple[int, int, int]:
+    """Give Lev(a, b), |a| and |b| over characters, or over bytes where either is not whole characters."""
+    if a.text is not None and b.text is not None:
+        return Levenshtein.distance(a.text, b.text), len(a.text), len(b.text)
+    return Levenshtein.distance(a.data, b.data), len(a.data), len(b.data)
+
+
+def distance(a: TokenKey, b: TokenKey) -> float:
+    """Give Lev(a, b) / (|a| + |b|)."""
+    edits, length_a, length_b = edits_and_lengths(a, b)
+    return edits / (length_a + length_b)
+
+
+def apart(a: TokenKey, b: TokenKey) -> bool:
+    """Say whether neither token begins with the other."""
+    return not (a.data.startswith(b.data) or b.data.startswith(a.data))
+
+
+def neighbours_reference(
+    view_t: TokenizerView, view_s: TokenizerView, *, theta: float, guards: bool
+) -> dict[int, list[tuple[float, bool, bool, int]]]:
+    """Give the teacher ids' neighbours as (distance, blanks differ, apart, student id), nearest first.
+
+    The other direction is the same with the views exchanged.
+    """
+    exact = exact_reference(view_t, view_s)
+    students = token_keys(view_s, strip=True)
+    table: dict[int, list[tuple[float, bool, bool, int]]] = {}
+    for key in token_keys(view_t, strip=True):
+        if key.id not in exact:
+            near = sorted(
+                (distance(key, other), key.blanks != other.blanks, apart(key, other), other.id)
+                for other in students
+                if distance(key, other) < theta and (not guards or key.guard == other.guard)
+            )
+            if near:
+                table[key.id] = near
+    return table

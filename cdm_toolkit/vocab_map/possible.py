@@ -1,0 +1,36 @@
+"""The static picture of contextual matching: all student ids that a teacher id may be paired with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cdm_toolkit.vocab_map.record import NeighbourTable, VocabMap, check_same_sides, sides_of
+
+
+def build_possible(exact: VocabMap, table: NeighbourTable) -> VocabMap:
+    """Map each teacher id to its exact partner at weight 1, else to its neighbours, the nearest first.
+
+    A neighbour's weight is in proportion to theta − distance; which of them is taken at a position is decided
+    there (`contextual.py`). TokenizerMismatch where map and table are not of the same tokenizers.
+    """
+    check_same_sides(exact, table)
+    near = table.t_to_s
+    counts = np.where(exact.matched, 1, np.diff(near.indptr))
+    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    ids, weights = np.empty(indptr[-1], np.int32), np.ones(indptr[-1], np.float64)
+    first = indptr[:-1][exact.matched]
+    ids[first] = exact.ids
+    rest = np.ones(len(ids), bool)
+    rest[first] = False
+    ids[rest], weights[rest] = near.ids, table.theta - near.distance.astype(np.float64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    weights /= np.bincount(row, weights, len(counts))[row]
+    return VocabMap(
+        strategy="contextual",
+        **sides_of(exact),
+        indptr=indptr,
+        ids=ids,
+        weights=weights.astype(np.float32),
+        theta=table.theta,
+        guards=table.guards,
+    )

@@ -1,0 +1,158 @@
+"""The records of vocabulary mapping: a static map, and the table of near tokens in both directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64
+
+from cdm_toolkit.errors import TokenizerMismatch, UnknownTokenId
+from cdm_toolkit.tokdiff.view import TokenizerView
+
+NO_MATCH = -1
+
+
+class Sides(TypedDict):
+    """Name both tokenizers of a mapping: enough to tell whether a view is the one that it was built for."""
+
+    name_t: str
+    name_s: str
+    fingerprint_t: str
+    fingerprint_s: str
+    size_t: int
+    size_s: int
+
+
+def sides(view_t: TokenizerView, view_s: TokenizerView) -> Sides:
+    """Name two views as the sides of a mapping."""
+    return Sides(
+        name_t=view_t.name,
+        name_s=view_s.name,
+        fingerprint_t=view_t.fingerprint,
+        fingerprint_s=view_s.fingerprint,
+        size_t=view_t.vocab_size,
+        size_s=view_s.vocab_size,
+    )
+
+
+def sides_of(built: VocabMap | NeighbourTable) -> Sides:
+    """Name the sides that something was built for."""
+    return Sides(
+        name_t=built.name_t,
+        name_s=built.name_s,
+        fingerprint_t=built.fingerprint_t,
+        fingerprint_s=built.fingerprint_s,
+        size_t=built.size_t,
+        size_s=built.size_s,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class VocabMap:
+    """Map each teacher id to student ids with weights that sum to 1, as CSR rows, the best match first.
+
+    A row without entries is an id without a match. `theta` and `guards` are None for strategies that have no
+    use for them.
+    """
+
+    strategy: str
+    name_t: str
+    name_s: str
+    fingerprint_t: str
+    fingerprint_s: str
+    size_t: int
+    size_s: int
+    indptr: Int64[np.ndarray, " bound"]
+    ids: Int32[np.ndarray, " entries"]
+    weights: Float32[np.ndarray, " entries"]
+    theta: float | None = None
+    guards: bool | None = None
+
+    @property
+    def matched(self) -> Bool[np.ndarray, " vocab_t"]:
+        """Say which teacher ids have a match."""
+        return np.diff(self.indptr) > 0
+
+    @property
+    def coverage(self) -> float:
+        """Give the share of teacher ids that have a match."""
+        return float(self.matched.mean()) if self.size_t else 0.0
+
+    def row(self, teacher_id: int) -> list[tuple[int, float]]:
+        """Give a teacher id's student ids and weights; UnknownTokenId outside the vocabulary."""
+        if not 0 <= teacher_id < self.size_t:
+            raise UnknownTokenId(self.name_t, teacher_id, self.size_t)
+        lo, hi = self.indptr[teacher_id], self.indptr[teacher_id + 1]
+        return list(zip(self.ids[lo:hi].tolist(), self.weights[lo:hi].tolist(), strict=True))
+
+    def dense(self) -> Int64[np.ndarray, " vocab_t"]:
+        """Give the best student id of each teacher id, −1 where there is none."""
+        best = np.full(self.size_t, NO_MATCH, np.int64)
+        best[self.matched] = self.ids[self.indptr[:-1][self.matched]]
+        return best
+
+
+def single(
+    strategy: str, of: Sides, best: Int64[np.ndarray, " vocab_t"], *, guards: bool | None = None
+) -> VocabMap:
+    """Make the map that gives each teacher id one student id, or none where `best` is −1."""
+    matched = best >= 0
+    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(matched, dtype=np.int64)])
+    ids = best[matched].astype(np.int32)
+    weights = np.ones(len(ids), np.float32)
+    return VocabMap(strategy=strategy, **of, indptr=indptr, ids=ids, weights=weights, guards=guards)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Neighbours:
+    """Hold for each id of one side its near ids on the other as CSR rows, nearest first.
+
+    `distance` is edits / (sum of lengths). `rank` orders entries across rows and directions by (distance,
+    whether the blanks around the tokens differ, whether neither begins with the other), which is rank // 4,
+    rank // 2 % 2 and rank % 2; equal entries have equal ranks, so that comparing ranks never depends on
+    rounding. In a row, equal ranks go by id.
+    """
+
+    indptr: Int64[np.ndarray, " bound"]
+    ids: Int32[np.ndarray, " entries"]
+    distance: Float32[np.ndarray, " entries"]
+    rank: Int32[np.ndarray, " entries"]
+
+    def row(self, token_id: int) -> list[tuple[int, float]]:
+        """Give an id's near ids and their distances, nearest first."""
+        lo, hi = self.indptr[token_id], self.indptr[token_id + 1]
+        return list(zip(self.ids[lo:hi].tolist(), self.distance[lo:hi].tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class NeighbourTable:
+    """Hold the near tokens of all ids without an exact partner, in both directions."""
+
+    name_t: str
+    name_s: str
+    fingerprint_t: str
+    fingerprint_s: str
+    size_t: int
+    size_s: int
+    theta: float
+    guards: bool
+    t_to_s: Neighbours
+    s_to_t: Neighbours
+
+
+def check_same_sides(mapping: VocabMap, table: NeighbourTable) -> None:
+    """Refuse a table of other tokenizers than the map's: TokenizerMismatch."""
+    check_sides("the neighbour table", table, sides_of(mapping))
+
+
+def check_sides(what: str, built: VocabMap | NeighbourTable, wanted: Sides) -> None:
+    """Refuse what was built for other tokenizers than the wanted ones: TokenizerMismatch."""
+    fix = f"rebuild it with: cdm vocab-map build --t1 {wanted['name_t']} --t2 {wanted['name_s']}"
+    for side, built_for, given in (
+        ("teacher", (built.name_t, built.fingerprint_t), (wanted["name_t"], wanted["fingerprint_t"])),
+        ("student", (built.name_s, built.fingerprint_s), (wanted["name_s"], wanted["fingerprint_s"])),
+    ):
+        if built_for[1] != given[1]:
+            raise TokenizerMismatch(what, side, built_for, given, fix)

@@ -1,0 +1,98 @@
+"""How much of a vocabulary, of a text, or of a model's probability a mapping reaches."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64
+
+from cdm_toolkit.tokdiff.classes import class_of
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.vocab_map.record import NeighbourTable, VocabMap
+
+MASS_STRATEGIES = ("exact", "+mined", "+contextual", "+prefix")
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Count what is matched of a whole."""
+
+    matched: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Give the matched share, 0 of nothing."""
+        return self.matched / self.total if self.total else 0.0
+
+
+def coverage_by_ids(mapping: VocabMap) -> Coverage:
+    """Count the teacher ids that have a match."""
+    return Coverage(int(mapping.matched.sum()), mapping.size_t)
+
+
+def coverage_by_frequency(mapping: VocabMap, counts: Int64[np.ndarray, " vocab_t"]) -> Coverage:
+    """Count the tokens of a corpus that have a match, given how often each teacher id stands in it."""
+    return Coverage(int(counts[mapping.matched].sum()), int(counts.sum()))
+
+
+def coverage_by_class(mapping: VocabMap, view_t: TokenizerView) -> dict[str, Coverage]:
+    """Count the teacher ids that have a match, by class of token, the largest class first.
+
+    Letters are told apart by script, as in `letters: Latin`; special tokens are a class of their own.
+    """
+    total: Counter[str] = Counter()
+    have: Counter[str] = Counter()
+    for token_id, matched in enumerate(mapping.matched.tolist()):
+        name = "special" if token_id in view_t.special else _class_of(view_t.token_bytes[token_id])
+        total[name] += 1
+        have[name] += matched
+    return {name: Coverage(have[name], count) for name, count in total.most_common()}
+
+
+def _class_of(data: bytes | None) -> str:
+    name = class_of(data)
+    if data is None or name != "letters":
+        return name
+    letter = next((char for char in data.decode() if char.isalpha()), None)
+    return f"letters: {_script(letter)}" if letter else "letters: marks alone"
+
+
+@lru_cache(maxsize=1 << 16)
+def _script(char: str) -> str:
+    """Name a letter's script by the first word of its Unicode name, which Python has where it lacks scripts.
+
+    >>> _script("z"), _script("ж"), _script("ש")
+    ('Latin', 'Cyrillic', 'Hebrew')
+    """
+    return unicodedata.name(char, "unnamed").split()[0].capitalize()
+
+
+def possible_ids(exact: VocabMap, table: NeighbourTable) -> Bool[np.ndarray, " vocab_t"]:
+    """Say which teacher ids contextual selection can pair at all: by an exact partner or a near id."""
+    possible = exact.matched | (np.diff(table.t_to_s.indptr) > 0)
+    possible[table.s_to_t.ids] = True
+    return possible
+
+
+def reachable_by_strategy(
+    exact: VocabMap, mined: VocabMap, prefix: VocabMap, table: NeighbourTable
+) -> Mapping[str, Bool[np.ndarray, " vocab_t"]]:
+    """Say for each of `MASS_STRATEGIES` which teacher ids it matches, each added to the exact partners.
+
+    For `+contextual` these are the ids that can be paired; which are depends on the student's candidates.
+    """
+    masks = (exact.matched, mined.matched, possible_ids(exact, table), prefix.matched)
+    return dict(zip(MASS_STRATEGIES, masks, strict=True))
+
+
+def mass_on(
+    matched: Bool[np.ndarray, " vocab_t"], probabilities: Float[np.ndarray, "position vocab"]
+) -> Float[np.ndarray, " position"]:
+    """Give the teacher's probability on matched ids at each position; padded columns are never matched."""
+    return np.asarray(probabilities[:, : len(matched)][:, matched].sum(1))

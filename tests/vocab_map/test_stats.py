@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+
+from cdm_toolkit.vocab_map.exact import build_exact
+from cdm_toolkit.vocab_map.mined import build_mined
+from cdm_toolkit.vocab_map.neighbours import build_neighbours
+from cdm_toolkit.vocab_map.prefix import build_prefix
+from cdm_toolkit.vocab_map.stats import (
+    Coverage,
+    coverage_by_class,
+    coverage_by_frequency,
+    coverage_by_ids,
+    mass_on,
+    possible_ids,
+    reachable_by_strategy,
+)
+
+
+def test_coverage_by_ids_frequency_and_class(toy_view):
+    tokens = [b"the", "да".encode(), b" 12", b"\n", b"?", b"", b"hat"]
+    view_t = toy_view("t", tokens, {5: "eos"})
+    mapping = build_exact(view_t, toy_view("s", [b"the", b" 12", b"hat"]))
+    assert coverage_by_ids(mapping) == Coverage(3, 7)
+    assert coverage_by_frequency(mapping, np.array([10, 5, 0, 20, 1, 0, 4])) == Coverage(14, 40)
+    by_class = coverage_by_class(mapping, view_t)
+    assert by_class == {
+        "letters: Latin": Coverage(2, 2),
+        "letters: Cyrillic": Coverage(0, 1),
+        "digits": Coverage(1, 1),
+        "blanks": Coverage(0, 1),
+        "punctuation": Coverage(0, 1),
+        "special": Coverage(0, 1),
+    }
+    assert Coverage(0, 0).share == 0
+
+
+def test_mass_by_strategy_never_falls_below_the_exact_mass(smollm2_view, mistral_view, smollm2_to_mistral):
+    exact, table = smollm2_to_mistral
+    reachable = reachable_by_strategy(
+        exact, build_mined(smollm2_view, mistral_view), build_prefix(smollm2_view, mistral_view), table
+    )
+    assert list(reachable) == ["exact", "+mined", "+contextual", "+prefix"]
+    for mask in reachable.values():
+        assert (mask >= exact.matched).all()
+    logits = np.random.default_rng(0).standard_normal((4, smollm2_view.vocab_size + 128))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    mass = {name: mass_on(mask, probabilities) for name, mask in reachable.items()}
+    assert (mass["+prefix"] > mass["+contextual"]).all()
+    assert (mass["+contextual"] > mass["exact"]).all()
+
+
+def test_possible_ids_count_both_directions(toy_view):
+    # `colour` has an exact partner; the student's `color` has none and names it as its neighbour.
+    view_t, view_s = toy_view("t", [b"colour", b"zz"]), toy_view("s", [b"colour", b"color"])
+    exact, table = build_exact(view_t, view_s), build_neighbours(view_t, view_s)
+    assert table.s_to_t.row(1)[0][0] == 0
+    assert possible_ids(exact, table).tolist() == [True, False]
