@@ -1,0 +1,123 @@
+"""Align every text of a corpus, in worker processes where that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+
+from cdm_toolkit.alignment.aligners import TextAlignment, align
+from cdm_toolkit.alignment.statistics import PairStatistics, measure, total
+from cdm_toolkit.hub.tokenizers import load_view
+from cdm_toolkit.tokdiff.changes import Change, changes
+from cdm_toolkit.tokdiff.view import TokenizerView
+
+BATCH = 64
+"""Texts that are tokenized together."""
+WORTH_A_PROCESS = 2000
+"""Texts below which a second process costs more than it saves."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TextReport:
+    """Hold what is worth knowing of one text of a corpus. `row` counts from 1."""
+
+    row: int
+    statistics: PairStatistics
+    changes_t: tuple[Change, ...]
+    changes_s: tuple[Change, ...]
+
+    @property
+    def badness(self) -> tuple[int, float]:
+        """Sort texts: those with groups that are not exact first, then those whose boundaries agree least."""
+        return -self.statistics.inexact, self.statistics.agreement
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusReport:
+    """Sum up a corpus, text by text and as a whole."""
+
+    names: tuple[str, str]
+    aligner: str
+    texts: tuple[TextReport, ...]
+    total: PairStatistics
+
+    @property
+    def exact_texts(self) -> int:
+        """Count the texts whose groups all spell the same bytes on both sides."""
+        return sum(text.statistics.inexact == 0 for text in self.texts)
+
+    def worst(self, count: int) -> list[TextReport]:
+        """List the texts that the two tokenizers cut most differently."""
+        return sorted(self.texts, key=lambda text: text.badness)[:count]
+
+
+def align_corpus(
+    view_t: TokenizerView, view_s: TokenizerView, texts: Sequence[str], *, aligner: str = "anchored"
+) -> Iterator[TextAlignment]:
+    """Align texts one after the other, tokenized in batches. Raises BadText."""
+    for begin in range(0, len(texts), BATCH):
+        batch = texts[begin : begin + BATCH]
+        for t, s in zip(view_t.encode_batch(batch), view_s.encode_batch(batch), strict=True):
+            yield TextAlignment(t, s, align(t, s, aligner=aligner))
+
+
+def report(
+    name_t: str,
+    name_s: str,
+    texts: Sequence[str],
+    *,
+    aligner: str = "anchored",
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> CorpusReport:
+    """Align and measure every text of a corpus. The result does not depend on the number of workers."""
+    slices = [
+        (begin, texts[begin : begin + WORTH_A_PROCESS // 8])
+        for begin in range(0, len(texts), WORTH_A_PROCESS // 8)
+    ]
+    work = partial(_report_slice, name_t, name_s, aligner)
+    found: list[TextReport] = []
+    if workers == 1 or len(texts) < WORTH_A_PROCESS:
+        done: Iterator[list[TextReport]] = map(work, slices)
+        found = _gathered(done, len(texts), progress)
+    else:
+        # spawn: a fork of a process whose tokenizers have run in threads can hang
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            found = _gathered(pool.map(work, slices), len(texts), progress)
+    return CorpusReport((name_t, name_s), aligner, tuple(found), total(text.statistics for text in found))
+
+
+def _gathered(parts: Iterator[list[TextReport]], texts: int, progress: Progress | None) -> list[TextReport]:
+    found: list[TextReport] = []
+    for part in parts:
+        found += part
+        if progress:
+            progress(len(found), texts)
+    return found
+
+
+def _report_slice(
+    name_t: str, name_s: str, aligner: str, part: tuple[int, Sequence[str]]
+) -> list[TextReport]:
+    begin, texts = part
+    view_t, view_s = _views(name_t, name_s)
+    return [
+        TextReport(begin + i + 1, measure(aligned), tuple(changes(aligned.t)), tuple(changes(aligned.s)))
+        for i, aligned in enumerate(align_corpus(view_t, view_s, texts, aligner=aligner))
+    ]
+
+
+_loaded: dict[str, TokenizerView] = {}
+
+
+def _views(*names: str) -> list[TokenizerView]:
+    """Load each view once a process."""
+    for name in names:
+        if name not in _loaded:
+            _loaded[name] = load_view(name)
+    return [_loaded[name] for name in names]
