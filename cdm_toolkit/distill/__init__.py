@@ -1,0 +1,1 @@
+"""Train a student on a teacher's distributions: config, data, teacher, losses, trainer."""

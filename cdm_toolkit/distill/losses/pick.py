@@ -1,0 +1,108 @@
+"""Log-probabilities of a few ids out of a large vocabulary, without a second tensor of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cdm_toolkit.distill.losses.record import TopK
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+    from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that are upcast at a time: 64 MiB in float32."""
+
+
+def _chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Give the first row and the number of rows of each chunk."""
+    step = max(1, CHUNK_ELEMENTS // max(width, 1))
+    return ((first, min(step, rows - first)) for first in range(0, rows, step))
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def values_at(
+    logits: Float[Tensor, "row vocab"], rows: Int64[Tensor, " pick"], ids: Int64[Tensor, " pick"]
+) -> Float[Tensor, " pick"]:
+    """Take logits[rows, ids]: with one flat index, as FakeTensorMode has no brackets for CUDA tensors."""
+    return logits.reshape(-1).index_select(0, rows * logits.shape[1] + ids)
+
+
+@torch.no_grad()
+def log_sum_exp(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+    """Sum the exponentials of each row, in float32 or better, a chunk of rows at a time."""
+    pieces = [_upcast(logits.narrow(0, *part)).logsumexp(-1) for part in _chunks(*logits.shape)]
+    return torch.cat(pieces) if pieces else _upcast(logits.new_zeros(0))
+
+
+@torch.no_grad()
+def top_k(
+    logits: Float[Tensor, "row vocab"],
+    k: int,
+    *,
+    real: int,
+    rows: Int64[Tensor, " group"] | None = None,
+    lse: Float[Tensor, " row"] | None = None,
+) -> TopK:
+    """Take the `k` likeliest of the first `real` ids in `rows` of the logits.
+
+    Columns from `real` on are embedding rows that no id has. Probabilities are over `lse` where it is given,
+    else over the real ids alone.
+    """
+    ids, logprobs = [], []
+    for part in _chunks(len(logits) if rows is None else len(rows), real):
+        wanted = None if rows is None else rows.narrow(0, *part)
+        chunk = logits.narrow(0, *part) if wanted is None else logits.index_select(0, wanted)
+        chunk = chunk.narrow(1, 0, real)
+        if lse is None:
+            over = _upcast(chunk).logsumexp(-1)
+        else:
+            over = lse.narrow(0, *part) if wanted is None else lse.index_select(0, wanted)
+        best, at = chunk.topk(k, dim=-1)
+        ids.append(at)
+        logprobs.append(_upcast(best) - over.unsqueeze(-1))
+    if not ids:
+        empty = logits.new_zeros(0, k)
+        return TopK(empty.long(), _upcast(empty))
+    return TopK(torch.cat(ids), torch.cat(logprobs))
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(logits)[rows, ids]: the gradient is written once, into one tensor of the logits' shape."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, lse: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, lse, rows, ids)
+        return _upcast(values_at(logits, rows, ids)) - lse.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, lse, rows, ids = ctx.saved_tensors
+        taken = torch.zeros_like(lse).index_put_((rows,), gradient, accumulate=True)
+        result = torch.empty_like(logits)
+        for part in _chunks(*logits.shape):
+            softmax = (_upcast(logits.narrow(0, *part)) - lse.narrow(0, *part).unsqueeze(-1)).exp_()
+            torch.mul(softmax, -taken.narrow(0, *part).unsqueeze(-1), out=result.narrow(0, *part))
+        return result.index_put_((rows, ids), gradient.to(result.dtype), accumulate=True), None, None, None
+
+
+def log_probs(
+    logits: Float[Tensor, "row vocab"],
+    lse: Float[Tensor, " row"],
+    rows: Int64[Tensor, " pick"],
+    ids: Int64[Tensor, " pick"],
+) -> Float[Tensor, " pick"]:
+    """Give log softmax(logits)[rows, ids], differentiable in the logits; `lse` is their `log_sum_exp`.
+
+    The logits are saved for the backward pass as they are: no float32 copy, no softmax.
+    """
+    picked: Tensor = _LogProbs.apply(logits, lse, rows, ids)
+    return picked

@@ -1,0 +1,113 @@
+"""The figures of a real pair: SmolLM2 teaches a fresh student that has Mistral's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdm_toolkit.artifacts.maps import load_or_build_neighbours
+from cdm_toolkit.distill.collate import Batch, Collator
+from cdm_toolkit.distill.data import Features, build_features, side_of
+from cdm_toolkit.distill.gather import logits_at
+from cdm_toolkit.distill.losses.cdm import CdmSettings, cdm
+from cdm_toolkit.distill.losses.record import Gathered, LossParts, TopK, objective
+from cdm_toolkit.distill.rows import Row
+from cdm_toolkit.distill.teacher import OnlineTeacher
+from cdm_toolkit.errors import SourceNotFound
+from cdm_toolkit.hub.models import load_model, new_student
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.vocab_map.contextual import PairTable
+from cdm_toolkit.vocab_map.exact import build_exact
+
+pytestmark = pytest.mark.slow
+
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both models, the loss between them, 32 rows."""
+
+    student: torch.nn.Module
+    teacher: OnlineTeacher
+    settings: CdmSettings
+    features: list[Features]
+
+    def asked(self, rows: list[Features]) -> tuple[Batch, TopK]:
+        batch = Collator()(rows)
+        return batch, self.teacher.top_k(batch)
+
+    def parts(self, batch: Batch, top: TopK) -> LossParts:
+        head = self.student.get_output_embeddings()
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        logits = logits_at(self.student, head, batch["label_at"], **inputs)
+        return cdm(Gathered(logits, batch["labels"], batch["student_rows"], None, top), self.settings)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    if not GSM8K.is_file():
+        pytest.skip(f"{GSM8K} is not here")
+    try:
+        teacher, student = load_tokenizer("smollm2"), load_tokenizer("mistral")
+        model = load_model("smollm2")
+    except SourceNotFound as error:
+        pytest.skip(str(error))
+    lines = GSM8K.read_text(encoding="utf-8").splitlines()[:32]
+    rows = [Row(i, r["question"], r["answer"]) for i, r in enumerate(map(json.loads, lines), 1)]
+    features, counts = build_features(rows, side_of(student), side_of(teacher))
+    assert counts.trained == 32
+    exact = build_exact(teacher.view, student.view)
+    near = load_or_build_neighbours(teacher.view, student.view, theta=0.3)
+    settings = CdmSettings(
+        table=PairTable.from_tables(exact, near),
+        exact=torch.from_numpy(exact.dense()),
+        vocab_s=student.view.vocab_size,
+        top_k=100,
+        temperature=1.0,
+        rest_bucket=True,
+    )
+    fresh = new_student(student, "10m", tmp_path_factory.mktemp("students") / "s")
+    return Pair(fresh, OnlineTeacher(model, vocab_t=teacher.view.vocab_size, k=100), settings, features)
+
+
+def test_kd_alone_moves_the_student_and_only_the_student(pair: Pair) -> None:
+    for first in range(0, 32, 16):
+        batch, top = pair.asked(pair.features[first : first + 4])
+        parts = pair.parts(batch, top)
+        pair.student.zero_grad()
+        parts.kd.backward()
+        gradients = [p.grad for p in pair.student.parameters()]
+        assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+        assert all(p.grad is None for p in pair.teacher.model.parameters())
+        positions = sum(batch["groups"])
+        assert parts.matched_mass.item() / positions > 0.9
+
+
+def test_a_batch_of_4_is_four_batches_of_1(pair: Pair) -> None:
+    rows = pair.features[4:8]
+    with torch.no_grad():
+        batch, top = pair.asked(rows)
+        totals = {"alpha": 0.5, "tokens": len(batch["labels"]), "positions": sum(batch["groups"])}
+        joined = pair.parts(batch, top)
+        singles = [pair.parts(*pair.asked([row])) for row in rows]
+    apart = sum(objective(parts, **totals) for parts in singles)
+    assert apart.item() == pytest.approx(objective(joined, **totals).item(), abs=1e-5)
+    for name, count in (("ce", "tokens"), ("kd", "positions")):
+        mean = sum(getattr(parts, name) for parts in singles) / totals[count]
+        assert mean.item() == pytest.approx(getattr(joined, name).item() / totals[count], abs=1e-5)
+
+
+def test_only_the_rest_or_exact_pairs_teach_a_fresh_student(pair: Pair) -> None:
+    """What the option `exact_always` is for: a fresh student's top k are as good as random."""
+    batch, top = pair.asked(pair.features[:2])
+    with torch.no_grad():
+        always = pair.parts(batch, top)
+        among_top_k = replace(pair, settings=replace(pair.settings, exact=None)).parts(batch, top)
+    positions = sum(batch["groups"])
+    assert always.matched_mass.item() / positions > 0.9
+    assert among_top_k.matched_mass.item() / positions < 0.2
