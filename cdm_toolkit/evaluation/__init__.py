@@ -1,0 +1,1 @@
+"""Score a model: GSM8K, HumanEval, instruction following, bits per byte."""

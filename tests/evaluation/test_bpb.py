@@ -1,0 +1,214 @@
+"""Bits per byte against what a person would compute by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cdm_toolkit.errors import BadOption, BadRow, CdmError, FileProblem, NoData, VocabularyTooSmall
+from cdm_toolkit.evaluation.bpb import Passage, passage_bits
+from cdm_toolkit.evaluation.run import Ask, Subject, open_suite, start_token
+from cdm_toolkit.samples import sample_path
+
+MakeSubject = Callable[..., Subject]
+
+TEXTS = (
+    "Ada buys 3 pens at 2 dollars each.",
+    "x",
+    "Zażółć gęślą jaźń 你好 👩‍👩‍👧 naïve",
+    "Each of the 13 rows of a circus has 22 seats.\nTickets are 6 dollars, and all but 31 are sold. " * 3,
+)
+
+
+def by_hand(subject: Subject, text: str, given: int = 0) -> float:
+    """Sum -log2 p(token | all before) over the tokens that end after `given` bytes, in one pass."""
+    tokenizer = subject.tokenizer
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = [start_token(tokenizer), *encoding.input_ids]
+    with torch.no_grad():
+        logits = subject.model(torch.tensor([ids])).logits[0].double()
+    surprise = -torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])] / math.log(2)
+    ends = [len(text[:end].encode()) for _, end in encoding.offset_mapping]
+    return sum(bits for bits, end in zip(surprise.tolist(), ends, strict=True) if end > given)
+
+
+def test_equals_the_computation_by_hand(subject: Subject) -> None:
+    measured = passage_bits(subject, [Passage(text) for text in TEXTS])
+    expected = [by_hand(subject, text) for text in TEXTS]
+    assert measured.bits.tolist() == pytest.approx(expected, rel=1e-5)
+    assert measured.value == pytest.approx(
+        sum(expected) / sum(len(text.encode()) for text in TEXTS), abs=1e-4
+    )
+    assert measured.changed_bytes == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+@pytest.mark.parametrize(("window", "stride"), [(1024, 512), (1024, 1), (300, 300)])
+def test_does_not_depend_on_batch_size_or_stride(
+    subject: Subject, batch_size: int, window: int, stride: int
+) -> None:
+    passages = [Passage(text) for text in TEXTS]
+    measured = passage_bits(subject, passages, window=window, stride=stride, batch_size=batch_size)
+    assert measured.bits.tolist() == pytest.approx(passage_bits(subject, passages).bits.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 8), (16, 5), (7, 1), (2, 1)])
+def test_a_long_text_is_read_in_windows_that_score_each_token_once(
+    subject: Subject, window: int, stride: int
+) -> None:
+    text = TEXTS[-1]
+    ids = [start_token(subject.tokenizer), *subject.tokenizer(text, add_special_tokens=False).input_ids]
+    expected, scored = 0.0, 0
+    for begin in range(0, len(ids) - 1, stride):  # one window after the other, each new target once
+        seen = ids[begin : begin + window]
+        with torch.no_grad():
+            log_p = torch.log_softmax(subject.model(torch.tensor([seen])).logits[0].double(), -1)
+        for place in range(len(seen)):
+            target = begin + place + 1
+            if scored < target < len(ids):
+                expected -= float(log_p[place, ids[target]]) / math.log(2)
+                scored = target
+    assert scored == len(ids) - 1
+    measured = passage_bits(subject, [Passage(text)], window=window, stride=stride, batch_size=3)
+    assert measured.bits[0] == pytest.approx(expected, rel=1e-5)
+    assert measured.windows > 1
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(make: MakeSubject) -> None:
+    short = make(positions=16)
+    measured = passage_bits(short, [Passage(TEXTS[-1])], stride=8)
+    assert measured.bits[0] == pytest.approx(
+        passage_bits(short, [Passage(TEXTS[-1])], window=16, stride=8).bits[0]
+    )
+    with pytest.raises(BadOption, match="1 to 16"):
+        passage_bits(short, [Passage("a")], stride=17)
+
+
+def test_a_given_prompt_is_context_only(subject: Subject) -> None:
+    prompt, completion = "How many pens does Ada buy?\n", "Ada buys 3 * 4 = 12 pens.\n#### 12"
+    given = len(prompt.encode())
+    measured = passage_bits(subject, [Passage(prompt + completion, given), Passage(prompt + completion)])
+    assert measured.bits.tolist() == pytest.approx(
+        [by_hand(subject, prompt + completion, given), by_hand(subject, prompt + completion)], rel=1e-5
+    )
+    assert measured.scored_bytes.tolist() == [len(completion), given + len(completion)]
+    assert measured.bits[0] < measured.bits[1]
+
+
+def test_a_uniform_model_pays_the_same_for_each_token(make: MakeSubject) -> None:
+    """Whatever stands before the first token, nothing is free: with no start token it is charged as well."""
+    for bos, eos in (("<s>", "</s>"), (None, "</s>"), (None, None)):
+        uniform = make(bos=bos, eos=eos)
+        torch.nn.init.zeros_(uniform.model.lm_head.weight)
+        tokens = [len(uniform.tokenizer(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        measured = passage_bits(uniform, [Passage(text) for text in TEXTS])
+        expected = [n * math.log2(uniform.view.vocab_size) for n in tokens]
+        assert measured.bits.tolist() == pytest.approx(expected, rel=1e-6), (bos, eos)
+
+
+def test_standard_error_is_that_of_a_ratio(subject: Subject) -> None:
+    passages = [Passage(text) for text in TEXTS]
+    measured = passage_bits(subject, passages)
+    left_out = [passage_bits(subject, passages[:i] + passages[i + 1 :]).value for i in range(len(passages))]
+    n, mean = len(left_out), sum(left_out) / len(left_out)
+    jackknife = math.sqrt((n - 1) / n * sum((value - mean) ** 2 for value in left_out))
+    assert measured.stderr == pytest.approx(jackknife, rel=0.7)  # two estimates of one thing, from four texts
+    assert passage_bits(subject, passages[:1]).stderr is None
+
+
+def test_a_model_that_is_broken_or_too_small_is_named(make: MakeSubject) -> None:
+    broken = make()
+    broken.model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(CdmError, match="tiny gives text 1 a likelihood that is not a number"):
+        passage_bits(broken, [Passage("a")])
+    small = make()
+    small.model.resize_token_embeddings(100)
+    with pytest.raises(VocabularyTooSmall, match="100 embedding rows"):
+        passage_bits(small, [Passage(TEXTS[2])])
+
+
+def test_the_suite_scores_rows_of_all_kinds(subject: Subject, tmp_path: Path) -> None:
+    rows = [
+        {"question": "q?", "answer": "a 1\n#### 1"},
+        {"prompt": "p", "completion": "c"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        {"text": "plain"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (result,) = [open_suite("bpb", Ask(data=path)).score(subject, batch_size=2, progress=None)]
+    texts = ["q?\na 1\n#### 1", "p\nc", "hi\nho", "plain"]
+    score = result.scores[0]
+    assert (score.n, score.higher_is_better, result.model) == (4, False, "tiny")
+    assert score.value == pytest.approx(
+        sum(by_hand(subject, text) for text in texts) / sum(map(len, texts)), rel=1e-5
+    )
+
+
+def test_the_suite_scores_plain_text_and_says_when_it_needs_windows(subject: Subject, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text(TEXTS[-1] * 30)
+    seen: list[tuple[int, int]] = []
+    result = open_suite("bpb", Ask(data=path)).score(
+        subject, batch_size=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert result.scores[0].n == 1
+    assert result.scores[0].stderr is None
+    assert "context of at most 1024 tokens" in result.notes[0]
+    assert seen[-1][0] == seen[-1][1] > 1
+
+
+def test_a_lossy_tokenizer_is_said(make: MakeSubject) -> None:
+    from tokenizers import normalizers
+
+    from cdm_toolkit.tokdiff.view import make_view
+
+    plain = make()
+    plain.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    lossy = Subject(
+        "lossy", plain.model, plain.tokenizer, make_view("lossy", plain.tokenizer.backend_tokenizer)
+    )
+    assert passage_bits(lossy, [Passage("Ada has 3 Pens")]).changed_bytes > 0
+
+
+def test_the_suite_refuses_what_it_cannot_score(tmp_path: Path) -> None:
+    with pytest.raises(NoData, match=r"no data for the suite 'bpb', tried --data: not given; .* --data FILE"):
+        open_suite("bpb")
+    with pytest.raises(FileProblem, match="no such file"):
+        open_suite("bpb", Ask(data=tmp_path / "none.jsonl"))
+    with pytest.raises(FileProblem, match=r"[Nn]o such file"):
+        open_suite("bpb", Ask(data=tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(FileProblem, match="it is empty"):
+        open_suite("bpb", Ask(data=tmp_path / "empty.txt"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"words": "b"}\n')
+    with pytest.raises(BadRow, match="row 2: it has words"):
+        open_suite("bpb", Ask(data=tmp_path / "bad.jsonl"))
+    (tmp_path / "blank.jsonl").write_text('{"text": "a"}\n{"text": ""}\n')
+    with pytest.raises(BadRow, match="row 2: has no text to score"):
+        open_suite("bpb", Ask(data=tmp_path / "blank.jsonl"))
+    with pytest.raises(BadOption, match="--limit is 0"):
+        open_suite("quickstart", Ask(limit=0))
+
+
+@pytest.mark.slow
+def test_smollm2_equals_the_computation_by_hand() -> None:
+    from cdm_toolkit.evaluation.run import load_subject
+
+    try:
+        smollm2 = load_subject("smollm2")
+    except CdmError as error:
+        pytest.skip(f"no SmolLM2 here: {error}")
+    rows = [json.loads(line) for line in sample_path("heldout").read_text(encoding="utf-8").splitlines()[:6]]
+    texts = [f"{row['question']}\n{row['answer']}" for row in rows]
+    value = sum(by_hand(smollm2, text) for text in texts) / sum(len(text.encode()) for text in texts)
+    for batch_size, stride in ((1, 512), (4, 1), (6, 1024)):
+        measured = passage_bits(
+            smollm2, [Passage(text) for text in texts], batch_size=batch_size, stride=stride
+        )
+        assert measured.value == pytest.approx(value, abs=1e-4)
