@@ -1,0 +1,54 @@
+"""The command line `cdm`: parse, call, render. The only user of typer and rich."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 2 with one line on stderr for a user's mistake."""
+    # Progress bars and advice of other libraries would mix with ours; a person's own setting wins.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+    import typer
+
+    from cdm_toolkit.cli.app import app
+    from cdm_toolkit.errors import CdmError, FileProblem
+
+    # typer carries click inside or beside it, by version: its usage error is the base of BadParameter.
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(args=args, prog_name="cdm", standalone_mode=False)
+        sys.stdout.flush()
+    except CdmError as error:
+        return _fail(str(error))
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "cdm"
+        return _fail(f"{error.format_message()} See: {where} --help")  # type: ignore[attr-defined]
+    except BrokenPipeError:
+        # The reader went away, as `head` does. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        return _fail(str(FileProblem(error.filename or "output", error.strerror or str(error))))
+    except (KeyboardInterrupt, typer.Abort):
+        print("cdm: stopped", file=sys.stderr)
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"cdm: error: {message}", file=sys.stderr)
+    return 2
+
+
+def entry() -> None:
+    """Entry point of the installed `cdm` script."""
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""`cdm align`: see how two tokenizers cut one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cdm_toolkit.cli import options
+
+if TYPE_CHECKING:
+    from cdm_toolkit.alignment.aligners import TextAlignment
+    from cdm_toolkit.hub.corpus import CorpusReport
+    from cdm_toolkit.tokdiff.spans import TokenSpans
+
+CorpusFile = Annotated[Path, typer.Argument(help="A JSONL file, or a text file with one text a line.")]
+
+app = typer.Typer(
+    no_args_is_help=True, help="See how two tokenizers cut one text, and which tokens belong together."
+)
+
+
+@app.command()
+def show(
+    t1: options.FirstTokenizer,
+    t2: options.SecondTokenizer,
+    text: Annotated[
+        str | None, typer.Argument(help="The text to align. With --chat: messages as JSON.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Align each line of a text file, or each row of a JSONL file, instead."),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Render messages with each side's own chat template, and align these."),
+    ] = False,
+    aligner: options.Aligner = "anchored",
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Let each tokenizer add its own, such as a begin-of-text token."
+        ),
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the drawing as a page for a browser.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the drawing as a picture.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Draw the tokens of both tokenizers in two rows, with the groups that tie them.
+
+    Example: cdm align show "Tokens don't match 1:1" --t1 llama3 --t2 qwen2
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.cli.page import alignment_page, alignment_svg, write_page
+    from cdm_toolkit.cli.rows import draw_rows
+
+    if (text is None) == (file is None):
+        raise typer.BadParameter("give a text, or --file, and not both.")
+    aligned = (
+        _aligned_chats(t1, t2, text, file)
+        if chat
+        else _aligned_texts(t1, t2, text, file, aligner, special_tokens)
+    )
+    if svg and len(aligned) != 1:
+        raise typer.BadParameter(f"a picture holds one text, and the file has {len(aligned)}; use --html.")
+    if html:
+        write_page(html, alignment_page(aligned, source=str(file) if file else "one text"))
+        screen.say(f"wrote {html}")
+    if svg:
+        write_page(svg, alignment_svg(aligned[0]))
+        screen.say(f"wrote {svg}")
+    if as_json:
+        for each in aligned:
+            screen.print_json(alignment_record(each))
+    elif not html and not svg:
+        console = screen.out()
+        for each in aligned:
+            for line in draw_rows(each, width=console.width):
+                console.print(line, no_wrap=True, overflow="ignore", crop=False)
+            console.print(_summary(each), markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    file: CorpusFile,
+    t1: options.FirstTokenizer,
+    t2: options.SecondTokenizer,
+    aligner: options.Aligner = "anchored",
+    worst: Annotated[int, typer.Option(help="How many of the worst texts to list.", min=0)] = 5,
+    workers: options.Workers = 2,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page for a browser.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Sum up how two tokenizers cut a corpus: kinds of groups, agreement, bytes that changed, worst texts.
+
+    Example: cdm align report gsm8k_test.jsonl --t1 llama3 --t2 qwen2
+    """
+    from cdm_toolkit.cli import report as rendering
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.cli.page import write_page
+
+    texts = read_corpus(file)
+    found = run_report(t1, t2, texts, aligner=aligner, workers=workers)
+    if html:
+        write_page(html, rendering.report_page(found, texts, source=str(file), worst=worst))
+        screen.say(f"wrote {html}")
+    if as_json:
+        screen.print_json(rendering.report_record(found, worst=worst))
+    else:
+        rendering.print_report(found, texts, worst=worst)
+
+
+@app.command()
+def export(
+    file: CorpusFile,
+    t1: options.FirstTokenizer,
+    t2: options.SecondTokenizer,
+    output: options.OutputFolder,
+    aligner: options.Aligner = "anchored",
+    file_format: Annotated[str, typer.Option("--format", help="parquet or arrow.")] = "parquet",
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Write the tokens and groups of every text of a corpus as a table, for use elsewhere.
+
+    Example: cdm align export gsm8k_test.jsonl --t1 llama3 --t2 qwen2 -o aligned
+    """
+    from cdm_toolkit.artifacts.alignments import write_alignments
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.corpus import align_corpus
+    from cdm_toolkit.hub.tokenizers import load_view
+
+    texts = read_corpus(file)
+    view_t, view_s = load_view(t1), load_view(t2)
+    with screen.progress() as bar:
+        task = bar.add_task("aligning", total=len(texts), note="")
+        written = write_alignments(
+            output,
+            bar.track(align_corpus(view_t, view_s, texts, aligner=aligner), task_id=task, total=len(texts)),
+            sides=(view_t, view_s),
+            aligner=aligner,
+            file_format=file_format,
+            overwrite=overwrite,
+        )
+    screen.out().print(f"{written}: {len(texts):,} texts", markup=False, soft_wrap=True)
+
+
+def read_corpus(file: Path) -> list[str]:
+    """Read the texts of a corpus: the rows of a JSONL file, else the lines of a text file."""
+    from cdm_toolkit.distill.rows import read_rows
+    from cdm_toolkit.errors import FileProblem
+
+    if file.suffix in (".jsonl", ".json"):
+        return [row.text for row in read_rows(file)]
+    try:
+        content = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileProblem(file, f"is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
+    lines = content.removesuffix("\n").split("\n")
+    if not any(lines):
+        raise FileProblem(file, "is empty", "give a file with one text a line")
+    return lines
+
+
+def run_report(t1: str, t2: str, texts: Sequence[str], *, aligner: str, workers: int) -> CorpusReport:
+    """Report on a corpus under a progress bar."""
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub import corpus
+
+    with screen.progress() as bar:
+        task = bar.add_task("aligning", total=len(texts), note="")
+        return corpus.report(
+            t1,
+            t2,
+            texts,
+            aligner=aligner,
+            workers=workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _aligned_texts(
+    t1: str, t2: str, text: str | None, file: Path | None, aligner: str, special_tokens: bool
+) -> list[TextAlignment]:
+    from cdm_toolkit.alignment.aligners import align_text, require_known
+    from cdm_toolkit.hub.tokenizers import load_view
+
+    require_known(aligner)
+    texts = read_corpus(file) if file else [text or ""]
+    view_t, view_s = load_view(t1), load_view(t2)
+    return [
+        align_text(view_t, view_s, each, aligner=aligner, add_special_tokens=special_tokens) for each in texts
+    ]
+
+
+def _aligned_chats(t1: str, t2: str, text: str | None, file: Path | None) -> list[TextAlignment]:
+    from cdm_toolkit.distill.rows import parse_messages, read_messages
+    from cdm_toolkit.hub.chat import align_chat
+    from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+    chats = read_messages(file) if file else [parse_messages(text or "")]
+    loaded_t, loaded_s = load_tokenizer(t1), load_tokenizer(t2)
+    return [align_chat(loaded_t, loaded_s, messages) for messages in chats]
+
+
+def _summary(aligned: TextAlignment) -> str:
+    counts = aligned.alignment.kind_counts()
+    kinds = ", ".join(f"{count} × {kind}" for kind, count in counts.items() if count)
+    inexact = len(aligned.alignment) - int(aligned.alignment.exact.sum())
+    spelled = "all exact" if inexact == 0 else f"{inexact} not exact"
+    return (
+        f"{len(aligned.t.ids)} and {len(aligned.s.ids)} tokens in {len(aligned.alignment)} groups"
+        f"{f' ({kinds})' if kinds else ''}, {spelled}"
+    )
+
+
+def alignment_record(aligned: TextAlignment) -> dict[str, Any]:
+    """Return an alignment as plain data: tokens of both sides with byte spans, groups as half-open token ranges."""
+    return {
+        "t1": _side_record(aligned.t),
+        "t2": _side_record(aligned.s),
+        "groups": [
+            {"t1": [g.t0, g.t1], "t2": [g.s0, g.s1], "kind": g.kind, "exact": g.exact}
+            for g in aligned.alignment
+        ],
+    }
+
+
+def _side_record(spans: TokenSpans) -> dict[str, Any]:
+    columns = zip(
+        spans.ids.tolist(), spans.start.tolist(), spans.end.tolist(), spans.special.tolist(), strict=True
+    )
+    return {
+        "name": spans.view.name,
+        "tokens": [
+            {"id": i, "text": spans.view.token_text(i), "start": start, "end": end, "special": special}
+            for i, start, end, special in columns
+        ],
+    }

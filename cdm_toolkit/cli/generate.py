@@ -1,0 +1,35 @@
+"""`cdm generate`: read one answer of a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cdm_toolkit.cli import options
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Annotated[str, typer.Option(help="An alias, a folder or a hub id.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at the most.")] = 128,
+    device: options.Device = "cpu",
+    as_json: options.AsJson = False,
+) -> None:
+    """Continue a prompt greedily, to read what a model has learned.
+
+    Example: cdm generate "Mia has 3 boxes of 12 pens. How many pens?" --model out
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.errors import BadOption
+    from cdm_toolkit.evaluation.generate import generate as write
+    from cdm_toolkit.evaluation.run import load_subject
+
+    if max_new_tokens < 1:
+        raise BadOption("--max-new-tokens", max_new_tokens, "a number of at least 1")
+    subject = load_subject(model, device)
+    answer = write(subject.model, subject.tokenizer, prompt, max_new_tokens=max_new_tokens)
+    if as_json:
+        screen.print_json({"model": model, "prompt": prompt, "answer": answer})
+        return
+    screen.out().print(answer, markup=False, soft_wrap=True)

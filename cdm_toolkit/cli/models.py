@@ -1,0 +1,60 @@
+"""`cdm models`: what can be named, and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cdm_toolkit.cli import options
+
+app = typer.Typer(
+    no_args_is_help=True, help="List the names that every command knows, and fetch what they stand for."
+)
+
+
+@app.command("list")
+def list_models(as_json: options.AsJson = False) -> None:
+    """List each alias: where it would come from, its licence, and whether it is here already.
+
+    A path of a local folder or a hub id can stand wherever an alias can.
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.resolve import list_aliases
+
+    statuses = list_aliases()
+    if as_json:
+        screen.print_json([asdict(status) for status in statuses])
+        return
+    shown = screen.table(None, "alias", "what", "source", "licence", "here")
+    for status in statuses:
+        what = "tokenizer and weights" if status.weights else "tokenizer"
+        shown.add_row(status.alias, what, status.source, status.licence, "yes" if status.here else "no")
+    screen.out().print(shown)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Aliases or hub ids.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Fetch what names stand for into the cache, and convert it for quick loading.
+
+    Example: cdm models fetch smollm2 mistral
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.models import model_folder
+    from cdm_toolkit.hub.resolve import list_aliases, resolve
+
+    with_weights = {status.alias for status in list_aliases() if status.weights}
+    fetched = []
+    for name in names:
+        with screen.err().status(f"{name}: fetching"):
+            found = resolve(name)
+            folder = model_folder(name) if name in with_weights else found.folder
+        fetched.append({"name": name, "origin": found.origin, "folder": str(folder)})
+        came = "here already" if found.origin in ("cache", "local") else f"from the {found.origin}"
+        screen.say(f"{name}: {came}, in {folder}")
+    if as_json:
+        screen.print_json(fetched)

@@ -1,0 +1,24 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FirstTokenizer = Annotated[
+    str, typer.Option("--t1", help="First tokenizer: an alias (cdm models list), a folder or a hub id.")
+]
+SecondTokenizer = Annotated[str, typer.Option("--t2", help="Second tokenizer, likewise.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, or cuda:1 and so on.")]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Aligner = Annotated[str, typer.Option(help="anchored (exact), bytes, entropy-dtw (the paper's) or dtw.")]
+Workers = Annotated[int, typer.Option(help="Processes that share the work.", min=1)]
+Teacher = Annotated[
+    str, typer.Option("--t1", help="The teacher's tokenizer: an alias, a folder or a hub id.")
+]
+Student = Annotated[str, typer.Option("--t2", help="The student's tokenizer, likewise.")]

@@ -1,0 +1,150 @@
+"""The report of `cdm align report`: on a terminal, as data, as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cdm_toolkit.cli.visible import visible
+from cdm_toolkit.hub.corpus import CorpusReport, TextReport
+from cdm_toolkit.tokdiff.changes import Change
+
+SHOWN = 70  # characters of a text, and changes of a tokenizer, that a report quotes
+CHANGES = 5
+
+
+def print_report(found: CorpusReport, texts: Sequence[str], *, worst: int) -> None:
+    """Print the report as tables."""
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.cli.tokenizer import print_statistics
+
+    console = screen.out()
+    print_statistics(*found.names, found.total)
+    console.print(_verdict(found), markup=False, soft_wrap=True)
+    for line in _change_lines(found):
+        console.print(line, markup=False, soft_wrap=True)
+    rows = _worst_rows(found, texts, worst)
+    if rows:
+        shown = screen.table("Texts cut most differently", *_WORST, right=_WORST[:-1])
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown, markup=False)
+
+
+_WORST = ("row", "groups not exact", "boundaries agree", "tokens", "text")
+
+
+def _verdict(found: CorpusReport) -> str:
+    inexact = f", {found.total.inexact:,} groups not exact" if found.total.inexact else ""
+    return (
+        f"{found.exact_texts:,} of {found.total.texts:,} texts are aligned exactly by {found.aligner}: both sides "
+        f"of every group spell the same bytes{inexact}."
+    )
+
+
+def _change_lines(found: CorpusReport) -> list[str]:
+    lines = []
+    for name, changes in zip(found.names, _changes(found), strict=True):
+        if changes:
+            quoted = "; ".join(
+                f"row {row}, byte {change.start}: {_arrow(change)}" for row, change in changes[:CHANGES]
+            )
+            more = f"; and {len(changes) - CHANGES} more" if len(changes) > CHANGES else ""
+            lines.append(f"{name} changes the text in {len(changes):,} places: {quoted}{more}")
+    return lines
+
+
+def _changes(found: CorpusReport) -> tuple[list[tuple[int, Change]], list[tuple[int, Change]]]:
+    return (
+        [(text.row, change) for text in found.texts for change in text.changes_t],
+        [(text.row, change) for text in found.texts for change in text.changes_s],
+    )
+
+
+def _arrow(change: Change) -> str:
+    return f"{visible(change.text)} → {visible(change.spelled)}"
+
+
+def _worst_rows(found: CorpusReport, texts: Sequence[str], count: int) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{text.row}",
+            f"{text.statistics.inexact}",
+            f"{text.statistics.agreement:.1%}",
+            f"{text.statistics.total.tokens_t} / {text.statistics.total.tokens_s}",
+            _quoted(texts[text.row - 1]),
+        )
+        for text in found.worst(count)
+    ]
+
+
+def _quoted(text: str) -> str:
+    shown = visible(text[:SHOWN].encode()).replace("␣", " ")
+    return shown + ("…" if len(text) > SHOWN else "")
+
+
+def report_record(found: CorpusReport, *, worst: int) -> dict[str, Any]:
+    """Return the report as plain data. Bytes are in hexadecimal."""
+    from cdm_toolkit.cli.tokenizer import statistics_record
+
+    def change(row: int, changed: Change) -> dict[str, Any]:
+        return {"row": row, **asdict(changed), "text": changed.text.hex(), "spelled": changed.spelled.hex()}
+
+    def text(each: TextReport) -> dict[str, Any]:
+        statistics = each.statistics
+        return {"row": each.row, "inexact_groups": statistics.inexact, "agreement": statistics.agreement}
+
+    changes_t, changes_s = _changes(found)
+    return {
+        "t1": found.names[0],
+        "t2": found.names[1],
+        "aligner": found.aligner,
+        "exact_texts": found.exact_texts,
+        **statistics_record(found.total),
+        "changes": {"t1": [change(*each) for each in changes_t], "t2": [change(*each) for each in changes_s]},
+        "worst": [text(each) for each in found.worst(worst)],
+    }
+
+
+def report_page(found: CorpusReport, texts: Sequence[str], *, source: str, worst: int) -> str:
+    """Draw the report as one self-contained page."""
+    from html import escape
+
+    from cdm_toolkit.cli.page import KIND_COLOURS, bar_chart, html_page, html_table
+
+    total = found.total.total
+    kinds = [kind for kind in KIND_COLOURS if kind != "unmatched"]
+    bars = [
+        (kind, total.share(kind), f"{total.share(kind):.1%} ({total.kinds.get(kind, 0):,})") for kind in kinds
+    ]
+    classes = sorted(found.total.classes.items(), key=lambda item: -item[1].bytes)
+    rows = [
+        (
+            name,
+            f"{tally.bytes:,}",
+            *(f"{figure:.2f}" for figure in tally.bytes_per_token),
+            *(f"{tally.share(kind):.1%}" for kind in kinds),
+        )
+        for name, tally in [*classes, ("all", total)]
+    ]
+    columns = ("class", "bytes", *(f"bytes a token, {name}" for name in found.names), *kinds)
+    lengths = [
+        (name, figure, f"{figure:.2f}")
+        for name, figure in zip(found.names, total.bytes_per_token, strict=True)
+    ]
+    parts = [
+        f"<p>{escape(_verdict(found))} Boundaries agree {found.total.agreement:.1%}.</p>",
+        bar_chart("Groups by kind", bars, colours=[KIND_COLOURS[kind] for kind in kinds], unit="share"),
+        bar_chart("Bytes a token", lengths, colours=["#56606b"]),
+        "<h2>By class of text</h2>",
+        html_table(columns, rows, figures=range(1, len(columns))),
+        *(f"<p>{escape(line)}</p>" for line in _change_lines(found)),
+        "<h2>Texts cut most differently</h2>",
+        html_table(_WORST, _worst_rows(found, texts, worst), figures=range(4)),
+    ]
+    return html_page(
+        f"{found.names[0]} and {found.names[1]} on {source}",
+        f"{found.total.texts:,} texts, {total.bytes:,} bytes, {total.tokens_t:,} and {total.tokens_s:,} tokens",
+        "\n".join(parts),
+    )

@@ -1,0 +1,76 @@
+"""The two streams: results on stdout, progress and chatter on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+PLAIN_WIDTH = 120
+"""Columns to fill where the output is no terminal, so that a table in a file is whole."""
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+def out() -> Console:
+    """Return the console for results."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """Return the console for progress and chatter."""
+    return _console(stderr=True)
+
+
+def say(message: str) -> None:
+    """Print one line of chatter."""
+    err().print(message, style="dim", markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Print one warning."""
+    err().print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+def print_json(answer: Any) -> None:
+    """Print an answer as JSON, on one line, in UTF-8."""
+    print(json.dumps(answer, ensure_ascii=False))  # noqa: T201
+
+
+def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    """Make a table whose `right` columns are figures."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def progress() -> Progress:
+    """Make a progress display on stderr that leaves nothing behind, and draws nothing where that is a file."""
+    console = err()
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

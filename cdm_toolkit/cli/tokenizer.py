@@ -1,0 +1,227 @@
+"""`cdm tokenizer`: what a tokenizer is, and how two differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cdm_toolkit.cli import options
+
+if TYPE_CHECKING:
+    from cdm_toolkit.alignment.statistics import PairStatistics, Tally
+    from cdm_toolkit.tokdiff.diff import Side, TokenizerDiff
+    from cdm_toolkit.tokdiff.view import TokenizerView
+
+app = typer.Typer(no_args_is_help=True, help="See what a tokenizer is, and how two differ.")
+
+
+@app.command("list")
+def list_tokenizers(as_json: options.AsJson = False) -> None:
+    """List the tokenizers that are here, with their families and sizes. Fetches nothing."""
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.resolve import list_aliases
+    from cdm_toolkit.hub.tokenizers import load_view
+
+    statuses = list_aliases()
+    views = {status.alias: load_view(status.alias) for status in statuses if status.here}
+    if as_json:
+        screen.print_json(
+            [
+                {"alias": s.alias, "here": s.here, "source": s.source}
+                | ({"size": views[s.alias].vocab_size, "family": views[s.alias].family} if s.here else {})
+                for s in statuses
+            ]
+        )
+        return
+    shown = screen.table(None, "alias", "ids", "family", "fingerprint", right=("ids",))
+    for status in statuses:
+        view = views.get(status.alias)
+        if view:
+            shown.add_row(status.alias, f"{view.vocab_size:,}", view.family, view.fingerprint[:8])
+        else:
+            shown.add_row(status.alias, "", f"not here: {status.source}", "")
+    screen.out().print(shown)
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="An alias, a folder or a hub id.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Show a tokenizer's family, size, normalisers, special tokens by role and longest tokens.
+
+    Example: cdm tokenizer info qwen2
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.tokenizers import load_view
+    from cdm_toolkit.tokdiff.diff import diff
+
+    view = load_view(name)
+    side = diff(view, view).a
+    if as_json:
+        screen.print_json(_side_record(view, side))
+        return
+    shown = screen.table(None, "what", name)
+    for what, fact in _facts(side):
+        shown.add_row(what, fact)
+    shown.add_row("special tokens", _specials(side))
+    shown.add_row("longest tokens", _longest(view, side))
+    screen.out().print(shown, markup=False)
+
+
+@app.command("diff")
+def compare(
+    a: Annotated[str, typer.Argument(help="An alias, a folder or a hub id.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="JSONL or text file: compare also how the two cut its texts.")
+    ] = None,
+    workers: options.Workers = 1,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare two tokenizers: shared ids by bytes, moved ids, special tokens by role, longest tokens.
+
+    Example: cdm tokenizer diff llama3 qwen2 --corpus gsm8k_test.jsonl
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.cli.align import read_corpus, run_report
+    from cdm_toolkit.hub.tokenizers import load_view
+    from cdm_toolkit.tokdiff.diff import diff
+
+    view_a, view_b = load_view(a), load_view(b)
+    found = diff(view_a, view_b)
+    measured = (
+        run_report(a, b, read_corpus(corpus), aligner="anchored", workers=workers).total if corpus else None
+    )
+    if as_json:
+        screen.print_json(_diff_record(view_a, view_b, found, measured))
+        return
+    _print_diff(view_a, view_b, found)
+    if measured:
+        print_statistics(a, b, measured)
+
+
+def _facts(side: Side) -> list[tuple[str, str]]:
+    scheme = side.scheme
+    return [
+        ("family", side.family),
+        ("ids", f"{side.size:,}, of which {side.without_bytes:,} special or unused"),
+        ("normalizers", ", ".join(scheme.normalizers) or "none"),
+        ("prefix", "puts a blank before a text" if scheme.dummy_prefix else "none"),
+        ("fingerprint", side.fingerprint[:16]),
+    ]
+
+
+def _specials(side: Side) -> str:
+    return "\n".join(
+        f"{role}: {', '.join(f'{special.content} ({special.id})' for special in specials[:4])}"
+        f"{f' and {len(specials) - 4} more' if len(specials) > 4 else ''}"
+        for role, specials in side.special_by_role.items()
+    )
+
+
+def _longest(view: TokenizerView, side: Side) -> str:
+    from cdm_toolkit.cli.visible import token_label
+
+    shown = []
+    for token_id in side.longest[:5]:
+        data = view.token_bytes[token_id] or b""
+        label = token_label(view, token_id)
+        shown.append(f"{len(data)} bytes: {label if len(label) <= 24 else label[:24] + '…'} ({token_id})")
+    return "\n".join(shown)
+
+
+def _print_diff(view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDiff) -> None:
+    from cdm_toolkit.cli import screen
+
+    console = screen.out()
+    if found.same:
+        console.print(
+            f"{found.a.name} and {found.b.name} are the same tokenizer.", markup=False, soft_wrap=True
+        )
+    sides = screen.table(None, "what", found.a.name, found.b.name)
+    for (what, fact_a), (_, fact_b) in zip(_facts(found.a), _facts(found.b), strict=True):
+        sides.add_row(what, fact_a, fact_b)
+    sides.add_row("tokens the other has not", f"{found.a.only_here:,}", f"{found.b.only_here:,}")
+    sides.add_row("special tokens", _specials(found.a), _specials(found.b))
+    sides.add_row("longest tokens", _longest(view_a, found.a), _longest(view_b, found.b))
+    console.print(sides, markup=False)
+    console.print(
+        f"{len(found.shared):,} ids stand for the same bytes on both sides; {len(found.moved):,} of them have another "
+        f"number. Roles on one side only: {', '.join(found.roles_of_one) or 'none'}.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def print_statistics(name_a: str, name_b: str, measured: PairStatistics) -> None:
+    """Print how two tokenizers cut a corpus, by class of text."""
+    from cdm_toolkit.cli import screen
+
+    figures = ("bytes", f"B/token {name_a}", f"B/token {name_b}", "1-1", "1-n", "n-1", "n-m")
+    shown = screen.table(
+        f"{measured.texts:,} texts, boundaries agree {measured.agreement:.1%}",
+        "class",
+        *figures,
+        right=figures,
+    )
+    rows: list[tuple[str, Tally]] = sorted(measured.classes.items(), key=lambda item: -item[1].bytes)
+    for name, tally in [*rows, ("all", measured.total)]:
+        per_a, per_b = tally.bytes_per_token
+        shares = [f"{tally.share(kind):.1%}" for kind in ("1-1", "1-n", "n-1", "n-m")]
+        shown.add_row(name, f"{tally.bytes:,}", f"{per_a:.2f}", f"{per_b:.2f}", *shares)
+    screen.out().print(shown)
+
+
+def _side_record(view: TokenizerView, side: Side) -> dict[str, Any]:
+    return {
+        "name": side.name,
+        "family": side.family,
+        "size": side.size,
+        "special_or_unused": side.without_bytes,
+        "normalizers": list(side.scheme.normalizers),
+        "dummy_prefix": bool(side.scheme.dummy_prefix),
+        "fingerprint": side.fingerprint,
+        "special_by_role": {
+            role: [{"id": special.id, "content": special.content} for special in specials]
+            for role, specials in side.special_by_role.items()
+        },
+        "longest": [{"id": i, "text": view.token_text(i)} for i in side.longest],
+    }
+
+
+def _diff_record(
+    view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDiff, measured: PairStatistics | None
+) -> dict[str, Any]:
+    return {
+        "same": found.same,
+        "a": _side_record(view_a, found.a) | {"only_here": found.a.only_here},
+        "b": _side_record(view_b, found.b) | {"only_here": found.b.only_here},
+        "shared": len(found.shared),
+        "moved": len(found.moved),
+        "roles_of_one": list(found.roles_of_one),
+    } | ({"corpus": statistics_record(measured)} if measured else {})
+
+
+def statistics_record(measured: PairStatistics) -> dict[str, Any]:
+    """Return statistics as plain data."""
+
+    def tally(counts: Tally) -> dict[str, Any]:
+        return {
+            "bytes": counts.bytes,
+            "tokens": [counts.tokens_t, counts.tokens_s],
+            "bytes_per_token": list(counts.bytes_per_token),
+            "kinds": dict(counts.kinds),
+        }
+
+    return {
+        "texts": measured.texts,
+        "agreement": measured.agreement,
+        "boundaries": [measured.boundaries_t, measured.boundaries_s],
+        "shared_boundaries": measured.shared,
+        "inexact_groups": measured.inexact,
+        "total": tally(measured.total),
+        "classes": {name: tally(counts) for name, counts in measured.classes.items()},
+    }
