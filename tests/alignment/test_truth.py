@@ -9,7 +9,7 @@ import gzip
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,7 @@ def true_groups(ends_t: list[int], ends_s: list[int]) -> list[list[int]]:
     cuts = sorted(set(first_t) & set(first_s) - {0})
     both_prefixed = [(1, 1)] if ends_t[:1] == ends_s[:1] == [0] else []
     edges = [(0, 0), *both_prefixed, *((first_t[cut], first_s[cut]) for cut in cuts)]
-    groups = [[a, c, b, d] for (a, b), (c, d) in zip(edges, edges[1:], strict=False)]
+    groups = [[a, c, b, d] for (a, b), (c, d) in pairwise(edges)]
     if groups:
         groups[-1][1], groups[-1][3] = len(ends_t), len(ends_s)
     return groups

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 
@@ -33,3 +34,14 @@ def cdm(capsys: pytest.CaptureFixture[str]) -> Cdm:
         return Answer(status, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _views_are_loaded_once() -> Iterator[None]:
+    """Keep what a command would read from disk anew: a hundred commands share a handful of tokenizers."""
+    from cdm_toolkit.hub import tokenizers
+
+    read = tokenizers._view
+    tokenizers._view = cache(read)
+    yield
+    tokenizers._view = read
