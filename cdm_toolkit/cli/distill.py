@@ -37,6 +37,18 @@ def distill(
         str | None, typer.Option(help="boundary: shared context. mean: the paper's.")
     ] = None,
     aligner: Annotated[str | None, typer.Option(help="anchored, bytes, entropy-dtw or dtw.")] = None,
+    both_directions: Annotated[
+        bool | None,
+        typer.Option(
+            "--both-directions/--one-direction", help="Take the near tokens of the student's ids too."
+        ),
+    ] = None,
+    exact_always: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact-always/--top-k-only", help="Pair equal bytes even outside the student's top k."
+        ),
+    ] = None,
     rest_bucket: Annotated[
         bool | None,
         typer.Option("--rest-bucket/--no-rest-bucket", help="Count unmatched probability as one outcome."),
@@ -85,6 +97,8 @@ def distill(
         "theta": theta,
         "positions": positions,
         "aligner": aligner,
+        "both_directions": both_directions,
+        "exact_always": exact_always,
         "rest_bucket": rest_bucket,
         "guards": guards,
         "epochs": epochs,
