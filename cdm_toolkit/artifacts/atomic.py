@@ -57,7 +57,12 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             replaced = _beside(path)
             if path.is_dir():
                 path.rename(replaced)
-            beside.rename(path)
+            try:
+                beside.rename(path)
+            except BaseException:
+                if replaced.is_dir():
+                    replaced.rename(path)
+                raise
             _sync(path.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:

@@ -41,7 +41,7 @@ class Scheme:
 
     @property
     def family(self) -> str:
-        """Name the kind of vocabulary, as in design section 4."""
+        """Name the kind of vocabulary."""
         if self.model == "BPE":
             return "byte-level BPE" if self.byte_level else "SentencePiece BPE" if self.word_mark else "BPE"
         return self.model

@@ -240,3 +240,36 @@ def test_real_candidates_equal_the_twin(smollm2_view, mistral_view, smollm2_to_m
     assert _as_dicts(pairs) == _reference(rule, teacher, flat, student, flat)
     assert pairs.exact.any()
     assert (pairs.mask & ~pairs.exact).any()
+
+
+@pytest.mark.slow
+def test_the_teachers_own_candidates_equal_the_twin(
+    smollm2_view, mistral_view, smollm2_to_mistral, gsm8k_rows
+):
+    """SmolLM2's top 100 at every position of 50 GSM8K rows; the student's are its probability moved to prefixes."""
+    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.vocab_map.prefix import build_prefix
+
+    exact, near = smollm2_to_mistral
+    table = PairTable.from_tables(exact, near)
+    rule = make_rule(smollm2_view, mistral_view, partner_rows(exact, near)[0], theta=0.3, guards=False)
+    model = load_model("smollm2")
+    prefix = torch.from_numpy(build_prefix(smollm2_view, mistral_view).dense())
+    to_student = torch.where(prefix >= 0, prefix, mistral_view.vocab_size)
+    positions = better = 0
+    for row in gsm8k_rows[:50]:
+        ids = torch.from_numpy(smollm2_view.encode(f"{row['question']}\n{row['answer']}").ids).long()
+        with torch.no_grad():
+            logprob = model(ids[None]).logits[0, :, : smollm2_view.vocab_size].log_softmax(-1)
+        moved = torch.zeros(len(ids), mistral_view.vocab_size + 1).index_add_(1, to_student, logprob.exp())
+        teacher, student = logprob.topk(100), moved[:, :-1].log().topk(100)
+        pairs = select_pairs(table, teacher.indices, teacher.values, student.indices, student.values)
+        twin = _reference(rule, teacher.indices, teacher.values, student.indices, student.values)
+        assert _as_dicts(pairs) == twin
+        among_both = matched_mass(pairs.exact, teacher.values)
+        contextual_mass = matched_mass(pairs.mask, teacher.values)
+        assert (contextual_mass >= among_both).all()
+        better += int((contextual_mass > among_both).sum())
+        positions += len(ids)
+    assert positions > 5000
+    assert better > 1000

@@ -73,9 +73,9 @@ def mean_logits(
 def cdm(inputs: Gathered, settings: CdmSettings) -> LossParts:
     """Sum cross-entropy over the labels, and T² KL(teacher ‖ student) on matched pairs over the groups.
 
-    At each group the pairs are selected among the top k of both models (design section 6.3); both
+    At each group the pairs are selected among the top k of both models (arXiv 2502.11104, section 3.3); both
     distributions are renormalised over the pairs at temperature T, with the unmatched probability as one more
-    outcome where `rest_bucket` is set (design section 7). The gradient reaches the student's logits only.
+    outcome where `rest_bucket` is set. The gradient reaches the student's logits only.
     """
     assert inputs.teacher is not None
     assert inputs.student_rows is not None

@@ -57,7 +57,7 @@ Method = Callable[[Gathered], LossParts]
 def objective(
     parts: LossParts, *, alpha: float, tokens: Tensor | float, positions: Tensor | float
 ) -> Float[Tensor, ""]:
-    """Combine the sums of a batch: alpha CE / tokens + (1 - alpha) KD / positions (design section 7).
+    """Combine the sums of a batch: alpha CE / tokens + (1 - alpha) KD / positions.
 
     `tokens` and `positions` count the labels and the groups of the *whole* optimizer step, all its batches
     and processes: the losses of the parts of a step then add up to the loss of the step. A position without a
