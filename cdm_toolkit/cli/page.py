@@ -59,7 +59,7 @@ table { border-collapse: collapse; font-size: .9rem; } th, td { padding: .25rem 
         border-bottom: 1px solid var(--line); vertical-align: top; }
 td.figure, th.figure { text-align: right; font-variant-numeric: tabular-nums; }
 code, .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
-svg text { fill: currentColor; }
+svg { display: block; margin: 1rem 0; } svg text { fill: currentColor; }
 """
 
 
@@ -105,7 +105,7 @@ def bar_chart(
         y, length = 28 + 24 * i, 360 * value / longest
         parts.append(
             f'<text x="{label_width - 8:.0f}" y="{y + 13}" text-anchor="end">{escape(label)}</text>'
-            f'<rect x="{label_width:.0f}" y="{y}" width="{max(length, 1):.1f}" height="17" rx="2" '
+            f'<rect x="{label_width:.0f}" y="{y}" width="{length:.1f}" height="17" rx="2" '
             f'fill="{colours[i % len(colours)]}"/>'
             f'<text x="{label_width + length + 6:.1f}" y="{y + 13}">{escape(figure)}</text>'
         )
