@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cdm_toolkit.hub.corpus import CorpusReport
     from cdm_toolkit.tokdiff.spans import TokenSpans
 
+ENTROPIES = ("uniform", "models")
+
 CorpusFile = Annotated[Path, typer.Argument(help="A JSONL file, or a text file with one text a line.")]
 
 app = typer.Typer(
@@ -38,6 +40,12 @@ def show(
         typer.Option("--chat", help="Render messages with each side's own chat template, and align these."),
     ] = False,
     aligner: options.Aligner = "anchored",
+    entropy: Annotated[
+        str,
+        typer.Option(
+            help="What weighs tokens in DTW: uniform, or models (both sides are models and read the text)."
+        ),
+    ] = "uniform",
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -58,11 +66,13 @@ def show(
 
     if (text is None) == (file is None):
         raise typer.BadParameter("give a text, or --file, and not both.")
-    aligned = (
-        _aligned_chats(t1, t2, text, file)
-        if chat
-        else _aligned_texts(t1, t2, text, file, aligner, special_tokens)
-    )
+    if chat:
+        aligned = _aligned_chats(t1, t2, text, file)
+    else:
+        texts = read_corpus(file) if file else [text or ""]
+        aligned = _aligned_texts(
+            t1, t2, texts, aligner=aligner, special_tokens=special_tokens, entropy=entropy
+        )
     if svg and len(aligned) != 1:
         raise typer.BadParameter(f"a picture holds one text, and the file has {len(aligned)}; use --html.")
     if html:
@@ -181,17 +191,31 @@ def run_report(t1: str, t2: str, texts: Sequence[str], *, aligner: str, workers:
 
 
 def _aligned_texts(
-    t1: str, t2: str, text: str | None, file: Path | None, aligner: str, special_tokens: bool
+    t1: str, t2: str, texts: list[str], *, aligner: str, special_tokens: bool, entropy: str
 ) -> list[TextAlignment]:
-    from cdm_toolkit.alignment.aligners import align_text, require_known
+    from cdm_toolkit.alignment.aligners import TextAlignment, align, align_text, require_known
+    from cdm_toolkit.errors import UnknownName
     from cdm_toolkit.hub.tokenizers import load_view
 
     require_known(aligner)
-    texts = read_corpus(file) if file else [text or ""]
+    if entropy not in ENTROPIES:
+        raise UnknownName("entropy", entropy, ENTROPIES)
     view_t, view_s = load_view(t1), load_view(t2)
-    return [
-        align_text(view_t, view_s, each, aligner=aligner, add_special_tokens=special_tokens) for each in texts
-    ]
+    if entropy == "uniform":
+        return [
+            align_text(view_t, view_s, text, aligner=aligner, add_special_tokens=special_tokens)
+            for text in texts
+        ]
+    from cdm_toolkit.hub.entropy import token_entropies
+    from cdm_toolkit.hub.models import load_model
+
+    model_t, model_s = load_model(t1), load_model(t2)
+    aligned = []
+    for text in texts:
+        t, s = (view.encode(text, add_special_tokens=special_tokens) for view in (view_t, view_s))
+        entropies = {"entropy_t": token_entropies(model_t, t), "entropy_s": token_entropies(model_s, s)}
+        aligned.append(TextAlignment(t, s, align(t, s, aligner=aligner, **entropies)))
+    return aligned
 
 
 def _aligned_chats(t1: str, t2: str, text: str | None, file: Path | None) -> list[TextAlignment]:
