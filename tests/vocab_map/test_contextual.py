@@ -264,8 +264,10 @@ def test_the_teachers_own_candidates_equal_the_twin(
         moved = torch.zeros(len(ids), mistral_view.vocab_size + 1).index_add_(1, to_student, logprob.exp())
         teacher, student = logprob.topk(100), moved[:, :-1].log().topk(100)
         pairs = select_pairs(table, teacher.indices, teacher.values, student.indices, student.values)
-        twin = _reference(rule, teacher.indices, teacher.values, student.indices, student.values)
-        assert _as_dicts(pairs) == twin
+        # the twin is slow, above all with its shapes checked: one position in 25, from all over each row
+        columns = (teacher.indices, teacher.values, student.indices, student.values)
+        twin = _reference(rule, *(column[positions % 25 :: 25] for column in columns))
+        assert _as_dicts(pairs)[positions % 25 :: 25] == twin
         among_both = matched_mass(pairs.exact, teacher.values)
         contextual_mass = matched_mass(pairs.mask, teacher.values)
         assert (contextual_mass >= among_both).all()
