@@ -13,12 +13,13 @@ from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from cdm_toolkit.alignment.aligners import align
 from cdm_toolkit.errors import BadText
 from cdm_toolkit.tokdiff.changes import changes
 from cdm_toolkit.tokdiff.spans import TokenSpans
-from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.view import TokenizerView, make_view
 
 NAMES = ("llama3", "qwen2", "gpt2", "smollm2", "mistral", "deepseek", "gemma2", "llama2", "opt", "phi3")
 NULL_AND_LINE_ENDS = ["a\0b\r\nc\r\n\r\n\td\t\te\n\n", "x" * 3 + "\0" * 5 + "\t" * 7 + "\r\n"]
@@ -35,7 +36,20 @@ def views(real_view: Callable[[str], TokenizerView]) -> dict[str, TokenizerView]
         except pytest.skip.Exception:
             continue
     assert len(found) >= 6
+    found.setdefault("opt", like_opt(found["gpt2"]))
     return found
+
+
+def like_opt(gpt2: TokenizerView) -> TokenizerView:
+    """Make OPT's scheme, whose file no wheel has: GPT-2's pieces and merges under other ids and special tokens."""
+    description = json.loads(gpt2.backend.to_str())
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [piece for piece in description["model"]["vocab"] if piece != "<|endoftext|>"]
+    description["model"]["vocab"] = {piece: i for i, piece in enumerate([*specials, *sorted(pieces)])}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    description["added_tokens"] = [{"id": i, "content": piece, **flags} for i, piece in enumerate(specials)]
+    special_map = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return make_view("opt", Tokenizer.from_str(json.dumps(description)), special_map)
 
 
 def humaneval() -> list[str]:
