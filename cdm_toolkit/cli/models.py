@@ -41,18 +41,19 @@ def fetch(
 ) -> None:
     """Fetch what names stand for into the cache, and convert it for quick loading.
 
+    A hub id stands for a model with its weights; an alias for what cdm models list says.
+
     Example: cdm models fetch smollm2 mistral
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.hub.models import model_folder
-    from cdm_toolkit.hub.resolve import list_aliases, resolve
+    from cdm_toolkit.hub.models import has_weights, model_folder
+    from cdm_toolkit.hub.resolve import resolve
 
-    with_weights = {status.alias for status in list_aliases() if status.weights}
     fetched = []
     for name in names:
         with screen.err().status(f"{name}: fetching"):
             found = resolve(name)
-            folder = model_folder(name) if name in with_weights else found.folder
+            folder = model_folder(name) if has_weights(name) else found.folder
         fetched.append({"name": name, "origin": found.origin, "folder": str(folder)})
         came = "here already" if found.origin in ("cache", "local") else f"from the {found.origin}"
         screen.say(f"{name}: {came}, in {folder}")

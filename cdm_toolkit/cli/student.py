@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +26,52 @@ def new(
     Example: cdm student new --size 10m --tokenizer mistral -o student
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.hub.models import new_student
+    from cdm_toolkit.hub.students import new_student
 
     model = new_student(tokenizer, size, Path(output), seed=seed, overwrite=overwrite)
     config = model.config
     screen.out().print(
         f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}, {config.vocab_size:,} ids of {tokenizer}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def transplant(
+    source: Annotated[str, typer.Option("--from", help="The model: an alias, a folder or a hub id.")],
+    tokenizer: Annotated[str, typer.Option(help="Whose vocabulary it gets, likewise.")],
+    output: options.OutputFolder,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Give a trained model another vocabulary: its body stays, its embeddings are made of the old ones.
+
+    A token that the old vocabulary has keeps its row, special tokens by their role; any other gets the mean of
+    the rows of the old tokens that spell it. What is left is fresh.
+
+    Example: cdm student transplant --from smollm2 --tokenizer mistral -o student
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.students import transplant as give
+
+    with screen.err().status(f"{source}: moving to the vocabulary of {tokenizer}"):
+        given = give(source, tokenizer, Path(output), seed=seed, overwrite=overwrite)
+    rows = given.rows
+    if as_json:
+        facts = {
+            "output": str(output),
+            "source": source,
+            "tokenizer": tokenizer,
+            "parameters": given.parameters,
+        }
+        screen.print_json({**facts, "rows": asdict(rows)})
+        return
+    screen.out().print(
+        f"{output}: {given.parameters / 1e6:.1f} M parameters, {given.vocab_size:,} ids of {tokenizer}: "
+        f"{rows.copied:,} copied, {rows.by_role:,} by role, {rows.mean:,} means of several, {rows.fresh:,} fresh",
         markup=False,
         soft_wrap=True,
     )

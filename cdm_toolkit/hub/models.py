@@ -1,20 +1,18 @@
-"""Causal language models by alias, path or hub id, and fresh small students."""
+"""Causal language models by alias, path or hub id: loaded, written, told apart."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -24,50 +22,78 @@ from cdm_toolkit.errors import (
     FileProblem,
     MissingExtra,
     ModelNotLoaded,
-    OutputExists,
     SourceNotFound,
     VocabularyTooSmall,
 )
 from cdm_toolkit.hub.aliases import ALIASES
 from cdm_toolkit.hub.cache import publish
-from cdm_toolkit.hub.resolve import wheel_files
+from cdm_toolkit.hub.resolve import TOKENIZER_FILES, wheel_files
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, PreTrainedModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_REPLACED = (
+    "config.json",  # first: without it nothing loads what is left
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "receipt.json",
+)
+"""What a model's folder is made of, and a new model in the same folder must not inherit."""
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
     """Load a causal language model, in evaluation mode, on `device` in `dtype`.
 
-    Weights in GGUF are converted once; the folder in the cache is then as good as any other. Raises
-    SourceNotFound, ModelNotLoaded, BadOption for a device that is not here, VocabularyTooSmall where the
-    tokenizer that lies beside the weights has ids without an embedding row. More rows than ids are padding,
-    and fine.
+    Weights in GGUF are converted once; the folder in the cache is then as good as any other. Attention runs
+    by torch's scaled_dot_product_attention, or in plain torch where the architecture has no such code; an
+    `attn_implementation` in config.json, which may want a package or a device that is not here, is not
+    followed. Raises SourceNotFound, ModelNotLoaded, BadOption for a device that is not here,
+    VocabularyTooSmall where the tokenizer that lies beside the weights has ids without an embedding row. More
+    rows than ids are padding, and fine.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
     place = checked_device(device)
     if dtype not in DTYPES:
         raise BadOption("dtype", dtype, f"one of {', '.join(DTYPES)}")
+    return _load(name, getattr(torch, dtype)).to(place)
+
+
+def load_as_stored(name: str) -> PreTrainedModel:
+    """Load a model on the CPU, in the dtype that it is stored in. Raises as `load_model`."""
+    return _load(name, "auto")
+
+
+def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     folder = model_folder(name)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=None
+        )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
         fix = f"check that {folder} holds a whole causal language model: config.json and its weights"
         raise ModelNotLoaded(name, _first_line(error), fix) from error
     if (ids := _tokenizer_ids(folder)) is not None:
         check_vocabulary(model, name, ids)
-    return model.to(place).eval()
+    return model.eval()
 
 
 def checked_device(device: str) -> torch.device:
@@ -211,132 +237,72 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# Fresh students
+# Telling models apart
+
+HASHED_WHOLE = 1 << 30
+"""Bytes up to which all of a weight file is hashed."""
+_STRIDE, _BLOCK = 1 << 20, 1 << 16
+_NO_MATTER = ("_name_or_path", "transformers_version")
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The sizes of a Llama-architecture model whose input and output embeddings are one."""
+def model_fingerprint(folder: str | Path) -> str:
+    """Hash what a model computes with: config.json and the weight files of its folder. A sha256 in hex.
 
-    hidden: int
-    layers: int
-
-    @property
-    def heads(self) -> int:
-        return self.hidden // HEAD
-
-    @property
-    def feed_forward(self) -> int:
-        """8/3 of the width, as in Llama, in steps of 32."""
-        return 32 * round(self.hidden * 8 / 3 / 32)
-
-    def parameters(self, vocab: int) -> int:
-        layer = 4 * self.hidden**2 + 3 * self.hidden * self.feed_forward + 2 * self.hidden
-        return vocab * self.hidden + self.layers * layer + self.hidden
-
-
-HEAD = 64
-"""Width of an attention head."""
-LAYER_WIDTH = 64
-"""Width for each layer in a well-shaped model: 768 with 12 layers, 1,024 with 16."""
-TOLERANCE = 0.15
-"""How far the count of parameters may be from the budget."""
-
-
-def parse_size(size: str) -> int:
-    """Read a count of parameters.
-
-    >>> parse_size("10m"), parse_size("1.5B")
-    (10000000, 1500000000)
+    config.json counts by its values, without the name of a folder and of a version that it may hold; a weight
+    file (`WEIGHTS`) by its name, size and content. A file of more than 1 GiB is sampled: its first MiB, which
+    has the header, the first 64 KiB of each further MiB, and its last 64 KiB. So the same weights in other
+    shards have another fingerprint, and a change of a few numbers in a file that large may go unseen. Raises
+    ModelNotLoaded where the folder has no weights, FileProblem where a file cannot be read.
     """
-    units = {"k": 10**3, "m": 10**6, "b": 10**9}
-    digits, unit = (size[:-1], units[size[-1].lower()]) if size[-1:].lower() in units else (size, 1)
+    folder = Path(folder)
+    files = sorted((path for pattern in WEIGHTS for path in folder.glob(pattern)), key=lambda path: path.name)
+    if not files:
+        raise ModelNotLoaded(str(folder), "the folder has no weights", "name a folder with *.safetensors")
+    digest = hashlib.sha256(_canonical_config(folder / "config.json"))
+    for path in files:
+        try:
+            size = path.stat().st_size
+            digest.update(f"\n{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                for start, length in _hashed_blocks(size):
+                    file.seek(start)
+                    digest.update(file.read(length))
+        except OSError as error:
+            raise FileProblem(path, f"cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _canonical_config(path: Path) -> bytes:
     try:
-        count = float(digits) * unit
-    except ValueError:
-        count = math.nan
-    if not 1 <= count < math.inf:
-        raise BadOption("size", size, "a number of parameters, such as 10m or 1.5b")
-    return round(count)
+        config = json.loads(path.read_bytes())
+        kept = {key: value for key, value in config.items() if key not in _NO_MATTER}
+    except (OSError, ValueError, AttributeError) as error:
+        raise FileProblem(path, f"it is not a model's configuration ({error})") from None
+    return json.dumps(kept, sort_keys=True).encode()
 
 
-def student_shape(vocab: int, parameters: int) -> Shape:
-    """Choose the width and depth that come nearest to 64 of width a layer, within 15 % of the budget.
+def _hashed_blocks(size: int) -> Iterator[tuple[int, int]]:
+    """Give where each block to hash starts, and its length."""
+    for start in range(0, size, _STRIDE):
+        yield start, _STRIDE if size <= HASHED_WHOLE or start == 0 else _BLOCK
+    if size > HASHED_WHOLE:
+        yield size - _BLOCK, _BLOCK
 
-    >>> student_shape(32_000, 10_000_000)
-    Shape(hidden=256, layers=4)
+
+# Writing
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: Loaded, folder: Path, *, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model and its tokenizer to a folder, as `from_pretrained` reads them.
+
+    `weights` are the model's, where it holds only a part of them itself.
     """
-    shapes = [
-        shape
-        for hidden in range(HEAD, 8192 + 1, HEAD)
-        for layers in range(1, 129)
-        if abs((shape := Shape(hidden, layers)).parameters(vocab) / parameters - 1) <= TOLERANCE
-    ]
-    if not shapes:
-        least = Shape(HEAD, 1).parameters(vocab)
-        raise BadOption(
-            "size", f"{parameters:,}", f"at least {least:,} parameters: the vocabulary has {vocab:,} ids"
-        )
-
-    def misfit(shape: Shape) -> tuple[float, float]:
-        return (
-            abs(math.log(shape.hidden / (LAYER_WIDTH * shape.layers))),
-            abs(shape.parameters(vocab) - parameters),
-        )
-
-    return min(shapes, key=misfit)
-
-
-def student_config(tokenizer: Any, vocab: int, shape: Shape) -> LlamaConfig:
-    """Describe a Llama-architecture model for a tokenizer's vocabulary and special tokens."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.feed_forward,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def new_student(
-    tokenizer: str | Loaded, size: str, output: str | Path, *, seed: int = 0, overwrite: bool = False
-) -> PreTrainedModel:
-    """Make an untrained Llama-architecture model of about `size` parameters, and save it with its tokenizer.
-
-    The weights depend on shape and seed alone. Raises OutputExists, BadOption for a size that is too small
-    for the vocabulary, FileProblem.
-    """
-    import torch
-    from transformers import LlamaForCausalLM
-
-    output, parameters = Path(output), parse_size(size)
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not overwrite)):
-        raise OutputExists(output)
-    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    vocab = loaded.view.vocab_size
-    config = student_config(loaded.tokenizer, vocab, student_shape(vocab, parameters))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    with model_folder_to_fill(output) as folder:
-        save_model(model, loaded, folder)
-    return model.eval()
-
-
-def save_model(model: PreTrainedModel, tokenizer: Loaded, folder: Path) -> None:
-    """Write a model and its tokenizer to a folder, as `from_pretrained` reads them."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.tokenizer.save_pretrained(folder)
 
 
@@ -344,7 +310,8 @@ def save_model(model: PreTrainedModel, tokenizer: Loaded, folder: Path) -> None:
 def model_folder_to_fill(output: Path) -> Iterator[Path]:
     """Give a folder inside `output` to fill, whose files move up when the block ends, `config.json` last.
 
-    Whatever happens in between, `output` holds a whole model or none that loads; its other files stay.
+    Whatever happens in between, `output` holds a whole model or none that loads. What belonged to a model that
+    was there goes, its tokenizer and receipt with it; other files stay.
     FileProblem where it cannot be written.
     """
     made, beside = not output.exists(), None
@@ -352,8 +319,7 @@ def model_folder_to_fill(output: Path) -> Iterator[Path]:
         output.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".model-", dir=output))
         yield beside
-        (output / "config.json").unlink(missing_ok=True)
-        for stale in output.glob("model*.safetensors*"):
+        for stale in [path for pattern in _REPLACED for path in output.glob(pattern)]:
             stale.unlink()
         for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
             path.chmod(0o666 & ~_umask())  # safetensors writes for its owner alone

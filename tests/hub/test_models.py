@@ -1,4 +1,4 @@
-"""Models by name, and fresh students."""
+"""Models by name: found, loaded, written and told apart."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from cdm_toolkit.errors import (
     BadOption,
     CdmError,
     FileProblem,
     ModelNotLoaded,
-    OutputExists,
     SourceNotFound,
     VocabularyTooSmall,
 )
 from cdm_toolkit.hub import models
 from cdm_toolkit.hub.models import (
-    Shape,
     has_weights,
+    load_as_stored,
     load_model,
+    model_fingerprint,
     model_folder_to_fill,
-    new_student,
-    parse_size,
-    student_shape,
 )
+from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 
 
@@ -48,65 +45,6 @@ def student(mistral: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@given(st.integers(300, 300_000), st.floats(1e6, 2e9))
-def test_shapes_are_within_budget(vocab: int, parameters: float) -> None:
-    try:
-        shape = student_shape(vocab, round(parameters))
-    except BadOption:
-        assert Shape(64, 1).parameters(vocab) > 0.8 * parameters
-        return
-    assert abs(shape.parameters(vocab) / parameters - 1) <= models.TOLERANCE
-    assert shape.hidden % 64 == 0
-
-
-@pytest.mark.parametrize("size", ["", "m", "-1m", "ten", "nan", "inf", "0"])
-def test_bad_sizes(size: str) -> None:
-    with pytest.raises(BadOption, match="size"):
-        parse_size(size)
-
-
-def test_a_fresh_student_belongs_to_its_tokenizer(student: Path, mistral: Loaded) -> None:
-    model = load_model(str(student))
-    config = model.config
-    assert model.num_parameters() == student_shape(32_000, 3_000_000).parameters(32_000)
-    assert config.vocab_size == mistral.view.vocab_size == 32_000
-    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
-    assert config.tie_word_embeddings
-    assert load_tokenizer(str(student)).view.fingerprint == mistral.view.fingerprint
-    assert not model.training
-    assert (student / "model.safetensors").stat().st_mode & 0o044
-
-
-def test_its_weights_depend_on_the_seed_alone(student: Path, mistral: Loaded, tmp_path: Path) -> None:
-    first = load_model(str(student)).get_input_embeddings().weight
-    torch.manual_seed(99)
-    state = torch.get_rng_state()
-    again = new_student(mistral, "3m", tmp_path / "a", seed=3).get_input_embeddings().weight
-    assert torch.equal(first, again)
-    assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
-    other = new_student(mistral, "3m", tmp_path / "b", seed=4).get_input_embeddings().weight
-    assert not torch.equal(first, other)
-
-
-def test_an_output_that_is_not_empty_needs_overwrite(mistral: Loaded, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExists):
-        new_student(mistral, "3m", tmp_path)
-    new_student(mistral, "3m", tmp_path, overwrite=True)
-    load_model(str(tmp_path))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    with pytest.raises(OutputExists):
-        new_student(mistral, "3m", tmp_path / "notes.txt", overwrite=True)
-    with pytest.raises(FileProblem):
-        new_student(mistral, "3m", "/proc/none/student")
-
-
-def test_a_size_below_the_vocabulary_is_refused(mistral: Loaded, tmp_path: Path) -> None:
-    with pytest.raises(BadOption, match=r"at least 2,\d+,\d+ parameters"):
-        new_student(mistral, "1m", tmp_path / "small")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_folder_that_is_not_filled_vanishes(tmp_path: Path) -> None:
     def fill() -> None:
         with model_folder_to_fill(tmp_path / "x") as folder:
@@ -116,6 +54,15 @@ def test_a_folder_that_is_not_filled_vanishes(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fill()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_inherits_nothing_from_the_one_that_it_replaces(tmp_path: Path) -> None:
+    for name in ("chat_template.jinja", "receipt.json", "config.json", "notes.txt", "map.safetensors"):
+        (tmp_path / name).write_text("old")
+    with model_folder_to_fill(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert left == {"config.json": "new", "notes.txt": "old", "map.safetensors": "old"}
 
 
 def test_more_rows_than_ids_is_padding_and_fewer_is_an_error(student: Path, tmp_path: Path) -> None:
@@ -141,6 +88,80 @@ def test_devices_and_dtypes(student: Path) -> None:
     if torch.version.cuda is None:
         with pytest.raises(BadOption, match="CPU build of torch"):
             load_model(str(student), device="cuda")
+
+
+def test_a_model_is_loaded_as_it_is_stored(student: Path, tmp_path: Path) -> None:
+    assert load_as_stored(str(student)).dtype == torch.float32
+    load_model(str(student), dtype="bfloat16").save_pretrained(tmp_path)
+    assert load_as_stored(str(tmp_path)).dtype == torch.bfloat16
+
+
+def test_attention_is_what_torch_has_whatever_the_configuration_asks(student: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(student, tmp_path / "asks")
+    config = json.loads((folder / "config.json").read_text())
+    for asked in ("flash_attention_2", "eager"):
+        (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": asked}))
+        assert load_model(str(folder)).config._attn_implementation == "sdpa"
+
+
+def rewritten(student: Path, folder: Path, name: str, index: int) -> Path:
+    """Copy a model with one number of one tensor changed."""
+    copy = shutil.copytree(student, folder)
+    weights = load_file(copy / "model.safetensors")
+    weights[name].view(-1)[index] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_fingerprint_tells_models_apart_by_content_alone(student: Path, tmp_path: Path) -> None:
+    own = model_fingerprint(student)
+    assert len(own) == 64
+    copy = shutil.copytree(student, tmp_path / "copy")
+    (copy / "receipt.json").write_text("{}")
+    config = json.loads((copy / "config.json").read_text())
+    named = {**dict(reversed(config.items())), "_name_or_path": "x", "transformers_version": "4.0"}
+    (copy / "config.json").write_text(json.dumps(named))
+    assert model_fingerprint(copy) == model_fingerprint(str(copy)) == own
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert model_fingerprint(copy) != own
+    changed = [
+        rewritten(student, tmp_path / f"{name}{index}", name, index)
+        for name, index in (("model.norm.weight", 0), ("model.embed_tokens.weight", 1_000_003))
+    ]
+    assert len({own, *map(model_fingerprint, changed)}) == 3
+
+
+def test_a_large_weight_file_is_sampled(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "HASHED_WHOLE", 3 << 20)
+    copy = shutil.copytree(student, tmp_path / "copy")
+    file = copy / "model.safetensors"
+    whole, size = file.read_bytes(), file.stat().st_size
+    assert size > 6 << 20
+    own = model_fingerprint(copy)
+    for at, seen in (
+        (0, True),
+        (1 << 19, True),
+        (5 << 20, True),
+        (size - 1, True),
+        ((5 << 20) + (1 << 19), False),
+    ):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert (model_fingerprint(copy) != own) == seen, at
+
+
+def test_what_has_no_fingerprint(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotLoaded, match="no weights"):
+        model_fingerprint(tmp_path)
+    copy = shutil.copytree(student, tmp_path / "copy")
+    for content in ("[]", "{"):
+        (copy / "config.json").write_text(content)
+        with pytest.raises(FileProblem, match="not a model's configuration"):
+            model_fingerprint(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(FileProblem, match="No such file"):
+        model_fingerprint(copy)
 
 
 def damaged(student: Path, folder: Path, file: str, content: bytes | None) -> str:

@@ -1,0 +1,265 @@
+"""Models to train: fresh small ones, and trained ones that are given another vocabulary."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.errors import BadOption, OutputExists
+from cdm_toolkit.hub.models import (
+    check_vocabulary,
+    load_as_stored,
+    model_fingerprint,
+    model_folder,
+    model_folder_to_fill,
+    save_model,
+)
+from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
+from cdm_toolkit.vocab_map.row_sources import RowSources, Rule, SourceCounts, row_sources
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Shaped
+    from torch import Tensor
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a Llama-architecture model whose input and output embeddings are one."""
+
+    hidden: int
+    layers: int
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // HEAD
+
+    @property
+    def feed_forward(self) -> int:
+        """8/3 of the width, as in Llama, in steps of 32."""
+        return 32 * round(self.hidden * 8 / 3 / 32)
+
+    def parameters(self, vocab: int) -> int:
+        layer = 4 * self.hidden**2 + 3 * self.hidden * self.feed_forward + 2 * self.hidden
+        return vocab * self.hidden + self.layers * layer + self.hidden
+
+
+HEAD = 64
+"""Width of an attention head."""
+LAYER_WIDTH = 64
+"""Width for each layer in a well-shaped model: 768 with 12 layers, 1,024 with 16."""
+TOLERANCE = 0.15
+"""How far the count of parameters may be from the budget."""
+
+
+def parse_size(size: str) -> int:
+    """Read a count of parameters.
+
+    >>> parse_size("10m"), parse_size("1.5B")
+    (10000000, 1500000000)
+    """
+    units = {"k": 10**3, "m": 10**6, "b": 10**9}
+    digits, unit = (size[:-1], units[size[-1].lower()]) if size[-1:].lower() in units else (size, 1)
+    try:
+        count = float(digits) * unit
+    except ValueError:
+        count = math.nan
+    if not 1 <= count < math.inf:
+        raise BadOption("size", size, "a number of parameters, such as 10m or 1.5b")
+    return round(count)
+
+
+def student_shape(vocab: int, parameters: int) -> Shape:
+    """Choose the width and depth that come nearest to 64 of width a layer, within 15 % of the budget.
+
+    >>> student_shape(32_000, 10_000_000)
+    Shape(hidden=256, layers=4)
+    """
+    shapes = [
+        shape
+        for hidden in range(HEAD, 8192 + 1, HEAD)
+        for layers in range(1, 129)
+        if abs((shape := Shape(hidden, layers)).parameters(vocab) / parameters - 1) <= TOLERANCE
+    ]
+    if not shapes:
+        least = Shape(HEAD, 1).parameters(vocab)
+        raise BadOption(
+            "size", f"{parameters:,}", f"at least {least:,} parameters: the vocabulary has {vocab:,} ids"
+        )
+
+    def misfit(shape: Shape) -> tuple[float, float]:
+        return (
+            abs(math.log(shape.hidden / (LAYER_WIDTH * shape.layers))),
+            abs(shape.parameters(vocab) - parameters),
+        )
+
+    return min(shapes, key=misfit)
+
+
+def student_config(tokenizer: Any, vocab: int, shape: Shape) -> LlamaConfig:
+    """Describe a Llama-architecture model for a tokenizer's vocabulary and special tokens."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def new_student(
+    tokenizer: str | Loaded, size: str, output: str | Path, *, seed: int = 0, overwrite: bool = False
+) -> PreTrainedModel:
+    """Make an untrained Llama-architecture model of about `size` parameters, and save it with its tokenizer.
+
+    The weights depend on shape and seed alone. Raises OutputExists, BadOption for a size that is too small
+    for the vocabulary, FileProblem.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    output, parameters = Path(output), parse_size(size)
+    _check_free(output, overwrite=overwrite)
+    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    vocab = loaded.view.vocab_size
+    config = student_config(loaded.tokenizer, vocab, student_shape(vocab, parameters))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    facts = receipt(fingerprints={"tokenizer": loaded.view.fingerprint}, seed=seed, device="cpu")
+    _save(model, loaded, output, {**facts, "tokenizer": loaded.view.name, "size": size})
+    return model.eval()
+
+
+def _check_free(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not overwrite)):
+        raise OutputExists(output)
+
+
+def _save(model: PreTrainedModel, tokenizer: Loaded, output: Path, facts: Mapping[str, Any]) -> None:
+    """Write a model, its tokenizer and its receipt."""
+    with model_folder_to_fill(output) as folder:
+        save_model(model, tokenizer, folder)
+        (folder / "receipt.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+# Another vocabulary
+
+OTHER_IDS = (
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+)
+"""Settings of generation that name ids of the old vocabulary, and mean nothing in the new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transplanted:
+    """Count the parameters of a model with its new vocabulary, and the rows of that by where they came from."""
+
+    parameters: int
+    rows: SourceCounts
+
+    @property
+    def vocab_size(self) -> int:
+        """Count the ids of the new vocabulary, each of which has a row."""
+        return self.rows.copied + self.rows.by_role + self.rows.mean + self.rows.fresh
+
+
+def transplant(
+    source: str, tokenizer: str | Loaded, output: str | Path, *, seed: int = 0, overwrite: bool = False
+) -> Transplanted:
+    """Give a trained model another tokenizer, and save both. All but its embeddings is kept, dtype included.
+
+    The rows of the new vocabulary, in the input embedding and in an output head of its own (with its bias), are
+    made of the old rows that `row_sources` names: a copy, or a mean. A fresh row is the mean of the rows of all
+    old ids plus normal noise whose deviation in each column is that of these rows, drawn by `seed`. Padding rows
+    of the old embedding have no part in it, and the new one has none. Raises OutputExists, SourceNotFound,
+    ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of its own tokenizer, FileProblem.
+    """
+    output = Path(output)
+    _check_free(output, overwrite=overwrite)
+    new = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    old = load_tokenizer(source)
+    model = load_as_stored(source)
+    check_vocabulary(model, source, old.view.vocab_size)
+    fingerprints = {
+        "source model": model_fingerprint(model_folder(source)),
+        "source tokenizer": old.view.fingerprint,
+        "tokenizer": new.view.fingerprint,
+    }
+    sources = row_sources(old.view, new.view)
+    _replace_rows(model, sources, seed)
+    _name_special_ids(model, new.tokenizer)
+    facts = receipt(fingerprints=fingerprints, seed=seed, device="cpu")
+    named = {"source": source, "tokenizer": new.view.name, "rows": asdict(sources.counts)}
+    _save(model, new, output, {**facts, **named})
+    return Transplanted(model.num_parameters(), sources.counts)
+
+
+def _replace_rows(model: PreTrainedModel, sources: RowSources, seed: int) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    made = [new_rows(table.detach(), sources, generator) for table in _vocabulary_tables(model)]
+    with torch.random.fork_rng(devices=[]):  # it fills what it adds at random
+        model.resize_token_embeddings(len(sources.rule), mean_resizing=False)
+    with torch.no_grad():
+        for table, rows in zip(_vocabulary_tables(model), made, strict=True):
+            table.copy_(rows)
+
+
+def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
+    """List the parameters that have a row for each id: input, and head and its bias where it has its own."""
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    own = [] if head is None or head.weight is inputs else [head.weight]
+    bias = getattr(head, "bias", None)
+    return [inputs, *own, *([] if bias is None else [bias])]
+
+
+def new_rows(
+    table: Shaped[Tensor, "rows_old ..."], sources: RowSources, generator: torch.Generator
+) -> Shaped[Tensor, "vocab_new ..."]:
+    """Make the new vocabulary's rows of a table, in its dtype; means are taken in float32 or better."""
+    import torch
+
+    old = table[: sources.size_old].reshape(sources.size_old, -1)
+    old = old.to(torch.promote_types(old.dtype, torch.float32))
+    ids, bounds = torch.from_numpy(sources.ids).long(), torch.from_numpy(sources.indptr)
+    rows = torch.nn.functional.embedding_bag(ids, old, bounds, mode="mean", include_last_offset=True)
+    fresh = torch.from_numpy(sources.rule == Rule.FRESH)
+    noise = torch.randn(int(fresh.sum()), old.shape[1], generator=generator, dtype=old.dtype)
+    rows[fresh] = old.mean(0) + noise * old.std(0)
+    return rows.to(table.dtype).reshape(-1, *table.shape[1:])
+
+
+def _name_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put the new tokenizer's special ids wherever the old one's stand, and forget what else names old ids."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for role in ("bos", "eos", "pad", "unk"):
+            if role != "unk" or hasattr(config, "unk_token_id"):
+                setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    generation = model.generation_config
+    for role in ("bos", "eos", "pad"):
+        setattr(generation, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    for name in OTHER_IDS:
+        if getattr(generation, name, None) is not None:
+            setattr(generation, name, None)

@@ -1,0 +1,115 @@
+"""`cdm student`: fresh models, and trained ones that get another vocabulary."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cdm_toolkit.errors import SourceNotFound
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stand in for a trained model."""
+    from cdm_toolkit.hub.students import new_student
+
+    folder = tmp_path_factory.mktemp("models") / "trained"
+    try:
+        new_student("mistral", "3m", folder)
+    except SourceNotFound as error:
+        pytest.skip(str(error))
+    return folder
+
+
+def refused(answer, *words: str) -> None:
+    """Check that an answer is one line that says these words."""
+    assert (answer.status, answer.out) == (2, ""), answer
+    assert len(answer.err.splitlines()) == 1, answer.err
+    for word in words:
+        assert word in answer.err, answer.err
+
+
+def test_a_fresh_student_says_its_shape(cdm, tmp_path: Path) -> None:
+    answer = cdm("student", "new", "--size", "4m", "--tokenizer", "mistral", "-o", tmp_path / "s")
+    assert answer.status == 0, answer.err
+    assert "32,000 ids of mistral" in answer.out
+    assert (tmp_path / "s" / "receipt.json").is_file()
+
+
+def test_a_transplant_says_where_its_rows_come_from(cdm, trained: Path, tmp_path: Path) -> None:
+    command = ("student", "transplant", "--from", trained, "--tokenizer", "gpt2")
+    answer = cdm(*command, "-o", tmp_path / "a")
+    assert answer.status == 0, answer.err
+    assert "50,257 ids of gpt2: 21,240 copied, 1 by role, 29,016 means of several, 0 fresh" in answer.out
+    assert answer.err == ""
+    answer = cdm(*command, "-o", tmp_path / "b", "--json", "--seed", 4)
+    said = json.loads(answer.out)
+    assert said["rows"] == {"copied": 21_240, "by_role": 1, "mean": 29_016, "fresh": 0}
+    receipt = json.loads((tmp_path / "b" / "receipt.json").read_text())
+    assert (receipt["rows"], receipt["seed"]) == (said["rows"], 4)
+    assert (
+        sum(said["rows"].values()) == json.loads((tmp_path / "b" / "config.json").read_text())["vocab_size"]
+    )
+
+
+def test_unknown_names(cdm, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused(cdm("student", "transplant", "--from", "no-such", "--tokenizer", "gpt2", "-o", out), "'no-such'")
+    refused(cdm("student", "transplant", "--from", trained, "--tokenizer", "gpt3", "-o", out), "'gpt3'")
+    refused(cdm("student", "transplant", "--from", trained, "-o", out), "--tokenizer")
+    assert not out.exists()
+
+
+def test_a_name_without_weights(cdm, trained: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(trained, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    command = ("student", "transplant", "--tokenizer", "gpt2", "-o", tmp_path / "out", "--from")
+    refused(cdm(*command, bare), "has no weights")
+    refused(cdm(*command, "mistral"), "'mistral'", "*.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists(cdm, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    command = ("student", "transplant", "--from", trained, "--tokenizer", "gpt2")
+    refused(cdm(*command, "-o", tmp_path), "--overwrite")
+    refused(cdm(*command, "-o", tmp_path / "mine.txt", "--overwrite"), "exists")
+    refused(cdm(*command, "-o", "/proc/no/such"), "/proc/no/such")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_vocabulary_larger_than_the_models_embedding(cdm, trained: Path, tmp_path: Path) -> None:
+    from cdm_toolkit.hub.resolve import resolve
+
+    wrong = shutil.copytree(trained, tmp_path / "wrong")
+    shutil.copy(resolve("smollm2").folder / "tokenizer.json", wrong)
+    command = ("student", "transplant", "--from", wrong, "--tokenizer", "gpt2", "-o", tmp_path / "out")
+    refused(cdm(*command), "32000 embedding rows", "49152 ids")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(
+    cdm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)  # behind the weights
+    kept = shutil.copytree(trained, tmp_path / "kept")
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    for out in (tmp_path / "out", kept):
+        command = ("student", "transplant", "--from", trained, "--tokenizer", "gpt2", "-o", out)
+        refused(cdm(*command, "--overwrite"), "cannot be written", "No space left on device")
+    assert not (tmp_path / "out").exists()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
