@@ -7,7 +7,7 @@ read as prose.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -23,6 +23,16 @@ class CdmError(Exception):
         self.what, self.got, self.fix = what, got, fix
         message = what + (f", {got}" if got else "") + (f"; {fix}" if fix else "")
         super().__init__(" ".join(message.split()))
+
+    def __reduce__(self) -> tuple[Callable[..., CdmError], tuple[type[CdmError], str, str, str]]:
+        """Let an error out of a worker process: the classes differ in what they are made of."""
+        return _remade, (type(self), self.what, self.got, self.fix)
+
+
+def _remade(kind: type[CdmError], what: str, got: str, fix: str) -> CdmError:
+    error = kind.__new__(kind)
+    CdmError.__init__(error, what, got=got, fix=fix)
+    return error
 
 
 class BadOption(CdmError):
@@ -201,6 +211,13 @@ class NotFinite(CdmError):
         )
 
 
+class Interrupted(CdmError):
+    """A person or a scheduler stopped a command that can go on later. The command line exits with 130."""
+
+    def __init__(self, what: str, kept: str, go_on: str) -> None:
+        super().__init__(f"{what} was stopped", got=kept, fix=f"go on with: {go_on}")
+
+
 class VocabularyTooSmall(CdmError):
     """A model's embedding has fewer rows than its tokenizer has ids."""
 
@@ -214,9 +231,31 @@ class VocabularyTooSmall(CdmError):
 class NoData(CdmError):
     """An evaluation has no data within reach."""
 
-    def __init__(self, suite: str, tried: Sequence[str], fields: str) -> None:
+    def __init__(self, suite: str, tried: Sequence[str], fields: str, *, fix: str = "") -> None:
         super().__init__(
             f"no data for the suite {suite!r}",
             got=f"tried {'; '.join(tried)}",
-            fix=f"give a JSONL file with {fields}: --data FILE",
+            fix=fix or f"give a JSONL file with {fields}: --data FILE",
+        )
+
+
+class CodeNotAllowed(CdmError):
+    """A suite would run programs that a model writes, and nobody has said that it may."""
+
+    def __init__(self, suite: str, programs: int, isolation: str) -> None:
+        super().__init__(
+            f"the suite {suite!r} runs {programs} programs that a model writes",
+            got=f"each in a process of its own behind: {isolation}",
+            fix="allow it with --allow-code-execution",
+        )
+
+
+class IsolationMissing(CdmError):
+    """The machine cannot build the walls that untrusted programs run behind."""
+
+    def __init__(self, lacking: str, why: str) -> None:
+        super().__init__(
+            f"the sandbox lacks {lacking} on this machine",
+            got=why,
+            fix="run on Linux where user namespaces are allowed, such as a virtual machine of its own",
         )

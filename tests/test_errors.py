@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from pathlib import Path
 
 from cdm_toolkit import errors
@@ -38,8 +39,13 @@ EXAMPLES: list[CdmError] = [
     errors.BadRunConfig("run.yaml", ["train.lr is -1: give a number above 0", "methd: did you mean method?"]),
     errors.NothingToTrain("data.jsonl", "12 rows: 12 too long"),
     errors.NotFinite("the loss", 41, "the checkpoint of step 40 is kept in out/checkpoint-40"),
+    errors.Interrupted(
+        "the run", "step 40 of 200 is kept in out/checkpoint-40", "cdm distill run.yaml --resume"
+    ),
     errors.VocabularyTooSmall("out/student", 32000, 128256),
     errors.NoData("math", ["openai/gsm8k on the hub: HF_HUB_OFFLINE is set"], "question and answer"),
+    errors.CodeNotAllowed("code", 164, "user, mount, pid, resource limits"),
+    errors.IsolationMissing("user, mount, pid", "unshare: Operation not permitted"),
 ]
 
 
@@ -61,3 +67,10 @@ def test_each_error_is_one_line_with_a_fix() -> None:
     for example in EXAMPLES:
         assert "\n" not in str(example)
         assert example.fix, f"{type(example).__name__} does not say how to mend it"
+
+
+def test_errors_come_out_of_other_processes_whole() -> None:
+    for example in EXAMPLES:
+        copy = pickle.loads(pickle.dumps(example))
+        assert (type(copy), str(copy)) == (type(example), str(example))
+        assert (copy.what, copy.got, copy.fix) == (example.what, example.got, example.fix)

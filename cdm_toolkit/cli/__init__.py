@@ -7,7 +7,10 @@ import sys
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 2 with one line on stderr for a user's mistake."""
+    """Run one command and return its exit status.
+
+    0; 2 with one line on stderr for a user's mistake; 130 where a signal stopped it.
+    """
     # Progress bars and advice of other libraries would mix with ours; a person's own setting wins.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -16,7 +19,7 @@ def main(args: list[str] | None = None) -> int:
     import typer
 
     from cdm_toolkit.cli.app import app
-    from cdm_toolkit.errors import CdmError, FileProblem
+    from cdm_toolkit.errors import CdmError, FileProblem, Interrupted
 
     # typer carries click inside or beside it, by version: its usage error is the base of BadParameter.
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
@@ -24,6 +27,9 @@ def main(args: list[str] | None = None) -> int:
     try:
         status = command.main(args=args, prog_name="cdm", standalone_mode=False)
         sys.stdout.flush()
+    except Interrupted as error:
+        print(f"cdm: {error}", file=sys.stderr)
+        return 130
     except CdmError as error:
         return _fail(str(error))
     except usage_error as error:

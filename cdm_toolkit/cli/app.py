@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from cdm_toolkit import __version__
-from cdm_toolkit.cli import align, distill, doctor, evaluate, generate, models, student, tokenizer, vocab_map
+from cdm_toolkit.cli import (
+    align,
+    distill,
+    doctor,
+    evaluate,
+    generate,
+    models,
+    recipes,
+    student,
+    teacher,
+    tokenizer,
+    vocab_map,
+)
 
 app = typer.Typer(
     name="cdm",
@@ -21,7 +33,9 @@ app.add_typer(align.app, name="align")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(vocab_map.app, name="vocab-map")
 app.add_typer(student.app, name="student")
+app.add_typer(teacher.app, name="teacher")
 app.command(name="distill")(distill.distill)
+app.add_typer(recipes.app, name="recipes")
 app.add_typer(evaluate.app, name="eval")
 app.command(name="generate")(generate.generate)
 app.add_typer(models.app, name="models")

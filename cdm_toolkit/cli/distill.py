@@ -1,144 +1,220 @@
-"""`cdm distill`: train a student on a teacher."""
+"""`cdm distill`: train a student on its teachers."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
-    from cdm_toolkit.distill.run import Progress, RunResult
+    from cdm_toolkit.distill.config import DistillConfig
+    from cdm_toolkit.distill.plan import Plan
+    from cdm_toolkit.distill.prepare import Progress
+    from cdm_toolkit.distill.run import RunResult
     from cdm_toolkit.distill.trainer import StepLog
+
+_RUN, _KD, _TRAIN = "The run", "Distillation (of the first teacher)", "Training"
+
+
+def _option(help: str, panel: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel)
 
 
 def distill(
-    student: Annotated[str, typer.Option(help="The model to train: an alias, a folder or a hub id.")],
+    run_file: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run file (YAML), or the name of a recipe (cdm recipes list). Options go over it."
+        ),
+    ] = None,
+    student: Annotated[
+        str | None, _option("The model to train: an alias, a folder or a hub id.", _RUN)
+    ] = None,
+    teacher: Annotated[str | None, _option("The model to learn from. Not needed by sft.", _RUN)] = None,
+    teacher_cache: Annotated[
+        Path | None, _option("Folder of cdm teacher cache, instead of the teacher in memory.", _RUN)
+    ] = None,
     data: Annotated[
-        Path,
+        Path | None,
+        _option("JSONL with prompt and completion, question and answer, messages, or text in a row.", _RUN),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=_RUN)
+    ] = None,
+    preset: Annotated[str | None, _option("paper: the settings of arXiv 2502.11104.", _RUN)] = None,
+    assignments: Annotated[
+        list[str] | None,
         typer.Option(
-            help="JSONL with prompt and completion, question and answer, messages, or text in each row."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any setting of a run file, such as train.lr=2e-5 or teachers.0.guards=false. Again for more.",
+            rich_help_panel=_RUN,
         ),
-    ],
-    output: options.OutputFolder,
-    teacher: Annotated[str | None, typer.Option(help="The model to learn from. Not needed by sft.")] = None,
-    method: Annotated[str, typer.Option(help="cdm, or sft for plain fine-tuning.")] = "cdm",
-    preset: Annotated[str | None, typer.Option(help="paper: the settings of arXiv 2502.11104.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of cross-entropy; KD has the rest.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of both distributions in KD.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Candidates of each model at a position.")] = None,
+    ] = None,
+    method: Annotated[
+        str | None,
+        _option("cdm, em, mined, prefix, uld, alm, gold, kl, reverse-kl, jsd; sft for none.", _KD),
+    ] = None,
+    alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD)] = None,
+    temperature: Annotated[float | None, _option("Of both distributions.", _KD)] = None,
+    top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD)] = None,
     theta: Annotated[
-        float | None, typer.Option(help="Near tokens: edit distance below this part of both lengths.")
+        float | None, _option("Near tokens: edit distance below this part of both lengths.", _KD)
     ] = None,
-    positions: Annotated[
-        str | None, typer.Option(help="boundary: shared context. mean: the paper's.")
+    positions: Annotated[str | None, _option("boundary: shared context. mean: the paper's.", _KD)] = None,
+    aligner: Annotated[str | None, _option("anchored, bytes, entropy-dtw or dtw.", _KD)] = None,
+    epochs: Annotated[float | None, _option("Passes over the data.", _TRAIN)] = None,
+    max_steps: Annotated[int | None, _option("Optimizer steps; goes before --epochs.", _TRAIN)] = None,
+    batch_size: Annotated[int | None, _option("Rows a batch and device.", _TRAIN)] = None,
+    grad_accumulation: Annotated[int | None, _option("Batches a step.", _TRAIN)] = None,
+    lr: Annotated[float | None, _option("Learning rate at its highest.", _TRAIN)] = None,
+    max_length: Annotated[int | None, _option("Tokens of a row, on any side; more are cut.", _TRAIN)] = None,
+    template: Annotated[
+        str | None, _option("none, or chat: each side reads rows by its own chat template.", _TRAIN)
     ] = None,
-    aligner: Annotated[str | None, typer.Option(help="anchored, bytes, entropy-dtw or dtw.")] = None,
-    both_directions: Annotated[
-        bool | None,
-        typer.Option(
-            "--both-directions/--one-direction", help="Take the near tokens of the student's ids too."
-        ),
+    dtype: Annotated[str | None, _option("float32, or bfloat16 for mixed precision.", _TRAIN)] = None,
+    lora_rank: Annotated[int | None, _option("Train adapters of this rank.", _TRAIN)] = None,
+    seed: Annotated[int | None, _option("Seed of all that is random.", _TRAIN)] = None,
+    device: Annotated[str | None, _option("cpu, cuda or mps.", _TRAIN)] = None,
+    workers: Annotated[int | None, _option("Processes of the data step.", _TRAIN)] = None,
+    log_every: Annotated[int | None, _option("Steps between two lines of the log.", _TRAIN)] = None,
+    save_every: Annotated[int | None, _option("Steps between checkpoints; 0 writes none.", _TRAIN)] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="Write event files.", rich_help_panel=_TRAIN)
     ] = None,
-    exact_always: Annotated[
-        bool | None,
-        typer.Option(
-            "--exact-always/--top-k-only", help="Pair equal bytes even outside the student's top k."
-        ),
-    ] = None,
-    rest_bucket: Annotated[
-        bool | None,
-        typer.Option("--rest-bucket/--no-rest-bucket", help="Count unmatched probability as one outcome."),
-    ] = None,
-    guards: Annotated[
-        bool | None,
-        typer.Option("--guards/--no-guards", help="Match no tokens whose digits or operators differ."),
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; goes before --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step and device.")] = None,
-    grad_accumulation: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate at its highest.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps in which the learning rate rises.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens of a row, on either side; more are cut.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16 for mixed precision.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0 writes none.")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between two lines of the log.")] = None,
-    seed: options.Seed = 0,
-    device: options.Device = "cpu",
-    workers: options.Workers = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve everything, print the plan, train nothing.")
+    ] = False,
     overwrite: options.Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train a student on a teacher that may have another tokenizer.
+    """Train a student on teachers that may have other tokenizers.
 
-    Example: cdm distill --teacher smollm2 --student student --data rows.jsonl --output out
+    Examples:
+
+    cdm distill --teacher smollm2 --student student --data rows.jsonl --output out
+
+    cdm distill run.yaml --set train.lr=1e-4 --dry-run
     """
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.distill.config import from_mapping, paper
+    from cdm_toolkit.distill.plan import plan
     from cdm_toolkit.distill.run import run
-    from cdm_toolkit.errors import UnknownName
+    from cdm_toolkit.errors import BadOption
 
-    if preset not in (None, "paper"):
-        raise UnknownName("preset", str(preset), ["paper"])
+    if overwrite and resume:
+        raise BadOption("--overwrite", "set beside --resume", "one of them")
     said = {
-        "teacher": teacher,
+        "student": student,
+        "data.path": data,
+        "data.max_length": max_length,
+        "data.template": template,
+        "data.workers": workers,
+        "output": output,
+        "preset": preset,
         "alpha": alpha,
-        "temperature": temperature,
-        "top_k": top_k,
-        "theta": theta,
-        "positions": positions,
-        "aligner": aligner,
-        "both_directions": both_directions,
-        "exact_always": exact_always,
-        "rest_bucket": rest_bucket,
-        "guards": guards,
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "batch_size": batch_size,
-        "grad_accumulation": grad_accumulation,
-        "learning_rate": lr,
-        "warmup_steps": warmup_steps,
-        "max_length": max_length,
-        "dtype": dtype,
-        "save_every": save_every,
-        "log_every": log_every,
+        "teachers.0.model": teacher,
+        "teachers.0.cache": teacher_cache,
+        "teachers.0.method": None if method == "sft" else method,
+        "teachers.0.temperature": temperature,
+        "teachers.0.top_k": top_k,
+        "teachers.0.theta": theta,
+        "teachers.0.positions": positions,
+        "teachers.0.aligner": aligner,
+        "train.epochs": epochs,
+        "train.max_steps": max_steps,
+        "train.batch_size": batch_size,
+        "train.grad_accumulation": grad_accumulation,
+        "train.lr": lr,
+        "train.dtype": dtype,
+        "train.lora.rank": lora_rank,
+        "train.seed": seed,
+        "train.device": device,
+        "train.log_every": log_every,
+        "train.save_every": save_every,
+        "train.tensorboard": tensorboard,
     }
-    settings = {name: value for name, value in said.items() if value is not None}
-    make = paper if preset == "paper" else from_mapping
-    config = make(
-        settings
-        | {"student": student, "data": str(data), "output": str(output), "method": method, "seed": seed}
-        | {"device": device, "workers": workers, "overwrite": overwrite, "resume": resume}
+    config = _config(run_file, said, assignments or [], without_teachers=method == "sft")
+    with _TrainingScreen(as_json) as shown:
+        if dry_run:
+            planned = plan(config, on_progress=shown.follow)
+        else:
+            result = run(
+                config,
+                overwrite=overwrite,
+                resume=resume,
+                go_on=_go_on(),
+                on_progress=shown.follow,
+            )
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes the first one tells
+    if dry_run:
+        _print_plan(config, planned, as_json)
+    else:
+        _print_result(result, as_json)
+
+
+def _config(
+    run_file: str | None, said: Mapping[str, Any], assignments: list[str], *, without_teachers: bool
+) -> DistillConfig:
+    """Lay options over a run file, and assignments over both."""
+    from cdm_toolkit.artifacts.settings import read_yaml, with_settings
+    from cdm_toolkit.distill.config import from_mapping
+    from cdm_toolkit.distill.recipes import find_run_file
+
+    content: dict[str, Any] = {}
+    if run_file is not None:
+        content = read_yaml(find_run_file(run_file))
+    if isinstance(content.get("data"), str):
+        content["data"] = {"path": content["data"]}
+    given = {name: value for name, value in said.items() if value is not None}
+    of_teacher = [name for name in given if name.startswith("teachers.")]
+    if without_teachers:
+        content["teachers"] = []
+        given = {name: value for name, value in given.items() if name not in of_teacher}
+    elif not content.get("teachers") and (run_file is None or of_teacher):
+        content["teachers"] = [{}]
+    content = with_settings(
+        content, [f"{name}={_as_yaml(value)}" for name, value in given.items()], source="the options"
     )
-    with _TrainingScreen() as shown:
-        result = run(config, on_progress=shown.follow)
-    if as_json:
-        screen.print_json(_record(result))
-        return
-    for warning in result.warnings:
-        screen.warn(warning)
-    _print_result(result)
+    return from_mapping(with_settings(content, assignments, source="--set"), source=run_file or "the run")
+
+
+def _as_yaml(value: Any) -> str:
+    """Write a value so that it is read back as what it is, whatever it looks like."""
+    import json
+
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+def _go_on() -> str:
+    """Write the command that goes on where this one stopped."""
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    return shlex.join(["cdm", *words, "--resume"])
 
 
 class _TrainingScreen:
     """Draw the stages of a run, and a line of the log now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool) -> None:
         from cdm_toolkit.cli import screen
 
         self._bar = screen.progress()
         self._console = self._bar.console
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, Any] = {}
         self._last: StepLog | None = None
+        self._logged_at = time.monotonic()
+        self._quiet = quiet or bool(int(os.environ.get("RANK", "0")))
 
     def __enter__(self) -> _TrainingScreen:
         self._bar.__enter__()
@@ -152,49 +228,94 @@ class _TrainingScreen:
             self._tasks[progress.stage] = self._bar.add_task(
                 _STAGES[progress.stage], total=progress.total, note=""
             )
+            if progress.stage == "train":
+                self._logged_at = time.monotonic()
         task = self._tasks[progress.stage]
         self._bar.update(task, completed=progress.done, total=progress.total)
         if progress.log is not None and progress.log is not self._last:
             self._last = progress.log
-            self._console.print(_log_line(progress.log), markup=False, soft_wrap=True, style="dim")
+            now = time.monotonic()
+            speed = progress.log.tokens / max(now - self._logged_at, 1e-9)
+            self._logged_at = now
+            self._bar.update(task, note=f"{speed:,.0f} tokens/s")
+            if not self._quiet:
+                line = _log_line(progress.log, speed)
+                self._console.print(line, markup=False, soft_wrap=True, style="dim")
 
 
 _STAGES = {
     "align": "aligning rows",
     "load": "loading models",
+    "entropies": "entropies of the models",
     "neighbours": "near tokens",
+    "look": "looking at rows",
     "train": "training",
     "save": "saving",
 }
 
 
-def _log_line(log: StepLog) -> str:
+def _log_line(log: StepLog, speed: float) -> str:
     parts = [f"step {log.step:>5}", f"loss {log.loss:.4f}", f"CE {log.ce:.4f}"]
-    if log.pairs:
-        parts += [
-            f"KD {log.kd:.4f}",
-            f"matched mass {log.matched_mass:.1%}",
-            f"aligned {log.aligned_share:.1%}",
-        ]
-    return "   ".join([*parts, f"lr {log.learning_rate:.1e}"])
+    for teacher in log.teachers:
+        parts.append(f"{'KD' if len(log.teachers) == 1 else teacher.name} {teacher.kd:.4f}")
+        if teacher.pairs:
+            parts.append(f"matched mass {teacher.matched_mass:.1%}")
+    return "   ".join([*parts, f"lr {log.learning_rate:.1e}", f"{speed:,.0f} tokens/s"])
 
 
-def _print_result(result: RunResult) -> None:
+def _print_result(result: RunResult, as_json: bool) -> None:
     from cdm_toolkit.cli import screen
 
+    if as_json:
+        screen.print_json(asdict(result) | {"output": str(result.output)})
+        return
+    for warning in result.warnings:
+        screen.warn(warning)
     shown = screen.table(None, "what", "figure")
     first, last = result.losses[0], result.losses[-1]
     shown.add_row("student", str(result.output))
     shown.add_row("rows", str(result.rows))
     shown.add_row("steps", f"{result.steps:,}")
     shown.add_row("CE, nats a token", f"{first.ce:.4f} → {last.ce:.4f}")
-    if last.pairs:
-        shown.add_row("KD, nats a position", f"{first.kd:.4f} → {last.kd:.4f}")
-        shown.add_row("matched mass", f"{last.matched_mass:.1%}")
-        shown.add_row("aligned share", f"{last.aligned_share:.1%} of the student's labels")
+    for before, after in zip(first.teachers, last.teachers, strict=True):
+        of = "" if len(last.teachers) == 1 else f" on {after.name}"
+        shown.add_row(f"KD{of}, a position", f"{before.kd:.4f} → {after.kd:.4f}")
+        if after.pairs:
+            shown.add_row(f"matched mass{of}", f"{after.matched_mass:.1%}")
+        shown.add_row(f"aligned share{of}", f"{after.aligned_share:.1%} of the student's labels")
     shown.add_row("time", f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s in training")
     screen.out().print(shown, markup=False)
 
 
-def _record(result: RunResult) -> dict[str, object]:
-    return asdict(result) | {"output": str(result.output), "tokens_per_second": result.tokens_per_second}
+def _print_plan(config: DistillConfig, planned: Plan, as_json: bool) -> None:
+    from cdm_toolkit.cli import screen
+
+    if as_json:
+        settings = {"config": config.model_dump(mode="json")}
+        screen.print_json(asdict(planned) | settings)
+        return
+    shown = screen.table(None, "what", "figure")
+    shown.add_row("student", f"{config.student}, {planned.parameters / 1e6:,.1f} M parameters")
+    if planned.trained_parameters != planned.parameters:
+        shown.add_row("trained", f"{planned.trained_parameters / 1e6:,.2f} M parameters")
+    shown.add_row("rows", str(planned.rows))
+    shown.add_row(
+        "steps", f"{planned.steps:,} of {planned.rows_a_step} rows ({planned.steps_an_epoch:,} an epoch)"
+    )
+    shown.add_row(
+        "tokens", f"{planned.tokens_an_epoch:,} an epoch, {planned.labels_an_epoch:,} of them trained on"
+    )
+    shown.add_row("CE, nats a token", f"{planned.ce:.4f} on {planned.looked_at} rows")
+    for lesson in planned.lessons:
+        parts = [f"{lesson.method}, weight {lesson.weight:g}", f"KD {lesson.kd:.4f}"]
+        if lesson.pairs:
+            parts.append(f"matched mass {lesson.matched_mass:.1%}, {lesson.pairs:.0f} pairs a position")
+        parts.append(f"{lesson.aligned_share:.1%} of the labels aligned")
+        shown.add_row(f"teacher {lesson.name}", "; ".join(parts))
+    for name, size in planned.memory.items():
+        shown.add_row(name, f"{size / 2**20:,.0f} MiB")
+    shown.add_row("in all, estimated", f"{sum(planned.memory.values()) / 2**30:,.1f} GiB")
+    shown.add_row("output", config.output)
+    screen.out().print(shown, markup=False)
+    for warning in planned.warnings:
+        screen.warn(warning)

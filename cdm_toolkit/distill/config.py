@@ -1,186 +1,234 @@
-"""What a run is told to do: one frozen record, checked as a whole before anything is loaded."""
+"""What a run is told to do: frozen records, from a run file, flags or Python, checked before anything is loaded."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from cdm_toolkit.alignment.aligners import ALIGNERS
-from cdm_toolkit.errors import BadRunConfig
+from pydantic import Field, model_validator
 
-MethodName = Literal["cdm", "sft"]
+from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
+from cdm_toolkit.errors import UnknownName
+
+MethodName = Literal["cdm", "em", "mined", "prefix", "uld", "alm", "gold", "kl", "reverse-kl", "jsd"]
 Positions = Literal["boundary", "mean"]
-DType = Literal["float32", "bfloat16", "float16"]
-Device = Literal["cpu", "cuda", "mps"]
-Schedule = Literal["cosine", "linear", "constant", "constant_with_warmup"]
+Template = Literal["none", "chat"]
 
-_AT_LEAST_1 = ("top_k", "batch_size", "grad_accumulation", "log_every", "workers")
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "save_every", "teacher_memory", "seed")
-_POSITIVE = ("temperature", "learning_rate", "epochs", "max_grad_norm")
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "method": get_args(MethodName),
-    "positions": get_args(Positions),
-    "aligner": ALIGNERS,
-    "dtype": get_args(DType)[:2],
-    "teacher_dtype": get_args(DType),
-    "schedule": get_args(Schedule),
-    "device": get_args(Device),
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Open = Annotated[float, Field(gt=0, lt=1)]
+
+_ACROSS = {"aligner", "entropy"}
+_OPTIONS: Mapping[str, set[str]] = {
+    "cdm": _ACROSS
+    | {
+        "temperature",
+        "top_k",
+        "positions",
+        "rest_bucket",
+        "theta",
+        "guards",
+        "both_directions",
+        "exact_always",
+    },
+    "em": _ACROSS | {"temperature", "top_k", "positions", "rest_bucket"},
+    "mined": _ACROSS | {"temperature", "top_k", "positions", "rest_bucket", "guards"},
+    "prefix": _ACROSS | {"temperature", "top_k", "positions", "rest_bucket"},
+    "uld": _ACROSS | {"temperature", "top_k", "positions"},
+    "alm": _ACROSS | {"tau"},
+    "gold": _ACROSS | {"temperature", "top_k", "beta"},
+    "kl": {"temperature", "top_k"},
+    "reverse-kl": {"temperature", "top_k"},
+    "jsd": {"temperature", "top_k", "beta"},
 }
+"""What each method looks at; another option that is set for it is a fault, not ignored."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
-    """Settings of one run. Raises BadRunConfig with all faults at once.
+class TeacherConfig(Settings):
+    """A teacher, with what is learned from it and how. A method without use for an option refuses it."""
 
-    `paper` gives the paper's; the defaults are this toolkit's.
-    """
-
-    student: str
-    data: str
-    output: str
-    teacher: str | None = None
-    """Not looked at by `sft`."""
-
+    model: Text
+    """An alias, a folder or a hub id."""
     method: MethodName = "cdm"
-    alpha: float = 0.5
-    """Weight of cross-entropy; KD has the rest."""
-    temperature: float = 1.0
-    top_k: int = 100
-    """Candidates of each model at a position."""
-    theta: float = 0.3
-    """Neighbours have an edit distance below this part of their joint length."""
+    weight: Positive = 1.0
+    """Of this teacher's KD among all."""
+    cache: Text | None = None
+    """Folder of `cdm teacher cache`, instead of the model in memory."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights of the model in memory."""
+
+    aligner: Literal["anchored", "bytes", "entropy-dtw", "dtw"] = "anchored"
+    entropy: Literal["uniform", "models"] = "uniform"
+    """What weighs tokens in DTW: nothing, or the entropies of both models' predictions (a pass of each over the
+    data)."""
     positions: Positions = "boundary"
-    aligner: str = "anchored"
+    """Which logits speak for a group: those at the shared boundary before it, or the mean over its tokens."""
+    temperature: Positive = 1.0
+    top_k: Count = 100
+    """Candidates of each model at a position."""
+    rest_bucket: bool = True
+    """Take the unmatched probability as one more outcome: without it one pair alone teaches nothing."""
+    theta: Open = 0.3
+    """Neighbours have an edit distance below this part of their joint length."""
+    guards: bool = True
+    """Match no tokens whose digits or operators differ."""
     both_directions: bool = True
     """Take the neighbours of the student's ids too, not only those of the teacher's."""
     exact_always: bool = True
     """Pair a teacher's candidate with the same bytes on the student's side, even where these are not in the
     student's top k. Without it an untrained student has next to no pairs."""
-    rest_bucket: bool = True
-    """Take the unmatched probability as one more outcome: without it one pair alone teaches nothing."""
-    guards: bool = True
-    """Match no tokens whose digits or operators differ."""
+    beta: Open = 0.5
+    """Of the generalised JSD: near 0 it is like KL, near 1 like reverse KL."""
+    tau: Positive = 100.0
+    """Temperature of the likelihoods of whole groups."""
 
-    epochs: float = 1.0
-    max_steps: int | None = None
-    """Optimizer steps; goes before `epochs`."""
-    batch_size: int = 8
-    grad_accumulation: int = 1
-    learning_rate: float = 2e-5
-    schedule: Schedule = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 512
-    """Tokens on either side."""
-    seed: int = 0
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> TeacherConfig:
+        options = set().union(*_OPTIONS.values())
+        if extra := sorted((self.model_fields_set & options) - _OPTIONS[self.method]):
+            raise ValueError(f"{self.method} has no use for {', '.join(extra)}")
+        if self.cache and self.positions == "mean":
+            raise ValueError("positions mean needs whole logits: leave the cache out, or take boundary")
+        if self.entropy == "models" and self.aligner != "entropy-dtw":
+            raise ValueError(f"aligner {self.aligner} has no use for entropy models, entropy-dtw has")
+        return self
 
-    device: Device = "cpu"
+
+class DataConfig(Settings):
+    """The rows to train on."""
+
+    path: Text
+    """JSONL with prompt and completion, question and answer, messages, or text in each row; `sample:train` is the
+    package's own."""
+    max_length: Annotated[int, Field(ge=4)] = 512
+    """Tokens of a row on any side; more are cut at a shared boundary."""
+    template: Template = "none"
+    """chat: each side reads a row through its own chat template."""
+    workers: Count = 1
+    """Processes that tokenize and align."""
+
+
+class LoraConfig(Settings):
+    """Train low-rank adapters (arXiv 2106.09685) in place of the weights; they are merged in at the end."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[Text, ...] | Literal["all-linear"] = "all-linear"
+
+
+class TrainConfig(Settings):
+    """How the student is trained; most are `transformers.TrainingArguments` under shorter names."""
+
+    lr: Positive = 2e-5
+    """Learning rate at its highest."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: CountOrNone = 0
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    """Optimizer steps; goes before epochs."""
+    batch_size: Count = 8
+    """Rows a batch and device."""
+    grad_accumulation: Count = 1
+    """Batches a step."""
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    bucket: bool = True
+    """Batch rows of like length."""
+    seed: CountOrNone = 0
+
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
     """cuda is the first GPU that this process sees; several are for `accelerate launch`."""
-    dtype: DType = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: mixed precision, with weights in float32."""
-    teacher_dtype: DType = "float32"
-    teacher_memory: int = 1024
-    """MiB for what the teacher said about rows that come again in later epochs; 0 asks it anew."""
-    workers: int = 1
-    """Processes that build the neighbour table."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the student's layers with torch.compile."""
+    lora: LoraConfig | None = None
 
-    log_every: int = 10
-    save_every: int = 500
+    log_every: Count = 10
+    save_every: CountOrNone = 500
     """Steps between checkpoints; 0 writes none."""
-    overwrite: bool = False
-    resume: bool = False
+    tensorboard: bool = False
+    """Write event files to the output folder's `runs`."""
 
-    def __post_init__(self) -> None:
-        if faults := list(_faults(self)):
-            raise BadRunConfig("the run", faults)
+
+class DistillConfig(Settings):
+    """One run. Without a teacher it is supervised fine-tuning."""
+
+    student: Text
+    """The model to train: an alias, a folder or a hub id."""
+    data: DataConfig
+    output: Text
+    """Folder to write."""
+    teachers: tuple[TeacherConfig, ...] = ()
+    alpha: Share = 0.5
+    """Weight of cross-entropy; KD has the rest. Without a teacher it is not looked at."""
+    train: TrainConfig = TrainConfig()
 
     @property
-    def uses_teacher(self) -> bool:
-        return self.method != "sft"
+    def ce_weight(self) -> float:
+        return self.alpha if self.teachers else 1.0
 
 
-def paper(**settings: Any) -> DistillConfig:
-    """Make a config with the paper's settings (arXiv 2502.11104, section 4.1), and the given ones."""
-    preset: dict[str, Any] = {
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
         "alpha": 0.9,
-        "temperature": 0.8,
-        "top_k": 100,
-        "theta": 0.3,
-        "aligner": "entropy-dtw",
-        "positions": "mean",
-        "rest_bucket": False,
-        "guards": False,
-        "exact_always": False,
+        "teacher": {
+            "temperature": 0.8,
+            "top_k": 100,
+            "theta": 0.3,
+            "aligner": "entropy-dtw",
+            "entropy": "models",
+            "positions": "mean",
+            "rest_bucket": False,
+            "guards": False,
+            "exact_always": False,
+        },
     }
-    return from_mapping(preset | settings)
+}
+"""Settings that go under a run's own: arXiv 2502.11104, section 4.1, for `paper`."""
 
 
 def from_mapping(settings: Mapping[str, Any], *, source: str = "the run") -> DistillConfig:
-    """Make a config of named settings, such as a run file's. Unknown names are faults as well."""
-    known = [field.name for field in fields(DistillConfig)]
-    faults = []
-    for name in settings:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            faults.append(f"{name} is no setting" + (f", did you mean {near[0]}?" if near else ""))
-    faults += [f"{name} is missing" for name in ("student", "data", "output") if name not in settings]
-    if faults:
-        raise BadRunConfig(source, faults)
-    return DistillConfig(**settings)
+    """Make a config of a run file's content. Raises BadRunConfig with all faults at once.
+
+    Beside the record's own names it takes `preset`, whose settings go under the given ones, and a path in place
+    of `data`'s record.
+    """
+    given = dict(settings)
+    preset = given.pop("preset", None)
+    if isinstance(given.get("data"), str):
+        given["data"] = {"path": given["data"]}
+    return make(DistillConfig, _over_preset(given, preset) if preset is not None else given, source=source)
 
 
-def _faults(config: DistillConfig) -> Iterator[str]:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        expected = _TYPES[str(field.type)]
-        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-            yield f"{field.name} is {value!r}, not {' or '.join(t.__name__ for t in expected)}"
-        else:
-            yield from _value_faults(config, field.name, value)
+def from_file(path: Path, assignments: Sequence[str] = ()) -> DistillConfig:
+    """Make a config of a run file, with assignments such as `train.lr=2e-5` over it."""
+    return from_mapping(with_settings(read_yaml(path), assignments, source="--set"), source=str(path))
 
 
-def _value_faults(config: DistillConfig, name: str, value: Any) -> Iterator[str]:
-    if name in _CHOICES and value not in _CHOICES[name]:
-        near = get_close_matches(value, _CHOICES[name], n=1)
-        yield f"{name} is {value!r}, not one of {', '.join(_CHOICES[name])}" + (
-            f" (did you mean {near[0]}?)" if near else ""
-        )
-    elif name in _AT_LEAST_1 and value < 1:
-        yield f"{name} is {value}, it must be at least 1"
-    elif name in _NOT_NEGATIVE and not 0 <= value < math.inf:
-        yield f"{name} is {value}, it must not be negative"
-    elif name in _POSITIVE and not 0 < value < math.inf:
-        yield f"{name} is {value}, it must be more than 0"
-    elif name == "alpha" and not 0 <= value <= 1:
-        yield f"alpha is {value}, it must be from 0 to 1"
-    elif name == "theta" and not 0 < value < 1:
-        yield f"theta is {value}, it must be between 0 and 1"
-    elif name == "max_steps" and value is not None and value < 1:
-        yield f"max_steps is {value}, it must be at least 1"
-    elif name == "max_length" and value < 4:
-        yield f"max_length is {value}, it must be at least 4"
-    elif name in ("student", "data", "output") and not value:
-        yield f"{name} is empty"
-    elif name == "teacher" and config.method != "sft" and not value:
-        yield f"teacher is missing, {config.method} needs one"
-    elif name == "resume" and value and config.overwrite:
-        yield "overwrite and resume are both set, give one of them"
+def _over_preset(given: dict[str, Any], name: Any) -> dict[str, Any]:
+    """Lay a run's settings over a preset's; a teacher takes what its method has a use for."""
+    if name not in PRESETS:
+        raise UnknownName("preset", str(name), list(PRESETS))
+    preset = PRESETS[name]
+    teachers = given.get("teachers")
+    if isinstance(teachers, list):
+        given["teachers"] = [_teacher_over(teacher, preset["teacher"]) for teacher in teachers]
+    return {"alpha": preset["alpha"]} | given
 
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "MethodName": (str,),
-    "Positions": (str,),
-    "DType": (str,),
-    "Schedule": (str,),
-    "Device": (str,),
-    "float": (float, int),
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "bool": (bool,),
-}
+def _teacher_over(teacher: Any, preset: Mapping[str, Any]) -> Any:
+    if not isinstance(teacher, Mapping):
+        return teacher  # a fault, which is listed with the others
+    options = _OPTIONS.get(teacher.get("method", "cdm"), set())
+    under = {name: value for name, value in preset.items() if name in options}
+    if teacher.get("aligner", "entropy-dtw") != "entropy-dtw":
+        under.pop("entropy", None)
+    return under | teacher

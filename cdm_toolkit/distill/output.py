@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from cdm_toolkit.errors import FileProblem, OutputExists
+from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.errors import BadArtifact, FileProblem, OutputExists
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-COMPLETE = "trainer_state.json"
-"""The file that a checkpoint gets last."""
+SEAL = "checksums.json"
+"""The file that a checkpoint gets last: the sha256 of each of its files."""
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint's files, which makes it whole."""
+    sums = {
+        path.relative_to(checkpoint).as_posix(): _checksum(path)
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
+    with atomic_write(checkpoint / SEAL) as stream:
+        stream.write((json.dumps(sums, indent=1) + "\n").encode())
+
+
+def check_seal(checkpoint: Path) -> None:
+    """See that each file of a checkpoint is as it was written. Raises BadArtifact with the first that is not."""
+    fix = f"remove {checkpoint} and resume from the one before, or start the run without --resume"
+    try:
+        sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise BadArtifact(checkpoint / SEAL, "it cannot be read", fix) from None
+    for name, expected in sums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise BadArtifact(path, "it is missing", fix)
+        if _checksum(path) != expected:
+            raise BadArtifact(path, "it is not as it was written: truncated or altered", fix)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -19,7 +53,7 @@ def last_checkpoint(output: Path) -> Path | None:
     found = [
         (int(match[1]), path)
         for path in (output.iterdir() if output.is_dir() else ())
-        if (match := CHECKPOINT.fullmatch(path.name)) and (path / COMPLETE).is_file()
+        if (match := CHECKPOINT.fullmatch(path.name)) and (path / SEAL).is_file()
     ]
     return max(found)[1] if found else None
 
@@ -28,7 +62,7 @@ def claim_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
     """See that a run may write to `output`, and make it; gives the checkpoint to resume from.
 
     Raises OutputExists where it is not empty and neither is set, FileProblem where it cannot be written or
-    there is nothing to resume. Nothing is removed here.
+    there is nothing to resume, BadArtifact for a checkpoint that is damaged. Nothing is removed here.
     """
     checkpoint = last_checkpoint(output)
     if resume:
@@ -36,6 +70,7 @@ def claim_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
             raise FileProblem(
                 output, "it has no whole checkpoint to resume from", "start the run without --resume"
             )
+        check_seal(checkpoint)
         return checkpoint
     try:
         if output.is_dir() and any(output.iterdir()) and not overwrite:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cdm_toolkit.errors import BadOption, BadRow, FileProblem
 
@@ -14,17 +14,38 @@ PAIRS = (("prompt", "completion"), ("question", "answer"))
 FIELDS = "prompt and completion, question and answer, messages, or text"
 
 
+class Message(NamedTuple):
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A prompt, which is not trained on, and a completion, which is; `number` counts from 1 in the file.
 
-    Both models read `text`: the prompt, a line feed, the completion; the completion alone where there is no
-    prompt.
+    Without a chat template both models read `text`: the prompt, a line feed, the completion; the completion
+    alone where there is no prompt. With it, each reads its own rendering of `chat`.
     """
 
     number: int
     prompt: str
     completion: str
+    messages: tuple[Message, ...] = ()
+    """Those of a row that has messages; the last is the completion."""
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The row as messages; empty where it is a text without a prompt, which is no conversation."""
+        if self.messages:
+            return [message._asdict() for message in self.messages]
+        if not self.prompt:
+            return []
+        return [
+            {"role": "user", "content": self.prompt},
+            {"role": "assistant", "content": self.completion},
+        ]
 
     @property
     def text(self) -> str:
@@ -54,7 +75,7 @@ def _string(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _messages(messages: Any) -> tuple[str, str]:
+def _messages(messages: Any) -> tuple[str, str, tuple[Message, ...]]:
     """Join the contents with line feeds; the last message, the assistant's, is the completion."""
     chat = _chat(messages)
     if chat[-1]["role"] != "assistant":
@@ -62,19 +83,19 @@ def _messages(messages: Any) -> tuple[str, str]:
             "the last message is not the assistant's", "end each conversation with the answer to learn"
         )
     *before, last = (message["content"] for message in chat)
-    return "\n".join(before), last
+    return "\n".join(before), last, tuple(Message(**message) for message in chat)
 
 
-def _prompt_and_completion(fields: Any) -> tuple[str, str]:
+def _parts(fields: Any) -> tuple[str, str, tuple[Message, ...]]:
     if not isinstance(fields, dict):
         raise _RowError("it is not a JSON object", f"give each row {FIELDS}")
     for prompt, completion in PAIRS:
         if prompt in fields and completion in fields:
-            return _string(fields, prompt), _string(fields, completion)
+            return _string(fields, prompt), _string(fields, completion), ()
     if "messages" in fields:
         return _messages(fields["messages"])
     if "text" in fields:
-        return "", _string(fields, "text")
+        return "", _string(fields, "text"), ()
     has = ", ".join(map(str, fields)) or "no field"
     raise _RowError(f"it has {has}", f"give each row {FIELDS}")
 
@@ -118,7 +139,7 @@ def read_rows(path: str | Path) -> list[Row]:
     rows = []
     for number, fields in _read_objects(Path(path)):
         try:
-            rows.append(Row(number, *_prompt_and_completion(fields)))
+            rows.append(Row(number, *_parts(fields)))
         except _RowError as error:
             raise BadRow(path, number, *error.args) from None
     return rows

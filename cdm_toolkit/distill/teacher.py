@@ -2,77 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from cdm_toolkit.distill.gather import logits_at
-from cdm_toolkit.distill.losses.cdm import mean_logits
-from cdm_toolkit.distill.losses.pick import top_k
-from cdm_toolkit.distill.losses.record import TopK
+from cdm_toolkit.distill.losses.pick import log_sum_exp, mean_logits, top_k, values_at
+from cdm_toolkit.distill.losses.record import TeacherSays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cdm_toolkit.distill.collate import Batch
+    from cdm_toolkit.distill.collate import TeacherBatch
 
 
 class Teacher(Protocol):
-    """Gives the teacher's likeliest ids at the groups of a batch, without a gradient."""
+    """Says what a teacher thinks of the groups of a batch, without a gradient. `rows` are their numbers."""
 
-    def top_k(self, batch: Batch) -> TopK: ...
+    def says(self, batch: TeacherBatch, rows: Sequence[int]) -> TeacherSays: ...
 
 
 class OnlineTeacher:
     """A frozen model in memory, asked anew at each step."""
 
-    def __init__(self, model: PreTrainedModel, *, vocab_t: int, k: int) -> None:
-        """Freeze `model`; of its logits the first `vocab_t` belong to ids of its tokenizer."""
+    def __init__(self, model: PreTrainedModel, *, vocab_t: int, k: int, mean: bool = False) -> None:
+        """Freeze `model`; of its logits the first `vocab_t` belong to ids of its tokenizer.
+
+        `mean` speaks for a group with the mean of its tokens' logits instead of those before it.
+        """
         self.model = model.eval().requires_grad_(False)
-        self.vocab_t, self.k = vocab_t, k
+        self.vocab_t, self.k, self.mean = vocab_t, k, mean
 
     @torch.no_grad()
-    def top_k(self, batch: Batch) -> TopK:
-        """Reduce the logits at the batch's groups to top-k log-probabilities; padded ids have none."""
+    def says(self, batch: TeacherBatch, rows: Sequence[int]) -> TeacherSays:
+        """Reduce the logits that the batch reads to top-k log-probabilities; padded ids have none."""
         logits = logits_at(
             self.model,
             self.model.get_output_embeddings(),
-            batch["teacher_at"],
-            input_ids=batch["teacher_input_ids"],
-            attention_mask=batch["teacher_attention_mask"],
-            **({"position_ids": batch["teacher_position_ids"]} if "teacher_position_ids" in batch else {}),
+            batch["at"],
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            **({"position_ids": batch["position_ids"]} if "position_ids" in batch else {}),
         )
-        if "teacher_group" in batch:
-            group = batch["teacher_group"]
-            rows = torch.arange(len(group), device=group.device)
-            logits = mean_logits(logits, rows, group, sum(batch["groups"]))
-        return top_k(logits, self.k, real=self.vocab_t)
-
-
-class RememberingTeacher:
-    """Asks a teacher once for each row, and answers from memory when the row comes again in a later epoch.
-
-    What is kept costs 8 bytes for each of k candidates at each position. Rows for which there is no room are
-    asked anew.
-    """
-
-    def __init__(self, teacher: Teacher, *, room: int) -> None:
-        """Keep up to `room` bytes."""
-        self.teacher, self.room = teacher, room
-        self._known: dict[int, TopK] = {}
-
-    def top_k(self, batch: Batch) -> TopK:
-        """Answer from memory where all rows of the batch are known."""
-        known = [self._known.get(row) for row in batch["rows"]]
-        if all(known):
-            device = batch["labels"].device
-            ids = torch.cat([top.ids for top in known if top]).to(device, torch.int64)
-            return TopK(ids, torch.cat([top.logprobs for top in known if top]).to(device))
-        answer = self.teacher.top_k(batch)
-        split = zip(answer.ids.split(batch["groups"]), answer.logprobs.split(batch["groups"]), strict=True)
-        for row, (ids, logprobs) in zip(batch["rows"], split, strict=True):
-            size = ids.numel() * 8
-            if row not in self._known and size <= self.room:
-                self.room -= size
-                self._known[row] = TopK(ids.to("cpu", torch.int32, copy=True), logprobs.to("cpu", copy=True))
-        return answer
+        if "group" not in batch:
+            return TeacherSays(top_k(logits, self.k, real=self.vocab_t))
+        group = batch["group"]
+        every = torch.arange(len(group), device=group.device)
+        if self.mean:
+            means = mean_logits(logits, every, group, sum(batch["groups"]))
+            top = top_k(means, self.k, real=self.vocab_t)
+        else:
+            top = top_k(logits, self.k, real=self.vocab_t, rows=batch["first"])
+        if "next_ids" not in batch:
+            return TeacherSays(top)
+        real = logits.narrow(1, 0, self.vocab_t)
+        chosen = values_at(logits, every, batch["next_ids"]).to(top.logprobs.dtype) - log_sum_exp(real)
+        return TeacherSays(top, chosen, group)

@@ -1,9 +1,10 @@
-"""`transformers.Trainer` with a loss that looks at two models."""
+"""`transformers.Trainer` with a loss that looks at a student and its teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,44 +12,69 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdm_toolkit.distill.gather import logits_at
-from cdm_toolkit.distill.losses.record import Gathered, LossParts, Method, objective
-from cdm_toolkit.distill.losses.sft import sft
-from cdm_toolkit.distill.output import last_checkpoint
+from cdm_toolkit.distill.losses.combine import Reader, loss_parts
+from cdm_toolkit.distill.losses.record import LossParts, Method, TeacherSays, objective
+from cdm_toolkit.distill.order import EpochOrder
+from cdm_toolkit.distill.output import last_checkpoint, seal_checkpoint
 from cdm_toolkit.errors import NotFinite
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from cdm_toolkit.distill.collate import Batch, Collator
+    from cdm_toolkit.distill.collate import Batch, Collator, TeacherBatch
     from cdm_toolkit.distill.config import DistillConfig
-    from cdm_toolkit.distill.data import Features
+    from cdm_toolkit.distill.data import StoredFeatures
     from cdm_toolkit.distill.teacher import Teacher
+
+
+HISTORY = "history.json"
+"""The lines that were logged, in a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lesson:
+    """A teacher in a run: where its distributions come from, what is made of them, and how much it weighs."""
+
+    name: str
+    teacher: Teacher
+    method: Method
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherLog:
+    """Means over the groups of one teacher since the log before.
+
+    `kd` in nats a group (a distance of probabilities under `uld`); `matched_mass` is the teacher's probability
+    on ids that have a partner, `pairs` their number at a group, `aligned_share` the groups for each label.
+    """
+
+    name: str
+    kd: float
+    matched_mass: float
+    pairs: float
+    aligned_share: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
     """Means over the optimizer steps since the log before, up to `step`.
 
-    `loss` is the objective, `ce` in nats a label, `kd` in nats a position; `matched_mass` is the teacher's
-    probability on ids that have a pair, `pairs` their number at a position, `aligned_share` the positions for
-    each label. These four are 0 under `sft`. `tokens` are the student's, prompts included and padding not: a
-    sum.
+    `loss` is the objective, `ce` in nats a label. `tokens` are the student's, prompts included and padding
+    not: a sum.
     """
 
     step: int
     loss: float
     ce: float
-    kd: float
-    matched_mass: float
-    pairs: float
-    aligned_share: float
+    teachers: tuple[TeacherLog, ...]
     learning_rate: float
     grad_norm: float
     tokens: int
 
 
 class DistillTrainer(Trainer):
-    """Train a student on a method's loss; everything else is the Trainer's."""
+    """Train a student on what its teachers say; everything else is the Trainer's."""
 
     loss_is_scaled_for_ga = True
 
@@ -56,37 +82,58 @@ class DistillTrainer(Trainer):
         self,
         student: nn.Module,
         arguments: TrainingArguments,
-        features: list[Features],
+        features: StoredFeatures,
         collator: Collator,
         tokenizer: Any,
         *,
-        method: Method,
+        vocab_s: int,
+        lessons: Sequence[Lesson],
         alpha: float,
-        teacher: Teacher | None,
-        on_step: Callable[[int, int, StepLog | None], None],
+        bucket: bool = True,
+        on_step: Callable[[int, int, StepLog | None], None] = lambda *_: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Give `on_step` the steps done and to do after each, and the latest log."""
+        """Give `on_step` the steps done and to do after each, and the latest log.
+
+        `vocab_s` counts the ids of the student's tokenizer; logits beyond are padding. When `stopping` says
+        so, the run ends after the step at hand, with a checkpoint.
+        """
         super().__init__(
             model=student,
             args=arguments,
             data_collator=collator,
-            train_dataset=features,
+            train_dataset=features,  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=[
-                _AfterStep(lambda done, of: on_step(done, of, self.history[-1] if self.history else None))
+                _AfterStep(
+                    lambda done, of: on_step(done, of, self.history[-1] if self.history else None), stopping
+                )
             ],
         )
         self.remove_callback(PrinterCallback)
-        self.method, self.alpha, self.teacher = method, alpha, teacher
+        self.vocab_s, self.lessons, self.alpha, self.bucket = vocab_s, tuple(lessons), alpha, bucket
         self.history: list[StepLog] = []
-        self._sums = _no_sums(self.args.device)
+        self._sums = self._no_sums()
+        self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        arguments = self.args
+        return EpochOrder(
+            self.train_dataset.lengths,  # type: ignore[union-attr]
+            rows_a_step=arguments.train_batch_size
+            * arguments.gradient_accumulation_steps
+            * arguments.world_size,
+            seed=arguments.seed,
+            bucket=self.bucket,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """Take the batches of one optimizer step, and count its labels and groups over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor([[len(b["labels"]), sum(b["groups"])] for b in batches], device=device).sum(0)
+        counts = torch.tensor([_counts(batch) for batch in batches], device=device).sum(0)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
@@ -100,109 +147,200 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Give the part of the step's loss that this batch is (`objective`)."""
         parts = self.loss_parts(model, inputs)
-        own = torch.tensor([len(inputs["labels"]), sum(inputs["groups"])], device=parts.ce.device)
-        tokens, positions = own if num_items_in_batch is None else num_items_in_batch
-        loss = objective(parts, alpha=self.alpha, tokens=tokens, positions=positions)
-        if not torch.isfinite(loss):  # before the weights are touched
-            raise self._not_finite(inputs)
-        sums = (parts.ce, parts.kd, parts.matched_mass, parts.pairs, *own, inputs["attention_mask"].sum())
-        self._sums += torch.stack([part.detach() for part in sums])
+        own = torch.tensor(_counts(inputs), device=parts.ce.device)
+        tokens, *positions = (own if num_items_in_batch is None else num_items_in_batch).unbind()
+        weights = [lesson.weight for lesson in self.lessons]
+        loss = objective(parts, alpha=self.alpha, weights=weights, tokens=tokens, positions=positions)
+        seen = [part for kd in parts.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
+        self._sums += torch.stack(
+            [part.detach() for part in (parts.ce, *seen, inputs["attention_mask"].sum(), *own)]
+        )
+        # looked at where the host waits for the device anyway: when a line is logged or a checkpoint written
+        self._unseen.append((self.state.global_step + 1, inputs["rows"], _finite(loss, parts, inputs)))
         # gradients are averaged over processes, counts were summed
         loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def loss_parts(self, model: nn.Module, inputs: Batch) -> LossParts:
-        """Run both models, and the method on what they say."""
-        logits = logits_at(
-            model,
-            self.accelerator.unwrap_model(model).get_output_embeddings(),
-            inputs["label_at"],
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            **({"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}),
+        """Run the student and its teachers, and the methods on what they say."""
+        # the teachers first: their logits are gone before the student keeps anything
+        readers = [
+            self._reader(lesson, batch, inputs)
+            for lesson, batch in zip(self.lessons, inputs["teachers"], strict=True)
+        ]
+        student = _unwrapped(self.accelerator.unwrap_model(model))
+        with self.accelerator.autocast():
+            logits = logits_at(
+                model,
+                student.get_output_embeddings(),
+                inputs["label_at"],
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                **({"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}),
+            )
+        return loss_parts(logits, inputs["labels"], readers)
+
+    def _reader(self, lesson: Lesson, batch: TeacherBatch, inputs: Batch) -> Reader | None:
+        """Ask a teacher; None where the batch has no group for it."""
+        if "at" not in batch:
+            return None
+        says: TeacherSays = lesson.teacher.says(batch, inputs["rows"])
+        token_rows = batch.get("token_rows")
+        return Reader(
+            method=lesson.method,
+            says=says,
+            vocab_s=self.vocab_s,
+            student_rows=batch["student_rows"],
+            student_group=batch.get("student_group"),
+            token_rows=token_rows,
+            token_ids=None if token_rows is None else inputs["labels"].index_select(0, token_rows),
+            token_group=batch.get("token_group"),
         )
-        if self.teacher is None or "teacher_at" not in inputs:
-            return sft(Gathered(logits, inputs["labels"]))
-        gathered = Gathered(
-            logits,
-            inputs["labels"],
-            student_rows=inputs["student_rows"],
-            student_group=inputs.get("student_group"),
-            teacher=self.teacher.top_k(inputs),
-        )
-        return self.method(gathered)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss to what is logged; the closing summary of a run has none."""
         if "loss" in logs:
-            sums = self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums
-            ce, kd, mass, pairs, labels, positions, tokens = sums.tolist()
-            self._sums = _no_sums(self.args.device)
-            seen = max(positions, 1)
-            logs |= {
-                "ce": ce / labels,
-                "kd": kd / seen,
-                "matched_mass": mass / seen,
-                "pairs": pairs / seen,
-                "aligned_share": positions / labels,
-                "tokens": int(tokens),
-            }
-            figures: dict[str, Any] = {
-                name: logs[name] for name in StepLog.__dataclass_fields__ if name in logs
-            }
-            self.history.append(StepLog(step=self.state.global_step, **figures))
+            self._check_finite()
+            entry = self._step_log(logs)
+            self.history.append(entry)
+            logs |= {"ce": entry.ce, "tokens": entry.tokens}
+            for nth, teacher in enumerate(entry.teachers):
+                where = f"_{nth}" if nth else ""
+                logs |= {f"kd{where}": teacher.kd, f"matched_mass{where}": teacher.matched_mass}
         super().log(logs, start_time)
 
-    def _not_finite(self, inputs: Batch) -> NotFinite:
+    def _step_log(self, logs: dict[str, float]) -> StepLog:
+        sums = self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums
+        self._sums = self._no_sums()
+        many = len(self.lessons)
+        ce, *parts = sums.tolist()
+        tokens, labels, *groups = parts[3 * many :]
+        teachers = []
+        for nth, (lesson, count) in enumerate(zip(self.lessons, groups, strict=True)):
+            kd, mass, pairs = (part / max(count, 1) for part in parts[3 * nth : 3 * nth + 3])
+            teachers.append(TeacherLog(lesson.name, kd, mass, pairs, count / labels))
+        return StepLog(
+            step=self.state.global_step,
+            loss=logs["loss"],
+            ce=ce / labels,
+            teachers=tuple(teachers),
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            tokens=int(tokens),
+        )
+
+    def _no_sums(self) -> Tensor:
+        """Make the sums of ce, of kd, matched mass and pairs of each teacher, of tokens, labels and groups."""
+        device = self.args.device
+        kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        return torch.zeros(3 + 4 * len(self.lessons), device=device, dtype=kind)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint of good weights only, and the checksums of its files when all are there."""
+        self._check_finite()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        if self.args.should_save:
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            lines = json.dumps([asdict(log) for log in self.history], indent=1)
+            (checkpoint / HISTORY).write_text(lines + "\n", encoding="utf-8")
+            seal_checkpoint(checkpoint)
+
+    def _check_finite(self) -> None:
+        """Stop the run where a loss since the last look was not finite."""
+        if not self._unseen:
+            return
+        flags = torch.cat([flags for _, _, flags in self._unseen]).tolist()
+        unseen, self._unseen = self._unseen, []
+        for step, rows, _ in unseen:
+            loss, *of_rows = flags[: len(rows) + 1]
+            flags = flags[len(rows) + 1 :]
+            if not loss:
+                bad = [row for row, good in zip(rows, of_rows, strict=True) if not good]
+                raise self._not_finite(step, bad or rows)
+
+    def _not_finite(self, step: int, rows: Sequence[int]) -> NotFinite:
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         kept = (
             f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was due before it"
         )
-        rows = ", ".join(map(str, inputs["rows"]))
-        return NotFinite(f"the loss of rows {rows}", self.state.global_step + 1, kept)
+        named = f"row {rows[0]}" if len(rows) == 1 else f"rows {', '.join(map(str, rows))}"
+        return NotFinite(f"the loss of {named}", step, kept)
 
 
-def _no_sums(device: torch.device) -> Tensor:
-    """Make the sums of ce, kd, matched mass, pairs, labels, groups and tokens; MPS has no float64."""
-    return torch.zeros(7, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+def _unwrapped(student: Any) -> Any:
+    """Take accelerate's wrapper off, which in mixed precision makes a float32 copy of all logits.
+
+    By hand: `unwrap_model(keep_fp32_wrapper=False)` takes off a decorator of the model's own as well.
+    """
+    if (original := vars(student).pop("_original_forward", None)) is not None:
+        student.forward = original
+    return student
+
+
+def _finite(loss: Tensor, parts: LossParts, batch: Batch) -> Tensor:
+    """Say whether the loss is finite, and then, for each row, whether its labels' part of it is."""
+    bad = torch.isfinite(parts.label_logprobs).logical_not().to(torch.int32)
+    of_rows = torch.zeros(len(batch["rows"]), dtype=torch.int32, device=bad.device)
+    of_rows = of_rows.index_add(0, batch["label_row"], bad)
+    return torch.cat((torch.isfinite(loss.detach()).unsqueeze(0), of_rows == 0))
+
+
+def _counts(batch: Batch) -> list[int]:
+    """Count the labels of a batch, and the groups of each teacher."""
+    return [len(batch["labels"]), *(sum(teacher["groups"]) for teacher in batch["teachers"])]
+
+
+def read_history(checkpoint: Path) -> list[StepLog]:
+    """Read the lines that were logged up to a checkpoint."""
+    lines = json.loads((checkpoint / HISTORY).read_text(encoding="utf-8"))
+    return [
+        StepLog(**line | {"teachers": tuple(TeacherLog(**teacher) for teacher in line["teachers"])})
+        for line in lines
+    ]
 
 
 class _AfterStep(TrainerCallback):
-    def __init__(self, call: Callable[[int, int], None]) -> None:
-        self.call = call
+    def __init__(self, call: Callable[[int, int], None], stopping: Callable[[], bool]) -> None:
+        self.call, self.stopping = call, stopping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log |= state.global_step == state.max_steps
+        if self.stopping() and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        # a checkpoint ends what a line sums up, so that a run which goes on from it logs the same lines
+        control.should_log |= control.should_save or state.global_step == state.max_steps
         self.call(state.global_step, state.max_steps)
 
 
-def training_arguments(config: DistillConfig) -> TrainingArguments:
-    """Translate a run's settings."""
-    saves = config.save_every > 0
+def training_arguments(config: DistillConfig, output: Path) -> TrainingArguments:
+    """Translate a run's settings; `output` is where checkpoints go."""
+    train = config.train
+    saves = train.save_every > 0
     arguments = TrainingArguments(
-        output_dir=config.output,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.grad_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        bf16=config.dtype == "bfloat16",
-        use_cpu=config.device == "cpu",
+        output_dir=str(output),
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.grad_accumulation,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        bf16=train.dtype == "bfloat16",
+        activation_checkpointing=train.gradient_checkpointing,
+        use_cpu=train.device == "cpu",
         save_strategy="steps" if saves else "no",
-        save_steps=config.save_every if saves else 500,
+        save_steps=train.save_every if saves else 500,
         save_total_limit=2,
-        logging_steps=config.log_every,
+        logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=["tensorboard"] if train.tensorboard else "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=config.device == "cuda",
+        dataloader_pin_memory=train.device == "cuda",
     )
     # One process drives one device: several go by `accelerate launch`. DataParallel would split the flat
     # positions.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cdm_toolkit.alignment.aligners import TextAlignment
 from cdm_toolkit.alignment.chat import align_segments
@@ -11,82 +12,126 @@ from cdm_toolkit.errors import UnsupportedTokenizer
 from cdm_toolkit.hub.tokenizers import Loaded
 
 Messages = Sequence[Mapping[str, str]]
+Piece = tuple[int, int]
+
+_WITHOUT = "go without it: align without --chat, or train with template none"
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A chat as one text, and the bytes `[start, end)` of each message's content in it, None where it is left out.
 
-    Blanks at both ends of a content are not counted in, since some templates strip them.
+    Blanks at both ends of a content are not counted in, since some templates strip them; `whole` has those that
+    the template keeps.
     """
 
     text: str
-    contents: tuple[tuple[int, int] | None, ...]
+    contents: tuple[Piece | None, ...]
+    whole: tuple[Piece | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A tokenizer's chat template by itself: texts alone, so that it can be sent to a process and hashed."""
+
+    tokenizer: str
+    """The name, for errors."""
+    source: str
+    """In Jinja."""
+    tokens: tuple[tuple[str, str], ...]
+    """bos_token, eos_token, ... by name, which templates write."""
+
+    def render(self, messages: Messages, *, of: str = "these messages") -> Rendered:
+        """Render messages; `of` names them in errors. Raises UnsupportedTokenizer where they are refused."""
+        text = self._apply(messages, of)
+        # Where a content lies is read off a second rendering, in which a mark that no text has stands for each:
+        # a search for the content alone would find `user` in the template's own words.
+        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+        marked = self._apply(
+            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], of
+        )
+        order = sorted((place, i) for i, mark in enumerate(marks) if (place := marked.find(mark)) >= 0)
+        contents: list[Piece | None] = [None] * len(messages)
+        whole: list[Piece | None] = [None] * len(messages)
+        at, before = 0, marked[: order[0][0]] if order else marked
+        for (place, i), (next_place, _) in pairwise([*order, (len(marked), 0)]):
+            given, content = messages[i]["content"], messages[i]["content"].strip()
+            first = at + len(before)
+            start = text.find(content, first)
+            if not text.startswith(before, at) or start < 0 or text[first:start].strip():
+                why = f"its chat template rewrites the content of message {i + 1} of {of}"
+                raise UnsupportedTokenizer(self.tokenizer, why, _WITHOUT)
+            at = end = start + len(content)
+            before = marked[place + len(marks[i]) : next_place]
+            trailing = given[len(given.rstrip()) :]
+            if text.startswith(trailing + before, end):  # else the template strips it
+                at = end + len(trailing)
+            contents[i] = _in_bytes(text, start, end)
+            whole[i] = _in_bytes(text, first, at)
+        return Rendered(text, tuple(contents), tuple(whole))
+
+    def _apply(self, messages: Messages, of: str) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self.source,
+                **dict(self.tokens),
+            )
+        except Exception as error:  # jinja2's errors, and whatever a template raises
+            why = f"its chat template refuses {of}: {error}"
+            raise UnsupportedTokenizer(self.tokenizer, why, "give messages that it knows") from error
+        return str(rendered[0])
+
+
+def chat_template(loaded: Loaded) -> ChatTemplate | None:
+    """Take a tokenizer's chat template; None where it has none. Raises UnsupportedTokenizer for several."""
+    if not loaded.tokenizer.chat_template:
+        return None
+    try:
+        source = loaded.tokenizer.get_chat_template()
+    except ValueError:
+        why = "it has several chat templates, none of which is the default"
+        raise UnsupportedTokenizer(loaded.view.name, why, "leave one in its tokenizer_config.json") from None
+    tokens = sorted(
+        (name, text) for name, text in loaded.tokenizer.special_tokens_map.items() if isinstance(text, str)
+    )
+    return ChatTemplate(loaded.view.name, source, tuple(tokens))
+
+
+def no_chat_template(tokenizer: str) -> UnsupportedTokenizer:
+    """Say that a tokenizer has no chat template."""
+    return UnsupportedTokenizer(
+        tokenizer, "it has no chat template", "name a tokenizer of an instruction-tuned model"
+    )
 
 
 def render(loaded: Loaded, messages: Messages) -> Rendered:
     """Render messages with a tokenizer's template. Raises UnsupportedTokenizer where it has none or refuses them."""
-    text = _apply(loaded, messages)
-    # Where a content lies is read off a second rendering, in which a mark that no text has stands for each:
-    # a search for the content alone would find `user` in the template's own words.
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    marked = _apply(
-        loaded, [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    )
-    order = sorted((place, i) for i, mark in enumerate(marks) if (place := marked.find(mark)) >= 0)
-    found: list[tuple[int, int] | None] = [None] * len(messages)
-    at, marked_at = 0, 0
-    for place, i in order:
-        before = marked[marked_at:place]
-        content = messages[i]["content"].strip()
-        start = text.find(content, at + len(before))
-        if not text.startswith(before, at) or start < 0 or text[at + len(before) : start].strip():
-            raise UnsupportedTokenizer(
-                loaded.view.name,
-                f"its chat template rewrites the content of message {i + 1}",
-                "align without --chat",
-            )
-        at, marked_at = start + len(content), place + len(marks[i])
-        # what the template strips, it may keep: skip it
-        trailing = messages[i]["content"][len(messages[i]["content"].rstrip()) :]
-        found[i] = (len(text[:start].encode()), len(text[:at].encode()))
-        if trailing and text.startswith(trailing, at):
-            at += len(trailing)
-    return Rendered(text, tuple(found))
+    template = chat_template(loaded)
+    if template is None:
+        raise no_chat_template(loaded.view.name)
+    return template.render(messages)
 
 
 def align_chat(loaded_t: Loaded, loaded_s: Loaded, messages: Messages) -> TextAlignment:
     """Align one chat as two models read it: message contents by bytes, markers by role, the rest by DTW."""
     rendered_t, rendered_s = render(loaded_t, messages), render(loaded_s, messages)
-    pieces_t, pieces_s = [], []
+    pieces_t: list[Piece] = []
+    pieces_s: list[Piece] = []
     for piece_t, piece_s in zip(rendered_t.contents, rendered_s.contents, strict=True):
-        in_order = (
-            piece_t
-            and piece_s
-            and all(
-                not pieces or pieces[-1][1] <= piece[0]
-                for pieces, piece in ((pieces_t, piece_t), (pieces_s, piece_s))
-            )
-        )
-        if in_order:
+        if piece_t and piece_s and _follows(piece_t, pieces_t) and _follows(piece_s, pieces_s):
             pieces_t.append(piece_t)
             pieces_s.append(piece_s)
     t, s = loaded_t.view.encode(rendered_t.text), loaded_s.view.encode(rendered_s.text)
     return TextAlignment(t, s, align_segments(t, pieces_t, s, pieces_s))
 
 
-def _apply(loaded: Loaded, messages: Messages) -> str:
-    if not loaded.tokenizer.chat_template:
-        raise UnsupportedTokenizer(
-            loaded.view.name, "it has no chat template", "name a tokenizer of an instruction-tuned model"
-        )
-    try:
-        return str(
-            loaded.tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
-        )
-    except Exception as error:  # jinja2's errors, and whatever a template raises
-        raise UnsupportedTokenizer(
-            loaded.view.name,
-            f"its chat template refuses these messages: {error}",
-            "give messages that it knows",
-        ) from error
+def _follows(piece: Piece, pieces: Sequence[Piece]) -> bool:
+    return not pieces or pieces[-1][1] <= piece[0]
+
+
+def _in_bytes(text: str, start: int, end: int) -> Piece:
+    first = len(text[:start].encode())
+    return first, first + len(text[start:end].encode())

@@ -44,6 +44,8 @@ UNKNOWN_NAMES = {
     "vocab-map export": ("vocab-map", "export", "--t1", UNKNOWN, "--t2", "qwen2", "-o", "OUT.json"),
     "vocab-map build": ("vocab-map", "build", "--t1", UNKNOWN, "--t2", "qwen2"),
     "student new": ("student", "new", "--tokenizer", UNKNOWN, "-o", "OUT"),
+    "student transplant": ("student", "transplant", "--from", UNKNOWN, "--tokenizer", "mistral", "-o", "OUT"),
+    "teacher cache": ("teacher", "cache", "--model", UNKNOWN, "--data", "ROWS", "-o", "OUT"),
     "distill": ("distill", "--teacher", UNKNOWN, "--student", UNKNOWN, "--data", "ROWS", "-o", "OUT"),
     "eval": ("eval", "--suite", "bpb", "--model", UNKNOWN, "--data", "ROWS"),
     "generate": ("generate", "text", "--model", UNKNOWN),
@@ -126,10 +128,10 @@ def test_options_out_of_range(cdm, rows: Path, tmp_path: Path) -> None:
 
 def test_all_faults_of_a_run_at_once(cdm, rows: Path, tmp_path: Path) -> None:
     answer = cdm(
-        *("distill", "--student", "smollm2", "--data", rows, "-o", tmp_path / "out"),
+        *("distill", "--teacher", "smollm2", "--student", "smollm2", "--data", rows, "-o", tmp_path / "out"),
         *("--alpha", "2", "--lr", "-1", "--method", "cmd"),
     )
-    refused(answer, "faults", "alpha", "learning_rate", "did you mean cdm?")
+    refused(answer, "faults", "alpha", "train.lr", "did you mean cdm?")
 
 
 def test_no_data_within_reach(cdm) -> None:

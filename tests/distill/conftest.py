@@ -69,7 +69,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     """Make a teacher, a student and 24 rows."""
     from transformers import PreTrainedTokenizerFast
 
-    from cdm_toolkit.hub.models import new_student
+    from cdm_toolkit.hub.students import new_student
 
     root = tmp_path_factory.mktemp("tiny")
     texts = sentences(300)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.distill.rows import read_rows
+from cdm_toolkit.distill.rows import Message, Row, read_rows
 from cdm_toolkit.errors import BadRow, FileProblem
 
 
@@ -35,6 +35,21 @@ def test_four_shapes(rows_file: Path) -> None:
         ("Be brief.\n1 + 1?", "2"),
         ("", "t"),
     ]
+
+
+def test_rows_as_chats(rows_file: Path) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief.", "weight": 3},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    pair = {"question": "q", "answer": "a"}
+    chat, asked, text = read_rows(write(rows_file, {"messages": messages}, pair, {"text": "t"}))
+    assert chat.messages[0] == Message("system", "Be brief.")
+    assert chat.chat == [{"role": "system", "content": "Be brief."}, *messages[1:]]
+    assert asked.chat == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert text.chat == []
+    assert len({chat, asked, text, Row(2, "q", "a")}) == 3
 
 
 def test_text_and_where_the_completion_starts_in_bytes(rows_file: Path) -> None:

@@ -3,70 +3,98 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from cdm_toolkit.distill import run as run_module
-from cdm_toolkit.distill.config import DistillConfig
+from cdm_toolkit.distill.config import DistillConfig, from_mapping
 from cdm_toolkit.distill.output import last_checkpoint
-from cdm_toolkit.distill.run import Progress, RunResult, run
-from cdm_toolkit.errors import BadOption, FileProblem, NotFinite, NothingToTrain, OutputExists
+from cdm_toolkit.distill.plan import plan
+from cdm_toolkit.distill.prepare import Progress
+from cdm_toolkit.distill.run import RunResult, run
+from cdm_toolkit.distill.teacher import OnlineTeacher
+from cdm_toolkit.errors import (
+    BadArtifact,
+    BadOption,
+    FileProblem,
+    Interrupted,
+    NotFinite,
+    NothingToTrain,
+    OutputExists,
+    UnknownName,
+)
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tiny) -> None:
-    """Keep the neighbour tables of tiny tokenizers out of the user's cache."""
+    """Keep the tables of tiny tokenizers out of the user's cache."""
     monkeypatch.setenv("CDM_CACHE", str(Path(tiny.data).parent / "cache"))
+
+
+def merged(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """Lay a mapping over another, mapping by mapping."""
+    inner = {
+        name: merged(one[name], value)
+        for name, value in two.items()
+        if isinstance(value, dict) and name in one
+    }
+    return one | two | inner
 
 
 @pytest.fixture
 def config(tiny, tmp_path: Path):
     """Give the function that makes a config of a short run."""
 
-    def make(**settings: Any) -> DistillConfig:
+    def make(settings: dict[str, Any] | None = None, **train: Any) -> DistillConfig:
         chosen: dict[str, Any] = {
-            "teacher": tiny.teacher,
             "student": tiny.student,
-            "data": tiny.data,
+            "data": {"path": tiny.data},
             "output": str(tmp_path / "out"),
-            "batch_size": 4,
-            "max_steps": 4,
-            "top_k": 40,
-            "learning_rate": 3e-3,
-            "log_every": 1,
+            "teachers": [{"model": tiny.teacher, "top_k": 40}],
+            "train": {"batch_size": 4, "max_steps": 4, "lr": 3e-3, "log_every": 1} | train,
         }
-        return DistillConfig(**chosen | settings)
+        return from_mapping(merged(chosen, settings or {}))
 
     return make
 
 
 def losses(result: RunResult) -> list[tuple[float, ...]]:
-    return [(log.step, log.loss, log.ce, log.kd, log.grad_norm) for log in result.losses]
+    return [
+        (log.step, log.loss, log.ce, *(teacher.kd for teacher in log.teachers), log.grad_norm)
+        for log in result.losses
+    ]
 
 
 def test_writes_a_student_that_loads_with_equal_logits(config, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[Any] = []
     save = run_module.save_model
-    monkeypatch.setattr(
-        run_module, "save_model", lambda model, *rest: (trained.append(model), save(model, *rest))
-    )
+
+    def kept(model: Any, *rest: Any, **more: Any) -> None:
+        trained.append(model)
+        save(model, *rest, **more)
+
+    monkeypatch.setattr(run_module, "save_model", kept)
     events: list[Progress] = []
     result = run(config(), on_progress=events.append)
 
     assert result.steps == 4
     assert [log.step for log in result.losses] == [1, 2, 3, 4]
     assert result.losses[-1].ce < result.losses[0].ce
-    last = result.losses[-1]
-    assert last.loss == pytest.approx(0.5 * last.ce + 0.5 * last.kd, rel=1e-5)
-    assert last.kd > 0
-    assert 0.1 < last.matched_mass <= 1
-    assert 0.1 < last.aligned_share <= 1
+    last, (teacher,) = result.losses[-1], result.losses[-1].teachers
+    assert last.loss == pytest.approx(0.5 * last.ce + 0.5 * teacher.kd, rel=1e-5)
+    assert teacher.kd > 0
+    assert 0.1 < teacher.matched_mass <= 1
+    assert 0.1 < teacher.aligned_share <= 1
     assert {event.stage for event in events} >= {"align", "load", "neighbours", "train", "save"}
     assert [(e.done, e.total) for e in events if e.stage == "train"] == [(i, 4) for i in (1, 2, 3, 4)]
 
@@ -79,14 +107,27 @@ def test_writes_a_student_that_loads_with_equal_logits(config, monkeypatch: pyte
     fingerprint = load_tokenizer(str(result.output)).view.fingerprint
     facts = json.loads((result.output / "receipt.json").read_text(encoding="utf-8"))
     assert facts["fingerprints"]["student tokenizer"] == fingerprint
-    assert (facts["steps"], facts["rows"]["trained"], facts["config"]["method"]) == (4, 24, "cdm")
+    assert (facts["steps"], facts["rows"]["trained"], len(facts["losses"])) == (4, 24, 4)
+    assert from_mapping(facts["config"]) == config(), "the receipt holds the run file"
     assert not list(result.output.glob(".*")), "nothing half-written stays"
 
 
-def test_same_seed_same_losses(config, tmp_path: Path) -> None:
-    first, second = (run(config(output=str(tmp_path / name))) for name in "ab")
+def test_the_card_has_figures_and_the_run_file(config) -> None:
+    result = run(config())
+    card = (result.output / "README.md").read_text(encoding="utf-8")
+    head, body = card.split("---\n")[1:3]
+    assert yaml.safe_load(head)["base_model"] == config().student
+    assert "| optimizer steps | 4 |" in body
+    again = body.split("```yaml\n")[1].split("```")[0]
+    assert from_mapping(yaml.safe_load(again)) == config()
+
+
+def test_same_seed_same_losses_and_weights(config, tmp_path: Path) -> None:
+    first, second = (run(config({"output": str(tmp_path / name)})) for name in "ab")
     assert losses(first) == losses(second)
-    other = run(config(output=str(tmp_path / "c"), seed=1))
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    other = run(config({"output": str(tmp_path / "c")}, seed=1))
     assert losses(other) != losses(first)
 
 
@@ -95,44 +136,170 @@ def test_accumulation_and_batches_agree(config, tmp_path: Path) -> None:
     runs = [
         run(
             config(
-                output=str(tmp_path / str(size)), batch_size=size, grad_accumulation=4 // size, max_steps=3
+                {"output": str(tmp_path / str(size))},
+                batch_size=size,
+                grad_accumulation=4 // size,
+                max_steps=3,
             )
         )
         for size in (4, 2, 1)
     ]
     for other in runs[1:]:
-        for one, two in zip(runs[0].losses, other.losses, strict=True):
-            assert two.loss == pytest.approx(one.loss, abs=1e-5)
-            assert (two.ce, two.kd) == pytest.approx((one.ce, one.kd), abs=1e-5)
-            assert two.grad_norm == pytest.approx(one.grad_norm, abs=1e-4)
+        for one, two in zip(losses(runs[0]), losses(other), strict=True):
+            assert two[:-1] == pytest.approx(one[:-1], abs=1e-5)
+            assert two[-1] == pytest.approx(one[-1], abs=1e-4)
 
 
 def test_sft_needs_no_teacher(config) -> None:
-    result = run(config(method="sft", teacher=None))
+    result = run(config({"teachers": []}))
     assert all(log.loss == pytest.approx(log.ce, rel=1e-6) for log in result.losses)
-    assert all(log.kd == log.matched_mass == log.aligned_share == 0 for log in result.losses)
+    assert all(log.teachers == () for log in result.losses)
+
+
+@pytest.mark.parametrize("method", ["em", "mined", "prefix", "uld", "alm", "gold"])
+def test_each_method_across_tokenizers_trains(config, tiny, method: str) -> None:
+    teacher = {"model": tiny.teacher, "method": method} | ({} if method == "alm" else {"top_k": 40})
+    result = run(config({"teachers": [teacher], "alpha": 0.0}, max_steps=12, bucket=False, lr=1e-2))
+    kd = [log.teachers[0].kd for log in result.losses]
+    assert sum(kd[-3:]) < sum(kd[:3]), "the loss goes down"
+    assert all(log.grad_norm > 0 for log in result.losses)
+
+
+@pytest.mark.parametrize("method", ["kl", "reverse-kl", "jsd"])
+def test_each_method_of_one_tokenizer_trains(config, tiny, tmp_path: Path, method: str) -> None:
+    teacher = {"model": tiny.student, "method": method, "top_k": 40}
+    result = run(config({"teachers": [teacher], "alpha": 0.0}, max_steps=1))
+    assert result.losses[0].teachers[0].kd == pytest.approx(0, abs=1e-5), "the student is its own teacher"
+    other = run(config({"output": str(tmp_path / "sft"), "teachers": []}, max_steps=8))
+    result = run(config({"teachers": [teacher | {"model": str(other.output)}]}, max_steps=8), overwrite=True)
+    kd = [log.teachers[0].kd for log in result.losses]
+    assert kd[-1] < kd[0]
+
+
+def test_two_teachers_in_one_run(config, tiny, tmp_path: Path) -> None:
+    both = [
+        {"model": tiny.teacher, "method": "cdm", "top_k": 40, "weight": 0.25},
+        {"model": tiny.student, "method": "kl", "top_k": 40, "weight": 0.75},
+    ]
+    result = run(config({"teachers": both, "alpha": 0.2}))
+    alone = run(config({"output": str(tmp_path / "alone"), "teachers": both[:1]}))
+    for log in result.losses:
+        cdm, kl = log.teachers
+        expected = 0.2 * log.ce + 0.8 * (0.25 * cdm.kd + 0.75 * kl.kd)
+        assert log.loss == pytest.approx(expected, rel=1e-5)
+    assert result.losses[0].teachers[0] == alone.losses[0].teachers[0]
+    assert result.losses[0].teachers[1].kd == pytest.approx(0, abs=1e-5)
+    assert result.losses[-1].teachers[1].kd > 1e-4
 
 
 def test_resumed_run_has_the_losses_of_an_unbroken_one(config, tmp_path: Path) -> None:
-    """Stopped at a checkpoint in mid-epoch, and resumed."""
-    whole = run(config(output=str(tmp_path / "whole"), save_every=3, max_steps=5))
+    """Stopped at a checkpoint in the second epoch, and resumed; lines sum up three steps."""
+    whole = run(config({"output": str(tmp_path / "whole")}, save_every=8, max_steps=13, log_every=3))
     part = tmp_path / "part"
     shutil.copytree(tmp_path / "whole", part)
     for path in part.iterdir():
-        if path.name != "checkpoint-3":
+        if path.name != "checkpoint-8":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (part / "checkpoint-4").mkdir()  # one that was cut off before it was whole
-    resumed = run(config(output=str(part), save_every=3, max_steps=5, resume=True))
-    assert losses(resumed) == losses(whole)[3:]
+    (part / "checkpoint-9").mkdir()  # one that was cut off before it was whole
+    resumed = run(config({"output": str(part)}, save_every=8, max_steps=13, log_every=3), resume=True)
+    assert losses(resumed) == losses(whole), "the lines before the checkpoint are kept with it"
+    assert [log.step for log in whole.losses] == [1, 3, 6, 8, 9, 12, 13]
     pair = [load_model(str(tmp_path / name)).state_dict() for name in ("whole", "part")]
     assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
 
 
+def test_a_truncated_checkpoint_is_named_and_refused(config, tmp_path: Path) -> None:
+    run(config(save_every=2, max_steps=2))
+    file = tmp_path / "out" / "checkpoint-2" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BadArtifact, match=r"checkpoint-2/optimizer\.pt: it is not as it was written"):
+        run(config(save_every=2, max_steps=4), resume=True)
+
+
+def test_a_signal_saves_and_says_how_to_go_on(config, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage == "train" and progress.done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        run(config(max_steps=6), go_on="cdm distill run.yaml --resume", on_progress=stop)
+    assert signal.getsignal(signal.SIGINT) is before
+    step = int(str(last_checkpoint(tmp_path / "out")).rpartition("-")[2])
+    assert step in (2, 3)
+    assert f"step {step} of 6 is kept in {tmp_path / 'out' / f'checkpoint-{step}'}" in str(caught.value)
+    assert str(caught.value).endswith("go on with: cdm distill run.yaml --resume")
+    resumed = run(config(max_steps=6), resume=True)
+    whole = run(config({"output": str(tmp_path / "whole")}, max_steps=6))
+    assert losses(resumed) == losses(whole)
+
+
+def test_adapters_are_trained_merged_and_kept(config, tmp_path: Path) -> None:
+    result = run(config(lora={"rank": 4}, max_steps=12, lr=1e-2))
+    ce = [log.ce for log in result.losses]
+    assert sum(ce[-3:]) < sum(ce[:3])
+    before, after = load_model(config().student), load_model(str(result.output))
+    changed = {
+        name
+        for name, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    assert changed
+    assert not any("embed" in name or "norm" in name for name in changed), "only linear layers have adapters"
+    assert (result.output / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(BadOption, match=r"train\.lora\.targets"):
+        run(config(lora={"targets": ["no_such_module"]}), overwrite=True)
+
+
+def test_gradient_checkpointing_changes_no_loss(config, tmp_path: Path) -> None:
+    plain = run(config(max_steps=2))
+    spared = run(config({"output": str(tmp_path / "spared")}, max_steps=2, gradient_checkpointing=True))
+    for one, two in zip(losses(plain), losses(spared), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_mixed_precision_trains(config) -> None:
+    result = run(config(dtype="bfloat16", max_steps=6))
+    assert result.losses[-1].ce < result.losses[0].ce
+    assert load_model(str(result.output)).dtype == torch.float32
+
+
+def test_event_files_have_the_parts_of_the_loss(config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(config(tensorboard=True))
+    (events,) = {path.parent for path in result.output.rglob("events.out.tfevents.*")}
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    tags = reader.Tags()["scalars"]
+    assert {"train/loss", "train/ce", "train/kd", "train/matched_mass"} <= set(tags)
+    assert [event.value for event in reader.Scalars("train/kd")] == pytest.approx(
+        [log.teachers[0].kd for log in result.losses]
+    )
+
+
 def test_equal_tokenizers_work_and_say_that_kl_would_do(config, tiny) -> None:
-    result = run(config(teacher=tiny.student, max_steps=1))
-    assert any("plain KL would do" in warning for warning in result.warnings)
-    assert result.losses[0].pairs == pytest.approx(40), "each candidate has its like"
-    assert result.losses[0].kd == pytest.approx(0, abs=1e-4), "the student is its own teacher"
+    result = run(config({"teachers": [{"model": tiny.student, "top_k": 40}]}, max_steps=1))
+    assert any("kl would do" in warning for warning in result.warnings)
+    (teacher,) = result.losses[0].teachers
+    assert teacher.pairs == pytest.approx(40), "each candidate has its like"
+    assert teacher.kd == pytest.approx(0, abs=1e-4), "the student is its own teacher"
+
+
+def test_a_method_for_one_tokenizer_refuses_two(config, tiny) -> None:
+    with pytest.raises(BadOption, match="one for different tokenizers"):
+        run(config({"teachers": [{"model": tiny.teacher, "method": "kl"}]}))
+
+
+def test_the_papers_preset_takes_the_entropies_of_the_models(config, tiny) -> None:
+    stages: set[str] = set()
+    result = run(
+        config({"preset": "paper", "teachers": [{"model": tiny.teacher, "top_k": 40}]}, max_steps=2),
+        on_progress=lambda progress: stages.add(progress.stage),
+    )
+    assert "entropies" in stages
+    assert result.losses[0].teachers[0].aligned_share > 0.1
 
 
 def test_output_rules(config, tmp_path: Path) -> None:
@@ -143,76 +310,100 @@ def test_output_rules(config, tmp_path: Path) -> None:
         run(config())
     assert "--resume" not in str(caught.value)
     with pytest.raises(FileProblem, match="no whole checkpoint"):
-        run(config(resume=True))
-    run(config(max_steps=2, save_every=1, overwrite=True))
+        run(config(), resume=True)
+    run(config(max_steps=2, save_every=1), overwrite=True)
     assert last_checkpoint(output) == output / "checkpoint-2"
     assert (output / "mine.txt").read_text() == "keep me"
     with pytest.raises(OutputExists, match="--resume"):
         run(config())
-    run(config(max_steps=1, overwrite=True))
+    run(config(max_steps=1), overwrite=True)
     assert last_checkpoint(output) == output / "checkpoint-1", "the checkpoints of the run before are gone"
     (tmp_path / "file").write_text("")
     with pytest.raises(FileProblem):
-        run(config(output=str(tmp_path / "file")))
+        run(config({"output": str(tmp_path / "file")}))
     with pytest.raises(FileProblem):
-        run(config(output="/proc/none/out"))
+        run(config({"output": "/proc/none/out"}))
 
 
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"device": "cuda"}, BadOption),
-        ({"data": "none.jsonl"}, FileProblem),
-        ({"top_k": 400}, BadOption),
-        ({"max_length": 4}, NothingToTrain),
+        ({"train": {"device": "cuda"}}, BadOption),
+        ({"data": {"path": "none.jsonl"}}, FileProblem),
+        ({"data": {"path": "sample:tain"}}, UnknownName),
+        ({"data": {"max_length": 4}}, NothingToTrain),
     ],
 )
 def test_a_run_that_fails_leaves_nothing(config, settings: dict[str, Any], error: type[Exception]) -> None:
-    if settings.get("device") == "cuda" and torch.cuda.is_available():
+    if "device" in settings.get("train", {}) and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    chosen = config(**settings)
+    chosen = config(settings)
     with pytest.raises(error):
         run(chosen)
     assert not Path(chosen.output).exists()
 
 
+def test_more_candidates_than_ids_are_refused(config, tiny) -> None:
+    with pytest.raises(BadOption, match=r"top_k is 400; give at most \d+: the smaller"):
+        run(config({"teachers": [{"model": tiny.teacher, "top_k": 400}]}))
+
+
 def test_rows_longer_than_the_model_are_refused(config, rows_file: Path) -> None:
     rows_file.write_text(json.dumps({"prompt": "a", "completion": "q " * 3000}) + "\n", encoding="utf-8")
     with pytest.raises(BadOption, match="max_length"):
-        run(config(data=str(rows_file), max_length=9000))
+        run(config({"data": {"path": str(rows_file), "max_length": 9000}}))
 
 
 def test_left_out_rows_are_said(config, rows_file: Path) -> None:
     rows = [{"prompt": "a", "completion": text} for text in ("the cat", "", "the dog " * 40)]
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    result = run(config(data=str(rows_file), max_steps=1, max_length=30))
+    result = run(config({"data": {"path": str(rows_file), "max_length": 30}}, max_steps=1))
     assert (result.rows.trained, result.rows.empty, result.rows.cut) == (2, 1, 1)
     assert len(result.warnings) == 2
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
-    config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_logits_that_are_not_finite_stop_the_run_and_name_the_row(
+    config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log_every: int
 ) -> None:
-    from cdm_toolkit.distill.trainer import DistillTrainer
+    """Whether lines are logged or not: a checkpoint of such weights is never written."""
+    from cdm_toolkit.distill import trainer as trainer_module
 
-    real = DistillTrainer.loss_parts
+    real, poisoned = trainer_module.logits_at, []
 
-    def poisoned(self: DistillTrainer, model: Any, inputs: Any) -> Any:
-        parts = real(self, model, inputs)
-        return parts if self.state.global_step < 2 else type(parts)(parts.ce * torch.nan, *([parts.kd] * 3))
+    def logits_at(model: Any, head: Any, at: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        logits = real(model, head, at, **inputs)
+        if model.training:
+            poisoned.append(0)
+            if len(poisoned) == 3:
+                logits = logits.index_fill(0, torch.tensor([len(logits) - 1]), torch.nan)  # of the last row
+        return logits
 
-    monkeypatch.setattr(DistillTrainer, "loss_parts", poisoned)
-    with pytest.raises(NotFinite, match=r"rows \d+.* at step 3, the last good checkpoint is .*checkpoint-2"):
-        run(config(save_every=1))
+    monkeypatch.setattr(trainer_module, "logits_at", logits_at)
+    with pytest.raises(NotFinite, match=r"the loss of row \d+ is not finite at step 3, .*checkpoint-2"):
+        run(config(save_every=2, log_every=log_every))
     output = tmp_path / "out"
     assert last_checkpoint(output) == output / "checkpoint-2"
     assert not (output / "config.json").exists()
 
 
+def test_a_teacher_that_says_nothing_finite_stops_the_run(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = OnlineTeacher.says
+
+    def says(self: OnlineTeacher, batch: Any, rows: Any) -> Any:
+        said = real(self, batch, rows)
+        said.top.logprobs.fill_(torch.nan)
+        return said
+
+    monkeypatch.setattr(OnlineTeacher, "says", says)
+    with pytest.raises(NotFinite, match=r"the loss of rows \d+, .* at step 1, no checkpoint was due"):
+        run(config())
+
+
 def test_a_full_disk_is_said_and_the_run_can_go_on_from_its_checkpoint(config, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
-    def full(model: Any, tokenizer: Any, folder: Path) -> None:
+    def full(model: Any, tokenizer: Any, folder: Path, **_: Any) -> None:
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
@@ -221,5 +412,22 @@ def test_a_full_disk_is_said_and_the_run_can_go_on_from_its_checkpoint(config, t
         with pytest.raises(FileProblem, match="No space left"):
             run(config())
     assert [path.name for path in output.iterdir()] == ["checkpoint-4"]
-    run(config(resume=True))
+    run(config(), resume=True)
     load_model(str(output))
+
+
+def test_a_plan_measures_and_writes_nothing(config, tiny, tmp_path: Path) -> None:
+    chosen = config(max_steps=None, epochs=3, batch_size=5, grad_accumulation=2)
+    planned = plan(chosen)
+    assert not (tmp_path / "out").exists()
+    assert (planned.steps_an_epoch, planned.steps, planned.rows_a_step) == (3, 9, 10)
+    assert planned.rows.trained == planned.looked_at == 24
+    (lesson,) = planned.lessons
+    result = run(config(batch_size=24, max_steps=1))
+    (teacher,) = result.losses[0].teachers
+    assert lesson.matched_mass == pytest.approx(teacher.matched_mass, abs=1e-5)
+    assert lesson.aligned_share == pytest.approx(teacher.aligned_share)
+    assert (planned.ce, lesson.kd) == pytest.approx((result.losses[0].ce, teacher.kd), abs=1e-5)
+    weights = sum(p.numel() for p in load_model(tiny.student).parameters()) * 4
+    assert planned.memory["student weights"] == weights
+    assert planned.tokens_an_epoch == result.tokens

@@ -1,1 +1,1 @@
-"""One small pure function a method, from gathered logits to the sums of a batch."""
+"""One small pure function a method: what it reads of the student, and what it makes of that."""

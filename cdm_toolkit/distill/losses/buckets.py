@@ -1,7 +1,8 @@
-"""Divergence of two distributions over the same few outcomes, and the rest of both."""
+"""Divergences of two distributions over the same few outcomes, and the rest of both."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,40 @@ def outcomes(
     return (kept / temperature).log_softmax(-1)
 
 
+def tempered(
+    logprobs: Float[Tensor, "group pairs"],
+    mask: Bool[Tensor, "group pairs"],
+    *,
+    temperature: float,
+    complete: bool,
+) -> Float[Tensor, "group pairs"]:
+    """Apply a temperature to the whole distribution that the outcomes in `mask` are a part of.
+
+    All other outcomes are one in this, so that the result is exact at temperature 1, and at any where the
+    outcomes are `complete`: then nothing else has a probability.
+    """
+    every = outcomes(logprobs, mask, temperature=temperature, rest_bucket=not complete)
+    return every.narrow(-1, 0, mask.shape[-1])
+
+
+def kl(p: Float[Tensor, "group outcome"], q: Float[Tensor, "group outcome"]) -> Float[Tensor, " group"]:
+    """Give KL(p ‖ q) of two distributions in logarithms, in nats."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def generalised_jsd(
+    teacher: Float[Tensor, "group outcome"], student: Float[Tensor, "group outcome"], beta: float
+) -> Float[Tensor, " group"]:
+    """Give β KL(teacher ‖ m) + (1 - β) KL(student ‖ m), m = β teacher + (1 - β) student, in logarithms.
+
+    arXiv 2306.13649, equation 1, for 0 < β < 1. Divided by β, as β → 0, it is KL(teacher ‖ student); divided by
+    1 - β, as β → 1, it is KL(student ‖ teacher). At each outcome it is at least 0, also where the two do not sum
+    to 1.
+    """
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
 def bucket_kl(
     teacher_logprobs: Float[Tensor, "group pairs"],
     student_logprobs: Float[Tensor, "group pairs"],
@@ -61,4 +96,4 @@ def bucket_kl(
     """
     teacher = outcomes(teacher_logprobs, mask, temperature=temperature, rest_bucket=rest_bucket)
     student = outcomes(student_logprobs, mask, temperature=temperature, rest_bucket=rest_bucket)
-    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+    return temperature**2 * kl(teacher, student)

@@ -74,6 +74,21 @@ def top_k(
     return TopK(torch.cat(ids), torch.cat(logprobs))
 
 
+def mean_logits(
+    logits: Float[Tensor, "row vocab"],
+    rows: Int64[Tensor, " member"],
+    group: Int64[Tensor, " member"],
+    groups: int,
+) -> Float[Tensor, "group vocab"]:
+    """Average the `rows` of each group: the logits of tokens that are aligned together (arXiv 2502.11104)."""
+    ones = torch.ones_like(group, dtype=torch.promote_types(logits.dtype, torch.float32))
+    counts = ones.new_zeros(groups).index_add(0, group, ones)
+    weights = (1 / counts).index_select(0, group).to(logits.dtype).unsqueeze(-1)
+    return logits.new_zeros(groups, logits.shape[1]).index_add(
+        0, group, logits.index_select(0, rows) * weights
+    )
+
+
 class _LogProbs(torch.autograd.Function):
     """log softmax(logits)[rows, ids]: the gradient is written once, into one tensor of the logits' shape."""
 
@@ -87,11 +102,34 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         logits, lse, rows, ids = ctx.saved_tensors
         taken = torch.zeros_like(lse).index_put_((rows,), gradient, accumulate=True)
-        result = torch.empty_like(logits)
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for part in _chunks(*logits.shape):
             softmax = (_upcast(logits.narrow(0, *part)) - lse.narrow(0, *part).unsqueeze(-1)).exp_()
             torch.mul(softmax, -taken.narrow(0, *part).unsqueeze(-1), out=result.narrow(0, *part))
-        return result.index_put_((rows, ids), gradient.to(result.dtype), accumulate=True), None, None, None
+        result.view(-1).index_copy_(0, *_picked_gradient(logits, lse, rows, ids, gradient, taken))
+        return result, None, None, None
+
+
+def _picked_gradient(
+    logits: Float[Tensor, "row vocab"],
+    lse: Float[Tensor, " row"],
+    rows: Int64[Tensor, " pick"],
+    ids: Int64[Tensor, " pick"],
+    gradient: Float[Tensor, " pick"],
+    taken: Float[Tensor, " row"],
+) -> tuple[Int64[Tensor, " pick"], Float[Tensor, " pick"]]:
+    """Give the places of the picks in the flat logits and the gradient there, rounded once.
+
+    In half precision 1 - p is gone when p was rounded before it is taken off. A place that was picked more than
+    once comes as often, each time with the gradient of all its picks.
+    """
+    places, order = (rows * logits.shape[1] + ids).sort()
+    nth = (places.diff(prepend=places.new_full((1,), -1)) != 0).cumsum(0) - 1
+    sums = torch.zeros_like(gradient).index_add_(0, nth, gradient.index_select(0, order))
+    row = rows.index_select(0, order)
+    logprobs = _upcast(values_at(logits, row, ids.index_select(0, order))) - lse.index_select(0, row)
+    picked = sums.index_select(0, nth) - logprobs.exp_() * taken.index_select(0, row)
+    return places, picked.to(logits.dtype)
 
 
 def log_probs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,49 +22,100 @@ class TopK:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Gathered:
-    """The inputs of a loss, gathered at the positions that need them; a batch is one flat list of positions.
+class TeacherSays:
+    """What a teacher says about the groups of a batch, which are one flat list. None of it has a gradient.
 
-    `student_logits` are those that predict `labels`. Where there is a teacher, a group reads the row
-    `student_rows` of them (`boundary`), or the mean of the rows whose `student_group` is its index (`mean`).
+    `top` is the distribution before each group (`boundary`), or that of the mean of its logits (`mean`). Where
+    the method looks at whole tokens, `token_logprobs` are the log-probabilities of the tokens that the groups
+    hold, each given all before it, and `token_group` says whose they are: ascending, each group has at least
+    one.
     """
 
-    student_logits: Float[Tensor, "token vocab_s"]
-    labels: Int64[Tensor, " token"]
-    student_rows: Int64[Tensor, " row"] | None = None
-    student_group: Int64[Tensor, " row"] | None = None
-    teacher: TopK | None = None
+    top: TopK
+    token_logprobs: Float[Tensor, " token_t"] | None = None
+    token_group: Int64[Tensor, " token_t"] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LossParts:
-    """Sums over a batch, so that batches add up whatever their sizes. All are scalars.
+class StudentSees:
+    """The student's logits at the groups of a batch, to choose from: detached, so that choosing has no gradient.
 
-    `ce` in nats over the labels, `kd` over the groups; `matched_mass` is the teacher's probability on ids
-    that have a pair, summed over the groups, and `pairs` counts those pairs. Only `ce` and `kd` carry a
-    gradient.
+    A group reads the row `rows` of `logits`. Of a row, the first `vocab` ids are the tokenizer's, the others
+    are padding of the embedding; `lse` is over all. Where the method looks at whole tokens, `token_rows` are the
+    rows that predict the tokens that the groups hold, `token_ids` those tokens and `token_group` whose they
+    are.
     """
 
-    ce: Float[Tensor, ""]
+    logits: Float[Tensor, "row vocab_s"]
+    lse: Float[Tensor, " row"]
+    rows: Int64[Tensor, " group"]
+    vocab: int
+    token_rows: Int64[Tensor, " token_s"] | None = None
+    token_ids: Int64[Tensor, " token_s"] | None = None
+    token_group: Int64[Tensor, " token_s"] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KdParts:
+    """Sums over the groups of a batch, so that batches add up whatever their sizes. All are scalars.
+
+    `kd` carries the gradient. `matched_mass` is the teacher's probability on ids that have a partner, `pairs`
+    counts these ids; methods without partners (`uld`, `alm`) say what they count instead.
+    """
+
     kd: Float[Tensor, ""]
     matched_mass: Float[Tensor, ""]
     pairs: Float[Tensor, ""]
 
 
-Method = Callable[[Gathered], LossParts]
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """The log-probabilities that a method reads of the student, and what it makes of them.
+
+    `divergence` is given log softmax(logits)[rows, ids], differentiable, and sums up its groups. Methods say
+    what they read instead of reading it, so that the labels and all teachers share one pass over the logits
+    and one gradient tensor.
+    """
+
+    rows: Int64[Tensor, " pick"]
+    ids: Int64[Tensor, " pick"]
+    divergence: Callable[[Tensor], KdParts]
+
+
+Method = Callable[[StudentSees, TeacherSays], Reading]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossParts:
+    """Sums over a batch: cross-entropy in nats over its labels, and KD over the groups of each teacher.
+
+    `label_logprobs`, detached, are what `ce` is the negative sum of: they tell which label is not finite.
+    """
+
+    ce: Float[Tensor, ""]
+    kd: tuple[KdParts, ...]
+    label_logprobs: Float[Tensor, " token"]
 
 
 def objective(
-    parts: LossParts, *, alpha: float, tokens: Tensor | float, positions: Tensor | float
+    parts: LossParts,
+    *,
+    alpha: float,
+    weights: Sequence[float],
+    tokens: Tensor | float,
+    positions: Sequence[Tensor | float],
 ) -> Float[Tensor, ""]:
-    """Combine the sums of a batch: alpha CE / tokens + (1 - alpha) KD / positions.
+    """Combine the sums of a batch: alpha CE / tokens + (1 - alpha) Σ weight KD / positions, over teachers.
 
-    `tokens` and `positions` count the labels and the groups of the *whole* optimizer step, all its batches
-    and processes: the losses of the parts of a step then add up to the loss of the step. A position without a
-    pair counts: how many pairs a position has is known only after the forward pass.
+    `tokens` and `positions` count the labels and each teacher's groups of the *whole* optimizer step, all its
+    batches and processes: the losses of the parts of a step then add up to the loss of the step. A position
+    without a pair counts: how many pairs a position has is known only after the forward pass.
     """
 
     def mean(total: Tensor, count: Tensor | float) -> Tensor:
         return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
-    return alpha * mean(parts.ce, tokens) + (1 - alpha) * mean(parts.kd, positions)
+    loss = alpha * mean(parts.ce, tokens)
+    for weight, kd, count in zip(weights, parts.kd, positions, strict=True):
+        loss = loss + (1 - alpha) * weight * mean(kd.kd, count)
+    return loss

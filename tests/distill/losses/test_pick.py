@@ -58,6 +58,20 @@ def test_half_precision_is_summed_in_float32(logits: torch.Tensor, dtype: torch.
     assert half.grad.dtype == dtype
 
 
+def test_half_precision_keeps_the_gradient_of_a_confident_label() -> None:
+    """1 - p is small, and the sum of two picks: p in bfloat16 would be 1, and the gradient 0."""
+    half = torch.zeros(2, 8, dtype=torch.bfloat16)
+    half[0, 3], half[1, 5] = 9.0, 10.0
+    exact = half.double().requires_grad_()
+    half.requires_grad_()
+    rows, ids, weights = torch.tensor([0, 1, 1]), torch.tensor([3, 5, 5]), torch.tensor([1.0, 0.5, 0.25])
+    (log_probs(half, log_sum_exp(half.detach()), rows, ids) * weights).sum().backward()
+    (exact.log_softmax(-1)[rows, ids] * weights).sum().backward()
+    assert half.grad is not None
+    assert exact.grad is not None
+    assert torch.allclose(half.grad.double(), exact.grad, rtol=2**-8, atol=0)
+
+
 def test_no_rows() -> None:
     empty = torch.zeros(0, 5, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)

@@ -1,0 +1,570 @@
+"""What a teacher says about every token of a data set's completions, on disk: `cdm teacher cache`.
+
+A folder of `cache.json`, the header, and for each so many rows a shard: `shard-00001.safetensors` with a note
+beside it, `shard-00001.json`, that has its size and sha256 and is written last. Shards are numbered through the
+whole data, so that what several machines made is put together by copying.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.teacher_packing import (
+    HEAD,
+    TAIL_BITS,
+    Levels,
+    id_bits,
+    log_rest,
+    pack,
+    pack_set,
+    quantise,
+    restore,
+    unpack,
+    unpack_set,
+    with_rest,
+)
+from cdm_toolkit.errors import BadArtifact, FileProblem, TokenizerMismatch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int32
+
+    from cdm_toolkit.tokdiff.view import TokenizerView
+
+    Arrays = Mapping[str, np.ndarray]
+
+FORMAT: Literal["cdm-toolkit teacher cache"] = "cdm-toolkit teacher cache"
+VERSION: Literal[1] = 1
+HEADER_FILE = "cache.json"
+OPEN_SHARDS, DECODED_ROWS = 32, 64
+"""How many a reader keeps at hand."""
+
+Read = TypeVar("Read", bound=BaseModel)
+
+
+class CacheHeader(BaseModel):
+    """What a cache was made of, and how; `k` is the whole vocabulary's size where no id is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    format: Literal["cdm-toolkit teacher cache"] = FORMAT
+    version: Literal[1] = VERSION
+    model: str
+    model_fingerprint: str
+    teacher_dtype: str
+    """Of the model's weights when it was run."""
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab: int
+    data: str
+    data_fingerprint: str
+    rows: int
+    limit: int | None
+    """Rows at the front of the file that were taken; None for all."""
+    template: Literal["none", "chat"]
+    template_fingerprint: str
+    """Of what stands around a text: the ids, or the chat template."""
+    k: int
+    dtype: Literal["float16", "float32"]
+    """Of the log-probabilities on disk."""
+    quantised: bool
+    max_length: int
+    rows_per_shard: int
+    receipt: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.rows_per_shard)
+
+    @property
+    def form(self) -> str:
+        return "whole" if self.k == self.vocab else "quantised" if self.quantised else "plain"
+
+    @property
+    def digest(self) -> str:
+        """Give the sha256 of what makes two caches the same; names, paths and receipts do not."""
+        facts = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in _FACTS}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: CacheHeader) -> list[str]:
+        """Say in which facts another header is not the same."""
+        return [
+            f"{words} is {self._shown(name)} there and {other._shown(name)} now"
+            for name, words in _FACTS.items()
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    def _shown(self, name: str) -> str:
+        value = getattr(self, name)
+        kind, _, of = name.partition("_")
+        return f"{getattr(self, kind)} ({value[:8]}…)" if of == "fingerprint" else str(value)
+
+    def command(self, folder: Path, shard: str | None = None) -> str:
+        """Give the command that makes this cache, or one of its shards."""
+        words = ["--model", self.model, "--data", self.data, "--output", str(folder)]
+        words += ["-k", "0" if self.form == "whole" else str(self.k), "--dtype", self.dtype]
+        words += ["--quantised"] if self.quantised else []
+        words += ["--max-length", str(self.max_length), "--template", self.template]
+        words += ["--teacher-dtype", self.teacher_dtype, "--rows-per-shard", str(self.rows_per_shard)]
+        words += [] if self.limit is None else ["--limit", str(self.limit)]
+        words += [] if shard is None else ["--shard", shard]
+        return shlex.join(["cdm", "teacher", "cache", *words])
+
+
+_FACTS = {
+    "model_fingerprint": "the model",
+    "teacher_dtype": "--teacher-dtype",
+    "tokenizer_fingerprint": "the tokenizer",
+    "data_fingerprint": "the data",
+    "rows": "the count of rows",
+    "template_fingerprint": "--template",
+    "k": "-k",
+    "dtype": "--dtype",
+    "quantised": "--quantised",
+    "max_length": "--max-length",
+    "rows_per_shard": "--rows-per-shard",
+}
+"""What makes two caches the same, with the words for it."""
+
+
+class ShardNote(BaseModel):
+    """What is known of a finished shard; `digest` is that of the cache it belongs to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    sha256: str
+    size: int
+    """In bytes."""
+    rows: int
+    first_row: int
+    positions: int
+    """Tokens that are predicted."""
+    receipt: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CachedRow:
+    """What a teacher says about one row.
+
+    Position `p` is that of the token `first + p` of `token_ids`, the row as the teacher read it, and predicts
+    the token after it: the first position predicts the first token of the completion, the last the last token.
+    `ids` and `logprobs` are the `k` likeliest, best first; the whole vocabulary in the order of the ids where
+    nothing was left out. `token_logprobs` are of the tokens that really follow.
+    """
+
+    number: int
+    token_ids: Int32[np.ndarray, " time_t"]
+    first: int
+    ids: Int32[np.ndarray, "position topk"]
+    logprobs: Float32[np.ndarray, "position topk"]
+    token_logprobs: Float32[np.ndarray, " position"]
+
+
+# The forms of the likeliest candidates. Each array has one row a position.
+
+
+def _pack_whole(header: CacheHeader, _ids: np.ndarray, logprobs: np.ndarray) -> Arrays:
+    return {"logprobs": logprobs.astype(np.float32)}
+
+
+def _unpack_whole(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    logprobs = arrays["logprobs"]
+    return np.broadcast_to(np.arange(header.vocab, dtype=np.int32), logprobs.shape), logprobs
+
+
+def _pack_plain(header: CacheHeader, ids: np.ndarray, logprobs: np.ndarray) -> Arrays:
+    arrays = {"ids": pack(ids, id_bits(header.vocab)), "logprobs": logprobs.astype(header.dtype)}
+    return arrays if header.dtype == "float32" else arrays | {"log_rest": log_rest(logprobs)}
+
+
+def _unpack_plain(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    ids, logprobs = unpack(arrays["ids"], header.k, id_bits(header.vocab)), arrays["logprobs"]
+    return ids, logprobs if header.dtype == "float32" else with_rest(logprobs, arrays["log_rest"])
+
+
+def _pack_quantised(header: CacheHeader, ids: np.ndarray, logprobs: np.ndarray) -> Arrays:
+    order = np.argsort(ids[:, HEAD:], axis=1) + min(HEAD, header.k)
+    tail_ids, tail = (np.take_along_axis(array, order, axis=1) for array in (ids, logprobs))
+    levels = quantise(np.concatenate((logprobs[:, :HEAD], tail), axis=1))
+    arrays = {"head_ids": pack(ids[:, :HEAD], id_bits(header.vocab)), "head": levels.head}
+    if header.k > HEAD:
+        arrays |= {"tail_ids": pack_set(tail_ids, header.vocab), "tail": pack(levels.tail, TAIL_BITS)}
+    return arrays | {"ranges": levels.ranges, "log_tail": levels.log_tail, "log_rest": levels.log_rest}
+
+
+def _unpack_quantised(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    head, tail = min(HEAD, header.k), max(0, header.k - HEAD)
+    ids = unpack(arrays["head_ids"], head, id_bits(header.vocab))
+    tail_levels = np.zeros((len(ids), 0), np.uint8)
+    if tail:
+        ids = np.concatenate((ids, unpack_set(arrays["tail_ids"], tail, header.vocab)), axis=1)
+        tail_levels = unpack(arrays["tail"], tail, TAIL_BITS).astype(np.uint8)
+    rest = (arrays[name] for name in ("ranges", "log_tail", "log_rest"))
+    logprobs = restore(Levels(arrays["head"], tail_levels, *rest))
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
+
+
+_Pack = Callable[[CacheHeader, np.ndarray, np.ndarray], "Arrays"]
+_Unpack = Callable[[CacheHeader, "Arrays"], tuple[np.ndarray, np.ndarray]]
+_FORMS: Mapping[str, tuple[_Pack, _Unpack]] = {
+    "whole": (_pack_whole, _unpack_whole),
+    "plain": (_pack_plain, _unpack_plain),
+    "quantised": (_pack_quantised, _unpack_quantised),
+}
+_PER_ROW = ("number", "length", "first", "tokens")
+
+
+def _pack_row(header: CacheHeader, row: CachedRow) -> dict[str, np.ndarray]:
+    facts = {"number": row.number, "length": len(row.token_ids), "first": row.first}
+    return {
+        **{name: np.array([fact], np.int32) for name, fact in facts.items()},
+        "tokens": pack(row.token_ids[None], id_bits(header.vocab))[0],
+        "token_logprobs": row.token_logprobs.astype(header.dtype),
+        **_FORMS[header.form][0](header, row.ids, row.logprobs),
+    }
+
+
+def shard_name(index: int) -> str:
+    """Name a shard, which are counted from 1: `--shard 3/30` of a cache of 30 makes shard-00003.
+
+    >>> shard_name(2)
+    'shard-00003'
+    """
+    return f"shard-{index + 1:05d}"
+
+
+# Writing
+
+
+class CacheWriter:
+    """Fill a folder with the shards of a cache: those that are whole already stay."""
+
+    def __init__(self, folder: Path, header: CacheHeader) -> None:
+        """Write the header, or see that the one that is there says the same.
+
+        BadArtifact where the folder has another cache, FileProblem where it has something else or cannot be
+        written.
+        """
+        self.folder, self.header = folder, header
+        if not (folder / HEADER_FILE).is_file():
+            if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+                fix = "give a new or an empty folder as --output"
+                raise FileProblem(folder, "it is not empty, and holds no teacher cache", fix)
+            _write(folder / HEADER_FILE, _as_json(header))
+        elif differences := read_header(folder).differences(header):
+            if any(folder.glob("shard-*")):
+                problem = f"it holds another cache: {'; '.join(differences)}"
+                raise BadArtifact(folder, problem, "give another --output, or the settings of the one there")
+            _write(folder / HEADER_FILE, _as_json(header))  # no shard was made of the one that is there
+
+    def state(self, index: int) -> Literal["missing", "whole", "damaged"]:
+        """Say what there is of a shard; all of it is read."""
+        if not _note_file(self.folder, index).is_file():
+            return "missing"
+        try:
+            check_content(self.folder, self.header, index, read_note(self.folder, self.header, index))
+        except BadArtifact:
+            return "damaged"
+        return "whole"
+
+    def write(self, index: int, rows: Sequence[CachedRow], *, device: str | None = None) -> ShardNote:
+        """Write a shard and then its note, each whole or not at all. FileProblem where that cannot be done."""
+        self._remove_leavings(index)
+        packed = [_pack_row(self.header, row) for row in rows]
+        content = save({name: np.concatenate([row[name] for row in packed]) for name in packed[0]})
+        note = ShardNote(
+            digest=self.header.digest,
+            sha256=hashlib.sha256(content).hexdigest(),
+            size=len(content),
+            rows=len(rows),
+            first_row=rows[0].number,
+            positions=sum(len(row.token_logprobs) for row in rows),
+            receipt=dict(receipt(device=device)),
+        )
+        _write(_data_file(self.folder, index), content)
+        _write(_note_file(self.folder, index), _as_json(note))
+        return note
+
+    def _remove_leavings(self, index: int) -> None:
+        """Remove what a process that was killed has left of a shard; its note first, so that none lies."""
+        _note_file(self.folder, index).unlink(missing_ok=True)
+        for stale in self.folder.glob(f".{shard_name(index)}.*"):
+            stale.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as stream:
+        stream.write(content)
+
+
+def _as_json(record: BaseModel) -> bytes:
+    return (json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _data_file(folder: Path, index: int) -> Path:
+    return folder / f"{shard_name(index)}.safetensors"
+
+
+def _note_file(folder: Path, index: int) -> Path:
+    return folder / f"{shard_name(index)}.json"
+
+
+# Reading
+
+
+def read_header(folder: Path) -> CacheHeader:
+    """Read a cache's header. Raises FileProblem where there is none, BadArtifact where it cannot be used."""
+    path = folder / HEADER_FILE
+    if not path.is_file():
+        raise FileProblem(folder, "there is no teacher cache here", "make one with: cdm teacher cache")
+    found = _json(path)
+    again = "make the cache again, in another folder, with: cdm teacher cache"
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise BadArtifact(path, f"this is no {FORMAT}", again)
+    if found.get("version") != VERSION:
+        problem = f"it has format version {found.get('version')}, this tool reads {VERSION}"
+        raise BadArtifact(path, problem, again)
+    return _record(CacheHeader, path, found, again)
+
+
+def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
+    """Read what is known of a shard; BadArtifact where that is damaged, or of another cache."""
+    path, again = _note_file(folder, index), _make_again(folder, header, index)
+    note = _record(ShardNote, path, _json(path), again)
+    if note.digest != header.digest:
+        raise BadArtifact(path, f"this shard is of another cache than {HEADER_FILE}", again)
+    return note
+
+
+def check_size(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
+    """Raise BadArtifact where a shard is not there or has another size than it was written with."""
+    path, again = _data_file(folder, index), _make_again(folder, header, index)
+    if not path.is_file():
+        raise BadArtifact(path, "it is missing", again)
+    if (size := path.stat().st_size) != note.size:
+        raise BadArtifact(path, f"it is damaged: it has {size:,} bytes instead of {note.size:,}", again)
+
+
+def check_content(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
+    """Raise BadArtifact where a shard is not the one that was written: all of it is read."""
+    check_size(folder, header, index, note)
+    path = _data_file(folder, index)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != note.sha256:
+        problem = f"it is damaged: its sha256 is {digest[:12]}… instead of {note.sha256[:12]}…"
+        raise BadArtifact(path, problem, _make_again(folder, header, index))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        fix = "make it again with: cdm teacher cache, as before"
+        raise BadArtifact(path, f"it is damaged ({error})", fix) from None
+
+
+def _record(kind: type[Read], path: Path, found: Any, fix: str) -> Read:
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise BadArtifact(path, f"it is damaged ({where}: {first['msg']})", fix) from None
+
+
+def _make_again(folder: Path, header: CacheHeader, index: int) -> str:
+    return f"make it with: {header.command(folder, f'{index + 1}/{header.shards}')}"
+
+
+class _Shard:
+    """One shard, mapped into memory: a row's part is read when it is asked for."""
+
+    def __init__(self, path: Path, header: CacheHeader) -> None:
+        self.header = header
+        self.file = cast("Any", safe_open(path, framework="numpy"))
+        self.names = [name for name in self.file.keys() if name not in _PER_ROW]  # noqa: SIM118
+        self.numbers, self.lengths, self.first = (self.file.get_tensor(name) for name in _PER_ROW[:3])
+        positions = np.maximum(self.lengths - 1 - self.first, 0)
+        token_bytes = -(-self.lengths.astype(np.int64) * id_bits(header.vocab) // 8)
+        self.position_ends, self.token_ends = positions.cumsum(), token_bytes.cumsum()
+        self.positions, self.token_bytes = positions, token_bytes
+
+    def find(self, number: int) -> int | None:
+        """Find a row's place by its number."""
+        at = int(np.searchsorted(self.numbers, number))
+        return at if at < len(self.numbers) and self.numbers[at] == number else None
+
+    def token_ids(self, at: int) -> Int32[np.ndarray, " time_t"]:
+        end, length = int(self.token_ends[at]), int(self.lengths[at])
+        packed = self._part("tokens", end - int(self.token_bytes[at]), end)
+        return np.asarray(unpack(packed[None], length, id_bits(self.header.vocab))[0])
+
+    def row(self, at: int) -> CachedRow:
+        end = int(self.position_ends[at])
+        begin = end - int(self.positions[at])
+        arrays = {name: self._part(name, begin, end) for name in self.names}
+        ids, logprobs = _FORMS[self.header.form][1](self.header, arrays)
+        return CachedRow(
+            number=int(self.numbers[at]),
+            token_ids=self.token_ids(at),
+            first=int(self.first[at]),
+            ids=ids,
+            logprobs=logprobs,
+            token_logprobs=arrays["token_logprobs"].astype(np.float32),
+        )
+
+    def _part(self, name: str, begin: int, end: int) -> np.ndarray:
+        part = self.file.get_slice(name)
+        if begin < end:
+            return np.asarray(part[begin:end])
+        # safetensors cannot cut nothing out of the end of an array
+        kind = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}[part.get_dtype()]
+        return np.zeros((0, *part.get_shape()[1:]), kind)
+
+
+class TeacherCache:
+    """A whole cache, to read. Shards are mapped into memory; a few of them and of the rows are kept at hand.
+
+    That all shards are there in their sizes is seen when it is opened; a shard's sha256 is taken once, when one
+    of its rows is first asked for, or in `verify`.
+    """
+
+    def __init__(self, folder: Path, header: CacheHeader, notes: Sequence[ShardNote]) -> None:
+        """Take what `open` has found."""
+        self.folder, self.header, self.notes = folder, header, tuple(notes)
+        self._first_rows = [note.first_row for note in notes]
+        self._verified: set[int] = set()
+        self._shard = lru_cache(OPEN_SHARDS)(self._opened)
+        self._row = lru_cache(DECODED_ROWS)(self._decoded)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        view: TokenizerView | None = None,
+        *,
+        data_fingerprint: str | None = None,
+        template_fingerprint: str | None = None,
+    ) -> TeacherCache:
+        """Open a cache, and see that it was made for this tokenizer, these rows and this template where given.
+
+        FileProblem where there is none. BadArtifact where a shard is missing or damaged, and says which command
+        makes it; or where data or template differ. TokenizerMismatch.
+        """
+        folder = Path(folder)
+        header = read_header(folder)
+        if view is not None and view.fingerprint != header.tokenizer_fingerprint:
+            built_for = (header.tokenizer, header.tokenizer_fingerprint)
+            fix = f"give the teacher of the cache, {header.model}, or make another cache: cdm teacher cache"
+            raise TokenizerMismatch(
+                f"the cache {folder}", "teacher", built_for, (view.name, view.fingerprint), fix
+            )
+        for name, given in (("data", data_fingerprint), ("template", template_fingerprint)):
+            _check_same(folder, header, name, given)
+        _check_complete(folder, header)
+        notes = [read_note(folder, header, index) for index in range(header.shards)]
+        for index, note in enumerate(notes):
+            check_size(folder, header, index, note)
+        return cls(folder, header, notes)
+
+    @property
+    def k(self) -> int:
+        return self.header.k
+
+    @property
+    def positions(self) -> int:
+        """Count the tokens that are predicted."""
+        return sum(note.positions for note in self.notes)
+
+    @property
+    def size(self) -> int:
+        """Count the bytes of all files."""
+        return folder_size(self.folder, range(self.header.shards))
+
+    def row(self, number: int) -> CachedRow:
+        """Read what the teacher says about a row of the data file. BadArtifact where it has no such row."""
+        return self._row(number)
+
+    def token_ids(self, number: int) -> Int32[np.ndarray, " time_t"]:
+        """Read a row's tokens alone."""
+        shard, at = self._place(number)
+        return shard.token_ids(at)
+
+    def verify(self, on_shard: Callable[[int], None] = lambda _done: None) -> None:
+        """Take the sha256 of every shard. BadArtifact for the first that is not the one that was written."""
+        for index in range(len(self.notes)):
+            self._check(index)
+            on_shard(index + 1)
+
+    def _check(self, index: int) -> None:
+        if index not in self._verified:
+            check_content(self.folder, self.header, index, self.notes[index])
+            self._verified.add(index)
+
+    def _opened(self, index: int) -> _Shard:
+        self._check(index)
+        path = _data_file(self.folder, index)
+        try:
+            return _Shard(path, self.header)
+        except (SafetensorError, KeyError) as error:
+            fix = _make_again(self.folder, self.header, index)
+            raise BadArtifact(path, f"it is no shard of a cache ({error})", fix) from None
+
+    def _place(self, number: int) -> tuple[_Shard, int]:
+        index = bisect_right(self._first_rows, number) - 1
+        shard = self._shard(index) if index >= 0 else None
+        if shard is None or (at := shard.find(number)) is None:
+            fix = "give the data that it was made of, or make another: cdm teacher cache"
+            raise BadArtifact(self.folder, f"it has no row {number}, but {self.header.rows:,} others", fix)
+        return shard, at
+
+    def _decoded(self, number: int) -> CachedRow:
+        shard, at = self._place(number)
+        return shard.row(at)
+
+
+def folder_size(folder: Path, shards: Iterable[int]) -> int:
+    """Count the bytes of a cache's header and of shards that are there, with their notes."""
+    files = [folder / HEADER_FILE]
+    for index in shards:
+        files += [_data_file(folder, index), _note_file(folder, index)]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _check_same(folder: Path, header: CacheHeader, what: str, given: str | None) -> None:
+    there = getattr(header, f"{what}_fingerprint")
+    if given is not None and given != there:
+        problem = f"its {what} is {getattr(header, what)} ({there[:8]}…), not the one given ({given[:8]}…)"
+        raise BadArtifact(folder, problem, f"give the same {what}, or make another cache: cdm teacher cache")
+
+
+def missing_shards(folder: Path, header: CacheHeader) -> list[int]:
+    """List the shards that no note stands for."""
+    return [index for index in range(header.shards) if not _note_file(folder, index).is_file()]
+
+
+def _check_complete(folder: Path, header: CacheHeader) -> None:
+    missing = missing_shards(folder, header)
+    if not missing:
+        return
+    names = ", ".join(shard_name(index) for index in missing[:3]) + (", …" if len(missing) > 3 else "")
+    one = f"{missing[0] + 1}/{header.shards}" if len(missing) == 1 else None
+    problem = f"{len(missing)} of {header.shards} shards are missing ({names})"
+    raise BadArtifact(folder, problem, f"make them with: {header.command(folder, one)}")

@@ -1,0 +1,66 @@
+"""`cdm recipes`: run files that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cdm_toolkit.cli import options
+
+app = typer.Typer(no_args_is_help=True, help="Run files to start from: list them, read one, copy one.")
+
+Name = Annotated[str, typer.Argument(help="As cdm recipes list names it.")]
+
+
+@app.command("list")
+def list_all(as_json: options.AsJson = False) -> None:
+    """List the recipes, with what each does."""
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.distill.recipes import list_recipes
+
+    recipes = list_recipes()
+    if as_json:
+        screen.print_json([{"name": r.name, "summary": r.summary, "file": str(r.path)} for r in recipes])
+        return
+    shown = screen.table(None, "recipe", "what it does")
+    for recipe in recipes:
+        shown.add_row(recipe.name, recipe.summary)
+    screen.out().print(shown)
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a recipe.
+
+    Example: cdm recipes show small/cdm > run.yaml
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.distill.recipes import find_recipe
+
+    text = find_recipe(name).path.read_text(encoding="utf-8")
+    screen.out().print(text, markup=False, soft_wrap=True, end="")
+
+
+@app.command()
+def copy(
+    name: Name,
+    to: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Copy a recipe, to edit it and give it to cdm distill.
+
+    Example: cdm recipes copy small/cdm run.yaml
+    """
+    from cdm_toolkit.artifacts.atomic import atomic_write
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.distill.recipes import find_recipe
+    from cdm_toolkit.errors import FileProblem
+
+    recipe = find_recipe(name)
+    if to.exists() and not overwrite:
+        raise FileProblem(to, "it exists", "--overwrite replaces it, or name another file")
+    with atomic_write(to) as stream:
+        stream.write(recipe.path.read_bytes())
+    screen.out().print(f"{to}: edit it, then run it with: cdm distill {to}", markup=False, soft_wrap=True)

@@ -1,0 +1,187 @@
+"""`cdm teacher`: run a teacher once, and keep what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cdm_toolkit.cli import options
+
+if TYPE_CHECKING:
+    from cdm_toolkit.artifacts.teacher_cache import CacheHeader
+    from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheResult
+
+app = typer.Typer(no_args_is_help=True, help="Run a teacher once, and keep what it says.")
+
+
+@app.command()
+def cache(
+    model: Annotated[str, typer.Option(help="The teacher: an alias, a folder or a hub id.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL with prompt and completion, question and answer, messages, or text in each row."
+        ),
+    ],
+    output: options.OutputFolder,
+    k: Annotated[
+        int,
+        typer.Option(
+            "-k", "--top-k", help="Likeliest ids to keep at each token; 0 keeps the whole vocabulary."
+        ),
+    ] = 100,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Log-probabilities on disk: float16, or float32, which the whole vocabulary has."),
+    ] = None,
+    quantised: Annotated[
+        bool, typer.Option("--quantised", help="Half the size: log-probabilities in 3 to 8 bits.")
+    ] = False,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row; more are cut.")] = 512,
+    template: Annotated[
+        str, typer.Option(help="none, or chat: read rows through the chat template.")
+    ] = "none",
+    batch_size: Annotated[int, typer.Option(help="Rows that the model reads at once.")] = 8,
+    device: options.Device = "cpu",
+    teacher_dtype: Annotated[
+        str, typer.Option(help="Of the model's weights: float32, bfloat16, float16.")
+    ] = "float32",
+    shard: Annotated[str, typer.Option(help="Do the i-th of n parts, as 1/4: for several machines.")] = "1/1",
+    limit: Annotated[int | None, typer.Option(help="Take so many rows from the front of the file.")] = None,
+    rows_per_shard: Annotated[
+        int | None,
+        typer.Option(help="Rows a file, and between two points to go on from: 256, or 8 with -k 0."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write what a teacher says at each token of the completions, so that training needs no teacher in memory.
+
+    A command that was stopped goes on where it was when it is given again. Parts (--shard) write to one folder,
+    or to folders that are copied together later.
+
+    Example: cdm teacher cache --model smollm2 --data rows.jsonl -o cached
+    """
+    from cdm_toolkit.artifacts.settings import make
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
+    from cdm_toolkit.errors import Interrupted
+
+    said = {
+        "model": model,
+        "data": str(data),
+        "output": str(output),
+        "k": k,
+        "dtype": dtype,
+        "quantised": quantised,
+        "max_length": max_length,
+        "template": template,
+        "batch_size": batch_size,
+        "device": device,
+        "teacher_dtype": teacher_dtype,
+        "shard": shard,
+        "limit": limit,
+        "rows_per_shard": rows_per_shard,
+    }
+    settings = make(CacheSettings, said, source="the command line")
+    with screen.progress() as bar:
+        task = bar.add_task("asking the teacher", total=None, note="")
+
+        def follow(progress: CacheProgress) -> None:
+            note = f"{progress.tokens_per_second:,.0f} tokens/s" if progress.tokens else ""
+            bar.update(task, completed=progress.rows, total=progress.total, note=note)
+
+        try:
+            result = write_cache(settings, on_progress=follow)
+        except KeyboardInterrupt:
+            kept = f"what was finished is kept in {output}"
+            raise Interrupted("the teacher", kept, "the same command") from None
+    for name in result.damaged:
+        screen.warn(f"{name} was damaged, and was made again")
+    if as_json:
+        screen.print_json(_result_record(result))
+    else:
+        _print_result(result)
+
+
+@app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="Folder of a cache.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what a cache was made of, and check every byte of it.
+
+    Example: cdm teacher info cached
+    """
+    from cdm_toolkit.artifacts.teacher_cache import TeacherCache
+    from cdm_toolkit.cli import screen
+
+    found = TeacherCache.open(folder)
+    with screen.progress() as bar:
+        task = bar.add_task("checking shards", total=len(found.notes), note="")
+        found.verify(lambda done: bar.update(task, completed=done))
+    sizes = _sizes(found.header.rows, found.positions, found.size)
+    if as_json:
+        screen.print_json({"folder": str(folder)} | sizes | {"verified": True} | found.header.model_dump())
+        return
+    shown = screen.table(None, "what", "figure")
+    for what, figure in _facts(found.header) + _size_lines(sizes):
+        shown.add_row(what, figure)
+    shown.add_row("shards", f"{len(found.notes)}, all as they were written")
+    screen.out().print(shown, markup=False)
+
+
+def _facts(header: CacheHeader) -> list[tuple[str, str]]:
+    kept = {
+        "whole": f"all of {header.vocab:,} ids, {header.dtype}",
+        "plain": f"{header.k} likeliest of {header.vocab:,} ids, {header.dtype}",
+        "quantised": f"{header.k} likeliest of {header.vocab:,} ids, quantised",
+    }
+    return [
+        ("teacher", f"{header.model} ({header.model_fingerprint[:8]}…), run in {header.teacher_dtype}"),
+        ("tokenizer", f"{header.tokenizer} ({header.tokenizer_fingerprint[:8]}…)"),
+        ("data", f"{header.data} ({header.data_fingerprint[:8]}…)"),
+        ("template", f"{header.template}, rows of up to {header.max_length} tokens"),
+        ("kept", kept[header.form]),
+    ]
+
+
+def _sizes(rows: int, tokens: int, size: int) -> dict[str, Any]:
+    return {"rows": rows, "tokens": tokens, "size": size, "bytes_per_token": size / max(tokens, 1)}
+
+
+def _size_lines(sizes: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("rows", f"{sizes['rows']:,}"),
+        ("tokens", f"{sizes['tokens']:,} of the completions"),
+        ("size", f"{sizes['size'] / 1e6:,.1f} MB, {sizes['bytes_per_token']:.1f} bytes a token"),
+    ]
+
+
+def _print_result(result: CacheResult) -> None:
+    from cdm_toolkit.cli import screen
+
+    shown = screen.table(None, "what", "figure")
+    shown.add_row("cache", str(result.folder))
+    for what, figure in _size_lines(_sizes(result.rows, result.tokens, result.size)):
+        shown.add_row(what, figure)
+    kept = f", {len(result.kept)} were there" if result.kept else ""
+    left = f"; {result.missing} of {result.header.shards} are left for other parts" if result.missing else ""
+    shown.add_row("shards", f"{len(result.made)} made{kept}{left}")
+    speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.made else ""
+    shown.add_row("time", f"{result.seconds:.0f} s{speed}")
+    screen.out().print(shown, markup=False)
+
+
+def _result_record(result: CacheResult) -> dict[str, Any]:
+    return {
+        "folder": str(result.folder),
+        **_sizes(result.rows, result.tokens, result.size),
+        "made": list(result.made),
+        "kept": list(result.kept),
+        "damaged": list(result.damaged),
+        "missing": result.missing,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }

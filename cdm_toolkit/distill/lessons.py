@@ -1,0 +1,135 @@
+"""From a teacher's settings to what the training step asks: its distributions, and the method made of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cdm_toolkit.artifacts.maps import load_or_build_neighbours
+from cdm_toolkit.distill.data import side_of
+from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
+from cdm_toolkit.distill.teacher import OnlineTeacher
+from cdm_toolkit.distill.teacher_cache import CachedTeacher, check_rows, open_cache
+from cdm_toolkit.distill.trainer import Lesson
+from cdm_toolkit.vocab_map.contextual import PairTable
+from cdm_toolkit.vocab_map.exact import build_exact
+from cdm_toolkit.vocab_map.mined import build_mined
+from cdm_toolkit.vocab_map.prefix import build_prefix
+from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cdm_toolkit.distill.config import TeacherConfig, Template
+    from cdm_toolkit.distill.data import StoredFeatures
+    from cdm_toolkit.distill.losses.record import Method
+    from cdm_toolkit.distill.rows import Row
+    from cdm_toolkit.distill.teacher import Teacher
+    from cdm_toolkit.hub.tokenizers import Loaded
+    from cdm_toolkit.tokdiff.view import TokenizerView
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What the `nth` teacher of a run reads."""
+
+    nth: int
+    features: StoredFeatures
+    rows: Sequence[Row]
+    template: Template
+
+
+def build_lesson(
+    config: TeacherConfig,
+    tokenizer: Loaded,
+    student: Loaded,
+    rows: Rows,
+    *,
+    model: Callable[[], PreTrainedModel],
+    device: str,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> Lesson:
+    """Open a teacher's cache, or load its `model`, and build its method for the student's tokenizer.
+
+    Raises what the cache and the tables raise.
+    """
+    k = config.top_k if METHODS[config.method].needs_top_k else 1
+    teacher: Teacher
+    if config.cache is not None:
+        cache = open_cache(config.cache, side_of(tokenizer), rows.rows, rows.template)
+        check_rows(cache, rows.features, rows.nth)
+        teacher = CachedTeacher(cache, k=k, device=device)
+    else:
+        teacher = OnlineTeacher(
+            model(), vocab_t=tokenizer.view.vocab_size, k=k, mean=config.positions == "mean"
+        )
+    method = _method(config, tokenizer.view, student.view, device, workers, progress)
+    return Lesson(config.model, teacher, method, config.weight)
+
+
+def _method(
+    config: TeacherConfig,
+    view_t: TokenizerView,
+    view_s: TokenizerView,
+    device: str,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> Method:
+    """Build the tables that the method is made of."""
+    tables = METHODS[config.method].tables
+    pairs = None
+    if "neighbours" in tables:
+        near = load_or_build_neighbours(
+            view_t, view_s, theta=config.theta, guards=config.guards, workers=workers, progress=progress
+        )
+        if not config.both_directions:
+            near = _one_direction(near)
+        pairs = PairTable.from_tables(build_exact(view_t, view_s), near).to(device)
+    ingredients = Ingredients(
+        vocab_t=view_t.vocab_size,
+        vocab_s=view_s.vocab_size,
+        partner=_partner(config, view_t, view_s, device, workers, progress),
+        pairs=pairs,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        rest_bucket=config.rest_bucket,
+        beta=config.beta,
+        tau=config.tau,
+    )
+    return build_method(config.method, ingredients)
+
+
+def _partner(
+    config: TeacherConfig,
+    view_t: TokenizerView,
+    view_s: TokenizerView,
+    device: str,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> Int64[Tensor, " vocab_t"] | None:
+    """Build the one static map that the method looks ids up in."""
+    import torch
+
+    tables = METHODS[config.method].tables
+    if "mined" in tables:
+        built = build_mined(view_t, view_s, guards=config.guards, workers=workers, progress=progress)
+    elif "prefix" in tables:
+        built = build_prefix(view_t, view_s)
+    elif "exact" in tables and (config.method != "cdm" or config.exact_always):
+        built = build_exact(view_t, view_s)
+    else:
+        return None
+    return torch.from_numpy(built.dense()).to(device)
+
+
+def _one_direction(near: NeighbourTable) -> NeighbourTable:
+    """Leave out the neighbours of the student's ids."""
+    none = np.zeros(0, np.int32)
+    empty = Neighbours(np.zeros(near.size_s + 1, np.int64), none, none.astype(np.float32), none)
+    return replace(near, s_to_t=empty)

@@ -1,0 +1,177 @@
+"""What a run would do, before it does it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cdm_toolkit.distill.data import RowCounts
+from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare, training_rows
+from cdm_toolkit.distill.trainer import training_arguments
+from cdm_toolkit.hub.models import checked_device
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cdm_toolkit.distill.config import DistillConfig
+    from cdm_toolkit.distill.trainer import DistillTrainer
+
+LOOKED_AT = 100
+"""Rows that shares are measured on."""
+LOW_MASS = 0.8
+"""Matched mass below which a plan warns."""
+ACTIVATIONS = 17
+"""Numbers that a layer keeps for the backward pass for each token and unit of width (Korthikanti et al.,
+arXiv 2205.05198, section 4.1, half of whose 34 bytes; without the attention matrix, which is not kept)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LessonPlan:
+    """What a teacher would teach, measured on the first rows with the student as it is."""
+
+    name: str
+    method: str
+    weight: float
+    aligned_share: float
+    """Groups for each label."""
+    matched_mass: float
+    pairs: float
+    kd: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run before it starts. `memory` estimates in bytes what lies in memory at the height of a step."""
+
+    rows: RowCounts
+    steps: int
+    steps_an_epoch: int
+    rows_a_step: int
+    tokens_an_epoch: int
+    """The student's, prompts included."""
+    labels_an_epoch: int
+    parameters: int
+    trained_parameters: int
+    memory: dict[str, int]
+    looked_at: int
+    ce: float
+    """Nats a label over the rows that were looked at."""
+    lessons: tuple[LessonPlan, ...]
+    warnings: tuple[str, ...]
+
+
+def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> Plan:
+    """Resolve all that a run needs, and look at its first rows; nothing is trained and nothing is written.
+
+    Raises what `run` raises before its first step.
+    """
+    checked_device(config.train.device)
+    prepared = prepare(config, training_rows(config), on_progress)
+    with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
+        trainer = prepared.trainer(training_arguments(config, Path(folder)))
+        ce, lessons, looked_at = _look(prepared, trainer, on_progress)
+    rows_a_step, steps_an_epoch, steps = _steps(config, len(prepared.features), trainer.args.world_size)
+    lengths, labels = prepared.features.student_lengths, prepared.features.label_counts
+    trained = [p for p in prepared.student.parameters() if p.requires_grad]
+    return Plan(
+        rows=prepared.counts,
+        steps=steps,
+        steps_an_epoch=steps_an_epoch,
+        rows_a_step=rows_a_step,
+        tokens_an_epoch=int(lengths.sum()),
+        labels_an_epoch=int(labels.sum()),
+        parameters=sum(p.numel() for p in prepared.student.parameters()),
+        trained_parameters=sum(p.numel() for p in trained),
+        memory=dict(_memory(prepared)),
+        looked_at=looked_at,
+        ce=ce,
+        lessons=lessons,
+        warnings=(*prepared.warnings, *_low(lessons)),
+    )
+
+
+def _steps(config: DistillConfig, rows: int, processes: int) -> tuple[int, int, int]:
+    train = config.train
+    batches = math.ceil(rows / (train.batch_size * processes))
+    an_epoch = max(math.ceil(batches / train.grad_accumulation), 1)
+    steps = train.max_steps or math.ceil(train.epochs * an_epoch)
+    return train.batch_size * train.grad_accumulation * processes, an_epoch, steps
+
+
+def _look(
+    prepared: Prepared, trainer: DistillTrainer, on_progress: OnProgress
+) -> tuple[float, tuple[LessonPlan, ...], int]:
+    """Run both models over the first rows, without a gradient."""
+    import torch
+
+    many, size = min(LOOKED_AT, len(prepared.features)), prepared.config.train.batch_size
+    device = torch.device(prepared.config.train.device)
+    model = prepared.student.to(device).eval()
+    sums, labels = np.zeros((len(prepared.lessons), 4)), 0
+    ce = 0.0
+    for first in range(0, many, size):
+        features = [prepared.features[nth] for nth in range(first, min(first + size, many))]
+        batch = trainer._prepare_inputs(prepared.collator(features))  # type: ignore[arg-type]
+        with torch.no_grad():
+            parts = trainer.loss_parts(model, batch)  # type: ignore[arg-type]
+        ce, labels = ce + float(parts.ce), labels + sum(row.labels for row in features)
+        for nth, kd in enumerate(parts.kd):
+            groups = sum(batch["teachers"][nth]["groups"])
+            sums[nth] += [float(kd.kd), float(kd.matched_mass), float(kd.pairs), groups]
+        on_progress(Progress("look", first + len(features), many))
+    lessons = tuple(
+        LessonPlan(
+            name=teacher.model,
+            method=teacher.method,
+            weight=teacher.weight,
+            aligned_share=groups / labels,
+            matched_mass=mass / max(groups, 1),
+            pairs=pairs / max(groups, 1),
+            kd=kd / max(groups, 1),
+        )
+        for teacher, (kd, mass, pairs, groups) in zip(prepared.config.teachers, sums.tolist(), strict=True)
+    )
+    return ce / labels, lessons, many
+
+
+def _low(lessons: tuple[LessonPlan, ...]) -> Iterator[str]:
+    for lesson in lessons:
+        if lesson.aligned_share == 0:
+            yield f"nothing is aligned with {lesson.name}: it teaches nothing"
+        elif 0 < lesson.matched_mass < LOW_MASS:
+            yield (
+                f"only {lesson.matched_mass:.0%} of what {lesson.name} predicts has a partner in the student's "
+                "vocabulary: the rest teaches little"
+            )
+
+
+def _memory(prepared: Prepared) -> Iterator[tuple[str, int]]:
+    """Estimate the memory of a step on the longest rows, part by part, in bytes."""
+    config, student = prepared.config, prepared.student
+    mixed = 2 if config.train.dtype == "bfloat16" else 4
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    yield "student weights", _bytes(student)
+    yield "gradients", 4 * trained
+    yield "optimizer (AdamW)", 8 * trained
+    longest = np.sort(prepared.features.student_lengths)[-config.train.batch_size :]
+    labels = np.sort(prepared.features.label_counts)[-config.train.batch_size :]
+    shape, tokens = student.config, int(longest.max()) * len(longest)
+    kept = 1 if config.train.gradient_checkpointing else ACTIVATIONS
+    yield "student activations", kept * mixed * tokens * shape.hidden_size * shape.num_hidden_layers
+    yield "student logits and their gradient", 2 * mixed * int(labels.sum()) * shape.vocab_size
+    for lesson, tokenizer in zip(prepared.lessons, prepared.teacher_tokenizers, strict=True):
+        model = getattr(lesson.teacher, "model", None)
+        if model is not None:
+            yield f"teacher {lesson.name}, weights", _bytes(model)
+            logits = int(labels.sum()) * tokenizer.view.vocab_size * next(model.parameters()).element_size()
+            yield f"teacher {lesson.name}, logits", logits
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())

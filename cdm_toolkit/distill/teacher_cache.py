@@ -1,0 +1,465 @@
+"""A teacher that has spoken once: run a model over all rows, keep what it says, and teach from that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.artifacts.teacher_cache import (
+    CachedRow,
+    CacheHeader,
+    CacheWriter,
+    TeacherCache,
+    folder_size,
+    missing_shards,
+    read_header,
+    read_note,
+    shard_name,
+)
+from cdm_toolkit.distill.gather import logits_at
+from cdm_toolkit.distill.losses.pick import log_sum_exp, top_k, values_at
+from cdm_toolkit.distill.losses.record import TeacherSays, TopK
+from cdm_toolkit.distill.reading import Side, TemplateName, has_completion, read, side_of
+from cdm_toolkit.distill.rows import Row, read_rows
+from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain
+from cdm_toolkit.hub.models import (
+    check_vocabulary,
+    checked_device,
+    load_model,
+    model_fingerprint,
+    model_folder,
+)
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cdm_toolkit.distill.collate import TeacherBatch
+    from cdm_toolkit.distill.fit import Features
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+ROWS_PER_SHARD, WHOLE_ROWS_PER_SHARD = 256, 8
+"""A shard of 256 answers of 150 tokens has 10 MB at k = 64; one of 8 has 240 MB with all of 49,152 ids."""
+
+
+class CacheSettings(Settings):
+    """What to cache, and how."""
+
+    model: Text
+    """The teacher: an alias, a folder or a hub id."""
+    data: Text
+    """JSONL with prompt and completion, question and answer, messages, or text in each row."""
+    output: Text
+    """Folder to write, or to go on with."""
+    k: Annotated[int, Field(ge=0)] = 100
+    """Likeliest ids that are kept at each token; 0 keeps the whole vocabulary."""
+    dtype: Literal["float16", "float32"] | None = None
+    """Of log-probabilities on disk; float16, or float32 for the whole vocabulary."""
+    quantised: bool = False
+    """Keep log-probabilities in a few bits each."""
+    max_length: Annotated[int, Field(ge=4)] = 512
+    """Tokens of a row; more are cut."""
+    template: TemplateName = "none"
+    batch_size: Count = 8
+    device: Text = "cpu"
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model's weights."""
+    shard: str = "1/1"
+    """Which of n parts of the work to do, as i/n: for several machines."""
+    limit: Count | None = None
+    """Rows at the front of the file to take; all where it is not set."""
+    rows_per_shard: Count | None = None
+
+    @field_validator("shard")
+    @classmethod
+    def _is_a_part(cls, shard: str) -> str:
+        part, slash, parts = shard.partition("/")
+        if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+            raise ValueError(f"{shard!r} is no part: give i/n with i from 1 to n, such as 1/4")
+        return shard
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CacheSettings:
+        if self.quantised and self.dtype == "float32":
+            raise ValueError("quantised keeps no float32: leave dtype or quantised out")
+        if self.k == 0 and (self.quantised or self.dtype == "float16"):
+            raise ValueError("k 0 keeps the whole vocabulary in float32: leave quantised and dtype out")
+        return self
+
+    @property
+    def part(self) -> tuple[int, int]:
+        part, _, parts = self.shard.partition("/")
+        return int(part), int(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheProgress:
+    """How far the work is: rows of this part, the kept ones among them; `tokens` a second of those made now."""
+
+    rows: int
+    total: int
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheResult:
+    """What `write_cache` has done. `tokens` and `size` (bytes) are of this part, what was there among it."""
+
+    folder: Path
+    header: CacheHeader
+    rows: int
+    tokens: int
+    size: int
+    made: tuple[str, ...]
+    kept: tuple[str, ...]
+    damaged: tuple[str, ...]
+    """Shards that were there, were not whole and were made again; `made` has them too."""
+    missing: int
+    """Shards of the whole cache that are left for other parts."""
+    seconds: float
+    tokens_per_second: float
+
+
+OnProgress = Callable[[CacheProgress], None]
+
+
+def data_fingerprint(rows: Sequence[Row]) -> str:
+    """Hash what rows say, and their numbers."""
+    digest = hashlib.sha256()
+    for row in rows:
+        said = [row.number, row.prompt, row.completion, *map(list, row.messages)]
+        digest.update(json.dumps(said).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def template_fingerprint(side: Side, template: TemplateName) -> str:
+    """Hash what a side puts around a text."""
+    around = side.chat and [side.chat.source, *side.chat.tokens]
+    said = around if template == "chat" else [side.start, side.eos]
+    return hashlib.sha256(json.dumps([template, said]).encode()).hexdigest()
+
+
+def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: None) -> CacheResult:
+    """Run a teacher over all rows, or a part of them, and write what it says at each token of the completions.
+
+    What the folder has already is checked and kept; a damaged shard is made again. Raises the errors of data, model
+    and tokenizer, BadOption for a `k` or `max_length` that is too large, NothingToTrain, and those of CacheWriter.
+    """
+    began = time.perf_counter()
+    checked_device(settings.device)
+    rows = read_rows(settings.data)[: settings.limit]
+    if not any(has_completion(row, settings.template) for row in rows):
+        raise NothingToTrain(settings.data, f"{len(rows)} rows, all with an empty completion")
+    side = side_of(load_tokenizer(settings.model))
+    header = _header(settings, side, rows)
+    writer = CacheWriter(Path(settings.output), header)
+    work = _Work(settings, side, header, rows, writer, on_progress)
+    part, parts = settings.part
+    work.do(range(part - 1, header.shards, parts))
+    return work.result(time.perf_counter() - began)
+
+
+def _header(settings: CacheSettings, side: Side, rows: Sequence[Row]) -> CacheHeader:
+    vocab = side.view.vocab_size
+    if settings.k > vocab:
+        raise BadOption(
+            "-k", settings.k, f"at most {vocab}: {settings.model} has no more ids; 0 keeps them all"
+        )
+    whole = settings.k in (0, vocab)
+    if whole and (settings.quantised or settings.dtype == "float16"):
+        raise BadOption("-k", settings.k, f"less than {vocab}: the whole vocabulary is kept in float32")
+    model, data = model_fingerprint(model_folder(settings.model)), data_fingerprint(rows)
+    named = {"model": model, "tokenizer": side.view.fingerprint, "data": data}
+    return CacheHeader(
+        model=settings.model,
+        model_fingerprint=model,
+        teacher_dtype=settings.teacher_dtype,
+        tokenizer=side.view.name,
+        tokenizer_fingerprint=side.view.fingerprint,
+        vocab=vocab,
+        data=settings.data,
+        data_fingerprint=data,
+        rows=len(rows),
+        limit=settings.limit,
+        template=settings.template,
+        template_fingerprint=template_fingerprint(side, settings.template),
+        k=settings.k or vocab,
+        dtype="float32" if whole else settings.dtype or "float16",
+        quantised=settings.quantised,
+        max_length=settings.max_length,
+        rows_per_shard=settings.rows_per_shard or (WHOLE_ROWS_PER_SHARD if whole else ROWS_PER_SHARD),
+        receipt=dict(receipt(fingerprints=named, device=settings.device)),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Said:
+    """A row as the teacher reads it; position `first` predicts the first token of the completion."""
+
+    number: int
+    ids: Int32[np.ndarray, " time_t"]
+    first: int
+
+    @property
+    def positions(self) -> int:
+        return max(len(self.ids) - 1 - self.first, 0)
+
+
+class _Work:
+    """The part of a cache that this process makes."""
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        side: Side,
+        header: CacheHeader,
+        rows: Sequence[Row],
+        writer: CacheWriter,
+        on_progress: OnProgress,
+    ) -> None:
+        self.settings, self.side, self.header, self.rows = settings, side, header, rows
+        self.writer, self.on_progress = writer, on_progress
+        self.states: dict[int, str] = {}
+        self.rows_done = self.tokens_made = 0
+        self.seconds = 0.0
+
+    def do(self, shards: Sequence[int]) -> None:
+        """Make the shards that are not whole; the model is loaded if there are any."""
+        self.states = {index: self.writer.state(index) for index in shards}
+        self.rows_done = sum(len(self._rows(index)) for index in shards if self.states[index] == "whole")
+        self._tell()
+        todo = [index for index in shards if self.states[index] != "whole"]
+        if not todo:
+            return
+        model = load_model(
+            self.settings.model, device=self.settings.device, dtype=self.settings.teacher_dtype
+        )
+        check_vocabulary(model, self.settings.model, self.header.vocab)
+        for index in todo:
+            self.writer.write(index, self._shard(model, index), device=self.settings.device)
+
+    def result(self, seconds: float) -> CacheResult:
+        folder = self.writer.folder
+        names = {index: shard_name(index) for index in self.states}
+        return CacheResult(
+            folder=folder,
+            header=self.header,
+            rows=sum(len(self._rows(index)) for index in self.states),
+            tokens=sum(read_note(folder, self.header, index).positions for index in self.states),
+            size=folder_size(folder, self.states),
+            made=tuple(names[index] for index, state in self.states.items() if state != "whole"),
+            kept=tuple(names[index] for index, state in self.states.items() if state == "whole"),
+            damaged=tuple(names[index] for index, state in self.states.items() if state == "damaged"),
+            missing=len(missing_shards(folder, self.header)),
+            seconds=seconds,
+            tokens_per_second=self.tokens_made / self.seconds if self.seconds else 0.0,
+        )
+
+    def _rows(self, index: int) -> Sequence[Row]:
+        size = self.header.rows_per_shard
+        return self.rows[index * size : (index + 1) * size]
+
+    def _tell(self) -> None:
+        total = sum(len(self._rows(index)) for index in self.states)
+        self.on_progress(CacheProgress(self.rows_done, total, self.tokens_made, self.seconds))
+
+    def _shard(self, model: PreTrainedModel, index: int) -> list[CachedRow]:
+        """Ask the model about a shard's rows, those of like length together."""
+        read_by = _read(self.side, self._rows(index), self.settings.template, self.header.max_length)
+        _check_positions(model, self.settings.model, max(len(row.ids) for row in read_by))
+        in_order = sorted(read_by, key=lambda row: len(row.ids))
+        cached: list[CachedRow] = []
+        for at in range(0, len(in_order), self.settings.batch_size):
+            batch = in_order[at : at + self.settings.batch_size]
+            began = time.perf_counter()
+            cached += self._ask(model, batch)
+            self.seconds += time.perf_counter() - began
+            self.tokens_made += sum(row.positions for row in batch)
+            self.rows_done += len(batch)
+            self._tell()
+        return sorted(cached, key=lambda row: row.number)
+
+    def _ask(self, model: PreTrainedModel, batch: Sequence[_Said]) -> Iterator[CachedRow]:
+        counts = [row.positions for row in batch]
+        asked = [row for row in batch if row.positions]
+        said = ask(model, [(row.ids, row.first) for row in asked], vocab=self.header.vocab, k=self.header.k)
+        at = 0
+        for row, count in zip(batch, counts, strict=True):
+            ids, logprobs, tokens = (array[at : at + count] for array in said)
+            at += count
+            if not (np.isfinite(tokens).all() and not np.isnan(logprobs).any()):
+                fix = "give --teacher-dtype float32, or check the model"
+                raise BadRow(self.settings.data, row.number, "the teacher's logits are not finite", fix)
+            yield CachedRow(row.number, row.ids, row.first, ids, logprobs, tokens)
+
+
+def _read(side: Side, rows: Sequence[Row], template: TemplateName, max_length: int) -> list[_Said]:
+    """Tokenize rows as training does, and cut them; one without a completion has no ids."""
+    full = [row for row in rows if has_completion(row, template)]
+    readings = dict(
+        zip((row.number for row in full), read(side, full, template) if full else (), strict=True)
+    )
+    nothing = np.empty(0, np.int32)
+    return [
+        _Said(row.number, reading.ids[:max_length].astype(np.int32), reading.label_from - 1)
+        if (reading := readings.get(row.number))
+        else _Said(row.number, nothing, 0)
+        for row in rows
+    ]
+
+
+def _check_positions(model: PreTrainedModel, name: str, longest: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise BadOption("--max-length", longest, f"at most {positions}: {name} has no more positions")
+
+
+@torch.no_grad()
+def ask(
+    model: PreTrainedModel, rows: Sequence[tuple[Int32[np.ndarray, " time_t"], int]], *, vocab: int, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Run a teacher over rows together: from position `first` of each to its last but one.
+
+    Gives, for all positions one after the other, ids [position, k] and log-probabilities of the likeliest of the
+    first `vocab` ids, best first, and the log-probability of the token that follows. Where `k` is `vocab` the ids are
+    in their own order.
+    """
+    if not rows:
+        none = np.empty((0, k), np.float32)
+        return none.astype(np.int32), none, none.sum(1)
+    lengths = np.array([len(ids) for ids, _ in rows])
+    padded = np.zeros((len(rows), lengths.max()), np.int64)
+    for nth, (ids, _) in enumerate(rows):
+        padded[nth, : len(ids)] = ids
+    mask = (np.arange(padded.shape[1]) < lengths[:, None]).astype(np.int64)
+    at = np.concatenate(
+        [nth * padded.shape[1] + np.arange(first, len(ids) - 1) for nth, (ids, first) in enumerate(rows)]
+    )
+    where = torch.from_numpy(at).to(model.device)
+    read_ids = torch.from_numpy(padded).to(model.device)
+    logits = logits_at(
+        model,
+        model.get_output_embeddings(),
+        where,
+        input_ids=read_ids,
+        attention_mask=torch.from_numpy(mask).to(model.device),
+    )
+    real = logits.narrow(1, 0, vocab)
+    lse = log_sum_exp(real)
+    every = torch.arange(len(where), device=where.device)
+    tokens = values_at(logits, every, read_ids.flatten()[where + 1]).float() - lse
+    if k == vocab:
+        logprobs = (real.float() - lse[:, None]).cpu().numpy()
+        ids_of_all = np.broadcast_to(np.arange(vocab, dtype=np.int32), logprobs.shape)
+        return ids_of_all, logprobs, tokens.cpu().numpy()
+    top = top_k(logits, k, real=vocab, lse=lse)
+    return top.ids.cpu().numpy().astype(np.int32), top.logprobs.cpu().numpy(), tokens.cpu().numpy()
+
+
+# Teaching
+
+
+def open_cache(folder: str | Path, side: Side, rows: Sequence[Row], template: TemplateName) -> TeacherCache:
+    """Open a cache for a run that reads `rows` on the teacher's `side`; the cache may stop short of the last row.
+
+    Raises as `TeacherCache.open`.
+    """
+    count = read_header(Path(folder)).rows
+    return TeacherCache.open(
+        folder,
+        side.view,
+        data_fingerprint=data_fingerprint(rows[:count]),
+        template_fingerprint=template_fingerprint(side, template),
+    )
+
+
+def check_rows(cache: TeacherCache, features: Sequence[Features], nth: int) -> None:
+    """See that what the run's `nth` teacher reads of each row begins what the cache has of it.
+
+    BadArtifact for the first row that does not, or is not there.
+    """
+    for row in features:
+        ids, there = row.teachers[nth].ids, cache.token_ids(row.row)
+        if len(ids) > len(there):
+            problem = f"row {row.row} has {len(there)} tokens there, and the run reads {len(ids)}"
+            fix = f"lower the run's --max-length to {cache.header.max_length}, or make another cache with a longer one"
+            raise BadArtifact(cache.folder, problem, fix)
+        differs = np.flatnonzero(there[: len(ids)] != ids)
+        if len(differs):
+            at = int(differs[0])
+            problem = (
+                f"row {row.row} reads otherwise: its token {at + 1} is {there[at]} there and {ids[at]} now"
+            )
+            raise BadArtifact(cache.folder, problem, "make another cache of this data: cdm teacher cache")
+
+
+class CachedTeacher:
+    """Says what is in a cache: a `Teacher` without a model."""
+
+    def __init__(self, cache: TeacherCache, *, k: int, device: str | torch.device = "cpu") -> None:
+        """Say the `k` likeliest ids. BadOption where the cache has fewer."""
+        if k > cache.k:
+            allowed = f"at most {cache.k}: {cache.folder} has no more; or make another cache with -k {k}"
+            raise BadOption("top_k", k, allowed)
+        self.cache, self.k, self.device = cache, k, torch.device(device)
+
+    def says(self, batch: TeacherBatch, rows: Sequence[int]) -> TeacherSays:
+        """Look up the places that a batch reads in the rows of these numbers."""
+        whole_tokens = "group" in batch
+        places = batch["places"].cpu().numpy()
+        first = batch["first"].cpu().numpy() if whole_tokens else np.arange(len(places))
+        tops: list[tuple[Tensor, Tensor]] = []
+        tokens: list[np.ndarray] = []
+        end = 0
+        for number, count in zip(rows, batch["counts"], strict=True):
+            begin, end = end, end + count
+            if not count:
+                continue
+            row = self.cache.row(number)
+            at = self._positions(row, places[begin:end])
+            tops.append(self._top(row, at[first[(first >= begin) & (first < end)] - begin]))
+            tokens.append(row.token_logprobs[at])
+        ids, logprobs = (torch.cat(each).to(self.device) for each in zip(*tops, strict=True))
+        top = TopK(ids, logprobs)
+        if not whole_tokens:
+            return TeacherSays(top)
+        said = torch.from_numpy(np.concatenate(tokens)).to(self.device)
+        return TeacherSays(top, said, batch["group"].to(self.device))
+
+    def _positions(self, row: CachedRow, places: np.ndarray) -> np.ndarray:
+        """Turn places in the row's tokens into positions of the cache."""
+        at = places - row.first
+        if at.min() < 0 or at.max() >= len(row.token_logprobs):
+            problem = f"row {row.number} has positions {row.first} to {len(row.token_ids) - 2} there"
+            fix = "make another cache of this data: cdm teacher cache"
+            raise BadArtifact(
+                self.cache.folder, f"{problem}, the run asks for {places.min()} to {places.max()}", fix
+            )
+        return at
+
+    def _top(self, row: CachedRow, at: np.ndarray) -> tuple[Tensor, Tensor]:
+        if self.cache.header.form == "whole":
+            best = torch.from_numpy(row.logprobs[at]).topk(self.k, dim=-1)
+            return best.indices, best.values
+        ids, logprobs = row.ids[at, : self.k], row.logprobs[at, : self.k]
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(np.ascontiguousarray(logprobs))

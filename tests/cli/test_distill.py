@@ -1,0 +1,198 @@
+"""`cdm distill` and `cdm recipes`: run files, plans, runs that are killed, runs of two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cdm_toolkit.distill.config import from_file
+from cdm_toolkit.distill.recipes import list_recipes
+
+RUN: dict[str, Any] = {
+    "alpha": 0.5,
+    "train": {"batch_size": 4, "lr": 3e-3, "log_every": 1, "save_every": 2, "max_steps": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Make a small teacher and a small student with tokenizers of two kinds, and rows."""
+    from cdm_toolkit.hub.students import new_student
+
+    root = tmp_path_factory.mktemp("models")
+    new_student("gpt2", "4m", root / "teacher", seed=1)
+    new_student("mistral", "3m", root / "student", seed=2)
+    rows = [
+        {
+            "prompt": f"What is {a} + {a + 3}?",
+            "completion": f"{a} + {a + 3} = {2 * a + 3}. It is {2 * a + 3}.",
+        }
+        for a in range(24)
+    ]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return RUN | {
+        "student": str(root / "student"),
+        "data": {"path": str(root / "rows.jsonl")},
+        "teachers": [{"model": str(root / "teacher")}],
+    }
+
+
+@pytest.fixture
+def run_file(models: dict[str, Any], tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(models | {"output": str(tmp_path / "out")}))
+    return file
+
+
+def test_a_run_file_with_options_and_assignments_over_it(cdm, run_file: Path, tmp_path: Path) -> None:
+    answer = cdm("distill", run_file, "--max-steps", 2, "--set", "teachers.0.top_k=20", "--json")
+    assert answer.status == 0, answer.err
+    said = json.loads(answer.out)
+    assert said["steps"] == 2
+    assert said["losses"][0]["teachers"][0]["pairs"] <= 20
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert receipt["config"]["train"]["max_steps"] == 2
+    again = cdm("distill", run_file, "--max-steps", 2, "--method", "sft", "--overwrite")
+    assert again.status == 0, again.err
+    assert "KD" not in again.out
+
+
+def test_a_plan_trains_nothing(cdm, run_file: Path, tmp_path: Path) -> None:
+    answer = cdm("distill", run_file, "--dry-run")
+    assert answer.status == 0, answer.err
+    for word in ("6 of 4 rows", "24 read, 24 trained", "matched mass", "of the labels aligned", "GiB"):
+        assert word in answer.out
+    assert not (tmp_path / "out").exists()
+    plan = json.loads(cdm("distill", run_file, "--dry-run", "--json").out)
+    assert 0 < plan["lessons"][0]["matched_mass"] < 0.1, "an untrained teacher's top k have little of it"
+    assert "has a partner in the student's vocabulary" in answer.err
+    assert plan["config"]["alpha"] == 0.5
+
+
+def test_faults_of_a_run_file_are_one_line(cdm, run_file: Path) -> None:
+    content = yaml.safe_load(run_file.read_text())
+    content["trian"] = content.pop("train")
+    content["teachers"][0] |= {"method": "kl", "theta": 0.2}
+    run_file.write_text(yaml.safe_dump(content))
+    answer = cdm("distill", run_file, "--alpha", 7)
+    assert (answer.status, answer.out) == (2, "")
+    (line,) = answer.err.strip().splitlines()
+    assert line.startswith(f"cdm: error: {run_file} has 3 faults: ")
+    for word in ("did you mean train?", "kl has no use for theta", "alpha is 7"):
+        assert word in line
+    assert cdm("distill", "small/cmd").err.strip().endswith("small/transplant, small/two-teachers")
+    assert "there is no such file" in cdm("distill", "none.yaml").err
+    assert "KEY=VALUE" in cdm("distill", run_file, "--set", "alpha").err
+
+
+def test_recipes_are_listed_shown_and_copied(cdm, tmp_path: Path) -> None:
+    listed = json.loads(cdm("recipes", "list", "--json").out)
+    names = [recipe["name"] for recipe in listed]
+    assert {
+        f"paper/{pair}-{task}"
+        for pair in ("phi3-qwen2", "llama3-gemma2", "qwen2-opt")
+        for task in ("instruct", "code", "math")
+    } <= set(names)
+    shown = cdm("recipes", "show", "small/cdm").out
+    assert yaml.safe_load(shown)["teachers"] == [{"model": "smollm2"}]
+    copied = cdm("recipes", "copy", "small/cdm", tmp_path / "mine.yaml")
+    assert "cdm distill" in copied.out
+    assert (tmp_path / "mine.yaml").read_text() == shown
+    assert "--overwrite" in cdm("recipes", "copy", "small/cdm", tmp_path / "mine.yaml").err
+    assert "did you mean small/cdm?" in cdm("recipes", "show", "small/cmd").err
+
+
+@pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
+def test_each_recipe_is_without_fault(recipe) -> None:
+    config = from_file(recipe.path)
+    assert recipe.summary
+    if recipe.name.startswith("paper/") and recipe.name != "paper/two-teachers":
+        assert config.teachers[0].aligner == "entropy-dtw"
+
+
+def started(*command: str, tmp_path: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=environment,
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def lines(answer: str) -> list[tuple[float, ...]]:
+    return [
+        (log["step"], log["loss"], log["ce"], log["teachers"][0]["kd"], log["grad_norm"])
+        for log in json.loads(answer)["losses"]
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_it_had_not_been(models, run_file: Path, tmp_path: Path) -> None:
+    """kill -9 in mid-run, twice: the losses and the weights of an unbroken run."""
+    whole, _ = finished(
+        started("cdm_toolkit.cli", "distill", str(run_file), "-o", "whole", "--json", tmp_path=tmp_path)
+    )
+    command = ("cdm_toolkit.cli", "distill", str(run_file), "--json")
+    for checkpoint in (2, 4):
+        process = started(*command, *(["--resume"] if checkpoint > 2 else []), tmp_path=tmp_path)
+        while not (tmp_path / "out" / f"checkpoint-{checkpoint}" / "checksums.json").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (tmp_path / "out" / "config.json").exists()
+    resumed, _ = finished(started(*command, "--resume", tmp_path=tmp_path))
+    assert lines(resumed) == lines(whole)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(models, run_file: Path, tmp_path: Path) -> None:
+    alone, _ = finished(
+        started("cdm_toolkit.cli", "distill", str(run_file), "-o", "alone", "--json", tmp_path=tmp_path)
+    )
+    both, _ = finished(
+        started(
+            *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cdm_toolkit.cli"),
+            *("distill", str(run_file), "--batch-size", "2", "--json"),
+            tmp_path=tmp_path,
+        )
+    )
+    for one, two in zip(lines(alone), lines(both), strict=True):
+        assert two[:4] == pytest.approx(one[:4], abs=1e-5)
+        assert two[4] == pytest.approx(one[4], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(run_file: Path, tmp_path: Path) -> None:
+    command = ("cdm_toolkit.cli", "distill", str(run_file), "--max-steps", "500")
+    process = started(*command, tmp_path=tmp_path)
+    while not (tmp_path / "out" / "checkpoint-2" / "checksums.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("cdm: the run was stopped, step ")
+    assert last.endswith(f"go on with: cdm distill {run_file} --max-steps 500 --resume")

@@ -1,0 +1,178 @@
+"""`cdm teacher`: a cache from the command line, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, real_view) -> str:
+    """Make a fresh small model with a real vocabulary."""
+    from cdm_toolkit.hub.students import new_student
+
+    real_view("smollm2")
+    folder = tmp_path_factory.mktemp("teacher")
+    new_student("smollm2", "3.3m", folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}."} for n in range(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def words(teacher: str, data: Path, tmp_path: Path) -> list[str]:
+    """Give the words of a command that is right."""
+    return ["teacher", "cache", "--model", teacher, "--data", str(data), "-o", str(tmp_path / "cached")]
+
+
+def refused(answer, *words: str) -> None:
+    assert answer.status == 2, answer
+    assert answer.out == ""
+    lines = answer.err.strip().splitlines()
+    assert len(lines) == 1, answer.err
+    assert lines[0].startswith("cdm: error: ")
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_cache_and_info(cdm, words: list[str], tmp_path: Path) -> None:
+    made = cdm(*words, "--rows-per-shard", 5, "--json")
+    assert made.status == 0, made.err
+    said = json.loads(made.out)
+    assert said["rows"] == ROWS
+    assert said["made"] == ["shard-00001", "shard-00002", "shard-00003"]
+    assert said["bytes_per_token"] == said["size"] / said["tokens"]
+    again = cdm(*words, "--rows-per-shard", 5)
+    assert "0 made, 3 were there" in again.out
+    shown = cdm("teacher", "info", tmp_path / "cached", "--json")
+    about = json.loads(shown.out)
+    assert (about["tokens"], about["size"], about["k"]) == (said["tokens"], said["size"], 100)
+    assert about["receipt"]["versions"]["cdm-toolkit"]
+    shown = cdm("teacher", "info", tmp_path / "cached")
+    for fact in ("100 likeliest of 49,152 ids, float16", "3, all as they were written", "bytes a token"):
+        assert fact in shown.out
+
+
+def test_parts_say_what_is_left(cdm, words: list[str], tmp_path: Path) -> None:
+    first = cdm(*words, "--rows-per-shard", 5, "--shard", "1/2", "--quantised")
+    assert "2 made; 1 of 3 are left for other parts" in first.out
+    refused(cdm("teacher", "info", tmp_path / "cached"), "1 of 3 shards are missing", "--shard 2/3")
+    assert cdm(*words, "--rows-per-shard", 5, "--shard", "2/2", "--quantised").status == 0
+    assert cdm("teacher", "info", tmp_path / "cached").status == 0
+
+
+MISTAKES = {
+    "k too large": (["-k", "49153"], ["-k is 49153", "at most 49152"]),
+    "k negative": (["-k", "-1"], ["k is -1"]),
+    "no part": (["--shard", "5/4"], ["'5/4' is no part", "1/4"]),
+    "part zero": (["--shard", "0/4"], ["is no part"]),
+    "part of words": (["--shard", "first"], ["is no part"]),
+    "dtype": (["--dtype", "int8"], ["dtype is 'int8'", "float16, float32"]),
+    "template": (["--template", "caht"], ["template is 'caht'", "did you mean chat?"]),
+    "quantised float32": (["--quantised", "--dtype", "float32"], ["quantised keeps no float32"]),
+    "whole quantised": (["-k", "0", "--quantised"], ["whole vocabulary"]),
+    "batch size": (["--batch-size", "0"], ["batch_size is 0"]),
+    "limit": (["--limit", "0"], ["limit is 0"]),
+    "device": (["--device", "warp"], ["device is 'warp'"]),
+    "no such model": (["--model", "no-such-model"], ["no-such-model"]),
+    "no such data": (["--data", "no-such.jsonl"], ["no-such.jsonl", "there is no such file"]),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(
+    cdm, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: list[str], said: list[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(cdm(*words, *change), *said)
+    assert not (tmp_path / "cached").exists()
+
+
+def test_a_tokenizer_is_no_model(cdm, words: list[str], teacher: str, tmp_path: Path) -> None:
+    (bare := tmp_path / "bare").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (bare / name).write_bytes((Path(teacher) / name).read_bytes())
+    refused(cdm(*words, "--model", bare), str(bare), "no weights")
+    assert not (tmp_path / "cached").exists()
+
+
+def test_data_without_rows(cdm, words: list[str], data: Path) -> None:
+    data.write_text("\n")
+    refused(cdm(*words), "it has no rows")
+    data.write_text('{"question": "1 + 1?", "answer": ""}\n')
+    refused(cdm(*words), "no row can be trained on", "empty completion")
+
+
+def test_another_cache_in_the_folder(cdm, words: list[str]) -> None:
+    assert cdm(*words).status == 0
+    refused(cdm(*words, "-k", "32"), "it holds another cache: -k is 100 there and 32 now")
+    refused(cdm(*words, "--limit", "3"), "the data is", "the count of rows is 12 there and 3 now")
+
+
+def test_damage_is_found_and_mended(cdm, words: list[str], tmp_path: Path) -> None:
+    assert cdm(*words).status == 0
+    shard = tmp_path / "cached" / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-3])
+    refused(
+        cdm("teacher", "info", tmp_path / "cached"),
+        "shard-00001.safetensors",
+        "instead of",
+        "cdm teacher cache",
+    )
+    mended = cdm(*words)
+    assert "shard-00001 was damaged, and was made again" in mended.err
+    assert shard.read_bytes() == whole
+    refused(cdm("teacher", "info", tmp_path / "nothing"), "there is no teacher cache here")
+
+
+def test_no_space_left(cdm, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    from cdm_toolkit.artifacts import atomic
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    refused(cdm(*words), "No space left on device")
+    monkeypatch.undo()
+    assert cdm(*words).status == 0
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_gone_on_with(cdm, words: list[str], tmp_path: Path) -> None:
+    """SIGKILL after the first shard; the same command finishes, and keeps what was there."""
+    folder, command = tmp_path / "cached", [*words, "--rows-per-shard", "1", "--batch-size", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cdm_toolkit.cli", *command], stdout=subprocess.DEVNULL
+    ) as child:
+        until = time.monotonic() + 120
+        while (
+            not (folder / "shard-00001.json").exists() and child.poll() is None and time.monotonic() < until
+        ):
+            time.sleep(0.001)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.safetensors")}
+    finished = [path for path in kept if path.with_suffix(".json").exists()]
+    assert 1 <= len(finished) < ROWS
+    assert cdm(*command).status == 0
+    assert cdm("teacher", "info", folder).status == 0
+    assert all(path.stat().st_mtime_ns == kept[path] for path in finished)
+    assert not list(folder.glob(".*"))

@@ -1,0 +1,210 @@
+"""Random batches of two models, as the methods get them and as their twins do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdm_toolkit.distill.losses.combine import Reader
+from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
+from cdm_toolkit.distill.losses.pick import top_k
+from cdm_toolkit.distill.losses.record import TeacherSays
+from cdm_toolkit.vocab_map.contextual import PairTable
+from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable, Sides, single
+
+from .twins import TWINS, Group, World, softmax
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of one teacher; group g holds the tokens with `token_group` g on each side."""
+
+    world: World
+    logits: Tensor
+    """Of the student, a row for each label."""
+    labels: Tensor
+    teacher_logits: Tensor
+    """A row for each token of the groups."""
+    teacher_ids: Tensor
+    group_t: Tensor
+    rows: Tensor
+    """Of the student's tokens in the groups, among the labels."""
+    group_s: Tensor
+
+    @property
+    def groups(self) -> int:
+        return int(self.group_t.max()) + 1
+
+    @property
+    def positions(self) -> int:
+        return len(self.labels)
+
+    def first(self, group: Tensor) -> Tensor:
+        return torch.searchsorted(group, torch.arange(self.groups))
+
+    def says(self, *, tokens: bool) -> TeacherSays:
+        world, logits = (
+            self.world,
+            self.teacher_logits.to(torch.promote_types(self.logits.dtype, torch.float32)),
+        )
+        k = min(world.top_k, world.vocab_t)
+        top = top_k(logits, k, real=world.vocab_t, rows=self.first(self.group_t))
+        if not tokens:
+            return TeacherSays(top)
+        chosen = logits[:, : world.vocab_t].log_softmax(-1).gather(1, self.teacher_ids[:, None])[:, 0]
+        return TeacherSays(top, chosen, self.group_t)
+
+    def reader(self, name: str) -> Reader:
+        tokens = METHODS[name].needs_tokens
+        return Reader(
+            method=build_method(name, ingredients(self.world, name)),
+            says=self.says(tokens=tokens),
+            vocab_s=self.world.vocab_s,
+            student_rows=self.rows[self.first(self.group_s)],
+            token_rows=self.rows if tokens else None,
+            token_ids=self.labels[self.rows] if tokens else None,
+            token_group=self.group_s if tokens else None,
+        )
+
+    def twin(self, name: str) -> tuple[float, float, float]:
+        """Give kd, matched mass and pairs."""
+        world = self.world
+        z, zt = self.logits.detach().double().numpy(), self.teacher_logits.double().numpy()
+        totals = np.zeros(3)
+        for g in range(self.groups):
+            of_t, of_s = (np.flatnonzero(group.numpy() == g) for group in (self.group_t, self.group_s))
+            rows = self.rows.numpy()[of_s]
+            full = softmax(zt[of_t[0], : world.vocab_t])
+            best = np.argsort(-full, kind="stable")[: world.top_k]
+            found = Group(
+                teacher={int(i): float(full[i]) for i in best},
+                student=softmax(z[rows[0]]),
+                tokens_t=[float(softmax(zt[i, : world.vocab_t])[self.teacher_ids[i]]) for i in of_t],
+                tokens_s=[float(softmax(z[i])[self.labels[i]]) for i in rows],
+            )
+            totals += TWINS[name](found, world)
+        return tuple(totals.tolist())
+
+
+def pair_table(world: World) -> PairTable:
+    """Lay out exact partners without neighbours."""
+    sides = Sides(
+        name_t="t",
+        name_s="s",
+        fingerprint_t="t",
+        fingerprint_s="s",
+        size_t=world.vocab_t,
+        size_s=world.vocab_s,
+    )
+    none = np.zeros(0, np.int32)
+
+    def nobody(size: int) -> Neighbours:
+        return Neighbours(np.zeros(size + 1, np.int64), none, none.astype(np.float32), none)
+
+    near = NeighbourTable(
+        **sides, theta=0.3, guards=True, t_to_s=nobody(world.vocab_t), s_to_t=nobody(world.vocab_s)
+    )
+    return PairTable.from_tables(single("exact", sides, np.array(world.partner)), near)
+
+
+def ingredients(world: World, name: str) -> Ingredients:
+    return Ingredients(
+        vocab_t=world.vocab_t,
+        vocab_s=world.vocab_s,
+        partner=torch.tensor(world.partner),
+        pairs=pair_table(world) if name == "cdm" else None,
+        temperature=world.temperature,
+        top_k=world.top_k,
+        rest_bucket=world.rest,
+        beta=world.beta,
+        tau=world.tau,
+    )
+
+
+PARTNERS = ("some", "none", "all", "many to one")
+
+
+def draw(
+    name: str,
+    seed: int,
+    *,
+    k: int = 4,
+    groups: int = 4,
+    partners: str = "some",
+    padding: int = 3,
+    temperature: float = 0.8,
+    rest: bool = True,
+    beta: float = 0.3,
+    tau: float = 100.0,
+    spread: float = 2.0,
+    sizes: tuple[int, int] = (9, 12),
+) -> Case:
+    """Draw logits of both models, and groups of one to three tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = METHODS[name].same_tokenizer
+    vocab_t, vocab_s = (sizes[0], sizes[0]) if shared else sizes
+
+    def logits(rows: int, width: int) -> Tensor:
+        return spread * torch.randn(rows, width, generator=generator, dtype=torch.float64)
+
+    def members(most: int) -> Tensor:
+        return torch.repeat_interleave(torch.randint(1, most + 1, (groups,), generator=generator))
+
+    group_t, group_s = members(3), members(3)
+    labels = torch.randint(0, vocab_s, (len(group_s) + 2,), generator=generator)
+    partner = torch.full((vocab_t,), -1)
+    most = min(vocab_t, vocab_s)
+    partner[:most] = torch.randperm(vocab_s, generator=generator)[:most]
+    if partners == "some":
+        partner[torch.randperm(vocab_t, generator=generator)[:3]] = -1
+    elif partners == "none":
+        partner[:] = -1
+    elif partners == "many to one" and name != "cdm":  # whose pairs are one to one
+        partner = torch.randint(-1, 3, (vocab_t,), generator=generator)
+    return Case(
+        world=World(
+            vocab_t=vocab_t,
+            vocab_s=vocab_s,
+            partner=tuple(partner.tolist()),
+            top_k=min(k, vocab_t, vocab_s) if name == "cdm" else k,
+            temperature=temperature,
+            rest=rest,
+            beta=beta,
+            tau=tau,
+        ),
+        logits=logits(len(labels), vocab_s + padding),
+        labels=labels,
+        teacher_logits=logits(len(group_t), vocab_t + padding),
+        teacher_ids=torch.randint(0, vocab_t, (len(group_t),), generator=generator),
+        group_t=group_t,
+        rows=torch.arange(1, len(group_s) + 1),
+        group_s=group_s,
+    )
+
+
+def cast(case: Case, dtype: torch.dtype) -> Case:
+    """Round both models' logits; the twin then reads the rounded ones too."""
+    return replace(case, logits=case.logits.to(dtype), teacher_logits=case.teacher_logits.to(dtype))
+
+
+def alike(name: str, seed: int, *, k: int = 4, temperature: float = 0.8, rest: bool = True) -> Case:
+    """Draw a student that says what the teacher says, with the ids in another order and some without partner."""
+    case = draw(name, seed, k=k, temperature=temperature, rest=rest, padding=2, sizes=(9, 9))
+    world, tokens = case.world, len(case.group_t)
+    shuffled = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
+    to_student = torch.arange(9) if METHODS[name].same_tokenizer else shuffled
+    partner = to_student.clone()
+    partner[[2, 5]] = -1
+    logits = torch.full((tokens, world.vocab_s + 2), -1e4, dtype=torch.float64)
+    logits[:, to_student] = case.teacher_logits[:, : world.vocab_t]
+    return replace(
+        case,
+        world=replace(world, partner=tuple(partner.tolist())),
+        logits=logits,
+        labels=to_student[case.teacher_ids],
+        rows=torch.arange(tokens),
+        group_s=case.group_t,
+    )

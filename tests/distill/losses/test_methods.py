@@ -1,0 +1,308 @@
+"""All methods, through `loss_parts`: their twins, their gradients, and what holds for each of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdm_toolkit.distill.losses.combine import Reader, loss_parts
+from cdm_toolkit.distill.losses.gold import GoldSettings, gold
+from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
+from cdm_toolkit.distill.losses.pick import _LogProbs, log_sum_exp, top_k
+from cdm_toolkit.distill.losses.record import (
+    KdParts,
+    Method,
+    Reading,
+    StudentSees,
+    TeacherSays,
+    TopK,
+    objective,
+)
+from cdm_toolkit.errors import UnknownName
+from cdm_toolkit.vocab_map.contextual import PairTable
+
+from .cases import PARTNERS, Case, alike, cast, draw
+from .twins import TWINS
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def kd_of(case: Case, name: str) -> KdParts:
+    (kd,) = loss_parts(case.logits, case.labels, [case.reader(name)]).kd
+    return kd
+
+
+def values(kd: KdParts) -> tuple[float, float, float]:
+    return kd.kd.item(), kd.matched_mass.item(), kd.pairs.item()
+
+
+def test_each_method_has_a_twin() -> None:
+    assert set(TWINS) == set(METHODS)
+
+
+@every_method
+@given(
+    seed=st.integers(0, 10_000),
+    k=st.sampled_from([1, 2, 5, 9, 12]),
+    groups=st.integers(1, 5),
+    partners=st.sampled_from(PARTNERS),
+    padding=st.sampled_from([0, 3]),
+    sizes=st.sampled_from([(9, 12), (12, 9)]),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    rest=st.booleans(),
+    beta=st.sampled_from([0.1, 0.5, 0.8]),
+    tau=st.sampled_from([1.0, 100.0]),
+)
+@settings(max_examples=60)
+def test_equals_twin(name: str, seed: int, **options: object) -> None:
+    """One candidate or all ids, nobody with a partner, several with one, padded columns, groups of many tokens."""
+    case = draw(name, seed, **options)  # type: ignore[arg-type]
+    assert values(kd_of(case, name)) == pytest.approx(case.twin(name), rel=1e-7, abs=2e-6)
+
+
+@every_method
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-4)])
+def test_equals_twin_in_training_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The sums are in float32 whatever the logits are; the twin reads the same rounded logits."""
+    for seed in range(5):
+        case = cast(draw(name, seed, groups=8), dtype)
+        assert values(kd_of(case, name)) == pytest.approx(case.twin(name), rel=tolerance, abs=tolerance)
+
+
+@every_method
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_gradient_is_that_of_finite_differences(name: str, k: int) -> None:
+    for partners in PARTNERS:
+        case = draw(name, 3, k=k, partners=partners, temperature=0.8, tau=7.0)
+        reader = case.reader(name)
+
+        def loss(logits: torch.Tensor, case: Case = case, reader: Reader = reader) -> torch.Tensor:
+            parts = loss_parts(logits, case.labels, [reader])
+            return objective(parts, alpha=0.3, weights=[1.7], tokens=6, positions=[4])
+
+        assert torch.autograd.gradcheck(loss, case.logits.clone().requires_grad_(), eps=1e-7, atol=1e-6)
+
+
+@every_method
+def test_moves_the_student_and_only_the_student(name: str) -> None:
+    case = draw(name, 4, tau=3.0)
+    reader, logits = case.reader(name), case.logits.clone().requires_grad_()
+    says = reader.says
+    told = [says.top.logprobs.clone().requires_grad_()]
+    if says.token_logprobs is not None:
+        told.append(says.token_logprobs.clone().requires_grad_())
+    asked = replace(says, top=TopK(says.top.ids, told[0]), token_logprobs=told[1] if told[1:] else None)
+    (kd,) = loss_parts(logits, case.labels, [replace(reader, says=asked)]).kd
+    kd.kd.backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() > 0.01
+    assert all(one.grad is None for one in told)
+    assert not kd.matched_mass.requires_grad
+    assert not kd.pairs.requires_grad
+
+
+@every_method
+@pytest.mark.parametrize("k", [1, 4, 9])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_of_equal_models_is_zero(name: str, k: int, temperature: float) -> None:
+    for seed in range(5):
+        case = alike(name, seed, k=k, temperature=temperature)
+        assert kd_of(case, name).kd.item() == pytest.approx(0, abs=1e-8)
+
+
+@every_method
+def test_is_not_negative(name: str) -> None:
+    for seed in range(20):
+        assert kd_of(draw(name, seed), name).kd.item() > -1e-12
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.tables and name != "gold"])
+@pytest.mark.parametrize("rest", [True, False])
+def test_without_a_pair_there_is_nothing_to_learn(name: str, rest: bool) -> None:
+    case = draw(name, 5, partners="none", rest=rest)
+    logits = case.logits.clone().requires_grad_()
+    kd = kd_of(replace(case, logits=logits), name)
+    kd.kd.backward()
+    assert values(kd) == (0, 0, 0)
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+@every_method
+def test_a_batch_is_the_sum_of_its_texts(name: str) -> None:
+    first, second = draw(name, 6, groups=3), draw(name, 7, groups=4)
+    second = replace(second, world=first.world)
+    joined = replace(
+        first,
+        logits=torch.cat((first.logits, second.logits)),
+        labels=torch.cat((first.labels, second.labels)),
+        teacher_logits=torch.cat((first.teacher_logits, second.teacher_logits)),
+        teacher_ids=torch.cat((first.teacher_ids, second.teacher_ids)),
+        group_t=torch.cat((first.group_t, second.group_t + first.groups)),
+        rows=torch.cat((first.rows, second.rows + first.positions)),
+        group_s=torch.cat((first.group_s, second.group_s + first.groups)),
+    )
+    apart = [loss_parts(case.logits, case.labels, [case.reader(name)]) for case in (first, second)]
+    together = loss_parts(joined.logits, joined.labels, [joined.reader(name)])
+    assert together.ce.item() == pytest.approx(sum(parts.ce.item() for parts in apart), abs=1e-12)
+    sums = [sum(side) for side in zip(*(values(parts.kd[0]) for parts in apart), strict=True)]
+    assert values(together.kd[0]) == pytest.approx(sums, abs=1e-12)
+
+
+@every_method
+def test_certain_models_have_finite_gradients(name: str) -> None:
+    """Probabilities of 1 and of 0 in float32, on either side."""
+    for spreads in ((60.0, 2.0), (2.0, 60.0), (60.0, 60.0)):
+        for seed in range(5):
+            case = draw(name, seed, k=12, tau=1.0)
+            logits = (spreads[0] * case.logits).float().requires_grad_()
+            case = replace(case, logits=logits, teacher_logits=(spreads[1] * case.teacher_logits).float())
+            kd = kd_of(case, name).kd
+            kd.backward()
+            assert torch.isfinite(kd)
+            assert logits.grad is not None
+            assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.needs_top_k])
+def test_candidates_without_a_probability_count_for_nothing(name: str) -> None:
+    """A teacher that rules ids out, with all its ids asked for."""
+    case = draw(name, 8, k=9, partners="all")
+    case.teacher_logits[:, [1, 4]] = -torch.inf
+    case.teacher_ids.fill_(2)
+    kd = kd_of(case, name)
+    assert torch.isfinite(kd.kd)
+    assert kd.pairs.item() == 7 * case.groups
+    loud = case.logits.clone().requires_grad_()
+    kd_of(replace(case, logits=loud), name).kd.backward()
+    assert loud.grad is not None
+    assert torch.isfinite(loud.grad).all()
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.needs_tokens])
+def test_a_text_that_a_model_rules_out_is_finite(name: str) -> None:
+    case = draw(name, 8)
+    case.teacher_logits[:, 3] = -torch.inf
+    case.teacher_ids.fill_(3)
+    teacher_only = case.logits.clone().requires_grad_()
+    kd = kd_of(replace(case, logits=teacher_only), name).kd
+    kd.backward()
+    assert torch.isfinite(kd)
+    assert teacher_only.grad is not None
+    assert torch.isfinite(teacher_only.grad).all()
+
+
+@every_method
+def test_a_teacher_that_is_no_number_is_not_passed_over(name: str) -> None:
+    """A method that takes candidates without a number for none would train on as if nothing were."""
+    case = draw(name, 8)
+    case.teacher_logits[case.first(case.group_t)[1]] = torch.nan
+    assert torch.isnan(kd_of(case, name).kd)
+
+
+@every_method
+def test_no_groups(name: str) -> None:
+    case = draw(name, 9)
+    reader = case.reader(name)
+    nobody = torch.zeros(0, dtype=torch.long)
+    top = TopK(reader.says.top.ids[:0], reader.says.top.logprobs[:0])
+    tokens = METHODS[name].needs_tokens
+    said = reader.says.token_logprobs[:0] if reader.says.token_logprobs is not None else None
+    empty = Reader(
+        method=reader.method,
+        says=TeacherSays(top, said, nobody if tokens else None),
+        vocab_s=reader.vocab_s,
+        student_rows=nobody,
+        token_rows=nobody if tokens else None,
+        token_ids=nobody if tokens else None,
+        token_group=nobody if tokens else None,
+    )
+    (kd,) = loss_parts(case.logits, case.labels, [empty]).kd
+    assert values(kd) == (0, 0, 0)
+
+
+def test_a_method_does_not_see_a_gradient() -> None:
+    case = draw("em", 10)
+    seen: list[StudentSees] = []
+    reader = case.reader("em")
+
+    def method(sees: StudentSees, says: TeacherSays) -> Reading:
+        seen.append(sees)
+        return reader.method(sees, says)
+
+    loss_parts(case.logits.clone().requires_grad_(), case.labels, [replace(reader, method=method)])
+    assert not seen[0].logits.requires_grad
+    assert not seen[0].lse.requires_grad
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(UnknownName, match="did you mean gold"):
+        build_method("golf", Ingredients(vocab_t=3, vocab_s=3))
+
+
+def fake_gold(given: Ingredients) -> Method:
+    """Set GOLD up by hand: its weights are numbers, which only real tables have."""
+    assert given.partner is not None
+    claimed = torch.zeros(given.vocab_s, dtype=torch.bool, device="cuda")
+    settings = GoldSettings(given.partner, claimed, given.top_k, 0.7, 0.3, given.temperature)
+    return partial(gold, settings=settings)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@every_method
+def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mean: bool) -> None:
+    """Trace the loss under FakeTensorMode, which needs no GPU, at the sizes of a small real batch.
+
+    The engine of autograd crashes on fake CUDA tensors in a CPU build of torch: the backward pass is called
+    by hand.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    spec = METHODS[name]
+    if mean and spec.needs_tokens:
+        pytest.skip("whole tokens are rows of the labels' logits")
+    vocab_s = 32_000
+    vocab_t = vocab_s if spec.same_tokenizer else 49_152
+    tokens, groups, k = 256, 200, 100
+    with FakeTensorMode():
+
+        def ids(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.long, device="cuda")
+
+        given = Ingredients(
+            vocab_t=vocab_t,
+            vocab_s=vocab_s,
+            partner=ids(vocab_t),
+            pairs=PairTable(ids(vocab_t + 1, 32), ids(vocab_t + 1, 32).int(), vocab_s),
+            top_k=k,
+            temperature=0.8,
+        )
+        method = fake_gold(given) if name == "gold" else build_method(name, given)
+        logits = torch.zeros(tokens, vocab_s + 64, device="cuda", dtype=torch.bfloat16)
+        teacher = top_k(torch.zeros(groups, vocab_t, device="cuda", dtype=torch.bfloat16), k, real=vocab_t)
+        token = ids(240) if spec.needs_tokens else None
+        reader = Reader(
+            method=method,
+            says=TeacherSays(teacher, None if token is None else token.float(), token),
+            vocab_s=vocab_s,
+            student_rows=ids(groups),
+            student_group=ids(groups) if mean else None,
+            token_rows=token,
+            token_ids=token,
+            token_group=token,
+        )
+        parts = loss_parts(logits, ids(tokens), [reader, None, reader])
+        loss = objective(
+            parts, alpha=0.5, weights=[1, 2, 3], tokens=torch.tensor(tokens), positions=[groups, 0, groups]
+        )
+        assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
+
+        saved = SimpleNamespace(saved_tensors=(logits, log_sum_exp(logits), ids(groups), ids(groups)))
+        gradient, *_ = _LogProbs.backward(saved, torch.zeros(groups, device="cuda"))
+        assert (gradient.device.type, gradient.dtype, gradient.shape) == ("cuda", logits.dtype, logits.shape)

@@ -1,0 +1,177 @@
+"""Every method once more, in float64 NumPy, from its formula: one group after the other, one id after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CUT = -math.expm1(-1e-6)
+"""The least that a rest counts."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a method knows of one group, in probabilities."""
+
+    teacher: dict[int, float]
+    """Of the teacher's top k, best first."""
+    student: np.ndarray
+    """Of all columns of the student's logits, padding included."""
+    tokens_t: list[float]
+    """Of the tokens that the group holds."""
+    tokens_s: list[float]
+
+
+@dataclass(frozen=True)
+class World:
+    """What holds for all groups."""
+
+    vocab_t: int
+    vocab_s: int
+    partner: Sequence[int]
+    top_k: int
+    temperature: float
+    rest: bool
+    beta: float
+    tau: float
+
+
+def softmax(row: np.ndarray) -> np.ndarray:
+    powers = np.exp(row - row.max())
+    return powers / powers.sum()
+
+
+def heated(masses: Sequence[float], temperature: float, rest: bool) -> np.ndarray:
+    """Append what is missing to 1, take the T-th roots, renormalise."""
+    every = np.array([*masses, max(1 - sum(masses), CUT)] if rest else masses, np.float64)
+    if not every.size:
+        return every
+    logs = np.log(every) / temperature
+    return softmax(logs)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0))
+
+
+def jsd(p: np.ndarray, q: np.ndarray, beta: float) -> float:
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+def best(row: np.ndarray, world: World) -> list[int]:
+    """Give the student's top k ids."""
+    return np.argsort(-row[: world.vocab_s], kind="stable")[: world.top_k].tolist()
+
+
+def l1(p: Sequence[float], q: Sequence[float]) -> float:
+    width = max(len(p), len(q))
+    padded = [sorted(side, reverse=True) + [0.0] * (width - len(side)) for side in (p, q)]
+    return sum(abs(a - b) for a, b in zip(*padded, strict=True))
+
+
+def by_partner(group: Group, world: World) -> dict[int, float]:
+    """Sum the teacher's probabilities up over the student ids."""
+    masses: dict[int, float] = {}
+    for teacher_id, mass in group.teacher.items():
+        if (student_id := world.partner[teacher_id]) >= 0:
+            masses[student_id] = masses.get(student_id, 0.0) + mass
+    return masses
+
+
+def matched(group: Group, world: World) -> tuple[float, int]:
+    with_partner = [mass for teacher_id, mass in group.teacher.items() if world.partner[teacher_id] >= 0]
+    return sum(with_partner), len(with_partner)
+
+
+def bucket_kl(p: Sequence[float], q: Sequence[float], world: World, rest: bool) -> float:
+    return world.temperature**2 * kl(heated(p, world.temperature, rest), heated(q, world.temperature, rest))
+
+
+def static_map_twin(group: Group, world: World) -> tuple[float, float, int]:
+    masses = by_partner(group, world)
+    kd = bucket_kl(list(masses.values()), [group.student[i] for i in masses], world, world.rest)
+    return kd, *matched(group, world)
+
+
+def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
+    """No neighbours: the exact partners, one to one, wherever the student ranks them."""
+    return static_map_twin(group, world)
+
+
+def uld_twin(group: Group, world: World) -> tuple[float, float, int]:
+    sides = []
+    for masses, size in (
+        (list(group.teacher.values()), world.vocab_t),
+        ([group.student[i] for i in best(group.student, world)], world.vocab_s),
+    ):
+        sides.append(heated(masses, world.temperature, len(masses) < size)[: len(masses)].tolist())
+    ranks = min(len(side) for side in sides)
+    return l1(*sides), sum(list(group.teacher.values())[:ranks]), ranks
+
+
+def alm_twin(group: Group, world: World) -> tuple[float, float, int]:
+    chances = []
+    for tokens in (group.tokens_t, group.tokens_s):
+        heads = math.exp(sum(map(math.log, tokens)) / world.tau - 1e-6)
+        chances.append(np.array([heads, 1 - heads]))
+    return kl(*chances), math.prod(group.tokens_t), 1
+
+
+def gold_twin(group: Group, world: World) -> tuple[float, float, int]:
+    teacher = by_partner(group, world)
+    others_t = [mass for teacher_id, mass in group.teacher.items() if world.partner[teacher_id] < 0]
+    others_s = [group.student[i] for i in best(group.student, world) if i not in set(world.partner)]
+    whole_t = len(group.teacher) == world.vocab_t
+    whole_s = whole_t and world.top_k >= world.vocab_s
+    cut = len(teacher)
+    p = heated([*teacher.values(), *others_t], world.temperature, not whole_t) * math.prod(group.tokens_t[1:])
+    q = heated([*(group.student[i] for i in teacher), *others_s], world.temperature, not whole_s)
+    q = q * math.prod(group.tokens_s[1:])
+    weight = sum(i >= 0 for i in world.partner) / world.vocab_t
+    kd = weight * jsd(p[:cut], q[:cut], world.beta) + (1 - weight) * l1(
+        p[cut : cut + len(others_t)].tolist(), q[cut : cut + len(others_s)].tolist()
+    )
+    return kd, *matched(group, world)
+
+
+def _shared(group: Group, world: World) -> tuple[np.ndarray, np.ndarray]:
+    rest = len(group.teacher) < world.vocab_s
+    sides = (list(group.teacher.values()), [group.student[i] for i in group.teacher])
+    p, q = (heated(side, world.temperature, rest) for side in sides)
+    return p, q
+
+
+def _all(group: Group) -> tuple[float, int]:
+    return sum(group.teacher.values()), len(group.teacher)
+
+
+def kl_twin(group: Group, world: World) -> tuple[float, float, int]:
+    p, q = _shared(group, world)
+    return world.temperature**2 * kl(p, q), *_all(group)
+
+
+def reverse_kl_twin(group: Group, world: World) -> tuple[float, float, int]:
+    p, q = _shared(group, world)
+    return world.temperature**2 * kl(q, p), *_all(group)
+
+
+def jsd_twin(group: Group, world: World) -> tuple[float, float, int]:
+    return world.temperature**2 * jsd(*_shared(group, world), world.beta), *_all(group)
+
+
+TWINS = {
+    "cdm": cdm_twin,
+    "em": static_map_twin,
+    "mined": static_map_twin,
+    "prefix": static_map_twin,
+    "uld": uld_twin,
+    "alm": alm_twin,
+    "gold": gold_twin,
+    "kl": kl_twin,
+    "reverse-kl": reverse_kl_twin,
+    "jsd": jsd_twin,
+}
