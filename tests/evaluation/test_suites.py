@@ -18,11 +18,12 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_shipped_suites_load() -> None:
-    assert suite_names() == ("bpb", "math", "quickstart")
-    assert all(load_suite(name).summary for name in suite_names())
+    assert {"bpb", "instruct", "math", "quickstart"} <= set(suite_names())
+    assert all(load_suite(name).summary for name in ("bpb", "instruct", "math", "quickstart"))
     math = load_suite("math")
-    assert (math.adapter, math.data.hub, math.settings.fewshot) == ("gsm8k", "openai/gsm8k", 5)
-    assert math.settings.stop[0] == "Question:"
+    assert math.summary.endswith("(the last number)")  # not cut at a #
+    assert (math.adapter, math.data.hub, math.settings.tasks) == ("lm-eval", "openai/gsm8k", ("gsm8k",))
+    assert load_suite("instruct").settings.seeds == (10, 20, 30, 40, 50)
 
 
 def test_a_suite_can_be_a_file(tmp_path: Path) -> None:
@@ -31,47 +32,48 @@ def test_a_suite_can_be_a_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_suite_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        UnknownName, match=r"unknown suite 'maths'; did you mean math\? known: bpb, math, quickstart"
-    ):
+    with pytest.raises(UnknownName, match=r"unknown suite 'maths'; did you mean math\? known: bpb, .*, all"):
         load_suite("maths")
     with pytest.raises(FileProblem, match="No such file"):
         load_suite(str(tmp_path / "none.yaml"))
 
 
-def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_part_are_listed_at_once(tmp_path: Path) -> None:
     path = written(
-        tmp_path,
-        """
-adapter: gsm8k
-sumary: x
-data: {sample: dev, hub: 3}
-settings: {fewshot: -1, max_new_tokens: many, stop: [1], shots: 5}
-""",
+        tmp_path, "adapter: bpb\nsumary: x\ndata: {sample: dev, hub: 3}\npaper: {figures: {a: 1}}\n"
     )
     with pytest.raises(BadRunConfig) as caught:
         load_suite(path)
     assert str(caught.value).removeprefix(path) == (
-        " has 7 faults: sumary is not a setting: did you mean summary?; "
-        "data.sample is 'dev': give one of train, heldout; data.hub is 3: give a text; "
-        "settings.shots is not a setting: did you mean fewshot?; "
-        "settings.fewshot is -1: give a whole number of at least 0; "
-        "settings.max_new_tokens is 'many': give a whole number of at least 1; "
-        "settings.stop is [1]: give a list of texts; mend them and run again"
+        " has 5 faults: data.sample is 'dev': give one of train, heldout; data.hub is 3: give a text; "
+        "paper.source is missing; paper.figures.a is 1: give a valid dictionary; "
+        "sumary is no setting, did you mean summary?; mend them and run again"
+    )
+    path = written(tmp_path, "adapter: lm-eval\nsettings: {fewshot: -1, max_new_tokens: many, shots: 5}\n")
+    with pytest.raises(BadRunConfig) as caught:
+        load_suite(path)
+    assert str(caught.value).removeprefix(path) == (
+        ", settings has 3 faults: fewshot is -1: give a number of at least 0; "
+        "max_new_tokens is 'many': give a whole number; "
+        "shots is no setting, did you mean fewshot?; mend them and run again"
     )
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds nothing: give a mapping with an adapter"),
-        ("[1]", "holds [1]: give a mapping with an adapter"),
-        ("adapter: rouge", "adapter is 'rouge': give one of bpb, gsm8k"),
-        ("adapter: bpb\nsettings: 3", "settings is 3: give a mapping"),
+        ("", "holds nothing: give a mapping"),
+        ("[1]", "holds [1]: give a mapping"),
+        ("summary: x", "adapter is missing"),
         (
-            "adapter: bpb\nsettings: {window: true}",
-            "settings.window is True: give a whole number of at least 2",
+            "adapter: rouge",
+            "adapter is 'rouge': it is none of bpb, code, instruct, lm-eval: give its short name",
         ),
+        ("adapter: no.such.module:Suite", "No module named 'no'"),
+        ("adapter: mine.py:Suite", "there is no file"),
+        ("adapter: cdm_toolkit.errors:BadRow", "has no attribute 'Settings'"),
+        ("adapter: bpb\nsettings: 3", "settings is 3"),
+        ("adapter: bpb\nsettings: {window: 1}", "window is 1: give a number of at least 2"),
     ],
 )
 def test_a_file_that_is_no_suite(tmp_path: Path, text: str, said: str) -> None:

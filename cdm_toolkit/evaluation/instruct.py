@@ -1,0 +1,242 @@
+"""Following instructions: Rouge-L against reference answers, as DSKD and MiniLLM report it.
+
+Prompt, lengths, sampling and seeds are those of github.com/songmzhang/DSKD (`scripts/gpt2/eval_main.sh`,
+`code/evaluate_main.py`), whose data are MiniLLM's (github.com/microsoft/LMOps): an Alpaca prompt, answers drawn
+at temperature 1 with top-p 1, one for each seed of 10, 20, 30, 40, 50, at most 256 tokens. An answer's score is
+the F-measure of rouge-score's Rouge-L with its stemmer, in percent, the best over all references; a data set's
+is the mean over its rows. Reported is the mean over the seeds, and beside it their deviation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from pydantic import Field
+
+from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.errors import BadOption, BadRow, MissingExtra, NoData, UnknownName
+from cdm_toolkit.evaluation.batches import batches
+from cdm_toolkit.evaluation.data import DataFile, read_objects, source_file
+from cdm_toolkit.evaluation.generate import GenerationSettings, Generator, as_chat, generate_batch, prompt_ids
+from cdm_toolkit.evaluation.results import Item, Score, Summary, mean_score
+from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse
+from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
+
+FIELDS = "instruction and output (a text or a list of texts), with or without input"
+PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+PLACE = re.compile(r"\{(instruction|input)\}")
+
+
+class InstructionSet(DataSource):
+    """One data set of a suite."""
+
+    folder_file: str | None = None
+    """Its file in the folder that `--data` names."""
+    first: int | None = Field(default=None, ge=1)
+    """Rows that are scored, from the top; all where not given."""
+
+
+class InstructSettings(Settings):
+    """The settings of a suite of instructions."""
+
+    sets: dict[str, InstructionSet] = Field(default_factory=dict)
+    """The data sets by name, where the suite has several; else `data` of the suite is the one."""
+    prompt: str = PROMPT
+    prompt_with_input: str = PROMPT_WITH_INPUT
+    seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """Hold one row: what is asked, and the answers that are right."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+class Instruct:
+    """Score models by Rouge-L of their answers to instructions, over data sets and seeds."""
+
+    Settings = InstructSettings
+
+    def __init__(self, spec: SuiteSpec, ask: Ask) -> None:
+        if find_spec("rouge_score") is None:
+            raise MissingExtra("rouge-score", "eval", f"the suite {spec.name!r}")
+        refuse(spec, ask, "fewshot_data", "include_path")
+        self._settings: InstructSettings = spec.settings
+        self._ask = ask
+        files, self._left_out = _find_sets(spec, ask)
+        self._rows: dict[str, Instruction] = {}
+        for name, (file, first) in files.items():
+            bounds = [bound for bound in (first, ask.limit) if bound is not None]
+            rows = read_instructions(file.path, self._settings)[: min(bounds, default=None)]
+            self._rows |= {f"{name}/{number}": row for number, row in enumerate(rows, 1)}
+        self._sets = tuple(files)
+        seeds = self._settings.seeds if self._settings.temperature > 0 else self._settings.seeds[:1]
+        keys = tuple(f"{row}/{seed}" for seed in seeds for row in self._rows)
+        made_of = [[key, row.prompt, row.references] for key, row in self._rows.items()]
+        data = ", ".join(dict.fromkeys(file.source for file, _ in files.values()))
+        self.contents = Contents(keys, data, self._shown(seeds), fingerprint(made_of))
+
+    def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
+        settings = self._settings
+        prompts = {key: self._prompt(subject, row.prompt) for key, row in self._rows.items()}
+        rows = list(prompts)
+        lengths = [
+            len(prompt_ids(subject.tokenizer, prompt, None)) + settings.max_new_tokens
+            for prompt in prompts.values()
+        ]
+        wanted = set(keys)
+        for seed in dict.fromkeys(int(key.rpartition("/")[2]) for key in self.contents.keys):
+            for batch in batches(lengths, self._ask.batch_size):
+                together = [rows[place] for place in batch]
+                if wanted.isdisjoint(f"{row}/{seed}" for row in together):
+                    continue
+                write = self._generator(subject, seed, len(batch))
+                yield from self._items(together, [prompts[row] for row in together], seed, write, wanted)
+
+    def answer(self, write: Generator, keys: Sequence[str]) -> Iterator[Item]:
+        """Score whatever writes completions, such as a stand-in."""
+        for key in keys:
+            row, _, seed = key.rpartition("/")
+            yield from self._items([row], [self._rows[row].prompt], int(seed), write, {key})
+
+    def summarize(self, items: Sequence[Item]) -> Summary:
+        means: dict[str, dict[str, list[float]]] = {}
+        for item in items:
+            of_set, seed = item.key.rsplit("/", 2)[0], item.key.rpartition("/")[2]
+            means.setdefault(of_set, {}).setdefault(seed, []).append(item.scores["rougeL"])
+        scores = [_over_seeds(f"Rouge-L, {name}", list(by_seed.values())) for name, by_seed in means.items()]
+        if len(scores) > 1:
+            value = fmean(score.value for score in scores)
+            scores.append(Score("Rouge-L, average", value, None, sum(score.n for score in scores)))
+        notes = [f"left out: {each}" for each in self._left_out]
+        notes.append("± is the deviation over the seeds" if len(self._settings.seeds) > 1 else "")
+        return Summary(tuple(scores), tuple(note for note in notes if note))
+
+    def _items(
+        self, rows: Sequence[str], prompts: Sequence[str], seed: int, write: Generator, wanted: set[str]
+    ) -> Iterator[Item]:
+        for row, prompt, text in zip(rows, prompts, write(prompts), strict=True):
+            if (key := f"{row}/{seed}") in wanted:
+                references = self._rows[row].references
+                yield Item(
+                    key,
+                    scores={"rougeL": rouge_l(text.strip(), references)},
+                    prompt=prompt,
+                    generation=text,
+                    reference=references[0],
+                    details={"references": list(references), "seed": seed},
+                )
+
+    def _generator(self, subject: Subject, seed: int, batch_size: int) -> Generator:
+        settings = self._settings
+        asked = GenerationSettings(
+            settings.max_new_tokens, settings.temperature, settings.top_p, settings.stop, seed
+        )
+        return lambda prompts: generate_batch(subject, prompts, asked, batch_size=batch_size)
+
+    def _prompt(self, subject: Subject, prompt: str) -> str:
+        return as_chat(subject, prompt) if self._ask.chat_template else prompt
+
+    def _shown(self, seeds: Sequence[int]) -> str:
+        if self._settings.temperature == 0:
+            return "greedy"
+        drawn = f"temperature {self._settings.temperature:g}, top-p {self._settings.top_p:g}"
+        return f"{drawn}, seeds {', '.join(map(str, seeds))}"
+
+
+def rouge_l(answer: str, references: Sequence[str]) -> float:
+    """Give the best Rouge-L F-measure of an answer over its references, in percent."""
+    scorer = _scorer()
+    return 100 * max(float(scorer.score(each, answer)["rougeL"].fmeasure) for each in references)
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _over_seeds(metric: str, by_seed: Sequence[Sequence[float]]) -> Score:
+    """Average a data set over seeds: ± is their deviation, and over the rows where there is one seed alone."""
+    if len(by_seed) == 1:
+        return mean_score(metric, by_seed[0])
+    values = [fmean(scores) for scores in by_seed]
+    return Score(metric, fmean(values), stdev(values), len(by_seed[0]))
+
+
+def read_instructions(path: Path, settings: InstructSettings) -> list[Instruction]:
+    """Read instructions with their answers from JSONL. Raises FileProblem and BadRow."""
+    return [_instruction(path, number, fields, settings) for number, fields in read_objects(path, FIELDS)]
+
+
+def _instruction(path: Path, number: int, fields: Any, settings: InstructSettings) -> Instruction:
+    if not isinstance(fields, dict) or not {"instruction", "output"} <= fields.keys():
+        has = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
+        raise BadRow(path, number, f"it has {has or 'no field'}", f"give each row {FIELDS}")
+    for name in ("instruction", "input"):
+        if not isinstance(fields.get(name) or "", str):
+            raise BadRow(path, number, f"{name} is no text", f"make {name} a string")
+    outputs = fields["output"] if isinstance(fields["output"], list) else [fields["output"]]
+    if not outputs or not all(isinstance(text, str) for text in outputs):
+        raise BadRow(path, number, "output is no text", "make output a string, or a list of strings")
+    template = settings.prompt_with_input if fields.get("input") else settings.prompt
+    # Both at once: an instruction may itself have the word {input}.
+    asked = PLACE.sub(lambda found: fields.get(found[1]) or "", template)
+    return Instruction(asked, tuple(outputs))
+
+
+def _find_sets(spec: SuiteSpec, ask: Ask) -> tuple[dict[str, tuple[DataFile, int | None]], list[str]]:
+    """Find the data sets that are asked for, and say which are out of reach where not all are.
+
+    `--data` is a file, which is then the one set, or a folder that has the sets' files.
+    """
+    sets = spec.settings.sets or {spec.name: InstructionSet(**spec.data.model_dump())}
+    for name in ask.tasks:
+        if name not in sets:
+            raise UnknownName("data set", name, tuple(sets))
+    if ask.data is not None and not ask.data.is_dir():
+        if ask.tasks:
+            raise BadOption("--tasks", " ".join(ask.tasks), "no --tasks where --data is one file")
+        return {ask.data.stem: (DataFile(ask.data, str(ask.data)), None)}, []
+    tried = {name: _find_set(spec, sets[name], ask.data) for name in ask.tasks or sets}
+    found = {name: (file, sets[name].first) for name, file in tried.items() if isinstance(file, DataFile)}
+    missing = [
+        f"{name} ({'; '.join(file) or 'no source'})" for name, file in tried.items() if isinstance(file, list)
+    ]
+    if not found or (missing and ask.tasks):
+        raise NoData(spec.name, missing if ask.data else ["--data: not given", *missing], FIELDS)
+    return found, missing
+
+
+def _find_set(spec: SuiteSpec, source: InstructionSet, folder: Path | None) -> DataFile | list[str]:
+    if folder is None:
+        return source_file(source, spec.path.parent)
+    if source.folder_file is None:
+        return ["no folder_file in the suite"]
+    path = folder / source.folder_file
+    return DataFile(path, str(path)) if path.is_file() else [f"{path}: there is no such file"]

@@ -1,0 +1,265 @@
+"""The first process inside: build the walls, start the process that works behind them, and wait for its end.
+
+Started by `run.START`, with a job as a line of JSON on stdin and its reports as lines of JSON on stdout. What works is
+a child: it has neither of the two, and is killed when stdin ends, so that nothing outlives whoever asked for it. In
+its namespace of processes it is the first, with whose end the kernel ends all others. The imports are few and light:
+there are two such starts for every program.
+"""
+
+from __future__ import annotations
+
+import ctypes  # noqa: F401  (loaded before the walls stand, as are the others that need libraries of the system)
+import importlib
+import importlib.machinery
+import json
+import math
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from cdm_toolkit.evaluation.sandbox import checker, kernel, landlock, seccomp, worker
+
+NOBODY = 65534
+# Parts of the standard library that need libraries which lie elsewhere.
+SYSTEM_BACKED = ("bz2", "ctypes", "decimal", "hashlib", "lzma", "zlib")
+SCRATCH = "/scratch"
+MIB = 2**20
+INPUT, OUTPUT, VERDICT = 3, 4, 5
+"""Where the process that works finds what it may talk through."""
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.buffer.readline())
+    try:
+        _preload(job["preload"], job["path"])
+        library = _library()
+        layers = job["layers"]
+        # A user namespace counts its own processes, this one among them; else all of the user's count.
+        others = 1 if "user" in layers else _running(os.getuid() or NOBODY)
+        namespaces = tuple(layer for layer in kernel.NAMESPACES if layer in layers)
+        if namespaces:
+            _enter(namespaces)
+        scratch = job["scratch"]
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        if "mount" in layers:
+            _new_root(library, job["mountpoint"], job["limits"]["scratch_mib"])
+            scratch = SCRATCH
+        kernel.prctl("PR_SET_DUMPABLE", kernel.PR_SET_DUMPABLE, 0)
+        kernel.prctl("PR_SET_CHILD_SUBREAPER", kernel.PR_SET_CHILD_SUBREAPER, 1)
+        wake, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(waker)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        ready, readiness = os.pipe2(os.O_CLOEXEC)
+        child = os.fork()
+        if child == 0:
+            _work(job, library, scratch, [nothing, *job["descriptors"], readiness], others)
+        for descriptor in (readiness, *job["descriptors"]):
+            os.close(descriptor)
+        problem = b"".join(iter(lambda: os.read(ready, 65536), b"")).decode()
+        if problem:
+            raise OSError(problem)
+    except OSError as error:
+        _report(problem=_told(error))
+        return
+    _report(child=child)
+    _await(child, wake)
+
+
+def _told(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+
+
+def _report(**words: object) -> None:
+    sys.stdout.write(json.dumps(words) + "\n")
+    sys.stdout.flush()
+
+
+def _preload(names: Sequence[str], path: Sequence[str]) -> None:
+    """Import what cannot be imported later: parts of the standard library, and modules found in `path`."""
+    for name in SYSTEM_BACKED:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    sys.path += path
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise OSError(f"cannot import {name}: {error}") from error
+
+
+def _library() -> list[str]:
+    """Find the folders of the standard library, and let nothing else be imported."""
+    folders = [os.path.dirname(os.__file__)]
+    compiled = importlib.machinery.PathFinder.find_spec("_ctypes", sys.path)
+    if compiled is not None and compiled.origin is not None and os.path.isfile(compiled.origin):
+        folders.append(os.path.dirname(compiled.origin))
+    sys.path[:] = folders
+    sys.path_importer_cache.clear()
+    return [folders[0], *(folder for folder in folders[1:] if not folder.startswith(folders[0] + "/"))]
+
+
+def _enter(namespaces: tuple[str, ...]) -> None:
+    """Enter new namespaces; whoever asked says which users of the old one the new one knows."""
+    kernel.unshare(namespaces)
+    if "user" in namespaces:
+        _report(unshared=True)
+        if sys.stdin.buffer.readline() != b"mapped\n":
+            raise OSError("no user was mapped")
+
+
+def _new_root(library: Sequence[str], mountpoint: str, scratch_mib: int) -> None:
+    """Make a root that has the library, to read, and an empty scratch folder. There is no /proc and no /dev."""
+    hidden = kernel.MS_NOSUID | kernel.MS_NODEV
+    kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    sources = [os.open(folder, os.O_PATH | os.O_CLOEXEC) for folder in library]
+    kernel.mount("root", mountpoint, "tmpfs", hidden, "size=1m,nr_inodes=4096,mode=755")
+    for folder, source in zip(library, sources, strict=True):
+        target = mountpoint + folder
+        os.makedirs(target, mode=0o755, exist_ok=True)
+        kernel.mount(f"/proc/self/fd/{source}", target, None, kernel.MS_BIND)
+        os.close(source)
+        kept = _flags(target)
+        kernel.mount(
+            None, target, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | hidden | kept
+        )
+        for name in landlock.PACKAGES:
+            if os.path.isdir(covered := f"{target}/{name}"):
+                kernel.mount("none", covered, "tmpfs", hidden | kernel.MS_RDONLY, "size=4k,nr_inodes=1")
+    os.mkdir(mountpoint + SCRATCH)
+    room = f"size={scratch_mib}m,nr_inodes=1024,mode=700,uid={NOBODY},gid={NOBODY}"
+    kernel.mount("scratch", mountpoint + SCRATCH, "tmpfs", hidden | kernel.MS_NOEXEC, room)
+    kernel.pivot_root(mountpoint)
+    kernel.mount(None, "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | hidden)
+
+
+def _flags(path: str) -> int:
+    """Read the flags of a mount that a user namespace must not take away."""
+    found = os.statvfs(path).f_flag
+    known = {
+        os.ST_NOEXEC: kernel.MS_NOEXEC,
+        os.ST_NOATIME: kernel.MS_NOATIME,
+        os.ST_NODIRATIME: kernel.MS_NODIRATIME,
+        os.ST_RELATIME: kernel.MS_RELATIME,
+    }
+    return sum(flag for seen, flag in known.items() if found & seen)
+
+
+def _work(
+    job: Mapping[str, Any], library: Sequence[str], scratch: str, descriptors: Sequence[int], others: int
+) -> NoReturn:
+    """Confine this process for good and do the work; problems go to the last of the descriptors."""
+    readiness = descriptors[-1]
+    try:
+        layers, limits = job["layers"], job["limits"]
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        readiness = _take_descriptors(descriptors)
+        os.chdir(scratch)
+        os.environ.clear()
+        os.environ.update(HOME=scratch, TMPDIR=scratch)
+        os.umask(0o077)
+        _become_nobody()
+        kernel.prctl("PR_SET_PDEATHSIG", kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        _limit(limits, others)
+        kernel.prctl("PR_SET_DUMPABLE", kernel.PR_SET_DUMPABLE, 0)
+        kernel.prctl("PR_SET_NO_NEW_PRIVS", kernel.PR_SET_NO_NEW_PRIVS, 1)
+        if not os.access(library[0], os.R_OK | os.X_OK):
+            raise OSError(f"{library[0]}: the standard library is closed to the user nobody")
+        if "landlock" in layers:
+            landlock.restrict(library, scratch)
+        if "seccomp" in layers:
+            seccomp.install()
+    except OSError as error:
+        os.write(readiness, _told(error).encode())
+        os._exit(1)
+    os.close(readiness)
+    role = checker.check if job["role"] == "checker" else worker.serve
+    try:
+        role(job["work"], INPUT, OUTPUT, VERDICT)
+    finally:
+        os._exit(0)
+
+
+def _take_descriptors(given: Sequence[int]) -> int:
+    """Lay the first of the descriptors at 0 to 2, the others after; close all else; give the last one's place."""
+    wanted = [given[0], given[0], *given]
+    above = max(*wanted, len(wanted)) + 1
+    for place, descriptor in enumerate(wanted):
+        os.dup2(descriptor, above + place)
+    for place in range(len(wanted)):
+        os.dup2(above + place, place, inheritable=False)
+    os.closerange(len(wanted), 65536)
+    return len(wanted) - 1
+
+
+def _become_nobody() -> None:
+    """Leave root, where this process is root, and every capability."""
+    kernel.drop_capabilities_bound()
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    kernel.drop_capabilities()
+
+
+def _limit(limits: Mapping[str, Any], others: int) -> None:
+    ceilings = {
+        resource.RLIMIT_CPU: math.ceil(limits["cpu_seconds"]),
+        resource.RLIMIT_AS: limits["memory_mib"] * MIB,
+        resource.RLIMIT_FSIZE: limits["scratch_mib"] * MIB,
+        resource.RLIMIT_NPROC: others + limits["processes"],
+        resource.RLIMIT_NOFILE: limits["open_files"],
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+    }
+    for which, ceiling in ceilings.items():
+        resource.setrlimit(which, (ceiling, ceiling))
+
+
+def _running(uid: int) -> int:
+    """Count a user's threads."""
+    count = 0
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid == uid:
+                count += len(os.listdir(f"/proc/{pid}/task"))
+    return count
+
+
+def _await(child: int, wake: int) -> None:
+    """Wait until the child ends or stdin does, end what is left, and report how the child ended."""
+    status = None
+    while status is None:
+        ready, _, _ = select.select([sys.stdin.fileno(), wake], [], [])
+        if wake in ready:
+            os.read(wake, 65536)
+        if sys.stdin.fileno() in ready:
+            os.kill(child, signal.SIGKILL)
+        found, ended, usage = os.wait4(child, 0 if sys.stdin.fileno() in ready else os.WNOHANG)
+        if found:
+            status = ended
+    _end_orphans()
+    _report(status=status, cpu_seconds=usage.ru_utime + usage.ru_stime)
+
+
+def _end_orphans() -> None:
+    """Kill whatever the child left behind: where there is no namespace of processes, it comes to this process."""
+    me = os.getpid()
+    while True:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError), open(f"/proc/{pid}/stat", encoding="latin-1") as stat:
+                if int(stat.read().rpartition(")")[2].split()[1]) == me:  # its parent
+                    os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.001)

@@ -1,0 +1,54 @@
+"""Find out what walls this machine offers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from functools import cache
+
+from cdm_toolkit.errors import IsolationMissing
+from cdm_toolkit.evaluation.sandbox.records import LAYERS, Isolation, Program
+from cdm_toolkit.evaluation.sandbox.run import SetupError, run_program
+
+NAMESPACES = LAYERS[:6]
+TRIAL = Program("def answer(n):\n    return [n]\n", "answer", "assert answer(41) == [41]")
+
+
+@cache
+def probe() -> Isolation:
+    """Try the walls that this machine may offer by running a program behind them, all of them first.
+
+    Raises IsolationMissing where not even a process with limits can be had.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise IsolationMissing("everything", f"it is {sys.platform} on {platform.machine()}")
+    problems: dict[str, str] = {}
+    for layers in _combinations():
+        try:
+            outcome = run_program(TRIAL, isolation=Isolation(layers))
+        except SetupError as error:
+            for layer in layers:
+                problems.setdefault(layer, str(error))
+            continue
+        if not outcome.passed:
+            raise IsolationMissing("a process that works", f"a trial {outcome.reason}: {outcome.detail}")
+        missing = tuple((layer, problems[layer]) for layer in LAYERS if layer not in layers)
+        return Isolation(layers, missing)
+    raise IsolationMissing("everything", problems.get("", next(iter(problems.values()))))
+
+
+def require(isolation: Isolation) -> None:
+    """Raise IsolationMissing where a wall is missing, with all that are."""
+    if isolation.missing:
+        lacking = ", ".join(layer for layer, _ in isolation.missing)
+        raise IsolationMissing(lacking, "; ".join(sorted({why for _, why in isolation.missing})))
+
+
+def _combinations() -> Iterator[tuple[str, ...]]:
+    """List what to try: namespaces together, as each is a hole where another is missing, and the two filters."""
+    groups = [NAMESPACES, *([NAMESPACES[1:]] if os.geteuid() == 0 else []), ()]
+    for namespaces in groups:
+        for filters in (("landlock", "seccomp"), ("seccomp",), ("landlock",), ()):
+            yield (*namespaces, *filters)

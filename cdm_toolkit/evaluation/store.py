@@ -1,0 +1,136 @@
+"""Finished items in a file, one a line, from which a run that was killed goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cdm_toolkit.errors import BadArtifact, FileProblem
+from cdm_toolkit.evaluation.results import Item
+
+
+class ItemFile:
+    """Hold the finished items of one model on one suite; on disk where a stream is given."""
+
+    def __init__(self, stream: BinaryIO | None = None) -> None:
+        self.items: dict[str, Item] = {}
+        self._stream = stream
+
+    def keep(self, item: Item) -> None:
+        """Add an item. It is on disk when this returns."""
+        if item.key in self.items:
+            raise ValueError(f"the item {item.key} is finished already")
+        if self._stream is not None:
+            _write_line(self._stream, asdict(item))
+        self.items[item.key] = item
+
+
+@contextmanager
+def open_items(path: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[ItemFile]:
+    """Open a file of items to add to; the ones it has are there already, unless it is to be overwritten.
+
+    Its first line is `run`: what must be the same for items to belong together. A last line that a killed run
+    left torn is dropped. Raises BadArtifact where `run` differs or a line is damaged, FileProblem where it
+    cannot be written or another process writes to it.
+    """
+    stream = _locked(path)
+    try:
+        if overwrite:
+            stream.truncate(0)
+        file = ItemFile(stream)
+        lines, whole = _whole_lines(stream)
+        if lines:
+            _check_run(path, lines[0], run)
+            for number, line in enumerate(lines[1:], 2):
+                item = _item(path, number, line)
+                file.items[item.key] = item
+        stream.truncate(whole)
+        stream.seek(0, os.SEEK_END)
+        if not lines:
+            _write_line(stream, {"run": dict(run)})
+        yield file
+    finally:
+        stream.close()
+
+
+def file_name(model: str) -> str:
+    r"""Make a file's name of a model's: one and the same only for the same model.
+
+    >>> file_name("smollm2")
+    'smollm2'
+    >>> file_name("out/student") == file_name("out-student")
+    False
+    """
+    plain = re.sub(r"[^\w.+-]+", "-", model).strip("-.")[-80:]
+    return plain if plain == model else f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Open a file for reading and adding, and keep other processes from it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+b", buffering=0)
+    except OSError as error:
+        why = f"it cannot be written ({error.strerror or error})"
+        raise FileProblem(path, why, "choose an --output that you may write to") from None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise FileProblem(path, "another run writes to it", "wait for it, or name another --output") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return stream
+
+
+def _whole_lines(stream: BinaryIO) -> tuple[list[bytes], int]:
+    """Read the lines that end with a line feed, and where the last of them ends."""
+    stream.seek(0)
+    content = stream.read()
+    whole = content.rfind(b"\n") + 1
+    return content[:whole].splitlines(), whole
+
+
+def _write_line(stream: BinaryIO, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, ensure_ascii=False)
+    stream.write(text.encode("utf-8", errors="backslashreplace") + b"\n")
+    os.fsync(stream.fileno())
+
+
+def _item(path: Path, number: int, line: bytes) -> Item:
+    try:
+        return Item(**json.loads(line))
+    except (ValueError, TypeError):
+        problem = f"line {number} is no finished item"
+        raise BadArtifact(path, problem, "remove that line, or start anew with --overwrite") from None
+
+
+def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(line)["run"]
+        names = [*run, *(name for name in before if name not in run)]
+    except (ValueError, TypeError, KeyError):
+        problem = "its first line does not say which run it is of"
+        raise BadArtifact(path, problem, "name another --output, or start anew with --overwrite") from None
+    differ = [
+        f"{name} was {_short(before.get(name))}, is {_short(run.get(name))}"
+        for name in names
+        if before.get(name) != run.get(name)
+    ]
+    if differ:
+        fix = "run it as before to go on, name another --output, or start anew with --overwrite"
+        raise BadArtifact(path, f"it is of another run: {', '.join(differ)}", fix)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:8]}…"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,177 @@
+"""`cdm eval`: the table, JSON, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ADAPTER = """
+from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.distill.rows import read_rows
+from cdm_toolkit.evaluation.data import find_data
+from cdm_toolkit.evaluation.generate import GenerationSettings, generate_batch
+from cdm_toolkit.evaluation.results import Item, Summary, mean_score
+from cdm_toolkit.evaluation.run import Contents, fingerprint
+
+class Exact:
+    class Settings(Settings):
+        max_new_tokens: int = 8
+
+    def __init__(self, spec, ask):
+        data = find_data(spec, ask.data)
+        self.rows = {str(row.number): row for row in read_rows(data.path)[: ask.limit]}
+        self.how = GenerationSettings(spec.settings.max_new_tokens, stop=("\\n",))
+        self.contents = Contents(tuple(self.rows), data.source, "greedy", fingerprint(list(self.rows.values())))
+
+    def score(self, subject, keys):
+        for row in map(self.rows.get, keys):
+            (text,) = generate_batch(subject, [row.prompt], self.how)
+            yield Item(str(row.number), {"right": float(text.strip() == row.completion)}, row.prompt, text)
+
+    def summarize(self, items):
+        return Summary((mean_score("right", [item.scores["right"] for item in items]),))
+"""
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from cdm_toolkit.errors import SourceNotFound
+    from cdm_toolkit.hub.students import new_student
+
+    folder = tmp_path_factory.mktemp("models") / "student"
+    try:
+        new_student("mistral", "3m", folder)
+    except SourceNotFound as error:
+        pytest.skip(f"no Mistral tokenizer here: {error}")
+    return str(folder)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{n} + 1 =", "completion": f"{n + 1}"}) + "\n" for n in range(3))
+    )
+    return path
+
+
+@pytest.fixture
+def suite(tmp_path: Path, rows: Path) -> Path:
+    (tmp_path / "exact.py").write_text(ADAPTER)
+    path = tmp_path / "exact.yaml"
+    path.write_text(
+        textwrap.dedent(
+            """
+            adapter: exact.py:Exact
+            summary: sums
+            data: {file: rows.jsonl}
+            settings: {max_new_tokens: 4}
+            paper: {source: "Doe 2025, table 1", figures: {Big: {right: 0.5}, Small: {wrong: 1}}}
+            """
+        )
+    )
+    return path
+
+
+def test_an_adapter_beside_its_suite(cdm, suite: Path, student: str) -> None:
+    """The example of the README: nothing else changes for a new suite."""
+    answer = cdm("eval", "--suite", suite, "--model", student)
+    assert answer.status == 0, answer.err
+    assert "right" in answer.out
+    lines = [line for line in answer.out.splitlines() if line.startswith("│")]
+    assert len(lines) == 3
+    assert any("Big †" in line and "0.5" in line for line in lines)
+    assert "† Doe 2025, table 1" in answer.out
+    assert "0.0000 ± 0.0000" in answer.out
+    assert answer.err == ""
+
+
+def test_the_readme_shows_this_example() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    if "class Exact" not in readme:
+        pytest.skip("the README shows no adapter")
+    assert ADAPTER.strip() in readme
+
+
+def test_items_are_kept_and_gone_on_from(cdm, suite: Path, student: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("eval", "--suite", suite, "--model", student, "-o", out, "--json")
+    first = json.loads(cdm(*command).out)
+    again = json.loads(cdm(*command).out)
+    assert first["results"][0]["scores"] == again["results"][0]["scores"]
+    assert (first["results"][0]["resumed"], again["results"][0]["resumed"]) == (0, 3)
+    assert first["paper"]["exact"]["figures"]["Big"] == {"right": 0.5}
+    assert first["skipped"] == []
+    (path,) = out.glob("exact/*.jsonl")
+    items = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    assert [item["prompt"] for item in items] == ["0 + 1 =", "1 + 1 =", "2 + 1 ="]
+    assert all(isinstance(item["generation"], str) for item in items)
+    refused = cdm(*command, "--batch-size", "2")
+    assert refused.status == 2
+    assert "batch_size was null, is 2" in refused.err
+    assert "--overwrite" in refused.err
+    assert json.loads(cdm(*command, "--batch-size", "2", "--overwrite").out)["results"][0]["resumed"] == 0
+    suite.with_name("exact.py").write_text(ADAPTER + "\n# changed\n")
+    changed = cdm(*command, "--batch-size", "2")
+    assert changed.status == 2
+    assert "suite was" in changed.err
+
+
+def test_a_stopped_run_says_how_to_go_on(
+    cdm, suite: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["eval", "--suite", str(suite), "--model", student, "-o", str(out)]
+    monkeypatch.setattr("sys.argv", ["cdm", *command, "--overwrite"])
+    broken = ADAPTER.replace("for row in map", "for n, row in enumerate(map").replace(
+        ", keys):\n            (", ", keys)):\n            if n == 2: raise KeyboardInterrupt\n            ("
+    )
+    suite.with_name("exact.py").write_text(broken)
+    answer = cdm(*command, "--overwrite")
+    assert answer.status == 130
+    assert answer.err.strip().startswith("cdm: the evaluation was stopped, 2 items are in ")
+    assert answer.err.strip().endswith(f"go on with: cdm {' '.join(command)}")
+    assert cdm("eval", "--suite", suite, "--model", student).status == 130
+
+
+def test_the_list_has_every_suite(cdm) -> None:
+    answer = cdm("eval", "list", "--json")
+    assert {"bpb", "instruct", "math", "quickstart"} <= {row["suite"] for row in json.loads(answer.out)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--batch-size", "many"), "--batch-size is 'many'; give a number of at least 1, or auto"),
+        (("--batch-size", "0"), "--batch-size is 0"),
+        (("--limit", "0"), "--limit is 0"),
+        (("--tasks", "gsm8k"), "no --tasks: the suite 'quickstart' has no use for it"),
+        (("--chat-template",), "no --chat-template: the suite 'quickstart' has no use for it"),
+        (("--fewshot-data", "x.jsonl"), "no --fewshot-data"),
+    ],
+)
+def test_options_without_sense_are_refused(cdm, arguments: tuple[str, ...], said: str) -> None:
+    answer = cdm("eval", "--suite", "quickstart", "--model", "nowhere", *arguments)
+    assert (answer.status, answer.out) == (2, "")
+    assert said in answer.err
+    assert len(answer.err.strip().splitlines()) == 1
+
+
+def test_an_output_that_cannot_be_written(cdm, student: str, rows: Path) -> None:
+    answer = cdm("eval", "--suite", "bpb", "--data", rows, "--model", student, "-o", "/proc/no/such")
+    assert answer.status == 2
+    assert "cannot be written" in answer.err
+
+
+def test_a_model_that_does_not_fit(cdm, student: str, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdm_toolkit.evaluation import memory
+
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
+    answer = cdm("eval", "--suite", "bpb", "--data", rows, "--model", student)
+    assert answer.status == 2
+    assert "of memory in float32, 0.0 GiB are available on cpu" in answer.err
