@@ -339,6 +339,7 @@ def training_arguments(config: DistillConfig, output: Path) -> TrainingArguments
         logging_nan_inf_filter=False,
         report_to=["tensorboard"] if train.tensorboard else "none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         dataloader_pin_memory=train.device == "cuda",
     )

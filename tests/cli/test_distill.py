@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,11 +120,10 @@ def test_each_recipe_is_without_fault(recipe) -> None:
         assert config.teachers[0].aligner == "entropy-dtw"
 
 
-def started(*command: str, tmp_path: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def started(*command: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", *command],
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
         cwd=tmp_path,
         text=True,
         stdout=subprocess.PIPE,
@@ -167,18 +167,23 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(models, run_file: Path, tmp_
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(models, run_file: Path, tmp_path: Path) -> None:
+    """On a CPU accelerate starts one process a launch, and gloo joins them."""
     alone, _ = finished(
         started("cdm_toolkit.cli", "distill", str(run_file), "-o", "alone", "--json", tmp_path=tmp_path)
     )
-    both, _ = finished(
-        started(
-            *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cdm_toolkit.cli"),
-            *("distill", str(run_file), "--batch-size", "2", "--json"),
-            tmp_path=tmp_path,
-        )
-    )
-    for one, two in zip(lines(alone), lines(both), strict=True):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    plain = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port)
+    run = ("-m", "cdm_toolkit.cli", "distill", str(run_file), "--batch-size", "2", "--json")
+    both = [
+        started(*launch, *plain, *run, tmp_path=tmp_path, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+        for rank in "01"
+    ]
+    (first, _), (second, _) = map(finished, both)
+    assert second == "", "the first process tells"
+    for one, two in zip(lines(alone), lines(first), strict=True):
         assert two[:4] == pytest.approx(one[:4], abs=1e-5)
         assert two[4] == pytest.approx(one[4], abs=1e-4)
 
