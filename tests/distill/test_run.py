@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from cdm_toolkit.distill import run as run_module
+from cdm_toolkit.distill import trainer as trainer_module
 from cdm_toolkit.distill.config import DistillConfig, from_mapping
 from cdm_toolkit.distill.output import last_checkpoint
 from cdm_toolkit.distill.plan import plan
@@ -263,6 +264,19 @@ def test_mixed_precision_trains(config) -> None:
     result = run(config(dtype="bfloat16", max_steps=6))
     assert result.losses[-1].ce < result.losses[0].ce
     assert load_model(str(result.output)).dtype == torch.float32
+
+
+def test_mixed_precision_makes_no_float32_copy_of_the_logits(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    loss_parts = trainer_module.loss_parts
+
+    def look(logits: torch.Tensor, *others: Any) -> Any:
+        seen.append(logits.dtype)
+        return loss_parts(logits, *others)
+
+    monkeypatch.setattr(trainer_module, "loss_parts", look)
+    run(config(dtype="bfloat16", max_steps=2))
+    assert seen == [torch.bfloat16, torch.bfloat16]
 
 
 def test_event_files_have_the_parts_of_the_loss(config) -> None:

@@ -42,6 +42,7 @@ from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_metho
 from cdm_toolkit.distill.losses.record import Method
 from cdm_toolkit.distill.teacher import OnlineTeacher
 from cdm_toolkit.distill.trainer import DistillTrainer, Lesson
+from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.partners import WIDTH
 
@@ -213,6 +214,8 @@ def traced(name: str, sizes: Sizes) -> Traced:
 
     A tensor on another device and a look at values on the device raise here what FakeTensorMode raises.
     """
+    if name not in {OURS, THEIRS, *METHODS}:
+        raise UnknownName("method", name, [*METHODS])
     spec = METHODS.get(name)
     made = full_batch(sizes, tokens=spec is not None and spec.needs_tokens)
     live = LiveBytes("cuda")
@@ -262,9 +265,14 @@ def _loss(
     return of_method if trainer.lessons else after_teacher
 
 
-def main() -> None:
+def register_attention() -> None:
+    """Make `fused_attention` known to transformers."""
     AttentionInterface.register(FUSED, fused_attention)
     AttentionMaskInterface.register(FUSED, lambda *_, **__: None)
+
+
+def main() -> None:
+    register_attention()
     sizes = Sizes(**json.loads(sys.argv[1]))
     json.dump([asdict(traced(name, sizes)) for name in sizes.steps], sys.stdout)
 

@@ -1,17 +1,13 @@
-"""Memory of one training step on CUDA, by method, traced without a GPU at Llama-3-8B → Qwen2-0.5B.
-
-FakeTensorMode makes CUDA tensors without data: a tensor on another device, or a look at values on the device,
-raises. The backward pass over them needs a C++ compiler, for `_fake_cuda.cpp`.
-"""
+"""Trace whole training steps on CUDA tensors without a GPU: stray tensors, host syncs, peak memory."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,83 +15,128 @@ from typing import Any
 from benchmarks._report import Line, Report
 
 HERE = Path(__file__).resolve().parent
-ACROSS = ("cdm", "em", "mined", "prefix", "uld", "alm", "gold")
-SHARED = ("kl", "reverse-kl", "jsd")
-LIMIT = 1.15
-"""A method's peak over that of SFT after a forward pass of the teacher."""
+THEIRS = "sft of transformers"
+"""The loss that a model of transformers makes of its labels."""
+STEPS = ("sft", THEIRS, "cdm", "em", "mined", "prefix", "uld", "alm", "gold")
+SHARED = ("sft", "kl")
+"""Of one tokenizer: the teacher then has the student's vocabulary."""
+AT_MOST = 1.15
+SHOWN = 5
+GIB = 2**30
 
 
-def compiled(folder: Path) -> Path:
-    """Compile what lets a CPU build of torch go backward over CUDA tensors."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=4, help="rows of a batch (%(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=1024, help="tokens of each row, all in groups (%(default)s)"
+    )
+    parser.add_argument("--layers-t", type=int, default=32, help="layers of the teacher (%(default)s)")
+    parser.add_argument("--layers-s", type=int, default=24, help="layers of the student (%(default)s)")
+
+
+def run(options: argparse.Namespace) -> Report:
+    sizes = {"batch": options.batch, "length": options.length}
+    full = sizes | {"layers_t": options.layers_t, "layers_s": options.layers_s}
+    with tempfile.TemporaryDirectory() as folder:
+        library = device_library(Path(folder))
+        across = trace({"steps": STEPS} | full, library)
+        shared = trace({"steps": SHARED, "same_tokenizer": True} | full, library)
+        shallow = trace({"steps": ("sft", "cdm", "gold"), "layers_t": 1, "layers_s": 1} | sizes, library)
+        single = trace({"steps": ("sft", "cdm"), "mixed": False} | full, library)
+    lines = [
+        *_against("two tokenizers", across),
+        *_largest(next(step for step in across if step["step"] == "cdm")),
+        *_against("one tokenizer", shared),
+        *_against("1 layer each", shallow),
+        _copies([*across, *shared, *shallow]),
+        *_against("student in float32", single),
+    ]
+    facts = {
+        "models": f"Llama-3-8B ({options.layers_t} layers, bfloat16) → Qwen2-0.5B ({options.layers_s} "
+        "layers, weights in float32, mixed precision in bfloat16), AdamW",
+        "batch": f"{options.batch} × {options.length:,} tokens without padding, each a label and a group; top 100",
+        "counted": "what operators give back and somebody holds; not what kernels and the allocator take",
+    }
+    return Report("tools/bench trace (FakeTensorMode on cuda; no data, no GPU)", facts, lines)
+
+
+def _against(name: str, steps: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Compare steps with the first, which is SFT + teacher: all bytes, and those of the step itself."""
+    base, *others = steps
+    own = base["peak"] - base["before"]
+    lines = [
+        Line(f"{name}, SFT + teacher: peak", base["peak"] / GIB, "GiB"),
+        Line(f"{name}, SFT + teacher: of it in the step itself", own / GIB, "GiB"),
+    ]
+    for step in others:
+        # what transformers does by itself is there to compare with
+        at_most = AT_MOST if step["step"] != THEIRS else None
+        in_step = step["peak"] - step["before"]
+        what = f"{name}, {step['step']}"
+        lines += [
+            Line(f"{what}: peak", step["peak"] / GIB, "GiB"),
+            Line(f"{what}: peak, of SFT + teacher's", step["peak"] / base["peak"], "×", at_most),
+            Line(f"{what}: of both, in the step itself", in_step / own, "×", at_most),
+        ]
+    return lines
+
+
+def _copies(steps: Sequence[Mapping[str, Any]]) -> Line:
+    """Count what mixed precision should not make."""
+    count = sum(len(step["float32_logits"]) for step in steps if step["step"] != THEIRS)
+    return Line("float32 tensors as large as the logits, in all steps of ours", count, "", 0)
+
+
+def _largest(step: Mapping[str, Any]) -> list[Line]:
+    return [
+        Line(
+            f"at {step['step']}'s peak: {tuple(held['shape'])} {held['dtype']}, "
+            f"{held['made_in'] or held['operator']}",
+            held["bytes"] / GIB,
+            "GiB",
+        )
+        for held in step["at_peak"][:SHOWN]
+    ]
+
+
+def device_library(folder: Path) -> Path | None:
+    """Compile what a CPU build of torch needs for a backward pass on CUDA tensors; None for other builds.
+
+    FileNotFoundError without a C++ compiler.
+    """
     import torch
 
+    if torch.version.cuda is not None:
+        return None
+    compiler = os.environ.get("CXX", "g++")
     root, library = Path(torch.__file__).parent, folder / "fake_cuda.so"
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        str(HERE / "_fake_cuda.cpp"),
-        "-o",
-        str(library),
-    ]
-    command += [f"-I{root}/include", f"-L{root}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root}/lib"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", str(HERE / "_fake_cuda.cpp"), "-o", str(library)]
+    command += [f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-lc10", "-ltorch_cpu"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no C++ compiler {compiler}: install g++, or name one in the variable CXX"
+        ) from None
+    if done.returncode:
+        raise OSError(f"{' '.join(command)} failed:\n{done.stderr}")
     return library
 
 
-def trace(library: Path, steps: Sequence[str], **sizes: Any) -> list[dict[str, Any]]:
-    """Trace steps in a process of their own; `sizes` are those of `_traced.Sizes`."""
-    arguments = json.dumps({"steps": list(steps)} | sizes)
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parents[1]}"}
-    command = [sys.executable, str(HERE / "_traced.py"), arguments, str(library)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+def trace(sizes: Mapping[str, Any], library: Path | None) -> list[dict[str, Any]]:
+    """Trace the steps of `_traced.Sizes`, which are `sizes`; gives a `_traced.Traced` of each, as plain values.
+
+    OSError with what FakeTensorMode says where a step mixes devices or looks at values.
+    """
+    path = os.pathsep.join((str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "_traced.py"), json.dumps(sizes), str(library or "")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+    )
     if done.returncode:
-        raise RuntimeError(done.stderr)
+        raise OSError(f"a step cannot be traced:\n{done.stderr}")
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
-
-
-def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--layers", type=int, metavar="N", help="of both models; by default all of theirs")
-
-
-def run(options: Namespace) -> Report:
-    layers = {} if options.layers is None else {"layers_t": options.layers, "layers_s": options.layers}
-    lines, largest = [], {}
-    with tempfile.TemporaryDirectory(prefix="cdm-trace-") as folder:
-        library = compiled(Path(folder))
-        for methods, same in ((ACROSS, False), (SHARED, True)):
-            baseline, theirs, *of_methods = trace(
-                library, ("sft", "sft of transformers", *methods), same_tokenizer=same, **layers
-            )
-            named = f"SFT + teacher of {'one tokenizer' if same else 'two tokenizers'}"
-            lines.append(Line(named, baseline["peak"] / 2**30, "GiB"))
-            lines.append(Line(f"{named}, transformers' own loss", theirs["peak"] / 2**30, "GiB"))
-            for traced in of_methods:
-                lines += _lines(traced, baseline)
-            largest |= {f"largest at the peak of {t['step']}": _largest(t) for t in of_methods[:1]}
-    facts = {
-        "step": "batch 4 × 1,024, all tokens labels and groups, k 100, bfloat16 autocast, AdamW, teacher in bfloat16",
-        "logits": "4,092 × 152,064 of the student, 4,092 × 128,256 of the teacher",
-        **largest,
-    }
-    return Report("Live tensor bytes at the peak of a training step on CUDA", facts, lines)
-
-
-def _lines(traced: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Line]:
-    name = traced["step"]
-    return [
-        Line(name, traced["peak"] / 2**30, "GiB"),
-        Line(f"{name}, of SFT + teacher", traced["peak"] / baseline["peak"], "×", at_most=LIMIT),
-        Line(f"{name}, float32 tensors as large as logits", len(traced["float32_logits"]), "", at_most=0),
-    ]
-
-
-def _largest(traced: Mapping[str, Any]) -> str:
-    parts = [
-        f"{held['bytes'] / 2**20:,.0f} MiB {held['dtype']} {tuple(held['shape'])} {held['made_in']}".strip()
-        for held in traced["at_peak"][:5]
-    ]
-    return "; ".join(parts)
