@@ -15,11 +15,19 @@ from cdm_toolkit.distill.losses.methods import METHODS
 from cdm_toolkit.distill.rows import Row, read_rows
 from cdm_toolkit.distill.trainer import DistillTrainer, Lesson, StepLog
 from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain, UnknownName
-from cdm_toolkit.hub.models import check_vocabulary, load_model, model_fingerprint, model_folder
+from cdm_toolkit.hub.models import (
+    check_positions,
+    check_vocabulary,
+    load_model,
+    model_fingerprint,
+    model_folder,
+)
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.samples import SPLITS, sample_path
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int64
     from transformers import PreTrainedModel, TrainingArguments
 
     from cdm_toolkit.distill.config import DistillConfig, TeacherConfig
@@ -109,14 +117,14 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
     if not len(features):
         raise NothingToTrain(config.data.path, str(counts))
     student = models.student
-    _check(student, config.student, student_tokenizer, int(features.lengths.max()))
+    _check(student, config.student, student_tokenizer, features.student_lengths)
     lessons = tuple(
         build_lesson(
             teacher,
             tokenizer,
             student_tokenizer,
             Rows(nth, features, rows, config.data.template),
-            model=partial(models.teacher, nth),
+            model=partial(_teacher, models, nth, tokenizer, features),
             device=config.train.device,
             workers=config.data.workers,
             progress=lambda done, total: on_progress(Progress("neighbours", done, total)),
@@ -205,12 +213,17 @@ def _check_method(teacher: TeacherConfig, tokenizer: Loaded, student: Loaded) ->
         raise BadOption("top_k", teacher.top_k, f"at most {smaller}: the smaller vocabulary has no more ids")
 
 
-def _check(model: PreTrainedModel, name: str, tokenizer: Loaded, longest: int) -> None:
+def _check(model: PreTrainedModel, name: str, tokenizer: Loaded, lengths: Int64[np.ndarray, " row"]) -> None:
     """See that a model has a row for each id, and a position for each token."""
     check_vocabulary(model, name, tokenizer.view.vocab_size)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise BadOption("max_length", longest, f"at most {positions}: {name} has no more positions")
+    check_positions(model, name, int(lengths.max()), option="max_length")
+
+
+def _teacher(models: _Models, nth: int, tokenizer: Loaded, features: StoredFeatures) -> PreTrainedModel:
+    """Load a teacher that can read its side of the rows."""
+    model = models.teacher(nth)
+    _check(model, models.config.teachers[nth].model, tokenizer, features.teacher_lengths[nth])
+    return model
 
 
 def _adapted(student: PreTrainedModel, config: DistillConfig) -> Any:

@@ -80,6 +80,8 @@ class StoredFeatures(Sequence[Features]):
     """Tokens of the longest side of each row."""
     student_lengths: Int64[np.ndarray, " row"]
     label_counts: Int64[np.ndarray, " row"]
+    teacher_lengths: list[Int64[np.ndarray, " row"]]
+    """For each teacher."""
 
     def __init__(self, folder: Path) -> None:
         """Map the folder's files. Raises BadArtifact where they are not what was written."""
@@ -97,8 +99,8 @@ class StoredFeatures(Sequence[Features]):
         ]
         self.student_lengths = self._student.lengths()[self._place]
         self.label_counts = self.student_lengths - self._label_from[self._place]
-        of_teachers = [ids.lengths()[self._place] for ids, _ in self._teachers]
-        self.lengths = np.max([self.student_lengths, *of_teachers], axis=0)
+        self.teacher_lengths = [ids.lengths()[self._place] for ids, _ in self._teachers]
+        self.lengths = np.max([self.student_lengths, *self.teacher_lengths], axis=0)
 
     def __len__(self) -> int:
         return len(self._place)

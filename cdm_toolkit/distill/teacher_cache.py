@@ -34,6 +34,7 @@ from cdm_toolkit.distill.reading import Side, TemplateName, has_completion, read
 from cdm_toolkit.distill.rows import Row, read_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain
 from cdm_toolkit.hub.models import (
+    check_positions,
     check_vocabulary,
     checked_device,
     load_model,
@@ -286,7 +287,8 @@ class _Work:
     def _shard(self, model: PreTrainedModel, index: int) -> list[CachedRow]:
         """Ask the model about a shard's rows, those of like length together."""
         read_by = _read(self.side, self._rows(index), self.settings.template, self.header.max_length)
-        _check_positions(model, self.settings.model, max(len(row.ids) for row in read_by))
+        longest = max(len(row.ids) for row in read_by)
+        check_positions(model, self.settings.model, longest, option="--max-length")
         in_order = sorted(read_by, key=lambda row: len(row.ids))
         cached: list[CachedRow] = []
         for at in range(0, len(in_order), self.settings.batch_size):
@@ -326,12 +328,6 @@ def _read(side: Side, rows: Sequence[Row], template: TemplateName, max_length: i
         else _Said(row.number, nothing, 0)
         for row in rows
     ]
-
-
-def _check_positions(model: PreTrainedModel, name: str, longest: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise BadOption("--max-length", longest, f"at most {positions}: {name} has no more positions")
 
 
 @torch.no_grad()

@@ -129,6 +129,13 @@ def check_vocabulary(model: PreTrainedModel, name: str, ids: int) -> None:
         raise VocabularyTooSmall(name, rows, ids)
 
 
+def check_positions(model: PreTrainedModel, name: str, longest: int, *, option: str) -> None:
+    """Raise BadOption where a model has fewer positions than its longest row has tokens; `option` bounds these."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise BadOption(option, longest, f"at most {positions}: {name} has no more positions")
+
+
 def _tokenizer_ids(folder: Path) -> int | None:
     """Count the ids of the tokenizer.json in a folder; None where there is none."""
     try:

@@ -368,6 +368,38 @@ def test_rows_longer_than_the_model_are_refused(config, rows_file: Path) -> None
         run(config({"data": {"path": str(rows_file), "max_length": 9000}}))
 
 
+@pytest.mark.parametrize(("side", "refused"), [("teacher", True), ("student", False)])
+def test_each_model_is_asked_for_the_positions_of_its_own_side(
+    config, tiny, rows_file: Path, tmp_path: Path, side: str, refused: bool
+) -> None:
+    """The other side may be longer than a model has positions."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    completion = "dog. " * 20  # one token on the student's side, two on the teacher's
+    rows_file.write_text(json.dumps({"prompt": "a", "completion": completion}) + "\n", encoding="utf-8")
+    lengths = {
+        name: len(load_tokenizer(folder).view.encode(f"a\n{completion}")) + 2
+        for name, folder in (("student", tiny.student), ("teacher", tiny.teacher))
+    }
+    short = tmp_path / side
+    tokenizer = AutoTokenizer.from_pretrained(getattr(tiny, side))
+    model = AutoModelForCausalLM.from_pretrained(getattr(tiny, side))
+    model.config.max_position_embeddings = lengths[side] - int(refused)
+    model.save_pretrained(short)
+    tokenizer.save_pretrained(short)
+    named = (
+        {"student": str(short)} if side == "student" else {"teachers": [{"model": str(short), "top_k": 40}]}
+    )
+    chosen = config({"data": {"path": str(rows_file)}} | named, max_steps=1)
+    if not refused:
+        assert run(chosen).steps == 1
+        return
+    with pytest.raises(
+        BadOption, match=f"max_length is {lengths[side]}; give at most {lengths[side] - 1}: {short}"
+    ):
+        run(chosen)
+
+
 def test_left_out_rows_are_said(config, rows_file: Path) -> None:
     rows = [{"prompt": "a", "completion": text} for text in ("the cat", "", "the dog " * 40)]
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
