@@ -21,8 +21,6 @@ from cdm_toolkit.vocab_map.prefix import build_prefix
 from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable
 
 if TYPE_CHECKING:
-    from jaxtyping import Int64
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cdm_toolkit.distill.config import TeacherConfig, Template
@@ -81,20 +79,29 @@ def _method(
     workers: int,
     progress: Callable[[int, int], None],
 ) -> Method:
-    """Build the tables that the method is made of."""
+    """Build the tables that the method is made of: a static map, pairs, or neither."""
+    import torch
+
     tables = METHODS[config.method].tables
+    partner = exact = build_exact(view_t, view_s) if "exact" in tables else None
     pairs = None
     if "neighbours" in tables:
+        assert exact is not None
         near = load_or_build_neighbours(
             view_t, view_s, theta=config.theta, guards=config.guards, workers=workers, progress=progress
         )
         if not config.both_directions:
             near = _one_direction(near)
-        pairs = PairTable.from_tables(build_exact(view_t, view_s), near).to(device)
+        pairs = PairTable.from_tables(exact, near).to(device)
+        partner = exact if config.exact_always else None
+    elif "mined" in tables:
+        partner = build_mined(view_t, view_s, guards=config.guards, workers=workers, progress=progress)
+    elif "prefix" in tables:
+        partner = build_prefix(view_t, view_s)
     ingredients = Ingredients(
         vocab_t=view_t.vocab_size,
         vocab_s=view_s.vocab_size,
-        partner=_partner(config, view_t, view_s, device, workers, progress),
+        partner=None if partner is None else torch.from_numpy(partner.dense()).to(device),
         pairs=pairs,
         temperature=config.temperature,
         top_k=config.top_k,
@@ -103,29 +110,6 @@ def _method(
         tau=config.tau,
     )
     return build_method(config.method, ingredients)
-
-
-def _partner(
-    config: TeacherConfig,
-    view_t: TokenizerView,
-    view_s: TokenizerView,
-    device: str,
-    workers: int,
-    progress: Callable[[int, int], None],
-) -> Int64[Tensor, " vocab_t"] | None:
-    """Build the one static map that the method looks ids up in."""
-    import torch
-
-    tables = METHODS[config.method].tables
-    if "mined" in tables:
-        built = build_mined(view_t, view_s, guards=config.guards, workers=workers, progress=progress)
-    elif "prefix" in tables:
-        built = build_prefix(view_t, view_s)
-    elif "exact" in tables and (config.method != "cdm" or config.exact_always):
-        built = build_exact(view_t, view_s)
-    else:
-        return None
-    return torch.from_numpy(built.dense()).to(device)
 
 
 def _one_direction(near: NeighbourTable) -> NeighbourTable:
