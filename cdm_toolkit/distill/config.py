@@ -13,7 +13,7 @@ from cdm_toolkit.errors import UnknownName
 
 MethodName = Literal["cdm", "em", "mined", "prefix", "uld", "alm", "gold", "kl", "reverse-kl", "jsd"]
 Positions = Literal["boundary", "mean"]
-Template = Literal["none", "chat"]
+TemplateName = Literal["none", "chat"]
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -107,7 +107,7 @@ class DataConfig(Settings):
     package's own."""
     max_length: Annotated[int, Field(ge=4)] = 512
     """Tokens of a row on any side; more are cut at a shared boundary."""
-    template: Template = "none"
+    template: TemplateName = "none"
     """chat: each side reads a row through its own chat template."""
     workers: Count = 1
     """Processes that tokenize and align."""

@@ -19,18 +19,18 @@ import numpy as np
 
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.distill.config import TemplateName
 from cdm_toolkit.distill.fit import Features, TeacherFeatures, fit, pairs
 from cdm_toolkit.distill.reading import (
     Reading,
     Side,
     TeacherSide,
-    TemplateName,
     has_completion,
     read,
     side_of,
     template_notes,
 )
-from cdm_toolkit.distill.rows import Message, Row
+from cdm_toolkit.distill.rows import Message, Row, rows_fingerprint
 from cdm_toolkit.distill.store import (
     EMPTY,
     FORMAT,
@@ -217,16 +217,14 @@ def _fingerprint(rows: Sequence[Row], task: _Task, entropies: Entropies | None) 
     """Hash all that the features depend on."""
     settings = [
         FORMAT,
+        rows_fingerprint(rows),
         task.max_length,
         task.template,
         [_identity(side, task.template) for side in task.sides],
         [teacher.aligner for teacher in task.teachers],
         None if entropies is None else entropies.fingerprint,
     ]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for row in rows:
-        digest.update(json.dumps([row.number, row.prompt, row.completion, row.messages]).encode() + b"\n")
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
 
 def _identity(side: Side, template: TemplateName) -> list[Any]:

@@ -23,7 +23,7 @@ from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cdm_toolkit.distill.config import TeacherConfig, Template
+    from cdm_toolkit.distill.config import TeacherConfig, TemplateName
     from cdm_toolkit.distill.data import StoredFeatures
     from cdm_toolkit.distill.losses.record import Method
     from cdm_toolkit.distill.rows import Row
@@ -39,7 +39,7 @@ class Rows:
     nth: int
     features: StoredFeatures
     rows: Sequence[Row]
-    template: Template
+    template: TemplateName
 
 
 def build_lesson(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cdm_toolkit.alignment.chat import project
+from cdm_toolkit.distill.config import TemplateName
 from cdm_toolkit.distill.rows import Row
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
 from cdm_toolkit.hub.chat import ChatTemplate, Piece, Rendered, chat_template, no_chat_template
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from cdm_toolkit.hub.tokenizers import Loaded
     from cdm_toolkit.tokdiff.view import TokenizerView
 
-TemplateName = Literal["none", "chat"]
 END_ROLES = frozenset({"turn_end", "eos"})
 _PROBE = Row(1, "question", "answer")
 

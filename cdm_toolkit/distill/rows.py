@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +144,15 @@ def read_rows(path: str | Path) -> list[Row]:
         except _RowError as error:
             raise BadRow(path, number, *error.args) from None
     return rows
+
+
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """Hash what rows say, and their numbers."""
+    digest = hashlib.sha256()
+    for row in rows:
+        said = [row.number, row.prompt, row.completion, *map(list, row.messages)]
+        digest.update(json.dumps(said).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def parse_messages(text: str) -> list[dict[str, str]]:

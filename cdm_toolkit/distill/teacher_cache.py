@@ -27,11 +27,12 @@ from cdm_toolkit.artifacts.teacher_cache import (
     read_note,
     shard_name,
 )
+from cdm_toolkit.distill.config import Count, TemplateName, Text
 from cdm_toolkit.distill.gather import logits_at
 from cdm_toolkit.distill.losses.pick import log_sum_exp, top_k, values_at
 from cdm_toolkit.distill.losses.record import TeacherSays, TopK
-from cdm_toolkit.distill.reading import Side, TemplateName, has_completion, read, side_of
-from cdm_toolkit.distill.rows import Row, read_rows
+from cdm_toolkit.distill.reading import Side, has_completion, read, side_of
+from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain
 from cdm_toolkit.hub.models import (
     check_positions,
@@ -50,9 +51,6 @@ if TYPE_CHECKING:
 
     from cdm_toolkit.distill.collate import TeacherBatch
     from cdm_toolkit.distill.fit import Features
-
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
 
 ROWS_PER_SHARD, WHOLE_ROWS_PER_SHARD = 256, 8
 """A shard of 256 answers of 150 tokens has 10 MB at k = 64; one of 8 has 240 MB with all of 49,152 ids."""
@@ -144,15 +142,6 @@ class CacheResult:
 OnProgress = Callable[[CacheProgress], None]
 
 
-def data_fingerprint(rows: Sequence[Row]) -> str:
-    """Hash what rows say, and their numbers."""
-    digest = hashlib.sha256()
-    for row in rows:
-        said = [row.number, row.prompt, row.completion, *map(list, row.messages)]
-        digest.update(json.dumps(said).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def template_fingerprint(side: Side, template: TemplateName) -> str:
     """Hash what a side puts around a text."""
     around = side.chat and [side.chat.source, *side.chat.tokens]
@@ -189,7 +178,7 @@ def _header(settings: CacheSettings, side: Side, rows: Sequence[Row]) -> CacheHe
     whole = settings.k in (0, vocab)
     if whole and (settings.quantised or settings.dtype == "float16"):
         raise BadOption("-k", settings.k, f"less than {vocab}: the whole vocabulary is kept in float32")
-    model, data = model_fingerprint(model_folder(settings.model)), data_fingerprint(rows)
+    model, data = model_fingerprint(model_folder(settings.model)), rows_fingerprint(rows)
     named = {"model": model, "tokenizer": side.view.fingerprint, "data": data}
     return CacheHeader(
         model=settings.model,
@@ -384,7 +373,7 @@ def open_cache(folder: str | Path, side: Side, rows: Sequence[Row], template: Te
     return TeacherCache.open(
         folder,
         side.view,
-        data_fingerprint=data_fingerprint(rows[:count]),
+        data_fingerprint=rows_fingerprint(rows[:count]),
         template_fingerprint=template_fingerprint(side, template),
     )
 
