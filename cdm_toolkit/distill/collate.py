@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from cdm_toolkit.distill.config import Positions
 from cdm_toolkit.distill.data import Features, TeacherFeatures
+from cdm_toolkit.hub.batches import Padding, padded
 
 if TYPE_CHECKING:
     from jaxtyping import Int32, Int64
     from torch import Tensor
-
-Padding = Literal["right", "left"]
 
 
 class TeacherBatch(TypedDict, total=False):
@@ -67,20 +66,6 @@ class Batch(TypedDict, total=False):
     teachers: tuple[TeacherBatch, ...]
 
 
-def _padded(
-    sequences: Sequence[Int32[np.ndarray, " time"]], pad: int, padding: Padding
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pad to one length; gives ids, mask, and where each sequence begins in batch × time."""
-    lengths = np.array([len(ids) for ids in sequences])
-    time = int(lengths.max())
-    places = np.arange(time)
-    offsets = time - lengths if padding == "left" else np.zeros_like(lengths)
-    mask = (places >= offsets[:, None]) & (places < (offsets + lengths)[:, None])
-    ids = np.full(mask.shape, pad, np.int64)
-    ids[mask] = np.concatenate(sequences)
-    return ids, mask.astype(np.int64), np.arange(len(sequences)) * time + offsets
-
-
 def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Write out the half-open ranges one after the other; gives their members and whose they are."""
     counts = end - first
@@ -92,7 +77,7 @@ def _side(
     sequences: Sequence[Int32[np.ndarray, " time"]], pad: int, padding: Padding
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Lay out what a model reads; gives also where each sequence begins."""
-    ids, mask, starts = _padded(sequences, pad, padding)
+    ids, mask, starts = padded(sequences, pad, padding)
     arrays = {"input_ids": ids, "attention_mask": mask}
     if padding == "left":
         arrays["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)

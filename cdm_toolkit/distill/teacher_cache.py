@@ -34,6 +34,7 @@ from cdm_toolkit.distill.losses.record import TeacherSays, TopK
 from cdm_toolkit.distill.reading import Side, has_completion, read, side_of
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain
+from cdm_toolkit.hub.batches import padded
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -332,16 +333,12 @@ def ask(
     if not rows:
         none = np.empty((0, k), np.float32)
         return none.astype(np.int32), none, none.sum(1)
-    lengths = np.array([len(ids) for ids, _ in rows])
-    padded = np.zeros((len(rows), lengths.max()), np.int64)
-    for nth, (ids, _) in enumerate(rows):
-        padded[nth, : len(ids)] = ids
-    mask = (np.arange(padded.shape[1]) < lengths[:, None]).astype(np.int64)
+    inputs, mask, starts = padded([ids for ids, _ in rows])
     at = np.concatenate(
-        [nth * padded.shape[1] + np.arange(first, len(ids) - 1) for nth, (ids, first) in enumerate(rows)]
+        [start + np.arange(first, len(ids) - 1) for start, (ids, first) in zip(starts, rows, strict=True)]
     )
     where = torch.from_numpy(at).to(model.device)
-    read_ids = torch.from_numpy(padded).to(model.device)
+    read_ids = torch.from_numpy(inputs).to(model.device)
     logits = logits_at(
         model,
         model.get_output_embeddings(),

@@ -22,11 +22,11 @@ from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, VocabularyTooSmall
-from cdm_toolkit.evaluation.batches import scored_places
 from cdm_toolkit.evaluation.data import find_data, read_passages
 from cdm_toolkit.evaluation.results import Item, Score, Summary
 from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse, start_token
 from cdm_toolkit.evaluation.suites import SuiteSpec
+from cdm_toolkit.hub.batches import batches, padded, scored_places
 from cdm_toolkit.tokdiff.changes import changes
 from cdm_toolkit.tokdiff.spans import TokenSpans
 
@@ -135,7 +135,9 @@ def passage_bits(
 
     wanted = range(len(passages)) if only is None else only
     yield from (finished(number) for number in wanted if not counts[number])
-    for batch in _batches(windows, batch_size, rows):
+    lengths = [len(part.ids) for part in windows]
+    for places in batches(lengths, batch_size, tokens=scored_places(rows)):
+        batch = [windows[place] for place in places]
         if not any(part.passage in wanted for part in batch):
             continue
         for part, nats in zip(batch, _window_nats(model, batch), strict=True):
@@ -170,20 +172,6 @@ def _windows(
             return
 
 
-def _batches(windows: Sequence[_Window], batch_size: int | None, vocabulary: int) -> Iterator[list[_Window]]:
-    """Put windows of like length together, longest first, within what the logits may take."""
-    batch: list[_Window] = []
-    places = scored_places(vocabulary)
-    for part in sorted(windows, key=lambda part: -len(part.ids)):
-        longest = len(batch[0].ids) if batch else len(part.ids)
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest > places):
-            yield batch
-            batch = []
-        batch.append(part)
-    if batch:
-        yield batch
-
-
 def _window_nats(model: Any, batch: Sequence[_Window]) -> list[float]:
     """Sum the negative log-likelihood of each window's scored targets, in nats.
 
@@ -191,16 +179,9 @@ def _window_nats(model: Any, batch: Sequence[_Window]) -> list[float]:
     """
     import torch
 
-    longest = max(len(part.ids) for part in batch)
-    ids = torch.zeros((len(batch), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, part in enumerate(batch):
-        ids[row, : len(part.ids)] = torch.tensor(part.ids)
-        mask[row, : len(part.ids)] = 1
+    ids, mask, _ = (torch.from_numpy(array).to(model.device) for array in padded([p.ids for p in batch]))
     with torch.inference_mode():
-        logits = model(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-        ).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return [_row_nats(logits[row], part) for row, part in enumerate(batch)]
 
 

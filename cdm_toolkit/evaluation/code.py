@@ -22,7 +22,6 @@ from pydantic import Field, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, BadRow, CodeNotAllowed, FileProblem, MissingExtra, UnknownName
-from cdm_toolkit.evaluation.batches import batches
 from cdm_toolkit.evaluation.data import read_objects
 from cdm_toolkit.evaluation.evalplus import READERS, read_plus
 from cdm_toolkit.evaluation.generate import GenerationSettings, Generator, cut_at, generate_batch, prompt_ids
@@ -33,6 +32,7 @@ from cdm_toolkit.evaluation.sandbox.isolation import probe, require
 from cdm_toolkit.evaluation.sandbox.records import Limits, Outcome, Program
 from cdm_toolkit.evaluation.sandbox.run import run_programs
 from cdm_toolkit.evaluation.suites import SuiteSpec
+from cdm_toolkit.hub.batches import batches
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 SHOWN_FIELDS = "task_id, prompt, entry_point and test, with or without canonical_solution"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cdm_toolkit.distill.rows import Row
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
-from cdm_toolkit.evaluation.batches import batches
 from cdm_toolkit.evaluation.run import Subject, start_token
+from cdm_toolkit.hub.batches import batches, padded
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 if TYPE_CHECKING:
@@ -137,18 +137,14 @@ def _continued(
     """Continue encoded prompts, padded on the left, and give the new ids up to the end-of-sequence token."""
     import torch
 
-    longest = max(map(len, prompts))
     ends = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    ids, mask, _ = (torch.from_numpy(array).to(model.device) for array in padded(prompts, pad, "left"))
+    longest = ids.shape[1]
     with torch.inference_mode():
         out = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            ids,
+            attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
             logits_processor=[_Draw(settings, seeds)] if settings.temperature > 0 else [],
             stopping_criteria=[_Stop(settings.stop, view, longest)] if settings.stop and view else [],

@@ -22,12 +22,12 @@ from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, BadRow, MissingExtra, NoData, UnknownName
-from cdm_toolkit.evaluation.batches import batches
 from cdm_toolkit.evaluation.data import DataFile, read_objects, source_file
 from cdm_toolkit.evaluation.generate import GenerationSettings, Generator, as_chat, generate_batch, prompt_ids
 from cdm_toolkit.evaluation.results import Item, Score, Summary, mean_score
 from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
+from cdm_toolkit.hub.batches import batches
 
 FIELDS = "instruction and output (a text or a list of texts), with or without input"
 PROMPT = (

@@ -25,7 +25,6 @@ from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, NoData, UnsupportedTokenizer
-from cdm_toolkit.evaluation.batches import TOKENS_AT_ONCE, batches, scored_places
 from cdm_toolkit.evaluation.gsm8k import (
     DRAWS_EXAMPLES,
     PREFIX,
@@ -39,6 +38,7 @@ from cdm_toolkit.evaluation.gsm8k import (
 from cdm_toolkit.evaluation.results import Item, Score, Summary
 from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.suites import SuiteSpec
+from cdm_toolkit.hub.batches import TOKENS_AT_ONCE, batches, scored_places
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
@@ -108,7 +108,8 @@ class LmEval:
         names = list(requests)
         lengths = [sum(_length(lm, request) for request in requests[name]) for name in names]
         places = _places(lm, requests.values())
-        for batch in batches(lengths, self._ask.batch_size, tokens=places):
+        size = self._ask.batch_size
+        for batch in batches(lengths, size, tokens=None if size else places):
             together = [names[place] for place in batch]
             if wanted.isdisjoint(together):
                 continue

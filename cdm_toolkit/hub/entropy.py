@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from cdm_toolkit.hub.batches import batches, padded
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int32
@@ -36,34 +38,20 @@ def batch_entropies(
     Rows of the embedding from `vocab` on are padding and no part of the distribution.
     """
     found: list[Float64[np.ndarray, " time"]] = [np.zeros(0) for _ in sequences]
-    for batch in _batches([len(ids) for ids in sequences], batch_tokens):
-        logits = _logits(model, [sequences[i] for i in batch])
-        for row, i in zip(logits, batch, strict=True):
+    full = [i for i, ids in enumerate(sequences) if len(ids)]
+    for batch in batches([len(sequences[i]) for i in full], tokens=batch_tokens):
+        places = [full[i] for i in batch]
+        logits = _logits(model, [sequences[i] for i in places])
+        for row, i in zip(logits, places, strict=True):
             found[i] = _entropies(row[: len(sequences[i]), :vocab])
     return found
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Divide sequences, longest first, so that padding is little; empty ones are in no batch."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (not lengths[i] or (len(batch) + 1) * lengths[batch[0]] > batch_tokens):
-            yield batch
-            batch = []
-        if lengths[i]:
-            batch.append(i)
-    if batch:
-        yield batch
 
 
 def _logits(model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]]) -> Tensor:
     import torch
 
-    lengths = np.array([len(ids) for ids in sequences])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int64)
-    ids[mask] = np.concatenate(sequences)
-    inputs = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+    ids, mask, _ = padded(sequences)
+    inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.inference_mode():
         logits: Tensor = model(
             **{name: torch.from_numpy(array).to(model.device) for name, array in inputs.items()},

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cdm_toolkit.distill.collate import Collator, Padding, TeacherBatch, TeacherLayout
+from cdm_toolkit.distill.collate import Collator, TeacherBatch, TeacherLayout
 from cdm_toolkit.distill.data import Features, TeacherFeatures
+from cdm_toolkit.hub.batches import Padding
 
 
 def features(row: int, n_s: int, label_from: int, n_t: int, groups: list[list[int]]) -> Features:
