@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -108,6 +106,7 @@ def distill(
 
     cdm distill run.yaml --set train.lr=1e-4 --dry-run
     """
+    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.plan import plan
     from cdm_toolkit.distill.run import run
     from cdm_toolkit.errors import BadOption
@@ -153,7 +152,7 @@ def distill(
                 config,
                 overwrite=overwrite,
                 resume=resume,
-                go_on=_go_on(),
+                go_on=screen.this_command("--overwrite", "--resume") + " --resume",
                 on_progress=shown.follow,
             )
     if int(os.environ.get("RANK", "0")):
@@ -195,12 +194,6 @@ def _as_yaml(value: Any) -> str:
     import json
 
     return json.dumps(str(value) if isinstance(value, Path) else value)
-
-
-def _go_on() -> str:
-    """Write the command that goes on where this one stopped."""
-    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    return shlex.join(["cdm", *words, "--resume"])
 
 
 class _TrainingScreen:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -102,7 +100,7 @@ def evaluate(
             output=output,
             overwrite=overwrite,
             follow=follow,
-            go_on=_go_on(),
+            go_on=screen.this_command("--overwrite"),
         )
     if as_json:
         screen.print_json(_as_json(done))
@@ -135,11 +133,6 @@ def _batch_size(given: str) -> int | None:
     if not given.isdecimal():
         raise BadOption("--batch-size", given, "a number of at least 1, or auto")
     return int(given)
-
-
-def _go_on() -> str:
-    """Say the command that goes on from a stopped one: the same, but it does not start anew."""
-    return shlex.join(["cdm", *(word for word in sys.argv[1:] if word != "--overwrite")])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import Any
 
@@ -45,6 +46,11 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print one warning."""
     err().print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+def this_command(*without: str) -> str:
+    """Write the command line that runs, without some of its options."""
+    return shlex.join(["cdm", *(word for word in sys.argv[1:] if word not in without)])
 
 
 def print_json(answer: Any) -> None:
