@@ -11,7 +11,7 @@ import hashlib
 import json
 import shlex
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,28 +24,14 @@ from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.receipts import receipt
-from cdm_toolkit.artifacts.teacher_packing import (
-    HEAD,
-    TAIL_BITS,
-    Levels,
-    id_bits,
-    log_rest,
-    pack,
-    pack_set,
-    quantise,
-    restore,
-    unpack,
-    unpack_set,
-    with_rest,
-)
+from cdm_toolkit.artifacts.teacher_forms import pack_candidates, unpack_candidates
+from cdm_toolkit.artifacts.teacher_packing import id_bits, pack, unpack
 from cdm_toolkit.errors import BadArtifact, FileProblem, TokenizerMismatch
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int32
 
     from cdm_toolkit.tokdiff.view import TokenizerView
-
-    Arrays = Mapping[str, np.ndarray]
 
 FORMAT: Literal["cdm-toolkit teacher cache"] = "cdm-toolkit teacher cache"
 VERSION: Literal[1] = 1
@@ -175,58 +161,6 @@ class CachedRow:
     token_logprobs: Float32[np.ndarray, " position"]
 
 
-# The forms of the likeliest candidates. Each array has one row a position.
-
-
-def _pack_whole(header: CacheHeader, _ids: np.ndarray, logprobs: np.ndarray) -> Arrays:
-    return {"logprobs": logprobs.astype(np.float32)}
-
-
-def _unpack_whole(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    logprobs = arrays["logprobs"]
-    return np.broadcast_to(np.arange(header.vocab, dtype=np.int32), logprobs.shape), logprobs
-
-
-def _pack_plain(header: CacheHeader, ids: np.ndarray, logprobs: np.ndarray) -> Arrays:
-    arrays = {"ids": pack(ids, id_bits(header.vocab)), "logprobs": logprobs.astype(header.dtype)}
-    return arrays if header.dtype == "float32" else arrays | {"log_rest": log_rest(logprobs)}
-
-
-def _unpack_plain(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    ids, logprobs = unpack(arrays["ids"], header.k, id_bits(header.vocab)), arrays["logprobs"]
-    return ids, logprobs if header.dtype == "float32" else with_rest(logprobs, arrays["log_rest"])
-
-
-def _pack_quantised(header: CacheHeader, ids: np.ndarray, logprobs: np.ndarray) -> Arrays:
-    order = np.argsort(ids[:, HEAD:], axis=1) + min(HEAD, header.k)
-    tail_ids, tail = (np.take_along_axis(array, order, axis=1) for array in (ids, logprobs))
-    levels = quantise(np.concatenate((logprobs[:, :HEAD], tail), axis=1))
-    arrays = {"head_ids": pack(ids[:, :HEAD], id_bits(header.vocab)), "head": levels.head}
-    if header.k > HEAD:
-        arrays |= {"tail_ids": pack_set(tail_ids, header.vocab), "tail": pack(levels.tail, TAIL_BITS)}
-    return arrays | {"ranges": levels.ranges, "log_tail": levels.log_tail, "log_rest": levels.log_rest}
-
-
-def _unpack_quantised(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    head, tail = min(HEAD, header.k), max(0, header.k - HEAD)
-    ids = unpack(arrays["head_ids"], head, id_bits(header.vocab))
-    tail_levels = np.zeros((len(ids), 0), np.uint8)
-    if tail:
-        ids = np.concatenate((ids, unpack_set(arrays["tail_ids"], tail, header.vocab)), axis=1)
-        tail_levels = unpack(arrays["tail"], tail, TAIL_BITS).astype(np.uint8)
-    rest = (arrays[name] for name in ("ranges", "log_tail", "log_rest"))
-    logprobs = restore(Levels(arrays["head"], tail_levels, *rest))
-    order = np.argsort(-logprobs, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
-
-
-_Pack = Callable[[CacheHeader, np.ndarray, np.ndarray], "Arrays"]
-_Unpack = Callable[[CacheHeader, "Arrays"], tuple[np.ndarray, np.ndarray]]
-_FORMS: Mapping[str, tuple[_Pack, _Unpack]] = {
-    "whole": (_pack_whole, _unpack_whole),
-    "plain": (_pack_plain, _unpack_plain),
-    "quantised": (_pack_quantised, _unpack_quantised),
-}
 _PER_ROW = ("number", "length", "first", "tokens")
 
 
@@ -236,7 +170,7 @@ def _pack_row(header: CacheHeader, row: CachedRow) -> dict[str, np.ndarray]:
         **{name: np.array([fact], np.int32) for name, fact in facts.items()},
         "tokens": pack(row.token_ids[None], id_bits(header.vocab))[0],
         "token_logprobs": row.token_logprobs.astype(header.dtype),
-        **_FORMS[header.form][0](header, row.ids, row.logprobs),
+        **pack_candidates(header, row.ids, row.logprobs),
     }
 
 
@@ -420,7 +354,7 @@ class _Shard:
         end = int(self.position_ends[at])
         begin = end - int(self.positions[at])
         arrays = {name: self._part(name, begin, end) for name in self.names}
-        ids, logprobs = _FORMS[self.header.form][1](self.header, arrays)
+        ids, logprobs = unpack_candidates(self.header, arrays)
         return CachedRow(
             number=int(self.numbers[at]),
             token_ids=self.token_ids(at),

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cdm_toolkit.artifacts.maps import load_or_build_neighbours
+from cdm_toolkit.distill.cached_teacher import CachedTeacher, check_rows, open_cache
 from cdm_toolkit.distill.data import side_of
 from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
 from cdm_toolkit.distill.teacher import OnlineTeacher
-from cdm_toolkit.distill.teacher_cache import CachedTeacher, check_rows, open_cache
 from cdm_toolkit.distill.trainer import Lesson
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.exact import build_exact

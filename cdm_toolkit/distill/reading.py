@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -154,6 +156,13 @@ def _inside(spans: TokenSpans, first: int, last: int, piece: Piece) -> TokenSpan
     cut = TokenSpans(spans.view, spans.text_bytes, ids, spans.start[part], spans.end[part], special, exact)
     side = project(cut, [piece])
     return TokenSpans(spans.view, side.text, ids, side.start, side.end, special, exact)
+
+
+def template_fingerprint(side: Side, template: TemplateName) -> str:
+    """Hash what a side puts around a text."""
+    around = side.chat and [side.chat.source, *side.chat.tokens]
+    said = around if template == "chat" else [side.start, side.eos]
+    return hashlib.sha256(json.dumps([template, said]).encode()).hexdigest()
 
 
 def template_notes(student: Side, teachers: Sequence[TeacherSide], template: TemplateName) -> list[str]:

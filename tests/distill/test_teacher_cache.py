@@ -13,20 +13,14 @@ import torch
 
 from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
 from cdm_toolkit.distill import teacher_cache as module
+from cdm_toolkit.distill.cached_teacher import CachedTeacher, check_rows, open_cache
 from cdm_toolkit.distill.collate import Collator, TeacherLayout
 from cdm_toolkit.distill.data import build_features
 from cdm_toolkit.distill.losses.buckets import bucket_kl
 from cdm_toolkit.distill.reading import TeacherSide, side_of
 from cdm_toolkit.distill.rows import read_rows
 from cdm_toolkit.distill.teacher import OnlineTeacher
-from cdm_toolkit.distill.teacher_cache import (
-    CachedTeacher,
-    CacheResult,
-    CacheSettings,
-    check_rows,
-    open_cache,
-    write_cache,
-)
+from cdm_toolkit.distill.teacher_cache import CacheResult, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain, TokenizerMismatch
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
