@@ -59,12 +59,17 @@ def hub_rows(data: DataSource) -> DataFile | str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    unreachable: Exception | None = None
+    try:
+        _probe(data)
+    except Exception as error:  # a dozen kinds, from name resolution to a gated repository
+        unreachable = error
     try:
         path = hf_hub_download(
-            str(data.hub), str(data.hub_file), repo_type="dataset", etag_timeout=PROBE_SECONDS
+            str(data.hub), str(data.hub_file), repo_type="dataset", local_files_only=unreachable is not None
         )
-    except Exception as error:  # a dozen kinds, from name resolution to a gated repository
-        return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(error)
+    except Exception as error:
+        return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(unreachable or error)
     return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)", from_hub=True)
 
 
@@ -91,17 +96,23 @@ def _write(path: Path, text: str) -> None:
 def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str:
     try:
         from datasets import load_dataset
-        from huggingface_hub import HfApi
         from huggingface_hub.errors import OfflineModeIsEnabled
     except ImportError:
         raise MissingExtra("datasets", "eval", f"reading {data.hub} from the hub") from None
     try:
         with suppress(OfflineModeIsEnabled):  # load_dataset has a cache of its own
-            HfApi().dataset_info(str(data.hub), timeout=PROBE_SECONDS)  # load_dataset would retry for long
+            _probe(data)
         rows: Iterable[Mapping[str, Any]] = load_dataset(str(data.hub), data.config, split=split)
     except Exception as error:  # a dozen kinds, from name resolution to a gated repository
         return _reason(error)
     return rows
+
+
+def _probe(data: DataSource) -> None:
+    """Ask the hub once whether it has a data set: loading and downloading would retry for long, aloud."""
+    from huggingface_hub import HfApi
+
+    HfApi().dataset_info(str(data.hub), timeout=PROBE_SECONDS)
 
 
 def _reason(error: Exception) -> str:
