@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cdm_toolkit.distill.data import RowCounts
-from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare, training_rows
+from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
+from cdm_toolkit.distill.rows import read_rows
 from cdm_toolkit.distill.trainer import training_arguments
 from cdm_toolkit.hub.models import checked_device
 
@@ -72,7 +73,7 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     Raises what `run` raises before its first step.
     """
     checked_device(config.train.device)
-    prepared = prepare(config, training_rows(config), on_progress)
+    prepared = prepare(config, read_rows(config.data.path), on_progress)
     with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))
         ce, lessons, looked_at = _look(prepared, trainer, on_progress)

@@ -12,9 +12,9 @@ from cdm_toolkit.distill.data import RowCounts, TeacherSide, build_features, sid
 from cdm_toolkit.distill.entropies import ModelEntropies
 from cdm_toolkit.distill.lessons import Rows, build_lesson
 from cdm_toolkit.distill.losses.methods import METHODS
-from cdm_toolkit.distill.rows import Row, read_rows
+from cdm_toolkit.distill.rows import Row
 from cdm_toolkit.distill.trainer import DistillTrainer, Lesson, StepLog
-from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain, UnknownName
+from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -23,7 +23,6 @@ from cdm_toolkit.hub.models import (
     model_folder,
 )
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
-from cdm_toolkit.samples import SPLITS, sample_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,16 +80,6 @@ class Prepared:
             on_step=on_step,
             stopping=stopping,
         )
-
-
-def training_rows(config: DistillConfig) -> list[Row]:
-    """Read the rows of a run. Raises FileProblem, BadRow, and UnknownName for a sample that is not there."""
-    scheme, _, split = config.data.path.partition(":")
-    if scheme != "sample":
-        return read_rows(config.data.path)
-    if split not in SPLITS:
-        raise UnknownName("sample", split, SPLITS)
-    return read_rows(sample_path(split))
 
 
 def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> Prepared:

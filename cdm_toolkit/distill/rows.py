@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cdm_toolkit.errors import BadOption, BadRow, FileProblem
+from cdm_toolkit.errors import BadOption, BadRow, FileProblem, UnknownName
+from cdm_toolkit.samples import SPLITS, sample_path
 
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 FIELDS = "prompt and completion, question and answer, messages, or text"
@@ -134,16 +135,26 @@ def _read_objects(path: Path) -> list[tuple[int, Any]]:
 def read_rows(path: str | Path) -> list[Row]:
     """Read all rows of a JSONL file; blank lines are skipped, and counted as lines.
 
-    Raises FileProblem for a file that is missing, empty or not text, and BadRow for the first row that is not
-    as it must be.
+    `sample:train` is a split of the word problems that come with the package. Raises FileProblem for a file that
+    is missing, empty or not text, UnknownName for a sample that is not there, and BadRow for the first row that
+    is not as it must be.
     """
     rows = []
-    for number, fields in _read_objects(Path(path)):
+    for number, fields in _read_objects(_file(path)):
         try:
             rows.append(Row(number, *_parts(fields)))
         except _RowError as error:
             raise BadRow(path, number, *error.args) from None
     return rows
+
+
+def _file(path: str | Path) -> Path:
+    scheme, _, split = str(path).partition(":")
+    if scheme != "sample":
+        return Path(path)
+    if split not in SPLITS:
+        raise UnknownName("sample", split, SPLITS)
+    return sample_path(split)
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:

@@ -20,8 +20,8 @@ from cdm_toolkit.distill.card import model_card
 from cdm_toolkit.distill.config import DistillConfig
 from cdm_toolkit.distill.data import RowCounts
 from cdm_toolkit.distill.output import claim_output, last_checkpoint, remove_run
-from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare, training_rows
-from cdm_toolkit.distill.rows import Row
+from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
+from cdm_toolkit.distill.rows import Row, read_rows
 from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, read_history, training_arguments
 from cdm_toolkit.errors import FileProblem, Interrupted
 from cdm_toolkit.hub.models import checked_device, model_folder_to_fill, save_model
@@ -60,7 +60,7 @@ def run(
     """
     began = time.perf_counter()
     checked_device(config.train.device)
-    rows = training_rows(config)
+    rows = read_rows(config.data.path)
     output = Path(config.output)
     made = not output.exists()
     with _main_process_first(config):

@@ -98,3 +98,12 @@ def test_missing_empty_binary_and_folder(tmp_path: Path, rows_file: Path) -> Non
         read_rows(rows_file)
     with pytest.raises(FileProblem, match="folder"):
         read_rows(tmp_path)
+
+
+def test_a_sample_of_the_package_is_named_like_a_file() -> None:
+    from cdm_toolkit.errors import UnknownName
+    from cdm_toolkit.samples import sample_path
+
+    assert read_rows("sample:heldout") == read_rows(sample_path("heldout"))
+    with pytest.raises(UnknownName, match="did you mean train"):
+        read_rows("sample:tain")
