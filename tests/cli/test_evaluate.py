@@ -19,18 +19,16 @@ from cdm_toolkit.evaluation.results import Item, Summary, mean_score
 from cdm_toolkit.evaluation.run import Contents, fingerprint
 
 class Exact:
-    class Settings(Settings):
-        max_new_tokens: int = 8
+    Settings = Settings
 
     def __init__(self, spec, ask):
         data = find_data(spec, ask.data)
         self.rows = {str(row.number): row for row in read_rows(data.path)[: ask.limit]}
-        self.how = GenerationSettings(spec.settings.max_new_tokens, stop=("\\n",))
         self.contents = Contents(tuple(self.rows), data.source, "greedy", fingerprint(list(self.rows.values())))
 
     def score(self, subject, keys):
         for row in map(self.rows.get, keys):
-            (text,) = generate_batch(subject, [row.prompt], self.how)
+            (text,) = generate_batch(subject, [row.prompt], GenerationSettings(max_new_tokens=4))
             yield Item(str(row.number), {"right": float(text.strip() == row.completion)}, row.prompt, text)
 
     def summarize(self, items):
@@ -70,7 +68,6 @@ def suite(tmp_path: Path, rows: Path) -> Path:
             adapter: exact.py:Exact
             summary: sums
             data: {file: rows.jsonl}
-            settings: {max_new_tokens: 4}
             paper: {source: "Doe 2025, table 1", figures: {Big: {right: 0.5}, Small: {wrong: 1}}}
             """
         )
