@@ -25,8 +25,10 @@ Open = Annotated[float, Field(gt=0, lt=1)]
 
 _ACROSS = {"aligner", "entropy"}
 _OPTIONS: Mapping[str, set[str]] = {
-    "cdm": _ACROSS
+    "cdm": _ACROSS | {"mapping", "temperature", "top_k", "rest_bucket", "both_directions", "inside"},
+    "cdm-near": _ACROSS
     | {
+        "mapping",
         "temperature",
         "top_k",
         "positions",
@@ -62,6 +64,12 @@ class TeacherConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights of the model in memory."""
 
+    mapping: Literal["spelled", "near"] = "spelled"
+    """What `cdm` pairs with a teacher's candidate at each position. spelled: the student token that its bytes go
+    on with there, at each token of a group. near: the paper's, the nearest of the student's candidates by edit
+    distance."""
+    inside: bool = True
+    """Teach the student's tokens inside a group too, not only those at shared boundaries."""
     aligner: Literal["anchored", "bytes", "entropy-dtw", "dtw"] = "anchored"
     entropy: Literal["uniform", "models"] = "uniform"
     """What weighs tokens in DTW: nothing, or the entropies of both models' predictions (a pass of each over the
@@ -78,7 +86,7 @@ class TeacherConfig(Settings):
     guards: bool = True
     """Match no tokens whose digits or operators differ."""
     both_directions: bool = True
-    """Take the neighbours of the student's ids too, not only those of the teacher's."""
+    """Look from the student's candidates too, not only from the teacher's."""
     exact_always: bool = True
     """Pair a teacher's candidate with the same bytes on the student's side, even where these are not in the
     student's top k. Without it an untrained student has next to no pairs."""
@@ -87,11 +95,17 @@ class TeacherConfig(Settings):
     tau: Positive = 100.0
     """Temperature of the likelihoods of whole groups."""
 
+    @property
+    def variant(self) -> str:
+        """Name the method, the mapping of `cdm` included: a key of `losses.methods.METHODS`."""
+        return _variant(self.method, self.mapping)
+
     @model_validator(mode="after")
     def _fits_the_method(self) -> TeacherConfig:
         options = set().union(*_OPTIONS.values())
-        if extra := sorted((self.model_fields_set & options) - _OPTIONS[self.method]):
-            raise ValueError(f"{self.method} has no use for {', '.join(extra)}")
+        if extra := sorted((self.model_fields_set & options) - _OPTIONS[self.variant]):
+            named = f"{self.method} with mapping {self.mapping}" if self.method == "cdm" else self.method
+            raise ValueError(f"{named} has no use for {', '.join(extra)}")
         if self.cache and self.positions == "mean":
             raise ValueError("positions mean needs whole logits: leave the cache out, or take boundary")
         if self.entropy == "models" and self.aligner != "entropy-dtw":
@@ -180,6 +194,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "alpha": 0.9,
         "teacher": {
+            "mapping": "near",
             "temperature": 0.8,
             "top_k": 100,
             "theta": 0.3,
@@ -224,10 +239,15 @@ def _over_preset(given: dict[str, Any], name: Any) -> dict[str, Any]:
     return {"alpha": preset["alpha"]} | given
 
 
+def _variant(method: str, mapping: str) -> str:
+    return "cdm-near" if method == "cdm" and mapping == "near" else method
+
+
 def _teacher_over(teacher: Any, preset: Mapping[str, Any]) -> Any:
     if not isinstance(teacher, Mapping):
         return teacher  # a fault, which is listed with the others
-    options = _OPTIONS.get(teacher.get("method", "cdm"), set())
+    variant = _variant(teacher.get("method", "cdm"), teacher.get("mapping", preset["mapping"]))
+    options = _OPTIONS.get(variant, set())
     under = {name: value for name, value in preset.items() if name in options}
     if teacher.get("aligner", "entropy-dtw") != "entropy-dtw":
         under.pop("entropy", None)

@@ -18,9 +18,11 @@ from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.mined import build_mined
 from cdm_toolkit.vocab_map.prefix import build_prefix
-from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable
+from cdm_toolkit.vocab_map.record import NO_MATCH, Neighbours, NeighbourTable
+from cdm_toolkit.vocab_map.spelling import Spellings, build_spellings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cdm_toolkit.distill.config import TeacherConfig, TemplateName
@@ -57,7 +59,7 @@ def build_lesson(
 
     Raises what the cache and the tables raise.
     """
-    k = config.top_k if METHODS[config.method].needs_top_k else 1
+    k = config.top_k if METHODS[config.variant].needs_top_k else 1
     teacher: Teacher
     if config.cache is not None:
         cache = open_cache(config.cache, side_of(tokenizer), rows.rows, rows.template)
@@ -82,7 +84,8 @@ def _method(
     """Build the tables that the method is made of: a static map, pairs, or neither."""
     import torch
 
-    tables = METHODS[config.method].tables
+    tables = METHODS[config.variant].tables
+    spelling = beginning = None
     partner = exact = build_exact(view_t, view_s) if "exact" in tables else None
     pairs = None
     if "neighbours" in tables:
@@ -98,18 +101,32 @@ def _method(
         partner = build_mined(view_t, view_s, guards=config.guards, workers=workers, progress=progress)
     elif "prefix" in tables:
         partner = build_prefix(view_t, view_s)
+    elif "spellings" in tables:
+        spelling, beginning = _spelling(build_spellings(view_t, view_s), device)
+        beginning = beginning if config.both_directions else None
     ingredients = Ingredients(
         vocab_t=view_t.vocab_size,
         vocab_s=view_s.vocab_size,
         partner=None if partner is None else torch.from_numpy(partner.dense()).to(device),
         pairs=pairs,
+        spelling=spelling,
+        beginning=beginning,
+        inside=config.inside,
         temperature=config.temperature,
         top_k=config.top_k,
         rest_bucket=config.rest_bucket,
         beta=config.beta,
         tau=config.tau,
     )
-    return build_method(config.method, ingredients)
+    return build_method(config.variant, ingredients)
+
+
+def _spelling(spellings: Spellings, device: str) -> tuple[Tensor, Tensor]:
+    """Put the tables on the device; gives also which student id stands for the beginning of each."""
+    import torch
+
+    of_t, of_s = (torch.from_numpy(ids).to(device, torch.int64) for ids in (spellings.of_t, spellings.of_s))
+    return of_t, torch.where(of_s >= 0, of_t[of_s.clamp(min=0), 0], NO_MATCH)
 
 
 def _one_direction(near: NeighbourTable) -> NeighbourTable:

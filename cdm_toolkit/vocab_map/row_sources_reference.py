@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from cdm_toolkit.tokdiff.view import TokenizerView
-from cdm_toolkit.vocab_map.exact import preferred_ids
 from cdm_toolkit.vocab_map.exact_reference import exact_reference
 from cdm_toolkit.vocab_map.row_sources import Rule
+from cdm_toolkit.vocab_map.spelling_reference import spelling_reference
 
 
 def row_sources_reference(view_old: TokenizerView, view_new: TokenizerView) -> list[tuple[Rule, list[int]]]:
@@ -28,29 +26,3 @@ def _source(
     data = view_new.token_bytes[new_id]
     spelling = spelling_reference(view_old, data) if data else []
     return (Rule.MEAN if spelling else Rule.FRESH), spelling
-
-
-def spelling_reference(view: TokenizerView, data: bytes) -> list[int]:
-    """Spell bytes by the tokenizer's own tokens, else by the best of all spellings that there are."""
-    try:
-        own: list[int] = view.encode(data.removeprefix(view.scheme.dummy_prefix).decode()).ids.tolist()
-    except UnicodeDecodeError:
-        own = []
-    if b"".join(view.token_bytes[token_id] or b"" for token_id in own) == data:
-        return own
-    return fewest_tokens_reference(data, preferred_ids(view))
-
-
-def fewest_tokens_reference(data: bytes, ids: Mapping[bytes, int]) -> list[int]:
-    """Try every way to spell bytes: the fewest tokens, then the longest first, second, ..."""
-    ways = list(_spellings(data, ids))
-    best = min(ways, key=lambda way: (len(way), [-len(token) for token in way]), default=[])
-    return [ids[token] for token in best]
-
-
-def _spellings(data: bytes, ids: Mapping[bytes, int]) -> Iterator[list[bytes]]:
-    if not data:
-        yield []
-    for end in range(1, len(data) + 1):
-        if data[:end] in ids:
-            yield from ([data[:end], *rest] for rest in _spellings(data[end:], ids))

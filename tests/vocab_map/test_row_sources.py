@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cdm_toolkit.tokdiff.view import TokenizerView, make_view
-from cdm_toolkit.vocab_map.row_sources import Rule, fewest_tokens, row_sources, spell
-from cdm_toolkit.vocab_map.row_sources_reference import (
+from cdm_toolkit.vocab_map.row_sources import Rule, row_sources
+from cdm_toolkit.vocab_map.row_sources_reference import row_sources_reference
+from cdm_toolkit.vocab_map.spelling import build_spellings, fewest_tokens, spell
+from cdm_toolkit.vocab_map.spelling_reference import (
     fewest_tokens_reference,
-    row_sources_reference,
     spelling_reference,
+    spellings_reference,
 )
 
 View = Callable[[str], TokenizerView]
@@ -71,6 +73,15 @@ def test_equal_their_twin(small: list[TokenizerView]) -> None:
         )
         seen |= set(found.rule.tolist())
     assert seen == set(Rule), "each rule was put to the test"
+
+
+def test_spellings_equal_their_twin(small: list[TokenizerView]) -> None:
+    longest = 3
+    for t, s in permutations(small, 2):
+        found = build_spellings(t, s, longest)
+        twin_t, twin_s = spellings_reference(t, s), spellings_reference(s, t)
+        assert found.of_t.tolist() == [(way + [-1] * longest)[:longest] for way in twin_t]
+        assert found.of_s.tolist() == [[*way, -1][0] for way in twin_s]
 
 
 @pytest.mark.parametrize(("old", "new"), [("smollm2", "mistral"), ("mistral", "qwen2"), ("qwen2", "gpt2")])

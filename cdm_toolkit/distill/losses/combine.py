@@ -123,4 +123,4 @@ def _read(reader: Reader, of_labels: _Source) -> tuple[_Source, Reading]:
 def _detached(says: TeacherSays) -> TeacherSays:
     """Cut a teacher off from gradients, however its logits came about."""
     tokens = None if says.token_logprobs is None else says.token_logprobs.detach()
-    return TeacherSays(TopK(says.top.ids, says.top.logprobs.detach()), tokens, says.token_group)
+    return replace(says, top=TopK(says.top.ids, says.top.logprobs.detach()), token_logprobs=tokens)

@@ -12,6 +12,7 @@ from cdm_toolkit.distill.losses.cdm import CdmSettings, cdm
 from cdm_toolkit.distill.losses.gold import gold, gold_settings
 from cdm_toolkit.distill.losses.record import Method
 from cdm_toolkit.distill.losses.shared import Kind, SharedSettings, shared
+from cdm_toolkit.distill.losses.spelled import SpelledSettings, spelled
 from cdm_toolkit.distill.losses.static_map import StaticMapSettings, static_map
 from cdm_toolkit.distill.losses.uld import UldSettings, uld
 from cdm_toolkit.errors import UnknownName
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
     from torch import Tensor
 
-Table = Literal["exact", "neighbours", "mined", "prefix"]
+Table = Literal["exact", "neighbours", "mined", "prefix", "spellings"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,13 +30,17 @@ class Ingredients:
     """All that a method may be made of: options, and the tables of its two tokenizers on the device of training.
 
     `partner` is the one static map among a method's `tables`: the student id of each teacher id, −1 without
-    one. `cdm` goes without it where the exact partner is no candidate of its own; `pairs` is of `cdm` alone.
+    one. `cdm-near` goes without it where the exact partner is no candidate of its own; `pairs` is of it alone,
+    `spelling` and `beginning` (see `SpelledSettings`) of `cdm`.
     """
 
     vocab_t: int
     vocab_s: int
     partner: Int64[Tensor, " vocab_t"] | None = None
     pairs: PairTable | None = None
+    spelling: Int64[Tensor, "vocab_t longest"] | None = None
+    beginning: Int64[Tensor, " vocab_s"] | None = None
+    inside: bool = True
     temperature: float = 1.0
     top_k: int = 100
     rest_bucket: bool = True
@@ -62,6 +67,19 @@ class MethodSpec:
 
 
 def _cdm(given: Ingredients) -> Method:
+    assert given.spelling is not None
+    settings = SpelledSettings(
+        spelling=given.spelling,
+        beginning=given.beginning,
+        top_k=given.top_k,
+        temperature=given.temperature,
+        rest_bucket=given.rest_bucket,
+        inside=given.inside,
+    )
+    return partial(spelled, settings=settings)
+
+
+def _near(given: Ingredients) -> Method:
     assert given.pairs is not None
     settings = CdmSettings(
         table=given.pairs,
@@ -112,9 +130,17 @@ METHODS: Mapping[str, MethodSpec] = {
     for spec in (
         MethodSpec(
             "cdm",
-            "KL over pairs of ids that are chosen anew at each position",
-            "arXiv 2502.11104",
+            "KL over the student tokens that the teacher's candidates are spelled by, anew at each position",
+            "this tool's, after arXiv 2502.11104",
             _cdm,
+            tables=("spellings",),
+            needs_tokens=True,
+        ),
+        MethodSpec(
+            "cdm-near",
+            "KL over pairs of ids of little edit distance that are chosen anew at each position",
+            "arXiv 2502.11104",
+            _near,
             tables=("exact", "neighbours"),
         ),
         MethodSpec(

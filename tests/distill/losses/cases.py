@@ -55,7 +55,7 @@ class Case:
         if not tokens:
             return TeacherSays(top)
         chosen = logits[:, : world.vocab_t].log_softmax(-1).gather(1, self.teacher_ids[:, None])[:, 0]
-        return TeacherSays(top, chosen, self.group_t)
+        return TeacherSays(top, self.teacher_ids, chosen, self.group_t)
 
     def reader(self, name: str) -> Reader:
         tokens = METHODS[name].needs_tokens
@@ -84,6 +84,9 @@ class Case:
                 student=softmax(z[rows[0]]),
                 tokens_t=[float(softmax(zt[i, : world.vocab_t])[self.teacher_ids[i]]) for i in of_t],
                 tokens_s=[float(softmax(z[i])[self.labels[i]]) for i in rows],
+                first_t=int(self.teacher_ids[of_t[0]]),
+                text=self.labels[rows].tolist(),
+                at_tokens=[softmax(z[i]) for i in rows],
             )
             totals += TWINS[name](found, world)
         return tuple(totals.tolist())
@@ -115,7 +118,9 @@ def ingredients(world: World, name: str) -> Ingredients:
         vocab_t=world.vocab_t,
         vocab_s=world.vocab_s,
         partner=torch.tensor(world.partner),
-        pairs=pair_table(world) if name == "cdm" else None,
+        pairs=pair_table(world) if name == "cdm-near" else None,
+        spelling=torch.tensor([[*way, *[-1] * LONGEST][:LONGEST] for way in world.ways]),
+        beginning=torch.tensor(world.beginning),
         temperature=world.temperature,
         top_k=world.top_k,
         rest_bucket=world.rest,
@@ -124,6 +129,7 @@ def ingredients(world: World, name: str) -> Ingredients:
     )
 
 
+LONGEST = 3
 PARTNERS = ("some", "none", "all", "many to one")
 
 
@@ -157,28 +163,42 @@ def draw(
     labels = torch.randint(0, vocab_s, (len(group_s) + 2,), generator=generator)
     partner = torch.full((vocab_t,), -1)
     most = min(vocab_t, vocab_s)
+
+    def more() -> list[int]:
+        """Spell by two or three tokens, of few: several spellings begin alike."""
+        return torch.randint(
+            0, 3, (int(torch.randint(2, 4, (), generator=generator)),), generator=generator
+        ).tolist()
+
     partner[:most] = torch.randperm(vocab_s, generator=generator)[:most]
     if partners == "some":
         partner[torch.randperm(vocab_t, generator=generator)[:3]] = -1
     elif partners == "none":
         partner[:] = -1
-    elif partners == "many to one" and name != "cdm":  # whose pairs are one to one
+    elif partners == "many to one" and name != "cdm-near":  # whose pairs are one to one
         partner = torch.randint(-1, 3, (vocab_t,), generator=generator)
+    ways = [[] if partners == "none" else [i] if i >= 0 else more() for i in partner.tolist()]
+    teacher_ids = torch.randint(0, vocab_t, (len(group_t),), generator=generator)
+    for group in range(groups):  # most groups hold what their first teacher token is spelled by
+        way, inside = ways[teacher_ids[group_t == group][0]], torch.nonzero(group_s == group)[:, 0] + 1
+        labels[inside[: len(way)]] = torch.tensor(way[: len(inside)], dtype=torch.long)
     return Case(
         world=World(
             vocab_t=vocab_t,
             vocab_s=vocab_s,
             partner=tuple(partner.tolist()),
-            top_k=min(k, vocab_t, vocab_s) if name == "cdm" else k,
+            top_k=min(k, vocab_t, vocab_s) if name.startswith("cdm") else k,
             temperature=temperature,
             rest=rest,
             beta=beta,
             tau=tau,
+            ways=tuple(map(tuple, ways)),
+            beginning=tuple(torch.randint(-1, vocab_s, (vocab_s,), generator=generator).tolist()),
         ),
         logits=logits(len(labels), vocab_s + padding),
         labels=labels,
         teacher_logits=logits(len(group_t), vocab_t + padding),
-        teacher_ids=torch.randint(0, vocab_t, (len(group_t),), generator=generator),
+        teacher_ids=teacher_ids,
         group_t=group_t,
         rows=torch.arange(1, len(group_s) + 1),
         group_s=group_s,
@@ -202,7 +222,12 @@ def alike(name: str, seed: int, *, k: int = 4, temperature: float = 0.8, rest: b
     logits[:, to_student] = case.teacher_logits[:, : world.vocab_t]
     return replace(
         case,
-        world=replace(world, partner=tuple(partner.tolist())),
+        world=replace(
+            world,
+            partner=tuple(partner.tolist()),
+            ways=tuple((i,) if i >= 0 else () for i in partner.tolist()),
+            beginning=(-1,) * world.vocab_s,
+        ),
         logits=logits,
         labels=to_student[case.teacher_ids],
         rows=torch.arange(tokens),

@@ -43,7 +43,7 @@ def test_without_a_reader_it_is_cross_entropy() -> None:
 def test_labels_and_teachers_share_one_gradient_tensor(backward_calls: list[tuple[int, ...]]) -> None:
     case = draw("em", 1)
     logits = case.logits.clone().requires_grad_()
-    readers = [case.reader(name) for name in ("cdm", "gold")]
+    readers = [case.reader(name) for name in ("em", "gold")]
     parts = loss_parts(logits, case.labels, readers)
     objective(parts, alpha=0.5, weights=[1, 2], tokens=6, positions=[4, 4]).backward()
     assert backward_calls == [logits.shape]

@@ -213,10 +213,13 @@ def test_no_groups(name: str) -> None:
     nobody = torch.zeros(0, dtype=torch.long)
     top = TopK(reader.says.top.ids[:0], reader.says.top.logprobs[:0])
     tokens = METHODS[name].needs_tokens
-    said = reader.says.token_logprobs[:0] if reader.says.token_logprobs is not None else None
+    says = TeacherSays(top)
+    if tokens:
+        assert reader.says.token_logprobs is not None
+        says = TeacherSays(top, nobody, reader.says.token_logprobs[:0], nobody)
     empty = Reader(
         method=reader.method,
-        says=TeacherSays(top, said, nobody if tokens else None),
+        says=says,
         vocab_s=reader.vocab_s,
         student_rows=nobody,
         token_rows=nobody if tokens else None,
@@ -280,6 +283,8 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
             vocab_s=vocab_s,
             partner=ids(vocab_t),
             pairs=PairTable(ids(vocab_t + 1, 32), ids(vocab_t + 1, 32).int(), vocab_s),
+            spelling=ids(vocab_t, 8),
+            beginning=ids(vocab_s),
             top_k=k,
             temperature=0.8,
         )
@@ -289,7 +294,7 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
         token = ids(240) if spec.needs_tokens else None
         reader = Reader(
             method=method,
-            says=TeacherSays(teacher, None if token is None else token.float(), token),
+            says=TeacherSays(teacher, token, None if token is None else token.float(), token),
             vocab_s=vocab_s,
             student_rows=ids(groups),
             student_group=ids(groups) if mean else None,

@@ -23,6 +23,12 @@ class Group:
     tokens_t: list[float]
     """Of the tokens that the group holds."""
     tokens_s: list[float]
+    first_t: int
+    """The teacher's token that the group begins with."""
+    text: list[int]
+    """The student's tokens that the group holds."""
+    at_tokens: list[np.ndarray]
+    """Of all columns of the student's logits, at each of them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class World:
     rest: bool
     beta: float
     tau: float
+    ways: Sequence[Sequence[int]]
+    """The student tokens that each teacher id is spelled by; none for an id without."""
+    beginning: Sequence[int]
+    """The student id that stands for the teacher token that each student id begins with."""
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -98,6 +108,30 @@ def static_map_twin(group: Group, world: World) -> tuple[float, float, int]:
 
 
 def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
+    """Walk through the group's tokens: who of the candidates is still spelled like the text, and goes on how?"""
+    candidates = group.teacher | {group.first_t: group.tokens_t[0]}
+    kd = 0.0
+    for place, student in enumerate(group.at_tokens):
+        masses: dict[int, float] = {}
+        for teacher_id, mass in candidates.items():
+            way = list(world.ways[teacher_id])
+            if way[:place] == group.text[:place] and len(way) > place:
+                masses[way[place]] = masses.get(way[place], 0.0) + mass
+        if not masses:
+            continue
+        q = {i: float(student[i]) for i in masses}
+        if place:
+            masses = {i: mass / sum(masses.values()) for i, mass in masses.items()}
+        else:
+            for i in best(student, world):
+                if i not in masses and world.beginning[i] in masses:
+                    q[world.beginning[i]] += student[i]
+        kd += bucket_kl(list(masses.values()), list(q.values()), world, world.rest)
+    spelled = [mass for teacher_id, mass in candidates.items() if world.ways[teacher_id]]
+    return kd, sum(spelled), len(spelled)
+
+
+def near_twin(group: Group, world: World) -> tuple[float, float, int]:
     """No neighbours: the exact partners, one to one, wherever the student ranks them."""
     return static_map_twin(group, world)
 
@@ -165,6 +199,7 @@ def jsd_twin(group: Group, world: World) -> tuple[float, float, int]:
 
 TWINS = {
     "cdm": cdm_twin,
+    "cdm-near": near_twin,
     "em": static_map_twin,
     "mined": static_map_twin,
     "prefix": static_map_twin,

@@ -1,0 +1,209 @@
+"""Contextual mapping by spelling: which student token comes next in what the teacher is about to write.
+
+At a shared boundary the teacher's candidates stand for the student tokens that their spellings begin with. At a
+student token inside a group, the part of the group before it is known, and only the candidates whose spelling
+begins with it are left: what they spell next is the teacher's distribution there. By the chain rule the two add
+up to the divergence of the distributions over whole teacher tokens, seen through the student's spelling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cdm_toolkit.distill.losses.buckets import NOTHING, bucket_kl
+from cdm_toolkit.distill.losses.pick import top_k
+from cdm_toolkit.distill.losses.record import KdParts, Reading, StudentSees, TeacherSays, TopK
+from cdm_toolkit.distill.losses.static_map import merged
+from cdm_toolkit.vocab_map.contextual import matched_mass
+from cdm_toolkit.vocab_map.record import NO_MATCH
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int64
+    from torch import Tensor
+
+FAR = 1 << 40
+"""Sorts behind every id."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpelledSettings:
+    """What the mapping needs beside the logits."""
+
+    spelling: Int64[Tensor, "vocab_t longest"]
+    """The student tokens that each teacher id is spelled by, −1 behind its end."""
+    beginning: Int64[Tensor, " vocab_s"] | None
+    """The student id that stands for the first teacher token of each student id's spelling, −1 without one: there
+    a longer student token counts. None leaves out what the student's candidates are spelled by."""
+    top_k: int
+    temperature: float = 1.0
+    rest_bucket: bool = True
+    inside: bool = True
+    """Teach the tokens inside a group too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """Where the student is read: a flat list; the first of each group comes first, in the order of groups."""
+
+    rows: Int64[Tensor, " place"]
+    group: Int64[Tensor, " place"]
+    before: Int64[Tensor, " place"]
+    """Tokens of the group that stand before the place."""
+
+
+def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> Reading:
+    """Give T² KL(teacher ‖ student) over the student tokens that come next in the teacher's spelled candidates.
+
+    Candidates whose spellings go on with one token are one outcome. Both distributions are renormalised over
+    the outcomes at temperature T, with all other probability as one more where `rest_bucket` is set. At a
+    boundary a student token of its top k that is no outcome, such as `48` where the teacher writes `4` and
+    `8`, counts for the outcome that its own spelling begins with. The divergences of a group's places are
+    summed up. The teacher's token that stands in the text is a candidate, whatever its rank.
+
+    A mapping of this tool's own, in place of the pairs of arXiv 2502.11104, section 3.3.
+    """
+    groups = len(says.top.ids)
+    candidates = _with_the_text(says)
+    places = _places(sees, groups, inside=settings.inside)
+    partners, logprobs = _next_tokens(sees, candidates, places, settings.spelling)
+    teacher = merged(TopK(candidates.ids.index_select(0, places.group), logprobs), partners)
+    width = teacher.ids.shape[1]
+    rows, ids = places.rows.repeat_interleave(width), teacher.ids.clamp(min=0).flatten()
+    longer = None
+    if settings.beginning is not None:
+        longer = _longer(sees, teacher.ids.narrow(0, 0, groups), settings.beginning, settings.top_k)
+        rows = torch.cat((rows, sees.rows.repeat_interleave(longer.ids.shape[1])))
+        ids = torch.cat((ids, longer.ids.flatten()))
+    matched = partners.narrow(0, 0, groups) >= 0
+
+    def divergence(picked: Tensor) -> KdParts:
+        own = picked.narrow(0, 0, teacher.ids.numel()).view_as(teacher.logprobs)
+        if longer is not None:
+            more = picked.narrow(0, teacher.ids.numel(), longer.ids.numel()).view(longer.ids.shape)
+            at_boundary, inside = own.split([groups, len(own) - groups])
+            own = torch.cat((longer.added_to(at_boundary, more), inside))
+        between = bucket_kl(
+            teacher.logprobs,
+            own,
+            teacher.ids >= 0,
+            temperature=settings.temperature,
+            rest_bucket=settings.rest_bucket,
+        )
+        return KdParts(
+            kd=between.sum(),
+            matched_mass=matched_mass(matched, candidates.logprobs).sum(),
+            pairs=matched.sum().to(between.dtype),
+        )
+
+    return Reading(rows, ids, divergence)
+
+
+def _with_the_text(says: TeacherSays) -> TopK:
+    """Add the first token of each group to the candidates; −inf where it is one of them."""
+    assert says.token_ids is not None
+    assert says.token_logprobs is not None
+    assert says.token_group is not None
+    every = torch.arange(len(says.top.ids), device=says.top.ids.device)
+    first = torch.searchsorted(says.token_group, every)
+    actual = says.token_ids.index_select(0, first).unsqueeze(-1)
+    there = (says.top.ids == actual).any(-1, keepdim=True)
+    logprob = says.token_logprobs.index_select(0, first).unsqueeze(-1).to(says.top.logprobs.dtype)
+    added = logprob.masked_fill(there, -torch.inf)
+    return TopK(torch.cat((says.top.ids, actual), -1), torch.cat((says.top.logprobs, added), -1))
+
+
+def _places(sees: StudentSees, groups: int, *, inside: bool) -> _Places:
+    every = torch.arange(groups, device=sees.rows.device)
+    if not inside:
+        return _Places(sees.rows, every, torch.zeros_like(every))
+    assert sees.token_rows is not None
+    assert sees.token_group is not None
+    first = torch.searchsorted(sees.token_group, every)
+    before = torch.arange(len(sees.token_group), device=every.device) - first.index_select(
+        0, sees.token_group
+    )
+    order = before.gt(0).to(torch.int64).sort(stable=True).indices  # without asking how many are inside
+    return _Places(*(each.index_select(0, order) for each in (sees.token_rows, sees.token_group, before)))
+
+
+def _next_tokens(
+    sees: StudentSees, candidates: TopK, places: _Places, spelling: Int64[Tensor, "vocab_t longest"]
+) -> tuple[Int64[Tensor, "place candidate"], Float[Tensor, "place candidate"]]:
+    """Give the student token that each candidate goes on with, −1 where it does not, and its log-probability.
+
+    Inside a group that is the probability given what of the group is spelled already.
+    """
+    longest = spelling.shape[1]
+    ways = spelling.index_select(0, candidates.ids.flatten()).view(*candidates.ids.shape, longest)
+    ways = ways.index_select(0, places.group)
+    left = (candidates.logprobs > -torch.inf).index_select(0, places.group)
+    for nth, token in enumerate(_text(sees, len(candidates.ids), longest - 1)):
+        same = ways.select(-1, nth) == token.index_select(0, places.group).unsqueeze(-1)
+        left = left & (same | (places.before <= nth).unsqueeze(-1))
+    at = places.before.clamp(max=longest - 1).view(-1, 1, 1).expand(-1, ways.shape[1], 1)
+    goes_on = left & (places.before < longest).unsqueeze(-1)
+    tokens = torch.where(goes_on, ways.gather(-1, at).squeeze(-1), NO_MATCH)
+    return tokens, _given(candidates.logprobs.index_select(0, places.group), tokens >= 0, places.before > 0)
+
+
+def _text(sees: StudentSees, groups: int, most: int) -> list[Int64[Tensor, " group"]]:
+    """List the first token of each group, the second, ...; −2, which no spelling has, behind a group's end."""
+    assert sees.token_ids is not None
+    assert sees.token_group is not None
+    every = torch.arange(groups, device=sees.token_ids.device)
+    first = torch.searchsorted(sees.token_group, every)
+    end = torch.searchsorted(sees.token_group, every, right=True)
+    last = len(sees.token_ids) - 1
+    return [
+        torch.where(first + nth < end, sees.token_ids.index_select(0, (first + nth).clamp(max=last)), -2)
+        for nth in range(most)
+    ]
+
+
+def _given(
+    logprobs: Float[Tensor, "place candidate"],
+    mask: Bool[Tensor, "place candidate"],
+    inside: Bool[Tensor, " place"],
+) -> Float[Tensor, "place candidate"]:
+    """Inside a group, make the candidates in `mask` all that there is."""
+    some = (mask.any(-1) & inside).unsqueeze(-1)
+    total = logprobs.masked_fill(mask.logical_not(), NOTHING).logsumexp(-1, keepdim=True)
+    return logprobs - torch.where(some, total, 0.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Longer:
+    """Student candidates that are no outcome at a boundary: `slots` says for which outcome each counts."""
+
+    ids: Int64[Tensor, "group topk"]
+    slots: Int64[Tensor, "group topk"]
+    mask: Bool[Tensor, "group topk"]
+
+    def added_to(
+        self, own: Float[Tensor, "group outcome"], more: Float[Tensor, "group topk"]
+    ) -> Float[Tensor, "group outcome"]:
+        """Add the probabilities of these candidates to those of the outcomes; all in logarithms."""
+        added = torch.zeros_like(own).scatter_add(-1, self.slots, torch.where(self.mask, more.exp(), 0.0))
+        tiny = torch.finfo(added.dtype).tiny
+        return torch.where(added > tiny, torch.logaddexp(own, added.clamp(min=tiny).log()), own)
+
+
+def _longer(
+    sees: StudentSees,
+    outcomes: Int64[Tensor, "group outcome"],
+    beginning: Int64[Tensor, " vocab_s"],
+    k: int,
+) -> _Longer:
+    ids = top_k(sees.logits, k, real=sees.vocab, rows=sees.rows, lse=sees.lse).ids
+    in_order = torch.where(outcomes >= 0, outcomes, FAR).sort(-1)
+
+    def find(wanted: Int64[Tensor, "group topk"]) -> tuple[Tensor, Tensor]:
+        at = torch.searchsorted(in_order.values, wanted).clamp(max=outcomes.shape[1] - 1)
+        return in_order.values.gather(-1, at) == wanted, in_order.indices.gather(-1, at)
+
+    is_outcome, _ = find(ids)
+    there, slots = find(beginning.index_select(0, ids.flatten()).view_as(ids))
+    return _Longer(ids, slots, there & is_outcome.logical_not())
