@@ -117,6 +117,13 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
             way = list(world.ways[teacher_id])
             if way[:place] == group.text[:place] and len(way) > place:
                 masses[way[place]] = masses.get(way[place], 0.0) + mass
+        if not place and len(group.text) == 1 and len(group.tokens_t) > 1:
+            # the text's own token, and less for the first teacher token of its spelling
+            whole = math.prod(group.tokens_t)
+            if way := list(world.ways[group.first_t]):
+                masses[way[0]] += max(candidates[group.first_t] * CUT, candidates[group.first_t] - whole)
+                masses[way[0]] -= candidates[group.first_t]
+            masses[group.text[0]] = masses.get(group.text[0], 0.0) + whole
         if not masses:
             continue
         q = {i: float(student[i]) for i in masses}
