@@ -10,6 +10,11 @@ import typer
 
 from cdm_toolkit.cli import options
 
+Entries = Annotated[
+    int | None,
+    typer.Option(help="Cut the vocabulary to this many ids, the first merges (byte-level BPE only).", min=1),
+]
+
 app = typer.Typer(no_args_is_help=True, help="Make a model to train.")
 
 
@@ -18,6 +23,7 @@ def new(
     tokenizer: Annotated[str, typer.Option(help="Whose vocabulary it has: an alias, a folder or a hub id.")],
     output: options.OutputFolder,
     size: Annotated[str, typer.Option(help="Parameters, about: 10m, 135m, 1b.")] = "10m",
+    entries: Entries = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -28,7 +34,7 @@ def new(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.students import new_student
 
-    model = new_student(tokenizer, size, Path(output), seed=seed, overwrite=overwrite)
+    model = new_student(tokenizer, size, Path(output), entries=entries, seed=seed, overwrite=overwrite)
     config = model.config
     screen.out().print(
         f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of width "
@@ -43,6 +49,7 @@ def transplant(
     source: Annotated[str, typer.Option("--from", help="The model: an alias, a folder or a hub id.")],
     tokenizer: Annotated[str, typer.Option(help="Whose vocabulary it gets, likewise.")],
     output: options.OutputFolder,
+    entries: Entries = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
@@ -58,7 +65,7 @@ def transplant(
     from cdm_toolkit.hub.students import transplant as give
 
     with screen.err().status(f"{source}: moving to the vocabulary of {tokenizer}"):
-        given = give(source, tokenizer, Path(output), seed=seed, overwrite=overwrite)
+        given = give(source, tokenizer, Path(output), entries=entries, seed=seed, overwrite=overwrite)
     rows = given.rows
     if as_json:
         facts = {

@@ -107,7 +107,7 @@ def passage_bits(
     if not 1 <= stride <= window:
         raise BadOption("stride", stride, f"1 to {window}, the tokens of a window")
     spans = view.encode_batch([passage.text for passage in passages])
-    firsts = [_first_scored(span, passage.given) for span, passage in zip(spans, passages, strict=True)]
+    firsts = [first_scored(span, passage.given) for span, passage in zip(spans, passages, strict=True)]
     windows = [
         part
         for number, (span, first) in enumerate(zip(spans, firsts, strict=True))
@@ -148,7 +148,7 @@ def passage_bits(
                 yield finished(number)
 
 
-def _first_scored(spans: TokenSpans, given: int) -> int:
+def first_scored(spans: TokenSpans, given: int) -> int:
     """Find the first token that spells a byte after the given ones, with the zero-width tokens before it."""
     first = int(np.searchsorted(spans.end, given, side="right"))
     while first > 0 and spans.start[first - 1] >= given:

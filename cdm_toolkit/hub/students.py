@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdm_toolkit.artifacts.receipts import receipt
 from cdm_toolkit.errors import BadOption, OutputExists
+from cdm_toolkit.hub.cut import load_cut
 from cdm_toolkit.hub.models import (
     check_vocabulary,
     load_as_stored,
@@ -122,19 +123,25 @@ def student_config(tokenizer: Any, vocab: int, shape: Shape) -> LlamaConfig:
 
 
 def new_student(
-    tokenizer: str | Loaded, size: str, output: str | Path, *, seed: int = 0, overwrite: bool = False
+    tokenizer: str | Loaded,
+    size: str,
+    output: str | Path,
+    *,
+    entries: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> PreTrainedModel:
     """Make an untrained Llama-architecture model of about `size` parameters, and save it with its tokenizer.
 
-    The weights depend on shape and seed alone. Raises OutputExists, BadOption for a size that is too small
-    for the vocabulary, FileProblem.
+    `entries` cuts the vocabulary to that many ids (`cut`). The weights depend on shape and seed alone. Raises
+    OutputExists, BadOption for a size that is too small for the vocabulary, FileProblem, and as `cut`.
     """
     import torch
     from transformers import LlamaForCausalLM
 
     output, parameters = Path(output), parse_size(size)
     _check_free(output, overwrite=overwrite)
-    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    loaded = load_cut(tokenizer, entries)
     vocab = loaded.view.vocab_size
     config = student_config(loaded.tokenizer, vocab, student_shape(vocab, parameters))
     with torch.random.fork_rng(devices=[]):
@@ -185,19 +192,26 @@ class Transplanted:
 
 
 def transplant(
-    source: str, tokenizer: str | Loaded, output: str | Path, *, seed: int = 0, overwrite: bool = False
+    source: str,
+    tokenizer: str | Loaded,
+    output: str | Path,
+    *,
+    entries: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> Transplanted:
     """Give a trained model another tokenizer, and save both. All but its embeddings is kept, dtype included.
 
     The rows of the new vocabulary, in the input embedding and in an output head of its own (with its bias), are
     made of the old rows that `row_sources` names: a copy, or a mean. A fresh row is the mean of the rows of all
     old ids plus normal noise whose deviation in each column is that of these rows, drawn by `seed`. Padding rows
-    of the old embedding have no part in it, and the new one has none. Raises OutputExists, SourceNotFound,
-    ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of its own tokenizer, FileProblem.
+    of the old embedding have no part in it, and the new one has none. `entries` cuts the new vocabulary to that many
+    ids (`cut`). Raises OutputExists, SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for
+    some id of its own tokenizer, FileProblem, and as `cut`.
     """
     output = Path(output)
     _check_free(output, overwrite=overwrite)
-    new = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    new = load_cut(tokenizer, entries)
     old = load_tokenizer(source)
     model = load_as_stored(source)
     check_vocabulary(model, source, old.view.vocab_size)

@@ -62,6 +62,32 @@ def test_a_transplant_says_where_its_rows_come_from(cdm, trained: Path, tmp_path
     )
 
 
+def test_a_vocabulary_is_cut(cdm, trained: Path, tmp_path: Path) -> None:
+    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+    gpt2 = ("--tokenizer", "gpt2", "--entries", 3000)
+    answer = cdm("student", "new", "--size", "1m", *gpt2, "-o", tmp_path / "new")
+    assert answer.status == 0, answer.err
+    assert "3,000 ids of gpt2" in answer.out
+    answer = cdm("student", "transplant", "--from", trained, *gpt2, "-o", tmp_path / "moved", "--json")
+    assert sum(json.loads(answer.out)["rows"].values()) == 3000
+    for name in ("new", "moved"):
+        folder = tmp_path / name
+        tokenizer, config = load_tokenizer(str(folder)), load_model(str(folder)).config
+        assert tokenizer.view.vocab_size == config.vocab_size == 3000
+        assert tokenizer.tokenizer.eos_token_id == config.eos_token_id == 2999
+        assert json.loads((folder / "receipt.json").read_text())["tokenizer"] == "gpt2 cut to 3000"
+
+
+def test_a_cut_that_is_not_possible(cdm, trained: Path, tmp_path: Path) -> None:
+    command = ("student", "transplant", "--from", trained, "-o", tmp_path / "out")
+    refused(cdm(*command, "--tokenizer", "gpt2", "--entries", 100), "entries is 100", "257 to 50257")
+    refused(cdm(*command, "--tokenizer", "mistral", "--entries", 3000), "mistral is SentencePiece BPE")
+    refused(cdm(*command, "--tokenizer", "gpt2", "--entries", 0), "--entries")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_names(cdm, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(cdm("student", "transplant", "--from", "no-such", "--tokenizer", "gpt2", "-o", out), "'no-such'")

@@ -1,0 +1,414 @@
+"""Held-out text, and models on it: bits of its bytes, and the divergence from a teacher that has spoken once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.compare.record import Measured
+from cdm_toolkit.distill.collate import Collator, TeacherLayout
+from cdm_toolkit.distill.data import Features, Side, TeacherSide, build_features, side_of
+from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint
+from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
+from cdm_toolkit.evaluation.bpb import first_scored
+from cdm_toolkit.hub.batches import batches, scored_places
+from cdm_toolkit.hub.models import (
+    check_positions,
+    check_vocabulary,
+    load_model,
+    model_fingerprint,
+    model_folder,
+)
+from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
+from cdm_toolkit.tokdiff.changes import changes
+from cdm_toolkit.vocab_map.exact import build_exact
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool
+    from transformers import PreTrainedModel
+
+    from cdm_toolkit.distill.cached_teacher import CachedTeacher
+    from cdm_toolkit.distill.collate import Batch, TeacherBatch
+    from cdm_toolkit.distill.losses.combine import Reader
+    from cdm_toolkit.distill.losses.record import Method
+    from cdm_toolkit.tokdiff.spans import TokenSpans
+    from cdm_toolkit.tokdiff.view import TokenizerView
+
+FORMAT: Literal["cdm-toolkit held-out text"] = "cdm-toolkit held-out text"
+VERSION: Literal[1] = 1
+HEADER_FILE, ROWS_FILE, CACHE_FOLDER = "heldout.json", "rows.jsonl", "teacher-cache"
+TOP_K = 100
+"""Likeliest ids of the teacher that the divergence looks at one by one; all others are one outcome."""
+UNCUT = 1 << 30
+"""A longest row that none reaches: bits are of the bytes of the whole row."""
+
+OnRow = Callable[[int, int], None]
+"""Called with how many rows are done and how many there are."""
+
+
+class _Header(BaseModel):
+    """What lies in a folder of held-out text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    format: Literal["cdm-toolkit held-out text"] = FORMAT
+    version: Literal[1] = VERSION
+    kinds: dict[str, int]
+    """How many rows each kind has, in the order of the rows."""
+    rows_fingerprint: str
+    teacher: str
+    model_fingerprint: str
+    """Of the teacher's weights."""
+    top_k: int | None
+    """None where the divergence from the teacher is not measured."""
+    scores: dict[str, dict[str, float]]
+    """The teacher's own, by kind: the fields of `Measured`."""
+    receipt: dict[str, Any]
+
+    @property
+    def made_of(self) -> list[Any]:
+        return [list(self.kinds.items()), self.rows_fingerprint, self.model_fingerprint, self.top_k]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heldout:
+    """Text to measure on, with what the teacher says about it. It is made once, and opened for each model."""
+
+    folder: Path
+    rows: Mapping[str, tuple[Row, ...]]
+    """By kind; numbered from 1 through all kinds."""
+    teacher: Mapping[str, Measured]
+    """The teacher itself on each kind; its divergence is 0, over no boundaries."""
+    teacher_name: str
+    top_k: int | None
+
+    @staticmethod
+    def make(
+        folder: str | Path,
+        kinds: Mapping[str, Sequence[Row]],
+        teacher: str,
+        *,
+        divergence: bool = True,
+        batch_size: int | None = None,
+        device: str = "cpu",
+        on_row: OnRow = lambda _done, _total: None,
+    ) -> Heldout:
+        """Measure the teacher on rows of several kinds, keep what it says at each token, and write all to a folder.
+
+        Without `divergence` nothing is kept but its bits. What is there already, made of the same rows and weights, is
+        taken as it is; half of it is gone on with. Raises BadRow for a row without a completion, BadArtifact for a
+        folder with other text, and as `score_model`.
+        """
+        folder, rows = Path(folder), _numbered(kinds)
+        every = [row for of_kind in rows.values() for row in of_kind]
+        vocab = load_tokenizer(teacher).view.vocab_size
+        header = _Header(
+            kinds={kind: len(of_kind) for kind, of_kind in rows.items()},
+            rows_fingerprint=rows_fingerprint(every),
+            teacher=teacher,
+            model_fingerprint=model_fingerprint(model_folder(teacher)),
+            top_k=min(TOP_K, vocab) if divergence else None,
+            scores={},
+            receipt={},
+        )
+        if (folder / HEADER_FILE).is_file():
+            return _same(folder, header)
+        _write_rows(folder, every)
+        bits_only = Heldout(folder, rows, {}, teacher, None)
+        measured = score_model(teacher, bits_only, batch_size=batch_size, device=device, on_row=on_row)
+        if header.top_k is not None:
+            _let_speak(folder, header, batch_size or 8, device)
+        scores = {kind: asdict(of_kind) for kind, of_kind in measured.items()}
+        made_by = receipt(fingerprints={"model": header.model_fingerprint}, device=device)
+        _write_header(folder, header.model_copy(update={"scores": scores, "receipt": dict(made_by)}))
+        return Heldout.open(folder)
+
+    @staticmethod
+    def open(folder: str | Path) -> Heldout:
+        """Open what `make` has written. Raises FileProblem, BadArtifact."""
+        folder = Path(folder)
+        header = _read_header(folder)
+        every = read_rows(folder / ROWS_FILE)
+        whole = sum(header.kinds.values()) == len(every) and header.scores.keys() == header.kinds.keys()
+        if not whole or rows_fingerprint(every) != header.rows_fingerprint:
+            raise BadArtifact(folder / ROWS_FILE, "these are not the rows that were written", _AGAIN)
+        left = iter(every)
+        rows = {kind: tuple(next(left) for _ in range(count)) for kind, count in header.kinds.items()}
+        scores = {kind: _measured(fields) for kind, fields in header.scores.items()}
+        return Heldout(folder, rows, scores, header.teacher, header.top_k)
+
+
+_AGAIN = "remove the folder, and have it made again"
+
+
+def _numbered(kinds: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Row, ...]]:
+    """Number rows through all kinds, as the file will have them; a chat is read as a text."""
+    if not kinds or not all(kinds.values()):
+        raise BadOption(
+            "held-out text", {kind: len(rows) for kind, rows in kinds.items()}, "rows of each kind"
+        )
+    numbers = iter(range(1, 1 + sum(map(len, kinds.values()))))
+    for kind, rows in kinds.items():
+        for row in rows:
+            if not row.completion:
+                raise BadRow(
+                    f"held-out text {kind}", row.number, "it has no completion to measure", "remove it"
+                )
+    return {
+        kind: tuple(Row(next(numbers), row.prompt, row.completion) for row in rows)
+        for kind, rows in kinds.items()
+    }
+
+
+def _measured(fields: Mapping[str, float]) -> Measured:
+    return Measured(
+        fields["bits"], int(fields["scored_bytes"]), fields["divergence"], int(fields["boundaries"])
+    )
+
+
+def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    with atomic_write(folder / ROWS_FILE) as file:
+        for row in rows:
+            said = {"prompt": row.prompt, "completion": row.completion}
+            file.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
+
+
+def _write_header(folder: Path, header: _Header) -> None:
+    with atomic_write(folder / HEADER_FILE) as file:
+        file.write((json.dumps(header.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _read_header(folder: Path) -> _Header:
+    file = folder / HEADER_FILE
+    try:
+        return _Header.model_validate(json.loads(file.read_bytes()))
+    except OSError as error:
+        raise FileProblem(file, f"it cannot be read ({error.strerror})") from None
+    except (ValidationError, ValueError) as error:
+        raise BadArtifact(file, f"it is damaged ({str(error).splitlines()[0]})", _AGAIN) from None
+
+
+def _same(folder: Path, header: _Header) -> Heldout:
+    if _read_header(folder).made_of != header.made_of:
+        fix = "give another folder, or remove this one"
+        raise BadArtifact(folder, "it has other held-out text, or was made by another teacher", fix)
+    return Heldout.open(folder)
+
+
+def _let_speak(folder: Path, header: _Header, batch_size: int, device: str) -> None:
+    """Keep the teacher's top k at each token of the completions, in full precision."""
+    from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
+
+    settings = CacheSettings(
+        model=header.teacher,
+        data=str(folder / ROWS_FILE),
+        output=str(folder / CACHE_FOLDER),
+        k=header.top_k or 0,
+        dtype="float32",
+        max_length=UNCUT,
+        batch_size=batch_size,
+        device=device,
+    )
+    write_cache(settings)
+
+
+# Models
+
+
+def score_model(
+    model: str | Path,
+    heldout: Heldout,
+    *,
+    batch_size: int | None = None,
+    device: str = "cpu",
+    on_row: OnRow = lambda _done, _total: None,
+) -> dict[str, Measured]:
+    """Measure a model with its tokenizer on each kind of held-out text, with one forward pass a batch.
+
+    Bits are those of `passage_bits`: all tokens that spell a byte of the completion, after the same start token, and no
+    end of text. The divergence is KL(teacher ‖ model) in nats at each boundary that both tokenizers share in the
+    completion, its beginning and its end (where both end a text with a token) among them: over the ids of the teacher's
+    top k that have the same bytes or role on both sides, with all other probability as one more outcome, at temperature
+    1. Rows are read whole; those of like length run together, and `batch_size` changes nothing but the rounding. Raises
+    BadRow for a row that a tokenizer changes or that has no shared boundary, BadOption for one longer than the model's
+    positions, VocabularyTooSmall, CdmError where a likelihood is not finite, and the errors of models and tokenizers.
+    """
+    name = str(model)
+    tokenizer = load_tokenizer(name)
+    teacher = None if heldout.top_k is None else side_of(load_tokenizer(heldout.teacher_name))
+    texts = _texts(heldout, tokenizer, teacher)
+    loaded = load_model(name, device=device)
+    check_vocabulary(loaded, name, tokenizer.view.vocab_size)
+    longest = max(len(text.features.student_ids) for text in texts)
+    check_positions(loaded, name, longest, option="the tokens of the longest held-out row")
+    ask = None if teacher is None else _Ask.of(heldout, teacher, tokenizer.view, texts, device)
+    scorer = _Scorer(name, loaded, ask)
+    parts: dict[str, list[Measured]] = {kind: [] for kind in heldout.rows}
+    done = 0
+    for kind, batch in _batches(heldout, texts, batch_size, loaded):
+        parts[kind].append(scorer.measure(batch))
+        done += len(batch)
+        on_row(done, len(texts))
+    return {kind: Measured.sum(of_kind) for kind, of_kind in parts.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Text:
+    """A row as the model reads it, from the token on that first spells a byte of the completion."""
+
+    features: Features
+    ended: bool
+    """Its last token is the end of text, which spells no byte."""
+    scored_bytes: int
+    free_bits: float
+    """What a first token without context costs."""
+
+
+def _texts(heldout: Heldout, tokenizer: Loaded, teacher: Side | None) -> list[_Text]:
+    rows = [row for of_kind in heldout.rows.values() for row in of_kind]
+    side = side_of(tokenizer)
+    sides = [] if teacher is None else [TeacherSide(teacher, "bytes")]
+    features, _ = build_features(rows, side, sides, max_length=UNCUT)
+    by_row = {of_row.row: of_row for of_row in features}
+    spans = side.view.encode_batch([row.text for row in rows])
+    file = heldout.folder / ROWS_FILE
+    return [
+        _text(file, row, by_row.get(row.number), of_row, side)
+        for row, of_row in zip(rows, spans, strict=True)
+    ]
+
+
+def _text(file: Path, row: Row, features: Features | None, spans: TokenSpans, side: Side) -> _Text:
+    name = side.view.name
+    if changed := changes(spans):
+        problem = (
+            f"{name} reads {changed[0].spelled!r} where it has {changed[0].text!r}: its bits would be too few"
+        )
+        raise BadRow(file, row.number, problem, _LEAVE_OUT)
+    if features is None:
+        raise BadRow(
+            file, row.number, f"{name} has no token in its completion that follows another", _LEAVE_OUT
+        )
+    if not all(len(teacher.groups) for teacher in features.teachers):
+        problem = f"{name} has no boundary in it that the teacher shares"
+        raise BadRow(file, row.number, problem, f"{_LEAVE_OUT}, or measure no divergence")
+    first = first_scored(spans, row.completion_start)
+    return _Text(
+        features=replace(features, label_from=max(side.shift + first, 1)),
+        ended=side.eos is not None,
+        scored_bytes=len(row.completion.encode()),
+        free_bits=0.0 if side.shift + first else math.log2(side.view.vocab_size),
+    )
+
+
+_LEAVE_OUT = "leave this row out"
+
+
+def _batches(
+    heldout: Heldout, texts: Sequence[_Text], size: int | None, model: PreTrainedModel
+) -> Iterator[tuple[str, list[_Text]]]:
+    """Put the rows of a kind together that have like lengths."""
+    places = scored_places(model.get_input_embeddings().weight.shape[0])
+    left = iter(texts)
+    for kind, rows in heldout.rows.items():
+        of_kind = [next(left) for _ in rows]
+        lengths = [len(text.features.student_ids) for text in of_kind]
+        for batch in batches(lengths, size, tokens=places):
+            yield kind, [of_kind[place] for place in batch]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ask:
+    """What the teacher has said, and the map to the ids of the model that is compared with it."""
+
+    teacher: CachedTeacher
+    method: Method
+    vocab_s: int
+
+    @staticmethod
+    def of(
+        heldout: Heldout, teacher: Side, student: TokenizerView, texts: Sequence[_Text], device: str
+    ) -> _Ask:
+        import torch
+
+        from cdm_toolkit.distill.cached_teacher import CachedTeacher, check_rows, open_cache
+        from cdm_toolkit.distill.losses.methods import Ingredients, build_method
+
+        rows = [row for of_kind in heldout.rows.values() for row in of_kind]
+        cache = open_cache(heldout.folder / CACHE_FOLDER, teacher, rows, "none")
+        check_rows(cache, [text.features for text in texts], 0)
+        partner = torch.from_numpy(build_exact(teacher.view, student).dense()).to(device)
+        made_of = Ingredients(teacher.view.vocab_size, student.vocab_size, partner)
+        said = CachedTeacher(cache, k=cache.k, device=device)
+        return _Ask(said, build_method("em", made_of), student.vocab_size)
+
+    def reader(self, batch: TeacherBatch, rows: Sequence[int]) -> Reader:
+        from cdm_toolkit.distill.losses.combine import Reader
+
+        return Reader(self.method, self.teacher.says(batch, rows), self.vocab_s, batch["student_rows"])
+
+
+class _Scorer:
+    """A loaded model, measured batch by batch; without `ask` its divergence is 0 over no boundaries."""
+
+    def __init__(self, name: str, model: PreTrainedModel, ask: _Ask | None) -> None:
+        self.name, self.model, self.ask = name, model, ask
+        self.collator = Collator((TeacherLayout(),) if ask else ())
+
+    def measure(self, texts: Sequence[_Text]) -> Measured:
+        import torch
+
+        from cdm_toolkit.distill.losses.combine import loss_parts
+
+        batch = self.collator([text.features for text in texts])
+        with torch.inference_mode():
+            parts = loss_parts(
+                self._logits(batch), batch["labels"].to(self.model.device), self._readers(batch)
+            )
+        nats = -parts.label_logprobs.cpu().double().numpy()
+        bits = float(nats[_scored(texts)].sum()) / math.log(2) + sum(text.free_bits for text in texts)
+        divergence = sum(float(kd.kd) for kd in parts.kd)
+        if not math.isfinite(bits + divergence):
+            raise CdmError(
+                f"{self.name} gives held-out text a likelihood that is not a number",
+                fix="its weights hold NaN or infinity: take an earlier checkpoint, or a lower learning rate",
+            )
+        groups = sum(len(teacher.groups) for text in texts for teacher in text.features.teachers)
+        return Measured(bits, sum(text.scored_bytes for text in texts), divergence, groups)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        from cdm_toolkit.distill.gather import logits_at
+
+        device = self.model.device
+        return logits_at(
+            self.model,
+            self.model.get_output_embeddings(),
+            batch["label_at"].to(device),
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+        )
+
+    def _readers(self, batch: Batch) -> list[Reader]:
+        if self.ask is None:
+            return []
+        (teacher,) = batch["teachers"]
+        moved = teacher | {"student_rows": teacher["student_rows"].to(self.model.device)}
+        return [self.ask.reader(moved, batch["rows"])]
+
+
+def _scored(texts: Sequence[_Text]) -> Bool[np.ndarray, " label"]:
+    """Mark the labels of a batch that spell bytes."""
+    labels = np.array([text.features.labels for text in texts])
+    scored = np.ones(labels.sum(), bool)
+    scored[labels.cumsum()[[text.ended for text in texts]] - 1] = False
+    return scored
