@@ -88,7 +88,7 @@ class CachedTeacher:
         if not whole_tokens:
             return TeacherSays(top)
         said = torch.from_numpy(np.concatenate(tokens)).to(self.device)
-        return TeacherSays(top, batch["next_ids"].to(self.device), said, batch["group"].to(self.device))
+        return TeacherSays(top, said, batch["group"].to(self.device))
 
     def _positions(self, row: CachedRow, places: np.ndarray) -> np.ndarray:
         """Turn places in the row's tokens into positions of the cache."""

@@ -58,4 +58,4 @@ class OnlineTeacher:
             return TeacherSays(top)
         real = logits.narrow(1, 0, self.vocab_t)
         chosen = values_at(logits, every, batch["next_ids"]).to(top.logprobs.dtype) - log_sum_exp(real)
-        return TeacherSays(top, batch["next_ids"], chosen, group)
+        return TeacherSays(top, chosen, group)

@@ -62,7 +62,9 @@ def test_all_faults_are_listed_at_once() -> None:
         ({"method": "kl", "theta": 0.2}, "kl has no use for theta"),
         ({"method": "uld", "guards": True, "rest_bucket": False}, "uld has no use for guards, rest_bucket"),
         ({"method": "alm", "temperature": 2}, "alm has no use for temperature"),
-        ({"positions": "mean", "cache": "c"}, "positions mean needs whole logits"),
+        ({"mapping": "near", "positions": "mean", "cache": "c"}, "positions mean needs whole logits"),
+        ({"theta": 0.2}, "cdm with mapping spelled has no use for theta"),
+        ({"mapping": "near", "inside": False}, "cdm with mapping near has no use for inside"),
         ({"entropy": "models"}, "aligner anchored has no use for entropy models"),
     ],
 )
@@ -105,8 +107,8 @@ def test_the_preset_is_the_papers() -> None:
 def test_a_run_file_with_assignments_over_it(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("student: s\ndata: d\noutput: o\nteachers:\n  - model: t\ntrain:\n  lr: 3e-4\n")
-    config = from_file(file, ["train.lr=2e-5", "teachers.0.guards=false", "alpha=0.25"])
-    assert (config.train.lr, config.teachers[0].guards, config.alpha) == (2e-5, False, 0.25)
+    config = from_file(file, ["train.lr=2e-5", "teachers.0.inside=false", "alpha=0.25"])
+    assert (config.train.lr, config.teachers[0].inside, config.alpha) == (2e-5, False, 0.25)
     assert from_file(file).train.lr == 3e-4, "YAML reads 3e-4 as a text, a run file as a number"
 
 

@@ -45,6 +45,7 @@ from cdm_toolkit.distill.trainer import DistillTrainer, Lesson
 from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.partners import WIDTH
+from cdm_toolkit.vocab_map.spelling import LONGEST
 
 VOCAB_T, VOCAB_S, ROWS_S = 128_256, 151_936, 152_064
 TOP_K = 100
@@ -206,7 +207,16 @@ def method(name: str, sizes: Sizes) -> Method:
         claimed = ids(VOCAB_S).bool()
         return partial(gold, settings=GoldSettings(ids(vocab_t), claimed, TOP_K, 0.7, 0.3))
     table = PairTable(ids(vocab_t + 1, WIDTH), ids(vocab_t + 1, WIDTH).int(), VOCAB_S)
-    return build_method(name, Ingredients(vocab_t, VOCAB_S, partner=ids(vocab_t), pairs=table, top_k=TOP_K))
+    given = Ingredients(
+        vocab_t,
+        VOCAB_S,
+        partner=ids(vocab_t),
+        pairs=table,
+        spelling=ids(vocab_t, LONGEST),
+        beginning=ids(VOCAB_S),
+        top_k=TOP_K,
+    )
+    return build_method(name, given)
 
 
 def traced(name: str, sizes: Sizes) -> Traced:

@@ -26,13 +26,12 @@ class TeacherSays:
     """What a teacher says about the groups of a batch, which are one flat list. None of it has a gradient.
 
     `top` is the distribution before each group (`boundary`), or that of the mean of its logits (`mean`). Where
-    the method looks at whole tokens, `token_ids` are the tokens that the groups hold, `token_logprobs` their
-    log-probabilities, each given all before it, and `token_group` says whose they are: ascending, each group
-    has at least one.
+    the method looks at whole tokens, `token_logprobs` are the log-probabilities of the tokens that the groups
+    hold, each given all before it, and `token_group` says whose they are: ascending, each group has at least
+    one.
     """
 
     top: TopK
-    token_ids: Int64[Tensor, " token_t"] | None = None
     token_logprobs: Float[Tensor, " token_t"] | None = None
     token_group: Int64[Tensor, " token_t"] | None = None
 

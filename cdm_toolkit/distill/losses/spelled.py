@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cdm_toolkit.distill.losses.alm import log1mexp
-from cdm_toolkit.distill.losses.buckets import FULL, NOTHING, bucket_kl
+from cdm_toolkit.distill.losses.buckets import NOTHING, bucket_kl
 from cdm_toolkit.distill.losses.pick import top_k
-from cdm_toolkit.distill.losses.reading import group_sums
 from cdm_toolkit.distill.losses.record import KdParts, Reading, StudentSees, TeacherSays, TopK
 from cdm_toolkit.distill.losses.static_map import merged
 from cdm_toolkit.vocab_map.contextual import matched_mass
@@ -62,18 +60,15 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
     Candidates whose spellings go on with one token are one outcome. Both distributions are renormalised over
     the outcomes at temperature T, with all other probability as one more where `rest_bucket` is set. At a
     boundary a student token of its top k that is no outcome, such as `48` where the teacher writes `4` and
-    `8`, counts for the outcome that its own spelling begins with; the one that stands in the text is an outcome
-    of its own, with the likelihood of the teacher's tokens. The divergences of a group's places are summed up.
-    The teacher's token that stands in the text is a candidate, whatever its rank.
+    `8`, counts for the outcome that its own spelling begins with. The divergences of a group's places are
+    summed up; a place inside where no candidate is left adds nothing.
 
     A mapping of this tool's own, in place of the pairs of arXiv 2502.11104, section 3.3.
     """
     groups = len(says.top.ids)
-    candidates = _with_the_text(says)
+    candidates = says.top
     places = _places(sees, groups, inside=settings.inside)
     partners, logprobs = _next_tokens(sees, candidates, places, settings.spelling)
-    if settings.beginning is not None:
-        partners, logprobs = _with_whole_groups(sees, says, places, partners, logprobs)
     teacher = merged(TopK(partners, logprobs), partners)
     width = teacher.ids.shape[1]
     rows, ids = places.rows.repeat_interleave(width), teacher.ids.clamp(min=0).flatten()
@@ -82,7 +77,7 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
         longer = _longer(sees, teacher.ids.narrow(0, 0, groups), settings.beginning, settings.top_k)
         rows = torch.cat((rows, sees.rows.repeat_interleave(longer.ids.shape[1])))
         ids = torch.cat((ids, longer.ids.flatten()))
-    matched = (partners.narrow(0, 0, groups) >= 0).narrow(1, 0, candidates.ids.shape[1])
+    matched = partners.narrow(0, 0, groups) >= 0
 
     def divergence(picked: Tensor) -> KdParts:
         own = picked.narrow(0, 0, teacher.ids.numel()).view_as(teacher.logprobs)
@@ -104,20 +99,6 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
         )
 
     return Reading(rows, ids, divergence)
-
-
-def _with_the_text(says: TeacherSays) -> TopK:
-    """Add the first token of each group to the candidates; −inf where it is one of them."""
-    assert says.token_ids is not None
-    assert says.token_logprobs is not None
-    assert says.token_group is not None
-    every = torch.arange(len(says.top.ids), device=says.top.ids.device)
-    first = torch.searchsorted(says.token_group, every)
-    actual = says.token_ids.index_select(0, first).unsqueeze(-1)
-    there = (says.top.ids == actual).any(-1, keepdim=True)
-    logprob = says.token_logprobs.index_select(0, first).unsqueeze(-1).to(says.top.logprobs.dtype)
-    added = logprob.masked_fill(there, -torch.inf)
-    return TopK(torch.cat((says.top.ids, actual), -1), torch.cat((says.top.logprobs, added), -1))
 
 
 def _places(sees: StudentSees, groups: int, *, inside: bool) -> _Places:
@@ -152,51 +133,6 @@ def _next_tokens(
     goes_on = left & (places.before < longest).unsqueeze(-1)
     tokens = torch.where(goes_on, ways.gather(-1, at).squeeze(-1), NO_MATCH)
     return tokens, _given(candidates.logprobs.index_select(0, places.group), tokens >= 0, places.before > 0)
-
-
-def _with_whole_groups(
-    sees: StudentSees,
-    says: TeacherSays,
-    places: _Places,
-    partners: Int64[Tensor, "place candidate"],
-    logprobs: Float[Tensor, "place candidate"],
-) -> tuple[Int64[Tensor, "place more"], Float[Tensor, "place more"]]:
-    """Add each student token that is a group of several teacher tokens, with their likelihood.
-
-    That is taken off the first of them, which stands for all student tokens that begin with it.
-    """
-    assert sees.token_ids is not None
-    assert sees.token_group is not None
-    assert says.token_logprobs is not None
-    assert says.token_ids is not None
-    assert says.token_group is not None
-    groups = len(says.top.ids)
-    every = torch.arange(groups, device=partners.device)
-    first_t, first_s = (torch.searchsorted(of, every) for of in (says.token_group, sees.token_group))
-    several = torch.searchsorted(says.token_group, every, right=True) - first_t > 1
-    alone = torch.searchsorted(sees.token_group, every, right=True) - first_s == 1
-    whole = group_sums(says.token_logprobs, says.token_group, groups).to(logprobs.dtype)
-    here = several & alone & (whole > -torch.inf)
-    token = torch.where(here, sees.token_ids.index_select(0, first_s), NO_MATCH)
-    logprob = torch.where(here, whole, -torch.inf)
-
-    actual = says.token_ids.index_select(0, first_t).unsqueeze(-1)
-    at_boundary = logprobs.narrow(0, 0, groups)
-    is_first = torch.cat((says.top.ids, actual), -1).eq(actual) & here.unsqueeze(-1)
-    less = at_boundary + log1mexp((logprob.unsqueeze(-1) - at_boundary).clamp(min=NOTHING, max=FULL))
-    at_boundary = torch.where(is_first & (at_boundary > -torch.inf), less, at_boundary)
-    inside = len(logprobs) - groups
-    nobody, nothing = partners.new_full((inside,), NO_MATCH), logprobs.new_full((inside,), -torch.inf)
-    return (
-        torch.cat((partners, torch.cat((token, nobody)).unsqueeze(-1)), -1),
-        torch.cat(
-            (
-                torch.cat((at_boundary, logprobs.narrow(0, groups, inside))),
-                torch.cat((logprob, nothing)).unsqueeze(-1),
-            ),
-            -1,
-        ),
-    )
 
 
 def _text(sees: StudentSees, groups: int, most: int) -> list[Int64[Tensor, " group"]]:

@@ -55,7 +55,7 @@ class Case:
         if not tokens:
             return TeacherSays(top)
         chosen = logits[:, : world.vocab_t].log_softmax(-1).gather(1, self.teacher_ids[:, None])[:, 0]
-        return TeacherSays(top, self.teacher_ids, chosen, self.group_t)
+        return TeacherSays(top, chosen, self.group_t)
 
     def reader(self, name: str) -> Reader:
         tokens = METHODS[name].needs_tokens
@@ -84,7 +84,6 @@ class Case:
                 student=softmax(z[rows[0]]),
                 tokens_t=[float(softmax(zt[i, : world.vocab_t])[self.teacher_ids[i]]) for i in of_t],
                 tokens_s=[float(softmax(z[i])[self.labels[i]]) for i in rows],
-                first_t=int(self.teacher_ids[of_t[0]]),
                 text=self.labels[rows].tolist(),
                 at_tokens=[softmax(z[i]) for i in rows],
             )

@@ -216,7 +216,7 @@ def test_no_groups(name: str) -> None:
     says = TeacherSays(top)
     if tokens:
         assert reader.says.token_logprobs is not None
-        says = TeacherSays(top, nobody, reader.says.token_logprobs[:0], nobody)
+        says = TeacherSays(top, reader.says.token_logprobs[:0], nobody)
     empty = Reader(
         method=reader.method,
         says=says,
@@ -294,7 +294,7 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
         token = ids(240) if spec.needs_tokens else None
         reader = Reader(
             method=method,
-            says=TeacherSays(teacher, token, None if token is None else token.float(), token),
+            says=TeacherSays(teacher, None if token is None else token.float(), token),
             vocab_s=vocab_s,
             student_rows=ids(groups),
             student_group=ids(groups) if mean else None,

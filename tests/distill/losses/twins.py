@@ -23,8 +23,6 @@ class Group:
     tokens_t: list[float]
     """Of the tokens that the group holds."""
     tokens_s: list[float]
-    first_t: int
-    """The teacher's token that the group begins with."""
     text: list[int]
     """The student's tokens that the group holds."""
     at_tokens: list[np.ndarray]
@@ -109,7 +107,7 @@ def static_map_twin(group: Group, world: World) -> tuple[float, float, int]:
 
 def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
     """Walk through the group's tokens: who of the candidates is still spelled like the text, and goes on how?"""
-    candidates = group.teacher | {group.first_t: group.tokens_t[0]}
+    candidates = group.teacher
     kd = 0.0
     for place, student in enumerate(group.at_tokens):
         masses: dict[int, float] = {}
@@ -117,13 +115,6 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
             way = list(world.ways[teacher_id])
             if way[:place] == group.text[:place] and len(way) > place:
                 masses[way[place]] = masses.get(way[place], 0.0) + mass
-        if not place and len(group.text) == 1 and len(group.tokens_t) > 1:
-            # the text's own token, and less for the first teacher token of its spelling
-            whole = math.prod(group.tokens_t)
-            if way := list(world.ways[group.first_t]):
-                masses[way[0]] += max(candidates[group.first_t] * CUT, candidates[group.first_t] - whole)
-                masses[way[0]] -= candidates[group.first_t]
-            masses[group.text[0]] = masses.get(group.text[0], 0.0) + whole
         if not masses:
             continue
         q = {i: float(student[i]) for i in masses}
