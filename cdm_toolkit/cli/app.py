@@ -9,6 +9,7 @@ import typer
 from cdm_toolkit import __version__
 from cdm_toolkit.cli import (
     align,
+    compare,
     distill,
     doctor,
     evaluate,
@@ -35,8 +36,10 @@ app.add_typer(vocab_map.app, name="vocab-map")
 app.add_typer(student.app, name="student")
 app.add_typer(teacher.app, name="teacher")
 app.command(name="distill")(distill.distill)
+app.command(name="compare")(compare.compare)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(evaluate.app, name="eval")
+app.command(name="compare")(compare.compare)
 app.command(name="generate")(generate.generate)
 app.add_typer(models.app, name="models")
 app.command(name="doctor")(doctor.doctor)

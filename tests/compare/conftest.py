@@ -142,3 +142,19 @@ def no_gap_outside() -> StudyResult:
     made = study(("sft", "em", "cdm"))
     better = {kind: replace(each, bits=each.bits * 0.5) for kind, each in made.start.outside.items()}
     return replace(made, start=replace(made.start, outside=better))
+
+
+@pytest.fixture
+def no_divergence() -> StudyResult:
+    """A study that does not measure the divergence."""
+    made = study(("sft", "em", "cdm"))
+
+    def without(scores: ModelScores) -> ModelScores:
+        sides = {
+            side: {kind: replace(each, divergence=0.0, boundaries=0) for kind, each in measured.items()}
+            for side, measured in (("inside", scores.inside), ("outside", scores.outside))
+        }
+        return replace(scores, **sides)
+
+    cells = tuple(replace(each, scores=without(each.scores)) for each in made.cells)
+    return replace(made, start=without(made.start), teacher=without(made.teacher), cells=cells)

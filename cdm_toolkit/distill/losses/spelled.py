@@ -122,17 +122,23 @@ def _next_tokens(
 
     Inside a group that is the probability given what of the group is spelled already.
     """
-    longest = spelling.shape[1]
-    ways = spelling.index_select(0, candidates.ids.flatten()).view(*candidates.ids.shape, longest)
-    ways = ways.index_select(0, places.group)
-    left = (candidates.logprobs > -torch.inf).index_select(0, places.group)
-    for nth, token in enumerate(_text(sees, len(candidates.ids), longest - 1)):
-        same = ways.select(-1, nth) == token.index_select(0, places.group).unsqueeze(-1)
-        left = left & (same | (places.before <= nth).unsqueeze(-1))
-    at = places.before.clamp(max=longest - 1).view(-1, 1, 1).expand(-1, ways.shape[1], 1)
-    goes_on = left & (places.before < longest).unsqueeze(-1)
-    tokens = torch.where(goes_on, ways.gather(-1, at).squeeze(-1), NO_MATCH)
-    return tokens, _given(candidates.logprobs.index_select(0, places.group), tokens >= 0, places.before > 0)
+    groups, longest = len(candidates.ids), spelling.shape[1]
+    possible = candidates.logprobs > -torch.inf
+    first = spelling.select(1, 0).index_select(0, candidates.ids.flatten()).view_as(candidates.ids)
+    at_boundary = torch.where(possible, first, NO_MATCH)
+
+    group = places.group.narrow(0, groups, len(places.group) - groups)
+    before = places.before.narrow(0, groups, len(group))
+    ids, left = candidates.ids.index_select(0, group), possible.index_select(0, group)
+    ways = spelling.index_select(0, ids.flatten()).view(*ids.shape, longest)
+    for nth, token in enumerate(_text(sees, groups, longest - 1)):
+        same = ways.select(-1, nth) == token.index_select(0, group).unsqueeze(-1)
+        left = left & (same | (before <= nth).unsqueeze(-1))
+    left = left & (before < longest).unsqueeze(-1)
+    at = before.clamp(max=longest - 1).view(-1, 1, 1).expand(-1, ids.shape[1], 1)
+    inside = torch.where(left, ways.gather(-1, at).squeeze(-1), NO_MATCH)
+    given = _given(candidates.logprobs.index_select(0, group), inside >= 0)
+    return torch.cat((at_boundary, inside)), torch.cat((candidates.logprobs, given))
 
 
 def _text(sees: StudentSees, groups: int, most: int) -> list[Int64[Tensor, " group"]]:
@@ -150,14 +156,11 @@ def _text(sees: StudentSees, groups: int, most: int) -> list[Int64[Tensor, " gro
 
 
 def _given(
-    logprobs: Float[Tensor, "place candidate"],
-    mask: Bool[Tensor, "place candidate"],
-    inside: Bool[Tensor, " place"],
+    logprobs: Float[Tensor, "place candidate"], mask: Bool[Tensor, "place candidate"]
 ) -> Float[Tensor, "place candidate"]:
-    """Inside a group, make the candidates in `mask` all that there is."""
-    some = (mask.any(-1) & inside).unsqueeze(-1)
+    """Make the candidates in `mask` all that there is, where there are any."""
     total = logprobs.masked_fill(mask.logical_not(), NOTHING).logsumexp(-1, keepdim=True)
-    return logprobs - torch.where(some, total, 0.0)
+    return logprobs - torch.where(mask.any(-1, keepdim=True), total, 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,378 @@
+"""`cdm compare`: train several methods at equal cost, measure all, and say which is better."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cdm_toolkit.cli import options
+
+if TYPE_CHECKING:
+    from cdm_toolkit.compare.record import Cell, StudyResult
+    from cdm_toolkit.compare.run import Failure, Progress, Running
+    from cdm_toolkit.compare.store import StudyFolder
+    from cdm_toolkit.compare.study import StudyConfig
+
+
+def compare(
+    study: Annotated[
+        str | None, typer.Argument(help="A study file (YAML), or the name of one that comes along.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder that keeps each cell, to go on from and read. <study>-output without it.",
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any setting of a study, such as steps=20 or train.gsm8k.path=rows.jsonl. Again for more.",
+        ),
+    ] = None,
+    cell: Annotated[
+        int | None, typer.Option(help="Run this cell alone, in this process: for several machines.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Cells that run at a time.", min=1)] = 1,
+    list_cells: Annotated[
+        bool, typer.Option("--list", help="List the cells with their numbers, and what is done. Run nothing.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Draw what is there. Run nothing.")] = False,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep each cell's student, which is measured and removed.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Start anew what --output has; with --cell that cell alone."),
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train all methods of a study on the same rows, steps and seeds, and measure them on held-out text.
+
+    A cell is one method with one seed. What is finished is kept: the same command goes on with the rest.
+
+    Examples:
+
+    cdm compare quickstart-small --workers 2
+
+    cdm compare study.yaml -o out --set steps=20 --list
+    """
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.compare.store import StudyFolder
+    from cdm_toolkit.compare.study import from_file
+
+    _check_options(study, {"--cell": cell is not None, "--list": list_cells, "--report": report}, overwrite)
+    assert study is not None
+    config = from_file(study, assignments or [])
+    folder = StudyFolder(output or Path(f"{config.name}-output"))
+    command = _command(study, output, assignments or [])
+    if list_cells:
+        _list(config, folder, as_json)
+    elif report:
+        _check_drawing()
+        folder.claim(config)
+        _report(config, folder, command, as_json)
+    elif cell is not None:
+        _run_one(config, folder, cell, command, keep_models=keep_models, overwrite=overwrite, as_json=as_json)
+    else:
+        _check_drawing()
+        folder.claim(config, overwrite=overwrite)
+        failures = _run_all(config, folder, workers, command, keep_models=keep_models, quiet=as_json)
+        if any(folder.read_cell(each) for each in _grid(config)):
+            _report(config, folder, command, as_json)
+        _raise_for(failures, folder, command)
+        if not as_json:
+            screen.say(f"{folder.path} keeps all of it: the same command draws it again")
+
+
+def _check_options(study: str | None, ways: Mapping[str, bool], overwrite: bool) -> None:
+    from cdm_toolkit.compare.study import list_studies
+    from cdm_toolkit.errors import BadOption, CdmError
+
+    if study is None:
+        names = ", ".join(shipped.name for shipped in list_studies())
+        raise CdmError(
+            "no study is named", fix=f"give the path of a study file, or one that is here: {names}"
+        )
+    first, *others = [name for name, wanted in ways.items() if wanted] or [""]
+    if others:
+        raise BadOption(first, f"set beside {others[0]}", "one of them")
+    if overwrite and first in ("--list", "--report"):
+        raise BadOption("--overwrite", f"set beside {first}", "one of them")
+
+
+def _check_drawing() -> None:
+    """See that pictures can be drawn before hours are spent on what they show."""
+    from importlib.util import find_spec
+
+    from cdm_toolkit.errors import MissingExtra
+
+    if find_spec("matplotlib") is None:
+        raise MissingExtra("matplotlib", "compare", "drawing the figures of a study")
+
+
+def _command(study: str, output: Path | None, assignments: Sequence[str]) -> str:
+    """Write the command line that gives this study, whichever part of it runs now."""
+    words = ["cdm", "compare", study, *([] if output is None else ["-o", str(output)])]
+    return shlex.join([*words, *(word for each in assignments for word in ("--set", each))])
+
+
+def _grid(config: StudyConfig) -> tuple[Cell, ...]:
+    from cdm_toolkit.compare.cells import grid
+
+    return grid(config)
+
+
+# Running
+
+
+def _run_all(
+    config: StudyConfig, folder: StudyFolder, workers: int, command: str, *, keep_models: bool, quiet: bool
+) -> list[Failure]:
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.compare.run import run_study
+
+    with _Screen(quiet) as shown:
+        return run_study(
+            config,
+            folder,
+            workers=workers,
+            keep_models=keep_models,
+            go_on=screen.this_command("--overwrite"),
+            say=screen.say,
+            on_stage=shown.prepare,
+            on_progress=shown.follow,
+        )
+
+
+def _run_one(
+    config: StudyConfig,
+    folder: StudyFolder,
+    number: int,
+    command: str,
+    *,
+    keep_models: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.compare.cells import cell_at
+    from cdm_toolkit.compare.run import run_cell
+
+    cell_at(config, number)
+    folder.claim(config)
+    with _Screen(quiet=True) as shown:
+        result = run_cell(
+            config,
+            folder,
+            number,
+            overwrite=overwrite,
+            keep_models=keep_models,
+            go_on=f"{command} --cell {number}",
+            say=screen.say,
+            on_stage=shown.prepare,
+        )
+    if as_json:
+        screen.print_json(asdict(result))
+        return
+    line = f"{_named(result.cell)}: {result.steps} steps of {result.step_seconds:.2f} s"
+    screen.out().print(f"{line}; put together with: {command} --report", markup=False, soft_wrap=True)
+
+
+def _raise_for(failures: Sequence[Failure], folder: StudyFolder, command: str) -> None:
+    """Fail where a cell has; what the others gave has been shown by then."""
+    from cdm_toolkit.errors import CdmError
+
+    if not failures:
+        return
+    named = "; ".join(f"{_named(failure.cell)}: {failure.why}" for failure in failures)
+    many = f"{len(failures)} cells" if len(failures) > 1 else "a cell"
+    again = f"{command} --cell {failures[0].cell.index}"
+    raise CdmError(
+        f"{many} failed: {named}",
+        fix=f"see log.txt in {folder.of(failures[0].cell)}, run it again with: {again}",
+    )
+
+
+def _named(cell: Cell) -> str:
+    alpha = f", alpha {cell.alpha:g}" if cell.in_curve else ""
+    return f"cell {cell.index} ({cell.method}{alpha}, seed {cell.seed})"
+
+
+class _Screen:
+    """Draw how far a study is: its cells, the steps of those that run, and a line for each that ends."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.progress import TimeRemainingColumn
+
+        from cdm_toolkit.cli import screen
+
+        self._bar = screen.progress()
+        # cells are few and long: what is left of all of them is told by `_left`
+        kept = [column for column in self._bar.columns if not isinstance(column, TimeRemainingColumn)]
+        self._bar.columns = tuple(kept)
+        self._quiet = quiet
+        self._tasks: dict[str, Any] = {}
+        self._began = time.monotonic()
+        self._first_done: int | None = None
+
+    def __enter__(self) -> _Screen:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)  # type: ignore[arg-type]
+
+    def prepare(self, stage: str, done: int, total: int) -> None:
+        self._update(_STAGES.get(stage, stage), done, total)
+        for name in [name for name in self._tasks if name != _STAGES.get(stage, stage)]:
+            self._bar.remove_task(self._tasks.pop(name))
+
+    def follow(self, progress: Progress) -> None:
+        if self._first_done is None:
+            self._first_done, self._began = progress.done, time.monotonic()
+        shown = {"cells": None} | {_named(each.cell): each for each in progress.running}
+        for name in [name for name in self._tasks if name not in shown]:
+            self._bar.remove_task(self._tasks.pop(name))
+        self._update("cells", progress.done, progress.planned, self._left(progress))
+        for each in progress.running:
+            self._update(_named(each.cell), each.done, each.total, _STAGES.get(each.stage, each.stage))
+        if not self._quiet:
+            self._tell(progress)
+
+    def _update(self, name: str, done: int, total: int, note: str = "") -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=total, note=note)
+        self._bar.update(self._tasks[name], completed=done, total=total, note=note)
+
+    def _left(self, progress: Progress) -> str:
+        """Guess from what was done since this began how long the rest takes."""
+        begun = sum(_share_done(each) for each in progress.running)
+        made = progress.done - (self._first_done or 0) + begun
+        left = progress.planned - progress.done - begun
+        if made < A_GUESS_FROM or not left:
+            return ""
+        return f"about {_duration((time.monotonic() - self._began) / made * left)} left"
+
+    def _tell(self, progress: Progress) -> None:
+        if progress.failed:
+            line, style = f"{_named(progress.failed.cell)} failed: {progress.failed.why}", "red"
+        elif progress.finished:
+            result = progress.finished
+            line = f"{_named(result.cell)} is done, {result.step_seconds:.2f} s a step"
+            parts = [f"{progress.done} of {progress.planned}", self._left(progress)]
+            line, style = f"{line}; {', '.join(filter(None, parts))}", "dim"
+        else:
+            return
+        self._bar.console.print(line, markup=False, soft_wrap=True, style=style)
+
+
+_STAGES = {
+    "start": "starting",
+    "align": "aligning rows",
+    "load": "loading models",
+    "entropies": "entropies of the models",
+    "neighbours": "near tokens",
+    "look": "looking at rows",
+    "train": "training",
+    "save": "saving",
+    "measure": "measuring",
+}
+
+
+A_GUESS_FROM = 0.2
+"""Of a cell that must be done before what is left is guessed."""
+_TRAINING = 0.8
+"""Of the time of a cell, about."""
+
+
+def _share_done(running: Running) -> float:
+    """Guess how much of a cell is done."""
+    share = running.done / max(running.total, 1)
+    parts = {"train": share * _TRAINING, "save": _TRAINING, "measure": _TRAINING + share * (1 - _TRAINING)}
+    return parts.get(running.stage, 0.0)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+# What came out
+
+
+def _report(config: StudyConfig, folder: StudyFolder, command: str, as_json: bool) -> None:
+    """Put the cells together, write what can be read later, and print the table."""
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.cli.compare_table import table
+    from cdm_toolkit.compare.figures import draw
+    from cdm_toolkit.compare.page import write_page
+    from cdm_toolkit.compare.results import put_together, uneven
+    from cdm_toolkit.compare.store import PAGE_FILE
+
+    result = put_together(config, folder, command=command)
+    written = [folder.write_results(result), *draw(result, folder.path)]
+    write_page(result, folder.path / PAGE_FILE)
+    for line in uneven(result.cells):
+        screen.warn(f"{line}: this is no equal comparison")
+    if as_json:
+        print((folder.path / "results.json").read_text(encoding="utf-8"), end="")  # noqa: T201
+        return
+    screen.out().print(table(result))
+    _print_rest(result, [folder.path / PAGE_FILE, *written])
+
+
+def _print_rest(result: StudyResult, files: Sequence[Path]) -> None:
+    from cdm_toolkit.cli import screen
+
+    if len(result.cells) < result.planned:
+        screen.warn(f"{len(result.cells)} of {result.planned} cells are there")
+    for file in files:
+        screen.out().print(str(file), markup=False, soft_wrap=True)
+
+
+def _list(config: StudyConfig, folder: StudyFolder, as_json: bool) -> None:
+    from cdm_toolkit.cli import screen
+
+    if folder.study_file.is_file():
+        folder.claim(config)
+    states = [(cell, _state(folder, cell)) for cell in _grid(config)]
+    if as_json:
+        screen.print_json(
+            [
+                {"cell": each.index, "method": each.method, "alpha": each.alpha, "seed": each.seed}
+                | {"in_curve": each.in_curve, "state": state}
+                for each, state in states
+            ]
+        )
+        return
+    shown = screen.table(None, "cell", "method", "α", "seed", "state", right=("cell", "α", "seed"))
+    for each, state in states:
+        line = " (line over α)" if each.in_curve else ""
+        shown.add_row(str(each.index), each.method + line, f"{each.alpha:g}", str(each.seed), state)
+    screen.out().print(shown, markup=False)
+    done = sum(state == "done" for _, state in states)
+    screen.say(f"{done} of {len(states)} cells are done in {folder.path}")
+
+
+def _state(folder: StudyFolder, cell: Cell) -> str:
+    """Say what there is of a cell."""
+    from cdm_toolkit.compare.run import running_cell
+    from cdm_toolkit.compare.store import LOG_FILE
+
+    if folder.read_cell(cell) is not None:
+        return "done"
+    if begun := running_cell(folder, cell):
+        return f"{_STAGES.get(begun.stage, begun.stage)}, {begun.done} of {begun.total}"
+    log = folder.of(cell) / LOG_FILE
+    return "stopped" if log.is_file() and not log.stat().st_size else "failed" if log.is_file() else ""

@@ -1,0 +1,81 @@
+"""A colour and a marker for each method: the same in all figures and pages, whatever else is drawn beside it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a method is drawn."""
+
+    fill: str
+    edge: str
+    """The family's colour; `fill` is lighter for a variant."""
+    marker: str
+    """As matplotlib names it."""
+
+    @property
+    def is_variant(self) -> bool:
+        return self.fill != self.edge
+
+
+# Okabe and Ito's palette without its yellow and black, which are lost on white and on dark paper, and three that stay
+# apart from it and from each other for colour-blind readers. All can be seen on white and on #0d1117.
+_FIXED: Mapping[str, tuple[str, str]] = {
+    "sft": ("#6b6b6b", "s"),
+    "em": ("#56b4e9", "^"),
+    "mined": ("#e69f00", "v"),
+    "prefix": ("#b20030", "<"),
+    "uld": ("#cc79a7", "D"),
+    "gold": ("#7e39e6", "P"),
+    "alm": ("#009e73", "X"),
+    "paper": ("#d55e00", "p"),
+    "cdm": ("#0072b2", "o"),
+}
+_OTHERS = (
+    ("#804620", ">"),
+    ("#8a8a00", "h"),
+    ("#3950e6", "d"),
+    ("#00929c", "*"),
+    ("#b05fd0", "8"),
+    ("#9a5b6a", "H"),
+)
+_VARIANTS = (">", "h", "*", "<", "H", "D", "8", "d")
+_LIGHTER = 0.5
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """Give each method its style. A variant, such as `cdm k=20`, has its family's colour in a lighter shade.
+
+    The methods of the toolkit have fixed colours, others one by their order.
+    """
+    distinct = list(dict.fromkeys(names))
+    families = dict(_FIXED)
+    unknown = [family for family in dict.fromkeys(map(family_of, distinct)) if family not in families]
+    families.update((family, _OTHERS[i % len(_OTHERS)]) for i, family in enumerate(unknown))
+    seen: Counter[str] = Counter()
+    found = {}
+    for name in distinct:
+        colour, marker = families[family_of(name)]
+        if name == family_of(name):
+            found[name] = Style(colour, colour, marker)
+        else:
+            others = [each for each in _VARIANTS if each != marker]
+            found[name] = Style(_lighter(colour), colour, others[seen[family_of(name)] % len(others)])
+            seen[family_of(name)] += 1
+    return found
+
+
+def family_of(name: str) -> str:
+    """Return a method's name without its options: what is before a space or a sign such as `,`, `=`, `(`, `+`."""
+    found = re.match(r"[\w.-]+", name)
+    return found.group() if found else name
+
+
+def _lighter(colour: str) -> str:
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(part + (255 - part) * _LIGHTER):02x}" for part in parts)

@@ -1,0 +1,115 @@
+"""All that a study has measured, put together from its cells."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.compare.cells import grid
+from cdm_toolkit.compare.record import CellResult, StudyResult
+from cdm_toolkit.compare.shared import Shared, open_shared
+from cdm_toolkit.compare.store import Stored, StudyFolder
+from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.errors import BadArtifact
+
+
+def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> StudyResult:
+    """Read the cells that are there; `command` is what a reader would run to get them.
+
+    Raises FileProblem where nothing was prepared, and BadArtifact for a cell that is damaged, or that was trained from
+    another student, by another teacher or on other rows.
+    """
+    shared = open_shared(folder)
+    cells = [stored for cell in grid(study) if (stored := folder.read_cell(cell)) is not None]
+    for stored in cells:
+        _check_origin(folder, shared, stored)
+    return StudyResult(
+        name=study.name,
+        about=study.about,
+        pair=study.pair,
+        default=study.default,
+        teacher=shared.teacher,
+        start=shared.start,
+        cells=tuple(stored.result for stored in cells),
+        planned=len(grid(study)),
+        facts=_facts(study, shared, cells, command),
+        receipt=dict(receipt(fingerprints=shared.fingerprints, device=study.run.device)),
+    )
+
+
+def _check_origin(folder: StudyFolder, shared: Shared, stored: Stored) -> None:
+    cell = stored.result.cell
+    differs = [
+        name for name, value in shared.fingerprints.items() if stored.fingerprints.get(name, value) != value
+    ]
+    if differs:
+        problem = f"it was made with another {' and '.join(differs)} than this study"
+        raise BadArtifact(folder.of(cell), problem, f"run it again: --cell {cell.index} --overwrite")
+
+
+def uneven(cells: Sequence[CellResult]) -> list[str]:
+    """Say where cells of a seed have not done the same work, which makes them no comparison."""
+    by_seed: defaultdict[int, list[CellResult]] = defaultdict(list)
+    for cell in cells:
+        by_seed[cell.cell.seed].append(cell)
+    return [line for seed, of_seed in by_seed.items() for line in _uneven(seed, of_seed)]
+
+
+def _uneven(seed: int, cells: Sequence[CellResult]) -> Iterator[str]:
+    for unit in ("steps", "tokens"):
+        done: defaultdict[int, list[str]] = defaultdict(list)
+        for cell in cells:
+            done[getattr(cell, unit)].append(cell.cell.method)
+        if len(done) > 1:
+            groups = (f"{count:,} by {', '.join(dict.fromkeys(names))}" for count, names in done.items())
+            yield f"seed {seed} has unequal {unit}: {'; '.join(groups)}"
+
+
+# What a reader must know
+
+
+def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command: str) -> dict[str, str]:
+    rows = {kind: len(of_kind) for kind, of_kind in shared.heldout.rows.items()}
+    results = [stored.result for stored in cells]
+    facts = {
+        "trained on": _counted(shared.counts),
+        "held out, inside": _counted({kind: rows[kind] for kind in study.inside}),
+        "held out, outside": _counted({kind: rows[kind] for kind in study.outside}),
+        "passed over": _passed_over(study, shared),
+        "steps": f"{study.steps} of {study.rows_a_step} rows{_tokens(results)}",
+        "seeds": ", ".join(map(str, study.seeds)),
+        "machine": "; ".join(dict.fromkeys(stored.machine for stored in cells)),
+        "unequal work": "; ".join(uneven(results)),
+        "notes": "; ".join(_warnings(cells)),
+        "command": command,
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _passed_over(study: StudyConfig, shared: Shared) -> str:
+    rows = f"{shared.passed_over} rows of more than {study.max_length} tokens on a side"
+    return rows if shared.passed_over else ""
+
+
+def _counted(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} ({count} rows)" for kind, count in rows.items())
+
+
+def _tokens(cells: Sequence[CellResult]) -> str:
+    if not cells:
+        return ""
+    counts = [cell.tokens for cell in cells]
+    least, most = min(counts), max(counts)
+    return f", {least:,} tokens" if least == most else f", {least:,} to {most:,} tokens by seed"
+
+
+def _warnings(cells: Sequence[Stored]) -> Iterator[str]:
+    """Give each warning of a run once, with the methods that it is about where it is not about all."""
+    about: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for stored in cells:
+        for warning in stored.warnings:
+            about[warning][stored.result.cell.method] = None
+    every = {stored.result.cell.method for stored in cells if stored.result.settings.get("teachers")}
+    for warning, methods in about.items():
+        yield warning if every <= methods.keys() else f"{', '.join(methods)}: {warning}"

@@ -1,0 +1,363 @@
+"""Cells, run: one in this process, or all that are missing, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.compare.cells import cell_at, grid
+from cdm_toolkit.compare.record import Cell, CellResult, Point
+from cdm_toolkit.compare.shared import OnStage, Shared, prepare, score, uses_cache
+from cdm_toolkit.compare.store import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.distill.config import DistillConfig, from_mapping
+from cdm_toolkit.errors import Interrupted
+
+PROGRESS_FILE, MODEL_FOLDER, SCRATCH = "progress.json", "model", ".scratch"
+LINES_OF_LOG = 20
+"""How many lines a cell logs, where the study does not say how often."""
+_BEGUN = ("start", 0, 1)
+"""How far a cell is that has not said anything yet."""
+POLL = 0.2
+"""Seconds between two looks at the processes."""
+
+
+# One cell
+
+
+def run_cell(
+    study: StudyConfig,
+    folder: StudyFolder,
+    index: int,
+    *,
+    overwrite: bool = False,
+    keep_models: bool = False,
+    go_on: str = "the same command",
+    say: Say = lambda _: None,
+    on_stage: OnStage = lambda _stage, _done, _total: None,
+) -> CellResult:
+    """Train and measure one cell in this process, or read what came of it; `overwrite` runs it again.
+
+    Where another process runs it, this one waits for that. Raises as `prepare` and `distill.run`, and Interrupted.
+    """
+    cell = cell_at(study, index)
+    _use_threads(study.threads)
+    shared = prepare(study, folder, say=say, on_stage=on_stage)
+    with only_one(folder.of(cell), f"runs cell {index}", say):
+        found = folder.read_cell(cell) if not overwrite else None
+        if found is not None:
+            return found.result
+        scratch = folder.of(cell) / SCRATCH
+        try:
+            stored = _run(study, shared, cell, scratch, _Follower(folder.of(cell) / PROGRESS_FILE, on_stage))
+            folder.write_cell(stored)
+            if keep_models:
+                shutil.rmtree(folder.of(cell) / MODEL_FOLDER, ignore_errors=True)
+                scratch.rename(folder.of(cell) / MODEL_FOLDER)
+        except (Interrupted, KeyboardInterrupt):
+            raise Interrupted(f"cell {index}", "nothing of it is kept", go_on) from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            (folder.of(cell) / PROGRESS_FILE).unlink(missing_ok=True)
+    return stored.result
+
+
+def cell_config(study: StudyConfig, shared: Shared, cell: Cell, output: Path) -> DistillConfig:
+    """Write down the run of a cell."""
+    teacher, _ = study.methods[cell.method].resolved()
+    train = {"log_every": max(1, study.steps // LINES_OF_LOG)} | study.run.model_dump(exclude_unset=True)
+    train |= {"max_steps": study.steps, "seed": cell.seed, "save_every": 0, "bucket": False}
+    run: dict[str, Any] = {
+        "student": shared.student,
+        "data": {"path": str(shared.train), "max_length": study.max_length},
+        "output": str(output),
+        "train": train,
+    }
+    if teacher:
+        cached = {"cache": shared.cache} if uses_cache(teacher) else {}
+        run |= {"alpha": cell.alpha, "teachers": [{"model": study.teacher} | cached | teacher]}
+    return from_mapping(run, source=f"cell {cell.index}")
+
+
+def _use_threads(threads: int) -> None:
+    """Compute with as many threads as the study says: sums come out in another order with another number."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+class _Follower:
+    """Keep the times of steps, and tell how far a cell is, in a file too for the process that waits for it."""
+
+    def __init__(self, file: Path, on_stage: OnStage) -> None:
+        self.file, self.on_stage = file, on_stage
+        self.times = [time.perf_counter()]
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "train":
+            self.times.append(time.perf_counter())
+        elif len(self.times) == 1:
+            self.times[0] = time.perf_counter()
+        self.on_stage(stage, done, total)
+        self.file.write_text(json.dumps([stage, done, total]), encoding="utf-8")
+
+    @property
+    def step_seconds(self) -> float:
+        """Give the median of a step; without the first, which has to warm up, where there are more."""
+        times = self.times[1:] if len(self.times) > 2 else self.times
+        return statistics.median(after - before for before, after in pairwise(times))
+
+
+def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower: _Follower) -> Stored:
+    from cdm_toolkit.distill.run import run
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    config = cell_config(study, shared, cell, scratch)
+    trained = run(config, on_progress=lambda at: follower(at.stage, at.done, at.total))
+    step_seconds, memory = follower.step_seconds, peak_memory(study.run.device)
+    scores = score(study, str(scratch), shared.heldout, lambda done, total: follower("measure", done, total))
+    result = CellResult(
+        cell=cell,
+        scores=scores,
+        steps=trained.steps,
+        tokens=trained.tokens,
+        step_seconds=step_seconds,
+        peak_memory=memory,
+        curve=tuple(_point(log) for log in trained.losses),
+        settings=config.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
+    )
+    made_by = receipt(fingerprints=shared.fingerprints, seed=cell.seed, device=study.run.device)
+    return Stored(result, machine(study), trained.warnings, dict(made_by))
+
+
+def _point(log: Any) -> Point:
+    """Take from a line of the log what a figure shows."""
+    if not log.teachers:
+        return Point(log.step, log.ce, None, None)
+    (teacher,) = log.teachers
+    return Point(log.step, log.ce, teacher.kd, teacher.matched_mass if teacher.pairs else None)
+
+
+def peak_memory(device: str) -> int:
+    """Give the most bytes that were in use so far: of torch's allocator on CUDA, of this process elsewhere."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    with suppress(
+        OSError
+    ):  # the kernel's own count; getrusage's has that of the process which started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def machine(study: StudyConfig) -> str:
+    """Name what a cell runs on."""
+    import torch
+
+    device = torch.cuda.get_device_name() if study.run.device == "cuda" else study.run.device
+    threads = f"{study.threads} thread{'s' if study.threads > 1 else ''} a cell"
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads}, {device}, "
+        f"{study.run.dtype}, torch {torch.__version__}"
+    )
+
+
+# All cells
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A cell that came to nothing, and why."""
+
+    cell: Cell
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How far a cell is."""
+
+    cell: Cell
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a study is. One of `finished` and `failed` is set when a cell has just ended."""
+
+    done: int
+    planned: int
+    running: tuple[Running, ...]
+    finished: CellResult | None = None
+    failed: Failure | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    log: Path
+    progress: Path
+    seen: Running
+
+    def look(self) -> Running:
+        """See how far it is; as far as it was seen last where it just writes that down, or has ended."""
+        self.seen = _read_progress(self.cell, self.progress) or self.seen
+        return self.seen
+
+
+def run_study(
+    study: StudyConfig,
+    folder: StudyFolder,
+    *,
+    workers: int = 1,
+    keep_models: bool = False,
+    go_on: str = "the same command",
+    say: Say = lambda _: None,
+    on_stage: OnStage = lambda _stage, _done, _total: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> list[Failure]:
+    """Run the cells that are missing, `workers` at a time, each in its own process; gives those that failed.
+
+    A signal ends the processes, and keeps what is finished. Raises as `prepare`, BadArtifact for a cell whose file is
+    damaged, and Interrupted, which names `go_on`.
+    """
+    cells = grid(study)
+    try:
+        with _ended_by_signals():
+            _use_threads(study.threads)
+            prepare(study, folder, say=say, on_stage=on_stage)
+            missing = [cell for cell in cells if folder.read_cell(cell) is None]
+            return list(_run_all(study, folder, missing, workers, keep_models, len(cells), on_progress))
+    except KeyboardInterrupt:
+        done = sum(folder.read_cell(cell) is not None for cell in cells)
+        raise Interrupted("the study", f"{done} of {len(cells)} cells are in {folder.path}", go_on) from None
+
+
+def _run_all(
+    study: StudyConfig,
+    folder: StudyFolder,
+    missing: Sequence[Cell],
+    workers: int,
+    keep_models: bool,
+    planned: int,
+    on_progress: Callable[[Progress], None],
+) -> Iterator[Failure]:
+    done, waiting, running = planned - len(missing), list(missing), list[_Child]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(_start(study, folder, waiting.pop(0), keep_models))
+            ended = [child for child in running if child.process.poll() is not None]
+            running = [child for child in running if child not in ended]
+            for child in ended:
+                ended_well = child.process.returncode == 0
+                stored = folder.read_cell(child.cell) if ended_well else None
+                failed = None if stored else Failure(child.cell, _why(child))
+                done += stored is not None
+                states = tuple(each.look() for each in running)
+                finished = stored.result if stored else None
+                on_progress(Progress(done, planned, states, finished, failed))
+                if failed:
+                    yield failed
+            if not ended:
+                on_progress(Progress(done, planned, tuple(each.look() for each in running)))
+                time.sleep(POLL)
+    finally:
+        for child in running:
+            _end(folder, child)
+
+
+def _start(study: StudyConfig, folder: StudyFolder, cell: Cell, keep_models: bool) -> _Child:
+    """Start a cell; it is in a group of its own, so that Ctrl-C reaches this process alone."""
+    place = folder.of(cell)
+    place.mkdir(parents=True, exist_ok=True)
+    words = ["compare", str(folder.study_file), "-o", str(folder.path), "--cell", str(cell.index)]
+    words += ["--keep-models"] if keep_models else []
+    threads = str(study.threads)
+    with (place / LOG_FILE).open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cdm_toolkit.cli", *words],
+            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return _Child(cell, process, place / LOG_FILE, place / PROGRESS_FILE, Running(cell, *_BEGUN))
+
+
+def _end(folder: StudyFolder, child: _Child) -> None:
+    """End a process that is in the middle of a cell: nothing of it is kept."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.process.pid, signal.SIGKILL)
+    child.process.wait()
+    shutil.rmtree(folder.of(child.cell) / SCRATCH, ignore_errors=True)
+    child.progress.unlink(missing_ok=True)
+
+
+def _why(child: _Child) -> str:
+    """Say why a process ended without a result: its last word, or the signal that ended it."""
+    if child.process.returncode < 0:
+        number = -child.process.returncode
+        killed = " (perhaps for want of memory: fewer --workers)" if number == signal.SIGKILL else ""
+        return f"ended by signal {number}{killed}"
+    lines = child.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("cdm: ").removeprefix("error: ") if lines else "it said nothing"
+
+
+def _read_progress(cell: Cell, file: Path) -> Running | None:
+    """Read how far a cell is; None where its process is just writing that, or has not begun to."""
+    try:
+        return Running(cell, *json.loads(file.read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def running_cell(folder: StudyFolder, cell: Cell) -> Running | None:
+    """Say how far a cell is that some process runs just now; None where none does."""
+    if not is_held(folder.of(cell)):
+        return None
+    return _read_progress(cell, folder.of(cell) / PROGRESS_FILE) or Running(cell, *_BEGUN)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Take SIGTERM and SIGHUP for Ctrl-C, so that no process is left behind. In the main thread only."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)

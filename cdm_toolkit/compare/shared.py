@@ -1,0 +1,339 @@
+"""What all cells of a study share: rows, the student before training, what the teacher says, where both stand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.teacher_cache import read_header
+from cdm_toolkit.compare.measure import Heldout, score_model
+from cdm_toolkit.compare.record import Measured, ModelScores
+from cdm_toolkit.compare.store import Say, StudyFolder, model_scores, only_one, write_json
+from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
+from cdm_toolkit.compare.texts import text_rows
+from cdm_toolkit.distill.cached_teacher import open_cache
+from cdm_toolkit.distill.config import TeacherConfig
+from cdm_toolkit.distill.reading import Side, read, side_of
+from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint
+from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheSettings, write_cache
+from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
+from cdm_toolkit.evaluation.run import Ask, evaluate, open_suite
+from cdm_toolkit.hub.models import checked_device, model_fingerprint, model_folder
+from cdm_toolkit.hub.students import new_student, transplant
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+SHARED_FILE, TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, HELDOUT_FOLDER = (
+    "shared.json",
+    "train.jsonl",
+    "teacher-cache",
+    "student",
+    "heldout",
+)
+TOP_K = 100
+"""Ids of the teacher that are kept at least, so that an ablation with a few more needs no other cache."""
+FITTED_AT_ONCE = 64
+"""Rows that are tokenized together to see whether they are short enough."""
+
+OnStage = Callable[[str, int, int], None]
+"""Called with what is prepared, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """What lies in a study's folder before its first cell."""
+
+    student: str
+    train: Path
+    cache: str | None
+    """Folder of what the teacher says on the training rows; None where no method asks it."""
+    heldout: Heldout
+    teacher: ModelScores
+    start: ModelScores
+    counts: Mapping[str, int]
+    """Rows to train on, by kind."""
+    passed_over: int
+    """Rows that were too long, met before as many were found as the study wants."""
+    fingerprints: Mapping[str, str]
+
+
+def prepare(
+    study: StudyConfig,
+    folder: StudyFolder,
+    *,
+    say: Say = lambda _: None,
+    on_stage: OnStage = lambda _stage, _done, _total: None,
+) -> Shared:
+    """Make what the cells share, or open it. One process makes it, others wait; one that was stopped goes on.
+
+    Raises the errors of data, models, tokenizers, suites and caches, and BadArtifact where what was made has changed.
+    """
+    checked_device(study.run.device)
+    if not (folder.shared / SHARED_FILE).is_file():
+        with only_one(folder.shared, "prepares this study", say):
+            if not (folder.shared / SHARED_FILE).is_file():
+                _make(study, folder.shared, on_stage)
+    return open_shared(folder)
+
+
+def open_shared(folder: StudyFolder) -> Shared:
+    """Open what `prepare` has made. Raises FileProblem where there is nothing, BadArtifact where it has changed."""
+    file, train = folder.shared / SHARED_FILE, folder.shared / TRAIN_FILE
+    if not file.is_file():
+        raise FileProblem(
+            folder.path, "its study has not been prepared", "run the study, or one of its cells"
+        )
+    try:
+        content = json.loads(file.read_bytes())
+        found = Shared(
+            student=content["student"],
+            train=train,
+            cache=content["cache"],
+            heldout=Heldout.open(folder.shared / HELDOUT_FOLDER),
+            teacher=model_scores(content["teacher"]),
+            start=model_scores(content["start"]),
+            counts=content["counts"],
+            passed_over=content["passed_over"],
+            fingerprints=content["receipt"]["fingerprints"],
+        )
+        rows = found.fingerprints[TRAINING_ROWS]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadArtifact(file, f"it is damaged ({str(error) or type(error).__name__})", _AGAIN) from None
+    if rows_fingerprint(read_rows(train)) != rows:
+        raise BadArtifact(train, "these are not the rows that were written", _AGAIN)
+    return found
+
+
+_AGAIN = "start the study anew: --overwrite"
+TRAINING_ROWS = "training rows"
+
+
+def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
+    """Prepare step by step, cheap checks first; what an earlier process finished is taken as it is."""
+    for name, suite in study.suites.items():
+        open_suite(name, _ask(suite))
+    read_by_kind = {kind: _rows_of(f"train.{kind}", text) for kind, text in study.train.items()}
+    heldout_rows = {
+        kind: _rows_of(f"{side}.{kind}", text)[: text.rows]
+        for side, texts in (("inside", study.inside), ("outside", study.outside))
+        for kind, text in texts.items()
+    }
+    student = _student(study, shared / STUDENT_FOLDER, on_stage)
+    chosen, passed_over = _chosen(study, student, read_by_kind)
+    train = [row for rows in chosen.values() for row in rows]
+    _check_held_out(train, heldout_rows)
+    _write_rows(shared / TRAIN_FILE, train)
+    cache = _cache(study, shared, on_stage)
+    heldout = Heldout.make(
+        shared / HELDOUT_FOLDER,
+        heldout_rows,
+        study.teacher,
+        divergence="divergence" in study.measures,
+        device=study.run.device,
+        on_row=lambda done, total: on_stage("measuring the teacher", done, total),
+    )
+    teacher = ModelScores(*_sides(study, heldout.teacher), suite_scores(study, study.teacher))
+    start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
+    made_by = receipt(fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.device)
+    content = {
+        "student": student,
+        "cache": cache,
+        "teacher": asdict(teacher),
+        "start": asdict(start),
+        "counts": {kind: len(rows) for kind, rows in chosen.items()},
+        "passed_over": passed_over,
+        "receipt": dict(made_by),
+    }
+    write_json(shared / SHARED_FILE, content)
+
+
+def _fingerprints(study: StudyConfig, student: str, shared: Path, heldout: Heldout) -> dict[str, str]:
+    """Tell what every cell of the study is made of."""
+    return {
+        "teacher": model_fingerprint(model_folder(study.teacher)),
+        "teacher tokenizer": load_tokenizer(study.teacher).view.fingerprint,
+        "student": model_fingerprint(model_folder(student)),
+        "student tokenizer": load_tokenizer(student).view.fingerprint,
+        TRAINING_ROWS: rows_fingerprint(read_rows(shared / TRAIN_FILE)),
+        "held-out rows": rows_fingerprint([row for rows in heldout.rows.values() for row in rows]),
+    }
+
+
+# Rows
+
+
+def _rows_of(name: str, text: TextConfig) -> list[Row]:
+    """Read all rows of a kind; says which setting gives the place of a file that is not there."""
+    if ":" not in text.path and not Path(text.path).is_file():
+        fix = f"give its place: --set {name}.path=FILE"
+        raise FileProblem(text.path, f"there is no such file, which {name} names", fix)
+    rows = text_rows(text.path, split=text.split)
+    if text.rows is not None and text.rows > len(rows):
+        raise BadOption(f"{name}.rows", text.rows, f"at most {len(rows)}: {text.path} has no more")
+    return rows
+
+
+def _chosen(
+    study: StudyConfig, student: str, read_by_kind: Mapping[str, Sequence[Row]]
+) -> tuple[dict[str, list[Row]], int]:
+    """Take the first rows of each kind that no model would have to cut; gives also how many were passed over."""
+    sides = [side_of(load_tokenizer(name)) for name in (study.teacher, student)]
+    chosen: dict[str, list[Row]] = {}
+    passed_over = 0
+    for kind, rows in read_by_kind.items():
+        wanted = study.train[kind].rows or len(rows)
+        found: list[Row] = []
+        too_long = 0
+        for row, is_fit in _fitted(rows, sides, study.max_length):
+            found += [row] if is_fit else []
+            too_long += not is_fit
+            if len(found) == wanted:
+                break
+        if not found or (study.train[kind].rows and len(found) < wanted):
+            allowed = (
+                f"at most {len(found)}, or a longer max_length: {too_long} of its {len(rows)} rows have no completion, "
+                f"or more than {study.max_length} tokens on a side"
+            )
+            raise BadOption(f"train.{kind}.rows", wanted, allowed)
+        chosen[kind] = found
+        passed_over += too_long
+    return chosen, passed_over
+
+
+def _fitted(rows: Sequence[Row], sides: Sequence[Side], max_length: int) -> Iterator[tuple[Row, bool]]:
+    """Say of each row whether all sides can read it whole and have something to learn in it."""
+    for at in range(0, len(rows), FITTED_AT_ONCE):
+        some = rows[at : at + FITTED_AT_ONCE]
+        for row, *readings in zip(some, *(read(side, some, "none") for side in sides), strict=True):
+            fits = (each.label_from < len(each.ids) <= max_length for each in readings)
+            yield row, bool(row.completion) and all(fits)
+
+
+def _check_held_out(train: Sequence[Row], heldout: Mapping[str, Sequence[Row]]) -> None:
+    """See that nothing is measured on that is trained on."""
+    seen = {row.text for row in train}
+    for kind, rows in heldout.items():
+        if known := sum(row.text in seen for row in rows):
+            allowed = (
+                f"other text: {known} of its {len(rows)} rows are trained on; split: heldout has other files"
+            )
+            raise BadOption(f"the held-out text {kind}", f"{len(rows)} rows", allowed)
+
+
+def _write_rows(file: Path, rows: Sequence[Row]) -> None:
+    with atomic_write(file) as stream:
+        for row in rows:
+            said = {"prompt": row.prompt, "completion": row.completion}
+            stream.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
+
+
+# Models
+
+
+def _student(study: StudyConfig, folder: Path, on_stage: OnStage) -> str:
+    """Make the student if the study says how, and name it."""
+    student = study.student
+    if student.model is not None:
+        model_folder(student.model)
+        return student.model
+    if (folder / "config.json").is_file():
+        return str(folder)
+    on_stage("making the student", 0, 1)
+    assert student.tokenizer is not None
+    entries, seed = student.entries, student.seed
+    if student.transplant is not None:
+        transplant(student.transplant, student.tokenizer, folder, entries=entries, seed=seed, overwrite=True)
+    else:
+        assert student.size is not None
+        new_student(student.tokenizer, student.size, folder, entries=entries, seed=seed, overwrite=True)
+    on_stage("making the student", 1, 1)
+    return str(folder)
+
+
+def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
+    """Let the teacher speak once on the training rows, where a method listens; check a cache that is given."""
+    teachers = [teacher for entry in study.methods.values() if (teacher := entry.resolved()[0])]
+    if not any(uses_cache(teacher) for teacher in teachers):
+        return None
+    if study.teacher_cache is not None:
+        _check_cache(study, shared)
+        return study.teacher_cache
+    wanted = max(
+        TOP_K, *(TeacherConfig.model_validate({"model": "-"} | teacher).candidates for teacher in teachers)
+    )
+    settings = CacheSettings(
+        model=study.teacher,
+        data=str(shared / TRAIN_FILE),
+        output=str(shared / CACHE_FOLDER),
+        k=min(wanted, load_tokenizer(study.teacher).view.vocab_size),
+        dtype="float32",  # so that a method loses nothing by it that the model in memory would give
+        max_length=study.max_length,
+        device=study.run.device,
+    )
+
+    def tell(progress: CacheProgress) -> None:
+        on_stage("asking the teacher", progress.rows, progress.total)
+
+    write_cache(settings, on_progress=tell)
+    return settings.output
+
+
+def uses_cache(teacher: Mapping[str, object]) -> bool:
+    """Say whether a method reads what the teacher has said; means of whole logits need the model."""
+    return teacher.get("positions", "boundary") == "boundary"
+
+
+def _check_cache(study: StudyConfig, shared: Path) -> None:
+    """See that a cache that the study names is of its teacher and its rows. Raises as `open_cache`, BadArtifact."""
+    assert study.teacher_cache is not None
+    rows = read_rows(shared / TRAIN_FILE)
+    open_cache(study.teacher_cache, side_of(load_tokenizer(study.teacher)), rows, "none")
+    header = read_header(Path(study.teacher_cache))
+    now = model_fingerprint(model_folder(study.teacher))
+    if header.model_fingerprint != now:
+        was = f"it was made by {header.model} ({header.model_fingerprint[:8]}…)"
+        problem = f"{was}, and the teacher is {study.teacher} ({now[:8]}…)"
+        raise BadArtifact(
+            study.teacher_cache, problem, "give a cache of the teacher, or leave teacher_cache out"
+        )
+
+
+# Scores
+
+
+def score(
+    study: StudyConfig, model: str, heldout: Heldout, on_row: Callable[[int, int], None]
+) -> ModelScores:
+    """Measure a model on all held-out text and suites. Raises the errors of both."""
+    measured = score_model(model, heldout, device=study.run.device, on_row=on_row)
+    return ModelScores(*_sides(study, measured), suite_scores(study, model))
+
+
+def _sides(
+    study: StudyConfig, measured: Mapping[str, Measured]
+) -> tuple[dict[str, Measured], dict[str, Measured]]:
+    """Part what was measured into inside and outside."""
+    return {kind: measured[kind] for kind in study.inside}, {kind: measured[kind] for kind in study.outside}
+
+
+def suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:
+    """Score a model on the study's eval suites: by suite, by metric."""
+    return {
+        name: {
+            each.metric: each.value
+            for result in evaluate(name, [model], ask=_ask(suite), device=study.run.device).results
+            for each in result.scores
+        }
+        for name, suite in study.suites.items()
+    }
+
+
+def _ask(suite: SuiteConfig) -> Ask:
+    return Ask(
+        data=None if suite.data is None else Path(suite.data),
+        limit=suite.limit,
+        allow_code_execution=suite.allow_code_execution,
+    )

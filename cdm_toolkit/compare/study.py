@@ -1,0 +1,378 @@
+"""Studies: which methods are compared, on which models and text, and what all of them have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, create_model, field_validator, model_validator
+
+import cdm_toolkit
+from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
+from cdm_toolkit.distill.config import (
+    PRESETS,
+    Count,
+    CountOrNone,
+    DataConfig,
+    DistillConfig,
+    Share,
+    TeacherConfig,
+    Text,
+    TrainConfig,
+    from_mapping,
+)
+from cdm_toolkit.errors import BadRunConfig, FileProblem, UnknownName
+
+MEASURES = ("bits-per-byte", "divergence", "time", "memory")
+"""What can be asked for; all but the divergence cost nothing, and are always there."""
+Seeds = Annotated[tuple[CountOrNone, ...], Field(min_length=1)]
+
+_NAME = re.compile(r"\w[\w .,=+-]*")
+"""What may name a method or a study: it is a part of file names."""
+_OWNED: Mapping[str, str] = {
+    "max_steps": "steps",
+    "epochs": "steps",
+    "seed": "seeds",
+    "save_every": "no checkpoints",
+    "tensorboard": "no event files",
+    "bucket": "one order of rows for all methods",
+}
+"""Settings of training that the study itself decides, and what it has for them."""
+
+
+class TextConfig(Settings):
+    """Text of one kind, to train or to measure on."""
+
+    path: Text
+    """python:code, python:docstrings, python:manual, python:headers, sample:train, sample:heldout, or JSONL as
+    `cdm distill` reads it."""
+    rows: Count | None = None
+    """The first so many; all without it."""
+    split: Literal["train", "heldout"] = "train"
+    """Which part of a kind that starts with python: the other one has other files."""
+
+
+class StudentConfig(Settings):
+    """The model that every cell starts from: one that is there, or one that is made for the study.
+
+    A name alone is a `model`.
+    """
+
+    model: Text | None = None
+    """An alias, a folder or a hub id."""
+    transplant: Text | None = None
+    """A trained model that is given the vocabulary of `tokenizer`."""
+    size: Text | None = None
+    """Parameters, about, of a fresh model with the vocabulary of `tokenizer`: 10m, 135m."""
+    tokenizer: Text | None = None
+    entries: Count | None = None
+    """Cut that vocabulary to so many ids."""
+    seed: CountOrNone = 0
+    """Of what is random in making it: the same for all cells."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_name(cls, given: Any) -> Any:
+        return {"model": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> StudentConfig:
+        ways = [name for name in ("model", "transplant", "size") if getattr(self, name) is not None]
+        if len(ways) != 1:
+            got = " and ".join(ways) or "none of them"
+            raise ValueError(f"give a model, or transplant or size with a tokenizer: it has {got}")
+        extra = [name for name in ("tokenizer", "entries", "seed") if name in self.model_fields_set]
+        if ways == ["model"] and extra:
+            raise ValueError(f"a model that is there has no use for {', '.join(extra)}")
+        if ways != ["model"] and self.tokenizer is None:
+            raise ValueError(f"{ways[0]} needs a tokenizer")
+        return self
+
+    @property
+    def words(self) -> str:
+        """Name the student for a heading."""
+        if self.model is not None:
+            return self.model
+        entries = "" if self.entries is None else f" ({self.entries:,} entries)"
+        body = self.transplant if self.transplant is not None else f"a fresh model of {self.size}"
+        return f"{body} with {self.tokenizer}'s tokenizer{entries}"
+
+
+class SuiteConfig(Settings):
+    """An eval suite that every cell is scored on."""
+
+    limit: Count | None = None
+    """Score only the first rows."""
+    data: Text | None = None
+    """JSONL to score instead of the suite's own data."""
+    allow_code_execution: bool = False
+    """Run programs that a model writes, in a sandbox."""
+
+
+class _Entry(Settings):
+    """An entry of a study's methods: a teacher's settings without the teacher, and these."""
+
+    preset: Text | None = None
+    """Settings that go under the entry's own: paper."""
+    alpha: Share | None = None
+    """Weight of cross-entropy; the preset's or the study's without it."""
+    seeds: Seeds | None = None
+    """The study's without it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _differs_in_method_alone(cls, given: Any) -> Any:
+        if given is None:  # what YAML has after a name and a colon
+            return {}
+        if isinstance(given, Mapping) and (shared := [name for name in given if name in _shared_names()]):
+            raise ValueError(
+                f"{', '.join(shared)}: the cells of a study share data and steps, teacher and student; "
+                "set it for the whole study, or leave it out"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _is_a_method(self) -> _Entry:
+        given = self._given()
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(_not_known("preset", self.preset, PRESETS))
+        if not self.has_teacher:
+            if given:
+                raise ValueError(f"{', '.join(given)} is of a method: name it, such as method: cdm")
+            if self.alpha is not None:
+                raise ValueError("alpha has no use without a method: all is cross-entropy")
+            return self
+        try:
+            self.resolved()
+        except BadRunConfig as error:
+            fault = error.what.partition(": ")[2]
+            raise ValueError(fault.removeprefix("teachers.0: ").removeprefix("teachers.0.")) from None
+        return self
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether it is more than supervised fine-tuning."""
+        return self.preset is not None or "method" in self.model_fields_set
+
+    def _given(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True, exclude={"preset", "alpha", "seeds"})
+
+    def resolved(self) -> tuple[dict[str, Any], float | None]:
+        """Give the teacher's settings with the preset under them, without a model, and the entry's own alpha.
+
+        The settings are empty for supervised fine-tuning. Raises BadRunConfig where the method has no use for one.
+        """
+        if not self.has_teacher:
+            return {}, 1.0
+        run: dict[str, Any] = {
+            "student": "-",
+            "data": "-",
+            "output": "-",
+            "teachers": [{"model": "-"} | self._given()],
+        }
+        run |= {} if self.preset is None else {"preset": self.preset}
+        run |= {} if self.alpha is None else {"alpha": self.alpha}
+        config = from_mapping(run, source="it")
+        teacher = config.teachers[0].model_dump(exclude_unset=True, exclude={"model"})
+        return teacher, config.alpha if "alpha" in config.model_fields_set else None
+
+
+_OF_ALL = {"model", "weight", "cache", "dtype"}
+"""Settings of a teacher that are no method's: there is one teacher, which has spoken once for all cells."""
+
+if TYPE_CHECKING:
+    MethodConfig = _Entry
+else:
+    MethodConfig = create_model(
+        "MethodConfig",
+        __base__=_Entry,
+        __module__=__name__,
+        **{
+            name: (field.annotation, field)
+            for name, field in TeacherConfig.model_fields.items()
+            if name not in _OF_ALL
+        },
+    )
+
+
+class StudyConfig(Settings):
+    """One study: all methods on one teacher, one student and the same rows, steps and seeds."""
+
+    name: Text
+    """That of its file without it."""
+    about: str = ""
+    teacher: Text
+    """An alias, a folder or a hub id."""
+    student: StudentConfig
+    train: Annotated[Mapping[str, TextConfig], Field(min_length=1)]
+    """Kinds of text to train on, mixed."""
+    inside: Mapping[str, TextConfig] = {}
+    """Held-out text of these kinds."""
+    outside: Mapping[str, TextConfig] = {}
+    """Text of other kinds."""
+    max_length: Annotated[int, Field(ge=4)] = 512
+    """Tokens of a row to train on, on any side: a longer one is passed over, since methods would cut it in
+    different places."""
+    steps: Count
+    seeds: Seeds = (0,)
+    run: TrainConfig = TrainConfig()
+    """Of training, for all cells."""
+    threads: Count = 1
+    """Of a cell: with as many, a cell that is run again gives the same bits."""
+    measures: tuple[Text, ...] = MEASURES
+    suites: Mapping[str, SuiteConfig] = {}
+    default: Text | None = None
+    """The method that the others are compared with."""
+    methods: Annotated[Mapping[str, MethodConfig], Field(min_length=1)]
+    alpha: Share = 0.5
+    """Weight of cross-entropy where neither the method nor its preset has one."""
+    curves: Mapping[str, tuple[Share, ...]] = {}
+    """Further alphas of a method, with its first seed alone."""
+    teacher_cache: Text | None = None
+    """A folder of `cdm teacher cache`, made of this study's training rows."""
+
+    @field_validator("measures")
+    @classmethod
+    def _can_be_measured(cls, measures: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in measures if name not in MEASURES]:
+            raise ValueError("; ".join(_not_known("measure", name, MEASURES) for name in unknown))
+        if missing := [name for name in MEASURES if name not in (*measures, "divergence")]:
+            raise ValueError(
+                f"{', '.join(missing)} cannot be left out: only the divergence costs time to measure"
+            )
+        return measures
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StudyConfig:
+        faults = (
+            *self._faults_of_names(),
+            *self._faults_of_text(),
+            *self._faults_of_run(),
+            *self._faults_of_curves(),
+        )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _faults_of_names(self) -> Iterator[str]:
+        for what, name in (("name", self.name), *(("methods", method) for method in self.methods)):
+            if not _NAME.fullmatch(name):
+                yield f"{what}: {name!r} is no name for a file: give letters, digits, blanks and . , = + - _"
+        if self.default is not None and self.default not in self.methods:
+            yield f"default: {_not_known('method', self.default, self.methods)}"
+        several = {"seeds": self.seeds}
+        several |= {f"methods.{name}.seeds": entry.seeds or () for name, entry in self.methods.items()}
+        for where, seeds in several.items():
+            if twice := _twice(seeds):
+                yield f"{where} has {', '.join(map(str, twice))} twice: once is enough"
+
+    def _faults_of_text(self) -> Iterator[str]:
+        if not (self.inside or self.outside):
+            yield "inside and outside are empty: name text to measure on"
+        for kind in self.inside:
+            if kind not in self.train:
+                yield f"inside.{kind} is no kind that is trained on: {_not_known('kind', kind, self.train)}"
+        for kind in self.outside:
+            if kind in self.train:
+                yield f"outside.{kind} is trained on: give it another name, or put it inside"
+
+    def _faults_of_run(self) -> Iterator[str]:
+        for name in sorted(self.run.model_fields_set & _OWNED.keys()):
+            yield f"run.{name} is the study's own: it has {_OWNED[name]}"
+
+    def _faults_of_curves(self) -> Iterator[str]:
+        for name, alphas in self.curves.items():
+            if name not in self.methods:
+                yield f"curves: {_not_known('method', name, self.methods)}"
+            elif not self.methods[name].has_teacher:
+                yield f"curves.{name} has no teacher: its alpha is 1 and nothing else"
+            elif twice := _twice((self.alpha_of(name), *alphas)):
+                shown = ", ".join(f"{alpha:g}" for alpha in twice)
+                yield f"curves.{name} has {shown} twice: the method's own alpha is a point of its line already"
+
+    def alpha_of(self, method: str) -> float:
+        """Give the weight of cross-entropy of a method as such."""
+        own = self.methods[method].resolved()[1]
+        return self.alpha if own is None else own
+
+    @property
+    def kinds(self) -> dict[str, TextConfig]:
+        """Give all held-out text, inside first."""
+        return {**self.inside, **self.outside}
+
+    @property
+    def pair(self) -> str:
+        return f"{self.teacher} → {self.student.words}"
+
+    @property
+    def rows_a_step(self) -> int:
+        return self.run.batch_size * self.run.grad_accumulation
+
+
+def _shared_names() -> set[str]:
+    """List the settings of a run and of a study that are no method's own."""
+    records = (StudyConfig, DistillConfig, TrainConfig, DataConfig)
+    names = {name for record in records for name in record.model_fields}
+    return (names | _OF_ALL - {"weight"}) - MethodConfig.model_fields.keys()
+
+
+def _not_known(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say what a name could have been, as UnknownName does."""
+    return str(UnknownName(kind, name, list(known)))
+
+
+def _twice(values: Sequence[Any]) -> list[Any]:
+    return sorted({value for value in values if values.count(value) > 1})
+
+
+# Files
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """A study that comes with the package."""
+
+    name: str
+    path: Path
+    about: str
+
+
+def studies_folder() -> Path:
+    """Find the study files: inside the installed package, or at the top of a checkout."""
+    package = Path(cdm_toolkit.__file__).parent
+    installed = package / "studies"
+    return installed if installed.is_dir() else package.parent / "studies"
+
+
+def list_studies() -> list[Shipped]:
+    """List the studies that come with the package."""
+    return [
+        Shipped(path.stem, path, str(read_yaml(path).get("about", "")))
+        for path in sorted(studies_folder().glob("*.yaml"))
+    ]
+
+
+def find_study(name: str) -> Path:
+    """Find a study file by its path, or one that is shipped by its name. Raises FileProblem or UnknownName."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise FileProblem(path, "there is no such file")
+        return path
+    shipped = {study.name: study.path for study in list_studies()}
+    if name not in shipped:
+        raise UnknownName("study", name, list(shipped))
+    return shipped[name]
+
+
+def from_file(name: str, assignments: Sequence[str] = ()) -> StudyConfig:
+    """Read a study by path or name, with assignments such as `train.gsm8k.path=rows.jsonl` over it.
+
+    Raises FileProblem, UnknownName, and BadRunConfig with all faults at once.
+    """
+    path = find_study(name)
+    content = {"name": path.stem} | read_yaml(path)
+    return make(StudyConfig, with_settings(content, assignments, source="--set"), source=str(path))

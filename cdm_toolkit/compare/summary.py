@@ -1,0 +1,487 @@
+"""What a study says of its methods: means over seeds, shares of the gap, the front, verdicts. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import atan, cos, pi, sin, sqrt
+from statistics import fmean, stdev
+from typing import Any, Literal, TypeVar
+
+from cdm_toolkit.compare.record import CellResult, Measured, ModelScores, StudyResult
+
+Side = Literal["inside", "outside"]
+SIDES: tuple[Side, ...] = ("inside", "outside")
+
+_CHANCE, _MOST_CHANCE = 0.05, 0.25
+"""A difference that chance gives more often than the first is told with how often, than the second not believed."""
+_SEEDS = {0: "no seed in common", 1: "one seed in common"}
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over runs of different seeds."""
+
+    value: float
+    deviation: float | None
+    """Standard deviation of one run (n − 1); None for a single run."""
+    runs: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Mean:
+        return Mean(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def written(self, digits: int = 3) -> str:
+        """Write it for a person, with its deviation where it has one."""
+        spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.value:.{digits}f}{spread}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What there is to gain on some text, in bits per byte: from the student before training to the teacher."""
+
+    start: float
+    teacher: float
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the teacher is the better one. Where it is not, no share of the gap is defined."""
+        return self.start > self.teacher
+
+    def share(self, bits_per_byte: float) -> float | None:
+        """Return the share that is closed: 0 at the start, 1 at the teacher, below 0 for worse than the start."""
+        return (self.start - bits_per_byte) / (self.start - self.teacher) if self.is_open else None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where one run came out. A side without text is in neither mapping; `shares` lacks those without a gap."""
+
+    seed: int
+    alpha: float
+    bits_per_byte: Mapping[Side, float]
+    shares: Mapping[Side, float]
+
+    @property
+    def score(self) -> float | None:
+        """The mean of its shares; None where it has none."""
+        return fmean(self.shares.values()) if self.shares else None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A method on some text, over its seeds."""
+
+    bits_per_byte: Mean
+    share: Mean | None
+    """Of the gap; None where there is no gap."""
+    divergence: Mean | None
+    """In nats a shared boundary; None where the study does not measure it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSummary:
+    """A method over its seeds, its lines over alpha aside."""
+
+    name: str
+    runs: tuple[Run, ...]
+    sides: Mapping[Side, Score]
+    """All kinds of a side together. A side without text is missing."""
+    kinds: Mapping[Side, Mapping[str, Score]]
+    score: Mean | None
+    """The mean of the shares inside and outside, of those that are defined; None where neither is."""
+    step_seconds: Mean
+    peak_memory: Mean
+    """In bytes."""
+    matched_mass: Mean | None
+    """The teacher's probability that has a partner, over the whole run; None where the method has no such thing."""
+    suites: Mapping[str, Mapping[str, Mean]]
+    on_front: bool
+    """No other method is at least as good on both sides and better on one."""
+    settings: Mapping[str, Any]
+    """Of its first run."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.seed for run in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A method at several alphas with one seed, lowest alpha first; its own alpha is among them once it is there."""
+
+    method: str
+    points: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the default stands to another method, by the mean of the shares; above 0: the default closes more.
+
+    Methods that share two seeds or more are compared seed by seed: a seed fixes the order of the rows for both, so
+    that its luck cancels out, and the deviation is that of these paired differences. That is sound whether or not the
+    runs of a seed go together; pooling is not, where they do. With fewer seeds in common the deviation is that of a
+    difference of two independent runs, √2 times the pooled one, which is too wide rather than too narrow; a method with
+    one run is taken to spread as the other does. The difference is that at the common seed, else that of the means.
+
+    A method beats another where the difference exceeds this deviation. With few seeds chance alone does that too:
+    `chance` says how often, the two-sided probability of such a difference between equal methods, by Student's t. It
+    must not be above one time in four, which with three common seeds it never is, with fewer it may.
+    """
+
+    default: str
+    other: str
+    difference: float
+    deviation: float | None
+    """None without two runs of either method."""
+    common: int
+    """Seeds that both have."""
+    chance: float | None
+
+    @property
+    def told_apart(self) -> bool:
+        if self.deviation is None or self.chance is None:
+            return False
+        return abs(self.difference) > self.deviation and self.chance <= _MOST_CHANCE
+
+    @property
+    def ahead(self) -> bool:
+        return self.told_apart and self.difference > 0
+
+    @property
+    def behind(self) -> bool:
+        return self.told_apart and self.difference < 0
+
+    @property
+    def text(self) -> str:
+        """The verdict as a sentence."""
+        size = f"{abs(self.difference):.3f}"
+        if self.deviation is None:
+            side = "ahead" if self.difference > 0 else "behind"
+            return f"{self.default} and {self.other} cannot be told apart by one seed ({size} {side})"
+        size = f"{size} ± {self.deviation:.3f} ({_SEEDS.get(self.common, f'{self.common} seeds')})"
+        if not self.told_apart:
+            return f"{self.default} and {self.other} cannot be told apart: {size}"
+        verb = "beats" if self.ahead else "is behind"
+        return f"{self.default} {verb} {self.other} by {size}{self._caution}"
+
+    @property
+    def _caution(self) -> str:
+        if self.chance is None or self.chance <= _CHANCE:
+            return ""
+        return f"; chance alone gives as much one time in {1 / self.chance:.0f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a study says so far."""
+
+    gaps: Mapping[Side, Gap]
+    """All kinds of a side together. A side without text is missing."""
+    kind_gaps: Mapping[Side, Mapping[str, Gap]]
+    methods: tuple[MethodSummary, ...]
+    """Best first, by the mean of the shares; in the order of the study where there is none."""
+    lines: tuple[Line, ...]
+    verdicts: tuple[Verdict, ...]
+    """Of the default against the others, in the order of `methods`."""
+    headline: str
+    notes: tuple[str, ...]
+    """What a reader must know before trusting the figures."""
+
+    @property
+    def score_name(self) -> str:
+        """What `score` is the mean of, in words."""
+        judged = [side for side in SIDES if side in self.gaps and self.gaps[side].is_open]
+        return "mean of shares" if len(judged) != 1 else f"share {judged[0]}"
+
+
+def summarize(result: StudyResult) -> Summary:
+    """Reduce a study's cells to what they say of its methods."""
+    gaps = _gaps(result)
+    kind_gaps = _kind_gaps(result)
+    methods = _methods(result, gaps, kind_gaps)
+    verdicts = _verdicts(methods, result.default)
+    return Summary(
+        gaps,
+        kind_gaps,
+        methods,
+        _lines(result, gaps),
+        verdicts,
+        _headline(methods, verdicts, result.default),
+        _notes(result, gaps, kind_gaps),
+    )
+
+
+# Text
+
+
+def on_side(scores: ModelScores, side: Side) -> Mapping[str, Measured]:
+    """Return a model's scores on one side, by kind of text."""
+    return scores.inside if side == "inside" else scores.outside
+
+
+def _gaps(result: StudyResult) -> dict[Side, Gap]:
+    together = {side: (on_side(result.start, side), on_side(result.teacher, side)) for side in SIDES}
+    return {
+        side: Gap(Measured.sum(start.values()).bits_per_byte, Measured.sum(teacher.values()).bits_per_byte)
+        for side, (start, teacher) in together.items()
+        if start
+    }
+
+
+def _kind_gaps(result: StudyResult) -> dict[Side, dict[str, Gap]]:
+    return {
+        side: {
+            kind: Gap(measured.bits_per_byte, on_side(result.teacher, side)[kind].bits_per_byte)
+            for kind, measured in on_side(result.start, side).items()
+        }
+        for side in SIDES
+    }
+
+
+# Methods
+
+
+def _grouped(items: Iterable[CellResult], key: Callable[[CellResult], _Key]) -> dict[_Key, list[CellResult]]:
+    found: defaultdict[_Key, list[CellResult]] = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return dict(found)
+
+
+def _own_cells(result: StudyResult) -> dict[str, list[CellResult]]:
+    """Group the cells that are a method as such, in the order of the study."""
+    own = [cell for cell in result.cells if not cell.cell.in_curve]
+    own.sort(key=lambda cell: cell.cell.index)
+    return _grouped(own, lambda cell: cell.cell.method)
+
+
+def _methods(
+    result: StudyResult, gaps: Mapping[Side, Gap], kind_gaps: Mapping[Side, Mapping[str, Gap]]
+) -> tuple[MethodSummary, ...]:
+    cells = _own_cells(result)
+    runs = {name: tuple(_run(cell, gaps) for cell in group) for name, group in cells.items()}
+    front = _front({name: _mean_bits(group) for name, group in runs.items()})
+    found = [
+        _method(name, cells[name], runs[name], gaps, kind_gaps, on_front=name in front) for name in cells
+    ]
+    return tuple(sorted(found, key=lambda method: -method.score.value if method.score else 0.0))
+
+
+def _run(cell: CellResult, gaps: Mapping[Side, Gap]) -> Run:
+    bits = {side: Measured.sum(on_side(cell.scores, side).values()).bits_per_byte for side in gaps}
+    shares = {side: gaps[side].share(bits[side]) for side in gaps}
+    defined = {side: share for side, share in shares.items() if share is not None}
+    return Run(cell.cell.seed, cell.cell.alpha, bits, defined)
+
+
+def _mean_bits(runs: Sequence[Run]) -> tuple[float, ...]:
+    return tuple(fmean(run.bits_per_byte[side] for run in runs) for side in runs[0].bits_per_byte)
+
+
+def _front(places: Mapping[str, Sequence[float]]) -> set[str]:
+    """Name the methods that no other one is as good as on each side and better than on one.
+
+    By bits per byte, which order methods as shares of the gap do and are defined where these are not.
+    """
+
+    def is_dominated(name: str) -> bool:
+        own = tuple(places[name])
+        return any(
+            tuple(other) != own and all(b <= a for a, b in zip(own, other, strict=True))
+            for other in places.values()
+        )
+
+    return {name for name in places if not is_dominated(name)}
+
+
+def _method(
+    name: str,
+    cells: Sequence[CellResult],
+    runs: tuple[Run, ...],
+    gaps: Mapping[Side, Gap],
+    kind_gaps: Mapping[Side, Mapping[str, Gap]],
+    *,
+    on_front: bool,
+) -> MethodSummary:
+    scores = [run.score for run in runs]
+    masses = [mass for cell in cells if (mass := _matched_mass(cell)) is not None]
+    return MethodSummary(
+        name=name,
+        runs=runs,
+        sides={
+            side: _score([Measured.sum(on_side(cell.scores, side).values()) for cell in cells], gap)
+            for side, gap in gaps.items()
+        },
+        kinds={
+            side: {
+                kind: _score([on_side(cell.scores, side)[kind] for cell in cells], gap)
+                for kind, gap in kind_gaps[side].items()
+            }
+            for side in SIDES
+        },
+        score=Mean.of([score for score in scores if score is not None]) if None not in scores else None,
+        step_seconds=Mean.of([cell.step_seconds for cell in cells]),
+        peak_memory=Mean.of([cell.peak_memory for cell in cells]),
+        matched_mass=Mean.of(masses) if masses else None,
+        suites=_suites(cells),
+        on_front=on_front,
+        settings=cells[0].settings,
+    )
+
+
+def _score(measured: Sequence[Measured], gap: Gap) -> Score:
+    bits = [each.bits_per_byte for each in measured]
+    shares = [share for each in bits if (share := gap.share(each)) is not None]
+    return Score(
+        Mean.of(bits),
+        Mean.of(shares) if shares else None,
+        Mean.of([each.mean_divergence for each in measured])
+        if all(each.boundaries for each in measured)
+        else None,
+    )
+
+
+def _matched_mass(cell: CellResult) -> float | None:
+    found = [point.matched_mass for point in cell.curve if point.matched_mass is not None]
+    return fmean(found) if found else None
+
+
+def _suites(cells: Sequence[CellResult]) -> dict[str, dict[str, Mean]]:
+    """Average each metric that all runs of a method have."""
+    return {
+        suite: {
+            metric: Mean.of([cell.scores.suites[suite][metric] for cell in cells])
+            for metric in metrics
+            if all(metric in cell.scores.suites.get(suite, {}) for cell in cells)
+        }
+        for suite, metrics in cells[0].scores.suites.items()
+    }
+
+
+def _lines(result: StudyResult, gaps: Mapping[Side, Gap]) -> tuple[Line, ...]:
+    cells = sorted(result.cells, key=lambda cell: cell.cell.index)
+    curves = {(cell.cell.method, cell.cell.seed) for cell in cells if cell.cell.in_curve}
+    found = _grouped(cells, lambda cell: (cell.cell.method, cell.cell.seed))
+    return tuple(
+        Line(method, tuple(sorted((_run(cell, gaps) for cell in group), key=lambda run: run.alpha)))
+        for (method, seed), group in found.items()
+        if (method, seed) in curves
+    )
+
+
+# Verdicts
+
+
+def _verdicts(methods: Sequence[MethodSummary], default: str | None) -> tuple[Verdict, ...]:
+    scored = {method.name: _scores(method) for method in methods if method.score is not None}
+    if default is None or default not in scored:
+        return ()
+    return tuple(
+        compare(default, scored[default], name, other) for name, other in scored.items() if name != default
+    )
+
+
+def _scores(method: MethodSummary) -> dict[int, float]:
+    return {run.seed: run.score for run in method.runs if run.score is not None}
+
+
+def compare(default: str, scores: Mapping[int, float], other: str, others: Mapping[int, float]) -> Verdict:
+    """Compare two methods by their scores by seed; see Verdict for what is done."""
+    common = [seed for seed in scores if seed in others]
+    differences = [scores[seed] - others[seed] for seed in common]
+    if len(common) > 1:
+        mean, deviation = fmean(differences), stdev(differences)
+        chance = _chance(mean, deviation / sqrt(len(common)), len(common) - 1)
+        return Verdict(default, other, mean, deviation, len(common), chance)
+    mean = differences[0] if common else fmean(scores.values()) - fmean(others.values())
+    freedom = len(scores) + len(others) - 2
+    if freedom == 0:
+        return Verdict(default, other, mean, None, len(common), None)
+    pooled = sqrt((_squares(scores.values()) + _squares(others.values())) / freedom)
+    runs = (1, 1) if common else (len(scores), len(others))
+    chance = _chance(mean, pooled * sqrt(1 / runs[0] + 1 / runs[1]), freedom)
+    return Verdict(default, other, mean, sqrt(2) * pooled, len(common), chance)
+
+
+def _squares(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum((value - fmean(found)) ** 2 for value in found)
+
+
+def _chance(difference: float, error: float, freedom: int) -> float:
+    """Return the two-sided probability under Student's t of so many standard errors or more.
+
+    Exact for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    angle = atan(abs(difference) / error / sqrt(freedom))
+    odd = freedom % 2
+    term, total = (cos(angle), 0.0) if odd else (1.0, 0.0)
+    for power in range(1 + odd, freedom, 2):
+        total += term
+        term *= cos(angle) ** 2 * power / (power + 1)
+    within = 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
+    return max(0.0, 1 - within)
+
+
+def _headline(methods: Sequence[MethodSummary], verdicts: Sequence[Verdict], default: str | None) -> str:
+    """Say in a sentence what came out."""
+    if not methods:
+        return "No method has been measured yet."
+    if default is not None and default not in {method.name for method in methods}:
+        return f"{default}, which the others are to be compared with, has not been measured yet."
+    if verdicts:
+        return f"{verdicts[0].default} {_tally(verdicts)}."
+    best = methods[0]
+    if best.score is None:
+        return "The student is no worse than the teacher before training: there is no gap to close."
+    return f"{best.name} closes most of the gap: {best.score.written()}."
+
+
+def _tally(verdicts: Sequence[Verdict]) -> str:
+    ahead, behind = sum(each.ahead for each in verdicts), sum(each.behind for each in verdicts)
+    level = len(verdicts) - ahead - behind
+    parts = [
+        f"beats {ahead or 'none'} of {len(verdicts)} methods",
+        f"is behind {behind or 'none'}",
+        *([f"cannot be told apart from {level}"] if level else []),
+    ]
+    return ", ".join(parts)
+
+
+# Notes
+
+
+def _notes(
+    result: StudyResult, gaps: Mapping[Side, Gap], kind_gaps: Mapping[Side, Mapping[str, Gap]]
+) -> tuple[str, ...]:
+    notes = []
+    if len(result.cells) < result.planned:
+        so_far = f"{len(result.cells)} of {result.planned}"
+        notes.append(f"{so_far} cells are measured: means and verdicts may change.")
+    for side, gap in gaps.items():
+        if not gap.is_open:
+            notes.append(_no_gap(side, gap) + _judged_by(gaps))
+        else:
+            kinds = kind_gaps[side].items()
+            notes.extend(_no_gap(f"{side}, {kind}", each) for kind, each in kinds if not each.is_open)
+    return tuple(notes)
+
+
+def _no_gap(where: str, gap: Gap) -> str:
+    return (
+        f"{where}: the student is no worse than the teacher before training ({gap.start:.3f} and {gap.teacher:.3f} "
+        "bits per byte), so no share of a gap is defined."
+    )
+
+
+def _judged_by(gaps: Mapping[Side, Gap]) -> str:
+    judged = [side for side, gap in gaps.items() if gap.is_open]
+    return (
+        f" Methods are judged by their share {judged[0]}." if judged else " Methods cannot be judged by it."
+    )

@@ -1,0 +1,163 @@
+"""`cdm compare`: cells listed, run and drawn, what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cdm_toolkit.compare.store import CELL_FILE
+
+STUDY: dict[str, Any] = {
+    "about": "Sums.",
+    "train": {"sums": {"path": "sample:train", "rows": 6}},
+    "inside": {"sums": {"path": "sample:heldout", "rows": 3}},
+    "outside": {"manual": {"path": "python:manual", "rows": 2}},
+    "max_length": 400,
+    "steps": 2,
+    "run": {"lr": 1e-3, "batch_size": 2},
+    "default": "em",
+    "methods": {"sft": {}, "em": {"method": "em", "top_k": 20}},
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a study of two small models."""
+    from cdm_toolkit.errors import SourceNotFound
+    from cdm_toolkit.hub.students import new_student
+
+    root = tmp_path_factory.mktemp("study")
+    try:
+        new_student("smollm2", "200k", root / "teacher", entries=900, seed=1)
+        new_student("gpt2", "200k", root / "student", entries=700, seed=3)
+    except SourceNotFound as error:
+        pytest.skip(str(error))
+    pair = {"teacher": str(root / "teacher"), "student": str(root / "student")}
+    (root / "small.yaml").write_text(yaml.safe_dump(STUDY | pair, sort_keys=False), encoding="utf-8")
+    return root / "small.yaml"
+
+
+@pytest.fixture(scope="module")
+def run_once(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run both cells of the study, each alone."""
+    from cdm_toolkit.cli import main
+
+    output = tmp_path_factory.mktemp("out") / "out"
+    for cell in "01":
+        assert main(["compare", str(study), "-o", str(output), "--cell", cell]) == 0
+    return output
+
+
+@pytest.fixture
+def output(run_once: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run_once, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_without_a_study_the_shipped_ones_are_named(cdm: Callable[..., Any]) -> None:
+    answer = cdm("compare")
+    assert (answer.status, answer.out) == (2, "")
+    assert "quickstart-small, transfer-small" in answer.err
+    assert "did you mean transfer-small?" in cdm("compare", "transfersmall").err
+    assert "there is no such file" in cdm("compare", "none.yaml").err
+
+
+def test_cells_are_listed_before_anything_is_run(cdm, study: Path, tmp_path: Path) -> None:
+    answer = cdm("compare", study, "-o", tmp_path / "out", "--list", "--set", "seeds=[4,5]")
+    assert answer.status == 0
+    assert "0 of 4 cells are done" in answer.err
+    listed = json.loads(cdm("compare", study, "-o", tmp_path / "out", "--list", "--json").out)
+    assert [each["method"] for each in listed] == ["sft", "em"]
+    assert {each["state"] for each in listed} == {""}
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_done_is_listed(cdm, study: Path, output: Path) -> None:
+    (output / "cells" / "001-em-alpha0.5-seed0" / CELL_FILE).unlink()
+    (output / "cells" / "001-em-alpha0.5-seed0" / "log.txt").write_text("cdm: error: it broke")
+    listed = json.loads(cdm("compare", study, "-o", output, "--list", "--json").out)
+    assert [each["state"] for each in listed] == ["done", "failed"]
+
+
+def test_a_finished_study_is_drawn(cdm, study: Path, output: Path) -> None:
+    answer = cdm("compare", study, "-o", output)
+    assert answer.status == 0, answer.err
+    for word in ("small: ", "sft", "em", "teacher", "report.html", "trade-off.png", "results.json"):
+        assert word in answer.out
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert f"cdm compare {study} -o {output}" in page
+    assert json.loads(cdm("compare", study, "-o", output, "--report", "--json").out) == json.loads(
+        (output / "results.json").read_text(encoding="utf-8")
+    )
+
+
+def test_a_report_of_a_part(cdm, study: Path, output: Path) -> None:
+    (output / "cells" / "001-em-alpha0.5-seed0" / CELL_FILE).unlink()
+    answer = cdm("compare", study, "-o", output, "--report")
+    assert answer.status == 0, answer.err
+    assert "1 of 2 cells are there" in answer.err
+    assert "has not been prepared" in cdm("compare", study, "-o", output / "new", "--report").err
+
+
+def test_a_cell_alone(cdm, study: Path, output: Path) -> None:
+    answer = cdm("compare", study, "-o", output, "--cell", 1, "--json")
+    assert json.loads(answer.out)["cell"]["method"] == "em"
+    answer = cdm("compare", study, "-o", output, "--cell", 1)
+    assert answer.out.startswith("cell 1 (em, seed 0): 2 steps of ")
+    assert answer.out.strip().endswith(f"put together with: cdm compare {study} -o {output} --report")
+    assert "--cell is 2; give 0 to 1" in cdm("compare", study, "-o", output, "--cell", 2).err
+
+
+def test_another_study_is_refused(cdm, study: Path, output: Path) -> None:
+    answer = cdm("compare", study, "-o", output, "--set", "steps=9")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.count("\n") == 1
+    assert "it holds another study: steps is 2 there and 9 now" in answer.err
+    assert "--overwrite" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--list", "--report"], "--list is 'set beside --report'"),
+        (["--cell", "1", "--list"], "--cell is 'set beside --list'"),
+        (["--report", "--overwrite"], "--overwrite is 'set beside --report'"),
+        (["--set", "steps"], "KEY=VALUE"),
+        (["--set", "methods.em.lr=1"], "the cells of a study share data and steps"),
+        (["--workers", "0"], "--workers"),
+    ],
+)
+def test_a_mistake_is_one_line(cdm, study: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    answer = cdm("compare", study, "-o", tmp_path / "out", *words)
+    assert (answer.status, answer.out) == (2, "")
+    assert said in answer.err
+    assert answer.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_drawing_is_possible_before_anything_is_run(cdm, study: Path, tmp_path: Path, monkeypatch) -> None:
+    from importlib import util
+
+    monkeypatch.setattr(util, "find_spec", lambda _name: None)
+    answer = cdm("compare", study, "-o", tmp_path / "out")
+    assert 'pip install "cdm-toolkit[compare]"' in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_study_with_a_cell_that_fails(cdm, study: Path, output: Path) -> None:
+    words = ["--set", "methods.kl={method: kl}", "--overwrite"]
+    answer = cdm("compare", study, "-o", output, *words)
+    assert answer.status == 2
+    last = answer.err.strip().splitlines()[-1]
+    assert last.startswith("cdm: error: a cell failed: cell 2 (kl, seed 0): the method of ")
+    assert last.endswith("--set 'methods.kl={method: kl}' --cell 2")
+    assert "cell 0 (sft, seed 0) is done" in answer.err
+    assert "2 of 3 cells are there" in answer.err
+    assert "em" in answer.out

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cdm_toolkit.compare.record import StudyResult
+from cdm_toolkit.errors import FileProblem, MissingExtra
+
+pytest.importorskip("matplotlib", reason="the extra `compare` is not installed")
+
+from cdm_toolkit.compare.figures import DARK, LIGHT, draw, marker_path, pictures, svg
+from cdm_toolkit.compare.palette import styles
+from cdm_toolkit.compare.summary import summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Make = Callable[..., StudyResult]
+
+
+def figures_of(result: StudyResult) -> dict[str, Figure]:
+    return pictures(result, summarize(result), LIGHT)
+
+
+@pytest.fixture(scope="module")
+def drawn(full_study: StudyResult) -> dict[str, Figure]:
+    return figures_of(full_study)
+
+
+def test_pictures_are_png_files_of_150_dots_an_inch(full_study: StudyResult, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    written = draw(full_study, tmp_path / "out")
+    assert [path.name for path in written] == ["trade-off.png", "bars.png", "curves.png"]
+    assert imread(written[0]).shape[:2] == (990, 1500)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written}
+
+
+def test_nothing_is_drawn_of_nothing(full_study: StudyResult, tmp_path: Path) -> None:
+    assert draw(replace(full_study, cells=()), tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_ours(make_study: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileProblem):
+        draw(make_study(("sft",)), tmp_path / "file")
+
+
+def test_without_matplotlib_the_extra_is_named(
+    full_study: StudyResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"cdm-toolkit\[compare\]"):
+        draw(full_study, tmp_path)
+
+
+def test_importing_draws_in_no_matplotlib_and_drawing_no_pyplot() -> None:
+    code = (
+        "import sys, cdm_toolkit.compare.figures as f; assert 'matplotlib' not in sys.modules;"
+        "f._figure(2, 2, f.LIGHT).savefig(sys.argv[1], format='png'); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True, timeout=60)
+
+
+def test_drawing_leaves_matplotlib_s_settings_alone(drawn: dict[str, Figure]) -> None:
+    from matplotlib import rcParams
+
+    before = dict(rcParams)
+    svg(drawn["curves"])
+    assert dict(rcParams) == before
+
+
+def test_the_same_picture_is_the_same_svg(make_study: Make) -> None:
+    first, second = (svg(figures_of(make_study(("em", "cdm")))["bars"]) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("picture", ["trade-off", "curves"])
+def test_a_method_has_its_colour_and_marker_in_every_legend(drawn: dict[str, Figure], picture: str) -> None:
+    (legend,) = drawn[picture].legends
+    found = {
+        text.get_text().removesuffix("  (front)"): line
+        for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    names = ("sft", "em", "cdm", "cdm k=20", "cdm no guards")
+    expected = styles(["sft", "em", "cdm", "cdm k=20", "cdm no guards"])
+    for name in names:
+        assert found[name].get_markerfacecolor() == expected[name].fill
+        assert found[name].get_markeredgecolor() == expected[name].edge
+        assert found[name].get_marker() == expected[name].marker
+
+
+def test_bars_have_the_colours_too_best_first_from_the_top(drawn: dict[str, Figure]) -> None:
+    from matplotlib.colors import to_hex
+
+    time = drawn["bars"].axes[2]
+    names = [label.get_text() for label in drawn["bars"].axes[0].get_yticklabels()]
+    assert names[-1] == "cdm"
+    assert names[0] == "sft"
+    bars = dict(zip(names, time.patches, strict=True))
+    assert to_hex(bars["em"].get_facecolor()) == styles(["em"])["em"].fill
+    assert bars["em"].get_width() == pytest.approx(0.959, abs=0.001)
+
+
+def texts_of(figure: Figure) -> dict[str, list[object]]:
+    found: dict[str, list[object]] = {}
+    for text in figure.axes[0].texts:
+        found.setdefault(text.get_text(), []).append(text)
+    return found
+
+
+def test_the_trade_off_labels_methods_and_alphas_without_overlap(drawn: dict[str, Figure]) -> None:
+    figure = drawn["trade-off"]
+    figure.draw_without_rendering()
+    labels = figure.axes[0].texts
+    assert {f"α {alpha}" for alpha in (0.1, 0.3, 0.5, 0.7, 0.9)} <= set(texts_of(figure))
+    assert {"cdm", "sft", "cdm k=20"} <= set(texts_of(figure))
+    boxes = [label.get_window_extent() for label in labels]
+    overlaps = [
+        (a.get_text(), b.get_text())
+        for (a, box), (b, other) in combinations(zip(labels, boxes, strict=True), 2)
+        if box.overlaps(other)
+    ]
+    assert overlaps == []
+    frame = figure.axes[0].bbox
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+
+
+def test_the_axes_say_what_they_are_and_the_legend_is_beside_them(drawn: dict[str, Figure]) -> None:
+    figure = drawn["trade-off"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "share of the gap closed inside the domain"
+    assert axes.get_ylabel() == "share of the gap closed outside the domain"
+    assert figure.legends[0].get_window_extent().x0 > axes.bbox.x1
+
+
+def test_the_start_is_marked_where_it_is_in_view(make_study: Make, drawn: dict[str, Figure]) -> None:
+    assert "start" not in texts_of(drawn["trade-off"])
+    made = make_study(("sft", "cdm"))
+    worse = {kind: replace(each, bits=each.bits * 1.9) for kind, each in made.start.inside.items()}
+    cells = [
+        replace(each, scores=replace(each.scores, inside=worse, outside=made.start.outside))
+        for each in made.cells
+    ]
+    spread = (*cells[:3], *made.cells[3:])
+    assert "start" in texts_of(figures_of(replace(made, cells=spread))["trade-off"])
+
+
+def test_without_a_gap_the_axis_is_in_bits_per_byte(no_gap_outside: StudyResult) -> None:
+    (axes,) = figures_of(no_gap_outside)["trade-off"].axes
+    assert axes.get_ylabel() == "bits per byte gained outside the domain (no gap)"
+    assert axes.get_ylim()[1] < 0  # all methods are worse than such a start
+
+
+def test_one_method_with_one_seed_can_be_drawn(make_study: Make) -> None:
+    assert set(figures_of(make_study(("sft",), seeds=(0,)))) == {"trade-off", "bars", "curves"}
+
+
+def test_a_study_with_one_side_has_no_trade_off(make_study: Make) -> None:
+    made = make_study(("sft", "cdm"))
+    made = replace(
+        made,
+        start=replace(made.start, outside={}),
+        teacher=replace(made.teacher, outside={}),
+        cells=tuple(replace(each, scores=replace(each.scores, outside={})) for each in made.cells),
+    )
+    assert set(figures_of(made)) == {"bars", "curves"}
+
+
+def test_curves_are_means_over_seeds_and_kd_is_relative(make_study: Make) -> None:
+    made = make_study(("sft", "cdm"))
+    left, right = figures_of(made)["curves"].axes
+    cdm = [each for each in made.cells if each.cell.method == "cdm"]
+    assert len(left.lines) == 2
+    assert left.lines[0].get_ydata()[0] == pytest.approx(sum(each.curve[0].ce for each in cdm) / 3)
+    assert len(right.lines) == 1  # plain fine-tuning has no KD
+    assert right.lines[0].get_ydata()[0] == 1.0
+
+
+def test_a_dark_picture_has_dark_paper(make_study: Make) -> None:
+    from matplotlib.colors import to_hex
+
+    made = make_study(("sft", "cdm"))
+    for figure in pictures(made, summarize(made), DARK).values():
+        assert to_hex(figure.get_facecolor()) == DARK.paper
+        assert {to_hex(axes.get_facecolor()) for axes in figure.axes} == {DARK.paper}
+
+
+@pytest.mark.parametrize("name", ["cdm", "em", "alm", "gold", "cdm k=20"])
+def test_a_marker_s_outline_fills_its_box(name: str) -> None:
+    path = marker_path(styles([name])[name])
+    figures = [float(each) for each in path.strip("MZ").replace("L", " ").split()]
+    assert min(figures) >= 0.9
+    assert max(figures) <= 15.1
+    assert max(figures) - min(figures) > 12
+
+
+def test_bars_have_a_panel_for_what_is_measured(no_divergence: StudyResult, drawn: dict[str, Figure]) -> None:
+    def panels(figure: Figure) -> list[str]:
+        return [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
+
+    every = ["Share of the gap closed", "KL(teacher ‖ student)", "Time of a step", "Peak memory"]
+    assert panels(drawn["bars"]) == every
+    assert panels(figures_of(no_divergence)["bars"]) == [every[0], *every[2:]]

@@ -1,0 +1,459 @@
+"""Cells and studies, run with small models: equal work, equal figures, what is stopped, what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cdm_toolkit.compare import run as run_module
+from cdm_toolkit.compare.cells import grid
+from cdm_toolkit.compare.record import CellResult
+from cdm_toolkit.compare.results import put_together, uneven
+from cdm_toolkit.compare.run import Running, cell_config, peak_memory, run_cell, run_study, running_cell
+from cdm_toolkit.compare.shared import open_shared, prepare
+from cdm_toolkit.compare.store import CELL_FILE, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.study import StudyConfig, from_file
+from cdm_toolkit.distill.rows import read_rows
+from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
+from cdm_toolkit.errors import (
+    BadArtifact,
+    BadOption,
+    FileProblem,
+    Interrupted,
+    SourceNotFound,
+    TokenizerMismatch,
+    UnknownName,
+)
+from cdm_toolkit.hub.students import new_student
+
+STUDY: dict[str, Any] = {
+    "train": {"sums": {"path": "sample:train", "rows": 6}, "code": {"path": "python:code", "rows": 2}},
+    "inside": {"sums": {"path": "sample:heldout", "rows": 3}},
+    "outside": {"manual": {"path": "python:manual", "rows": 2}},
+    "max_length": 400,
+    "steps": 3,
+    "run": {"lr": 1e-3, "batch_size": 2},
+    "default": "cdm",
+    "methods": {
+        "sft": {},
+        "em": {"method": "em", "top_k": 20},
+        "paper": {"preset": "paper", "top_k": 20},
+        "cdm": {"method": "cdm", "top_k": 20},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a teacher, a student, and another teacher with the teacher's tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    try:
+        new_student("smollm2", "200k", root / "teacher", entries=900, seed=1)
+        new_student("smollm2", "200k", root / "other", entries=900, seed=2)
+        new_student("gpt2", "200k", root / "student", entries=700, seed=3)
+    except SourceNotFound as error:
+        pytest.skip(str(error))
+    return root
+
+
+@pytest.fixture(scope="module")
+def make(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StudyConfig]:
+    """Give the function that makes a study of the small models, with assignments over it."""
+    path = tmp_path_factory.mktemp("study") / "small.yaml"
+    pair = {"teacher": str(models / "teacher"), "student": str(models / "student")}
+    path.write_text(yaml.safe_dump(pair | STUDY, sort_keys=False), encoding="utf-8")
+    return lambda *assignments: from_file(str(path), assignments)
+
+
+@pytest.fixture(scope="module")
+def study(make: Callable[..., StudyConfig]) -> StudyConfig:
+    return make()
+
+
+def claimed(study: StudyConfig, path: Path) -> StudyFolder:
+    folder = StudyFolder(path)
+    folder.claim(study)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(study: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """Run all cells of the study, in this process."""
+    folder = claimed(study, tmp_path_factory.mktemp("done") / "out")
+    for cell in grid(study):
+        run_cell(study, folder, cell.index)
+    return folder
+
+
+@pytest.fixture
+def copied(done: StudyFolder, tmp_path: Path) -> StudyFolder:
+    shutil.copytree(done.path, tmp_path / "out")
+    return StudyFolder(tmp_path / "out")
+
+
+def figures(result: CellResult) -> CellResult:
+    """Take what must be the same wherever a cell is run: not its costs, and not the paths among its settings."""
+    return replace(result, step_seconds=0.0, peak_memory=0, settings={})
+
+
+# Cells
+
+
+def test_cells_do_the_same_work(study: StudyConfig, done: StudyFolder) -> None:
+    results = put_together(study, done, command="cdm compare small").cells
+    assert [result.cell.method for result in results] == ["sft", "em", "paper", "cdm"]
+    assert len({(result.steps, result.tokens) for result in results}) == 1
+    assert uneven(results) == []
+    for result in results:
+        assert result.steps == 3
+        assert result.step_seconds > 0
+        assert [point.step for point in result.curve] == [1, 2, 3]
+        assert result.scores.inside["sums"].scored_bytes > 100
+        assert result.scores.outside["manual"].boundaries > 100
+    # the first step begins with the same weights and rows
+    assert len({result.curve[0].ce for result in results}) == 1
+    assert len({result.curve[2].ce for result in results}) == len(results)
+
+
+def test_a_curve_has_what_the_method_has(study: StudyConfig, done: StudyFolder) -> None:
+    sft, em, *_ = put_together(study, done, command="").cells
+    assert all(point.kd is None and point.matched_mass is None for point in sft.curve)
+    assert all(point.kd and 0 < point.matched_mass < 1 for point in em.curve)
+
+
+def test_methods_read_the_cache_unless_they_need_the_model(study: StudyConfig, done: StudyFolder) -> None:
+    shared = open_shared(done)
+    by_name = {cell.method: cell_config(study, shared, cell, Path("out")) for cell in grid(study)}
+    assert by_name["sft"].teachers == ()
+    assert by_name["cdm"].teachers[0].cache == shared.cache
+    assert by_name["paper"].teachers[0].cache is None
+    assert [by_name[name].alpha for name in ("em", "paper")] == [0.5, 0.9]
+
+
+def test_what_comes_of_the_cache_is_what_the_model_gives(
+    study: StudyConfig, done: StudyFolder, tmp_path
+) -> None:
+    from cdm_toolkit.distill.run import run
+
+    cell = grid(study)[1]
+    config = cell_config(study, open_shared(done), cell, tmp_path / "student")
+    teacher = config.teachers[0].model_copy(update={"cache": None})
+    online = run(config.model_copy(update={"teachers": (teacher,)}))
+    stored = done.read_cell(cell)
+    assert stored is not None
+    for log, point in zip(online.losses, stored.result.curve, strict=True):
+        assert point.kd == pytest.approx(log.teachers[0].kd, rel=1e-5)
+
+
+def test_a_cell_run_again_gives_the_same_bits(study: StudyConfig, copied: StudyFolder) -> None:
+    before = {cell.index: copied.read_cell(cell) for cell in grid(study)}
+    for index in (0, 2, 3):
+        again = run_cell(study, copied, index, overwrite=True)
+        assert figures(again) == figures(before[index].result)
+
+
+def test_a_finished_cell_is_read(study: StudyConfig, copied: StudyFolder, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("nothing is left to run")
+
+    monkeypatch.setattr(run_module, "_run", fail)
+    assert run_cell(study, copied, 3) == copied.read_cell(grid(study)[3]).result
+
+
+def test_weights_go_unless_they_are_to_stay(study: StudyConfig, copied: StudyFolder) -> None:
+    assert not list(copied.path.glob("cells/**/*.safetensors"))
+    run_cell(study, copied, 0, overwrite=True, keep_models=True)
+    (model,) = copied.path.glob("cells/**/*.safetensors")
+    assert model.parent == copied.of(grid(study)[0]) / "model"
+    assert not list(copied.path.glob("cells/**/.scratch"))
+
+
+def test_an_interrupted_cell_leaves_nothing(study: StudyConfig, copied: StudyFolder, monkeypatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    cell = grid(study)[1]
+    (copied.of(cell) / CELL_FILE).unlink()
+    monkeypatch.setattr(run_module, "score", stop)
+    with pytest.raises(Interrupted, match="cell 1 was stopped, nothing of it is kept; go on with: again"):
+        run_cell(study, copied, 1, go_on="again")
+    assert [path.name for path in copied.of(cell).iterdir()] == [".lock"]
+
+
+def test_a_cell_that_runs_is_seen(study: StudyConfig, copied: StudyFolder) -> None:
+    cell = grid(study)[2]
+    progress = copied.of(cell) / "progress.json"
+    with only_one(copied.of(cell), "runs it"):
+        progress.write_text('["train", 2, 3]')
+        assert running_cell(copied, cell) == Running(cell, "train", 2, 3)
+        progress.write_text("")  # it is just being written
+        assert running_cell(copied, cell) == Running(cell, "start", 0, 1)
+    assert running_cell(copied, cell) is None
+
+
+def test_peak_memory_is_this_process_alone() -> None:
+    """`getrusage` of a child starts with its parent's, which has models in memory."""
+    ballast = bytearray(300 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    line = "from cdm_toolkit.compare.run import peak_memory as p; print(p('cpu'))"
+    own = peak_memory("cpu")
+    child = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert own > 300 << 20
+    assert 20 << 20 < int(child.stdout) < own
+    del ballast
+
+
+# What cells share
+
+
+def test_rows_that_some_side_would_cut_are_passed_over(
+    make: Callable[..., StudyConfig], tmp_path: Path
+) -> None:
+    study = make("max_length=110", "train.code.rows=1")
+    shared = prepare(study, claimed(study, tmp_path / "out"))
+    assert shared.counts == {"sums": 6, "code": 1}
+    assert shared.passed_over > 0
+    assert len(read_rows(shared.train)) == 7
+    facts = put_together(study, StudyFolder(tmp_path / "out"), command="x").facts
+    assert "of more than 110 tokens" in facts["passed over"]
+
+
+def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    study = make("max_length=12")
+    with pytest.raises(BadOption, match=r"train.sums.rows is 6; give at most 0, or a longer max_length"):
+        prepare(study, claimed(study, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("train.more={path: none.jsonl}", "give its place: --set train.more.path=FILE"),
+        ("outside.more={path: none.jsonl}", "give its place: --set outside.more.path=FILE"),
+        ("train.sums.rows=100000", "train.sums.rows is 100000; give at most"),
+        ("inside.sums.rows=100000", "inside.sums.rows is 100000; give at most"),
+        ("outside.more={path: 'python:cod'}", "did you mean python:code?"),
+        ("outside.more={path: 'python:code', rows: 3}", "2 of its 3 rows are trained on"),
+        ("inside.code={path: 'python:code', rows: 4}", "2 of its 4 rows are trained on"),
+        ("student={transplant: none/such, tokenizer: gpt2}", "cannot find 'none/such'"),
+        ("student={size: 3q, tokenizer: gpt2}", "size is '3q'"),
+        ("student={size: 1m, tokenizer: gpt2, entries: 3}", "entries is 3"),
+        ("teacher=none/such", "cannot find 'none/such'"),
+        ("suites={mth: {limit: 2}}", "did you mean math?"),
+        ("teacher_cache=none", "none"),
+    ],
+)
+def test_a_study_that_cannot_be_prepared(
+    make: Callable[..., StudyConfig], tmp_path: Path, assignment: str, said: str
+) -> None:
+    study = make(assignment)
+    with pytest.raises((BadOption, FileProblem, SourceNotFound, UnknownName, BadArtifact)) as caught:
+        prepare(study, claimed(study, tmp_path / "out"))
+    assert said in str(caught.value)
+
+
+def test_nothing_is_shared_with_a_study_without_a_teacher(make: Callable[..., StudyConfig], tmp_path) -> None:
+    study = make("methods={sft: {}}", "default=sft", "measures=[bits-per-byte, time, memory]")
+    shared = prepare(study, claimed(study, tmp_path / "out"))
+    assert shared.cache is None
+    assert shared.start.inside["sums"].boundaries == 0
+
+
+@pytest.mark.parametrize("of", ["size: 200k", "transplant: TEACHER"])
+def test_a_student_is_made_once(
+    make: Callable[..., StudyConfig], models: Path, tmp_path: Path, of: str
+) -> None:
+    of = of.replace("TEACHER", str(models / "teacher"))
+    study = make(f"student={{{of}, tokenizer: gpt2, entries: 700, seed: 5}}")
+    folder = claimed(study, tmp_path / "out")
+    shared = prepare(study, folder)
+    assert shared.student == str(folder.shared / "student")
+    made = (folder.shared / "student" / "model.safetensors").stat().st_mtime_ns
+    (folder.shared / "shared.json").unlink()  # stopped after it
+    assert prepare(study, folder).fingerprints == shared.fingerprints
+    assert (folder.shared / "student" / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_a_cache_of_the_study_s_own(
+    make: Callable[..., StudyConfig], models: Path, done: StudyFolder, tmp_path: Path
+) -> None:
+    def cache(model: str, name: str, k: int = 100) -> str:
+        settings = {"model": str(models / model), "data": str(open_shared(done).train), "k": k}
+        write_cache(CacheSettings(**settings, output=str(tmp_path / name)))
+        return f"teacher_cache={tmp_path / name}"
+
+    good = make(cache("teacher", "good"))
+    assert prepare(good, claimed(good, tmp_path / "a")).cache == str(tmp_path / "good")
+    other = make(cache("other", "bad"))
+    with pytest.raises(BadArtifact, match=r"it was made by .*other .*, and the teacher is"):
+        prepare(other, claimed(other, tmp_path / "b"))
+    tokenizer = make(cache("student", "worse"))
+    with pytest.raises(TokenizerMismatch):
+        prepare(tokenizer, claimed(tokenizer, tmp_path / "c"))
+    rows = make(cache("teacher", "good"), "train.sums.rows=5")
+    with pytest.raises(BadArtifact, match="its data is"):
+        prepare(rows, claimed(rows, tmp_path / "d"))
+
+
+def test_what_was_altered_is_told(study: StudyConfig, copied: StudyFolder) -> None:
+    rows = copied.shared / "train.jsonl"
+    rows.write_text(rows.read_text().replace("?", "!"))
+    with pytest.raises(BadArtifact, match="these are not the rows that were written; start the study anew"):
+        run_cell(study, copied, 0, overwrite=True)
+    (copied.shared / "shared.json").write_text("{}")
+    with pytest.raises(BadArtifact, match="it is damaged"):
+        prepare(study, copied)
+
+
+def test_a_study_that_was_never_prepared(study: StudyConfig, tmp_path: Path) -> None:
+    with pytest.raises(FileProblem, match="has not been prepared"):
+        put_together(study, claimed(study, tmp_path / "out"), command="x")
+
+
+# Put together
+
+
+def test_a_cell_of_another_origin_is_told(study: StudyConfig, copied: StudyFolder) -> None:
+    file = copied.of(grid(study)[2]) / CELL_FILE
+    content = json.loads(file.read_text())
+    content["receipt"]["fingerprints"]["training rows"] = "0"
+    file.write_text(json.dumps(content))
+    with pytest.raises(BadArtifact, match=r"another training rows than this study; run it again: --cell 2"):
+        put_together(study, copied, command="x")
+
+
+def test_unequal_work_is_told(study: StudyConfig, copied: StudyFolder) -> None:
+    stored = copied.read_cell(grid(study)[1])
+    copied.write_cell(replace(stored, result=replace(stored.result, tokens=7)))
+    result = put_together(study, copied, command="x")
+    (line,) = uneven(result.cells)
+    tokens = f"{result.cells[0].tokens:,}"
+    assert line == f"seed 0 has unequal tokens: {tokens} by sft, paper, cdm; 7 by em"
+    assert result.facts["unequal work"] == line
+
+
+def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
+    result = put_together(study, done, command="cdm compare small.yaml")
+    assert (
+        list(result.facts)
+        == [
+            "trained on",
+            "held out, inside",
+            "held out, outside",
+            "steps",
+            "seeds",
+            "machine",
+            "notes",
+            "command",
+        ]
+        or "passed over" in result.facts
+    )
+    assert result.facts["trained on"] == "sums (6 rows), code (2 rows)"
+    assert result.facts["steps"].startswith("3 of 2 rows, ")
+    assert result.planned == 4
+    assert result.receipt["fingerprints"].keys() >= {"teacher", "student", "training rows", "held-out rows"}
+
+
+# All cells, in processes of their own
+
+
+@pytest.mark.slow
+def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -> None:
+    before = {cell.index: copied.read_cell(cell) for cell in grid(study)}
+    for index in (1, 3):
+        (copied.of(grid(study)[index]) / CELL_FILE).unlink()
+    seen = []
+    assert run_study(study, copied, workers=2, on_progress=seen.append) == []
+    assert seen[-1].done == seen[-1].planned == 4
+    assert {each.finished.cell.index for each in seen if each.finished} == {1, 3}
+    assert any(len(each.running) == 2 for each in seen)
+    for index in (1, 3):
+        stored = copied.read_cell(grid(study)[index])
+        assert figures(stored.result) == figures(before[index].result), "another process gives the same bits"
+        assert "--cell" in stored.receipt["command"]
+
+
+@pytest.mark.slow
+def test_a_failing_cell_does_not_stop_the_others(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    study = make("methods={sft: {}, kl: {method: kl}, em: {method: em, top_k: 20}}", "default=em")
+    folder = claimed(study, tmp_path / "out")
+    (failure,) = run_study(study, folder)
+    assert failure.cell.method == "kl"
+    assert failure.why.startswith("the method of ")
+    assert "give one for different tokenizers" in failure.why
+    assert [folder.read_cell(cell) is not None for cell in grid(study)] == [True, False, True]
+
+
+def started(folder: StudyFolder, *words: str) -> subprocess.Popen[str]:
+    command = ["compare", str(folder.study_file), "-o", str(folder.path), *words]
+    return subprocess.Popen(
+        [sys.executable, "-m", "cdm_toolkit.cli", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_prepare_at_once(study: StudyConfig, done: StudyFolder, tmp_path: Path) -> None:
+    folder = claimed(study, tmp_path / "out")
+    both = [started(folder, "--cell", str(index)) for index in (0, 3)]
+    for process in both:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+    for index in (0, 3):
+        cell = grid(study)[index]
+        assert figures(folder.read_cell(cell).result) == figures(done.read_cell(cell).result)
+
+
+def first_cell(study: StudyConfig, folder: StudyFolder, process: subprocess.Popen[str]) -> None:
+    """Wait until the first cell is there and the second one trains."""
+    first, second = grid(study)[:2]
+    while not (folder.of(first) / CELL_FILE).is_file() or not (folder.of(second) / "progress.json").is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    study = make("steps=200", "methods={sft: {seeds: [0, 1]}}", "default=sft")
+    folder = claimed(study, tmp_path / "out")
+    process = started(folder)
+    first_cell(study, folder, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    last = err.strip().splitlines()[-1]
+    assert last == (
+        f"cdm: the study was stopped, 1 of 2 cells are in {folder.path}; "
+        f"go on with: cdm compare {folder.study_file} -o {folder.path}"
+    )
+    assert not list(folder.path.glob("cells/*/.scratch"))
+    assert not is_held(folder.of(grid(study)[1])), "its process has ended too"
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    """kill -9: a cell that has begun may still end by itself, and is waited for."""
+    study = make("steps=60", "methods={sft: {seeds: [0, 1]}}", "default=sft")
+    folder = claimed(study, tmp_path / "out")
+    process = started(folder)
+    first_cell(study, folder, process)
+    process.kill()
+    process.communicate()
+    kept = (folder.of(grid(study)[0]) / CELL_FILE).stat().st_mtime_ns
+    assert run_study(study, folder) == []
+    assert len(put_together(study, folder, command="x").cells) == 2
+    assert (folder.of(grid(study)[0]) / CELL_FILE).stat().st_mtime_ns == kept

@@ -1,0 +1,169 @@
+"""The output folder of a study: whose it is, cells that come back, locks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cdm_toolkit.compare.record import StudyResult
+from cdm_toolkit.compare.store import CELL_FILE, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.study import StudyConfig, from_file
+from cdm_toolkit.errors import BadArtifact, FileProblem
+
+
+@pytest.fixture
+def study() -> StudyConfig:
+    return from_file("quickstart-small")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StudyFolder:
+    return StudyFolder(tmp_path / "out")
+
+
+def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None:
+    folder.claim(study)
+    folder.claim(study)
+    assert folder.read_study() == study
+    other = from_file("quickstart-small", ["steps=3", "methods.cdm.top_k=7", "methods.more={method: em}"])
+    with pytest.raises(BadArtifact) as caught:
+        folder.claim(other)
+    for words in (
+        "steps is 25 there and 3 now",
+        "methods.cdm.top_k is 100 there and 7 now",
+        "methods.more is only now",
+        "--overwrite",
+    ):
+        assert words in str(caught.value)
+    assert folder.read_study() == study
+
+
+def test_many_differences_are_counted(study: StudyConfig, folder: StudyFolder) -> None:
+    folder.claim(study)
+    sets = ["steps=3", "max_length=99", "alpha=0.1", "threads=2", "seeds=[4]", "teacher=gpt2"]
+    with pytest.raises(BadArtifact, match=r"there and .* now and 2 more; give another --output"):
+        folder.claim(from_file("quickstart-small", sets))
+
+
+def test_what_is_said_of_a_study_may_change(folder: StudyFolder, study: StudyConfig) -> None:
+    folder.claim(study)
+    folder.claim(from_file("quickstart-small", ["about=Another", "default=em"]))
+    assert folder.read_study().about == "Another"
+
+
+def test_to_start_anew_removes_what_a_study_wrote(folder: StudyFolder, study: StudyConfig) -> None:
+    folder.claim(study)
+    (folder.path / "mine.txt").write_text("kept")
+    for name in ("cells/000-sft/cell.json", "shared/shared.json", "results.json", "bars.png"):
+        (folder.path / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder.path / name).write_text("{}")
+    folder.claim(from_file("quickstart-small", ["steps=3"]), overwrite=True)
+    assert folder.read_study().steps == 3
+    assert {path.name for path in folder.path.iterdir() if path.name[0] != "."} == {"mine.txt", "study.yaml"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_something_else_is_left_alone(
+    folder: StudyFolder, study: StudyConfig, overwrite: bool
+) -> None:
+    folder.path.mkdir()
+    (folder.path / "results.json").write_text("mine")
+    with pytest.raises(FileProblem, match="it is not empty, and holds no study"):
+        folder.claim(study, overwrite=overwrite)
+    assert (folder.path / "results.json").read_text() == "mine"
+
+
+def test_a_place_that_is_a_file(tmp_path: Path, study: StudyConfig) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileProblem, match="cannot be written"):
+        StudyFolder(tmp_path / "out").claim(study)
+
+
+@pytest.fixture
+def stored(make_study: Callable[..., StudyResult]) -> Stored:
+    return Stored(
+        make_study(("cdm",)).cells[0], "a machine", ("a warning",), {"fingerprints": {"student": "a"}}
+    )
+
+
+def test_a_cell_comes_back_as_it_was(folder: StudyFolder, stored: Stored) -> None:
+    assert folder.read_cell(stored.result.cell) is None
+    folder.write_cell(stored)
+    assert folder.read_cell(stored.result.cell) == stored
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:100],
+        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"steps"', '"stpes"'),
+        lambda text: text.replace('"bits"', '"bytes"', 1),
+        lambda text: "[]",
+    ],
+)
+def test_a_damaged_cell_is_told(folder: StudyFolder, stored: Stored, damage: Callable[[str], str]) -> None:
+    folder.write_cell(stored)
+    file = folder.of(stored.result.cell) / CELL_FILE
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(BadArtifact, match=r"it is damaged .*; run it again: --cell 0 --overwrite"):
+        folder.read_cell(stored.result.cell)
+
+
+def test_a_cell_in_anothers_place_is_told(folder: StudyFolder, stored: Stored) -> None:
+    folder.write_cell(stored)
+    other = replace(stored.result.cell, seed=5)
+    folder.of(stored.result.cell).rename(folder.of(other))
+    with pytest.raises(BadArtifact, match=f"it has the cell {stored.result.cell.name}"):
+        folder.read_cell(other)
+
+
+def test_results_are_plain_json(folder: StudyFolder, full_study: StudyResult) -> None:
+    content = json.loads(folder.write_results(full_study).read_text(encoding="utf-8"))
+    assert content["cells"][0]["cell"]["method"] == "sft"
+    assert content["start"]["inside"]["code"]["scored_bytes"] == 4000
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cdm_toolkit.compare.store import only_one
+with only_one(Path(sys.argv[1]), "holds it", print):
+    print("in", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_second_process_waits_and_says_so(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), "1.5"], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        assert is_held(tmp_path)
+        said: list[str] = []
+        began = time.monotonic()
+        with only_one(tmp_path, "prepares this study", said.append):
+            assert time.monotonic() - began > 0.3
+        assert said == ["waiting for another process that prepares this study"]
+    assert not is_held(tmp_path)
+
+
+def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), "60"], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        other.kill()
+        other.wait()
+    said: list[str] = []
+    with only_one(tmp_path, "prepares this study", said.append):
+        assert not said

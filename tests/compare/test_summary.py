@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import isclose, sqrt
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cdm_toolkit.compare.record import Cell, CellResult, Measured, ModelScores, StudyResult
+from cdm_toolkit.compare.summary import Gap, Mean, Verdict, _chance, _front, compare, summarize
+
+Make = Callable[..., StudyResult]
+
+
+def measured(bits_per_byte: float, size: int = 1000, divergence: float = 0.5) -> Measured:
+    return Measured(bits_per_byte * size, size, divergence * 100, 100)
+
+
+def scores(inside: Mapping[str, Measured], outside: Mapping[str, Measured]) -> ModelScores:
+    return ModelScores(inside, outside, {})
+
+
+def cell(
+    method: str, inside: Mapping[str, Measured], outside: Mapping[str, Measured], seed: int
+) -> CellResult:
+    return CellResult(Cell(seed, method, 0.5, seed), scores(inside, outside), 1, 1, 1.0 + seed, 2**20, (), {})
+
+
+def small_study(cells: Sequence[CellResult], *, teacher_outside: float = 1.0) -> StudyResult:
+    start = scores({"a": measured(2.0), "b": measured(4.0, size=3000)}, {"c": measured(2.0)})
+    teacher = scores({"a": measured(1.0), "b": measured(2.0, size=3000)}, {"c": measured(teacher_outside)})
+    return StudyResult("s", "", "t → s", None, teacher, start, tuple(cells), len(cells), {}, {})
+
+
+# Means and shares
+
+
+def test_a_mean_has_the_deviation_of_a_sample() -> None:
+    found = Mean.of([1.0, 2.0, 6.0])
+    assert (found.value, found.runs) == (3.0, 3)
+    assert found.deviation == pytest.approx(sqrt((4 + 1 + 9) / 2))
+    assert found.written(2) == "3.00 ± 2.65"
+
+
+def test_one_run_has_no_deviation() -> None:
+    assert Mean.of([1.5]) == Mean(1.5, None, 1)
+    assert Mean.of([1.5]).written(1) == "1.5"
+
+
+def test_the_share_of_a_gap_is_0_at_the_start_and_1_at_the_teacher() -> None:
+    gap = Gap(start=2.0, teacher=1.5)
+    assert [gap.share(bits) for bits in (2.0, 1.5, 1.75, 2.5)] == [0.0, 1.0, 0.5, -1.0]
+
+
+@pytest.mark.parametrize("teacher", [2.0, 2.5])
+def test_a_start_as_good_as_the_teacher_leaves_no_share(teacher: float) -> None:
+    assert Gap(start=2.0, teacher=teacher).share(1.0) is None
+
+
+def test_kinds_count_by_their_bytes_and_seeds_alike() -> None:
+    cells = [
+        cell("m", {"a": measured(1.5), "b": measured(3.0, size=3000)}, {"c": measured(1.25)}, 0),
+        cell("m", {"a": measured(1.5), "b": measured(3.5, size=3000)}, {"c": measured(1.75)}, 1),
+    ]
+    (method,) = summarize(small_study(cells)).methods
+    inside, outside = method.sides["inside"], method.sides["outside"]
+    # (1.5·1 + 3·3) / 4 and (1.5·1 + 3.5·3) / 4, between 3.5 and 1.75
+    assert inside.bits_per_byte.value == pytest.approx((2.625 + 3.0) / 2)
+    assert inside.share is not None
+    assert inside.share.value == pytest.approx((0.5 + 2 / 7) / 2)
+    assert outside.share == Mean(0.5, pytest.approx(sqrt(0.125)), 2)
+    assert method.score is not None
+    assert method.score.value == pytest.approx(((0.5 + 0.75) / 2 + (2 / 7 + 0.25) / 2) / 2)
+    assert method.kinds["inside"]["b"].share == Mean(0.375, pytest.approx(sqrt(0.03125)), 2)
+    assert method.step_seconds.value == 1.5
+    assert inside.divergence.value == 0.5
+
+
+def test_no_gap_outside_is_said_and_methods_are_judged_by_the_other_side(no_gap_outside: StudyResult) -> None:
+    found = summarize(no_gap_outside)
+    assert "outside: the student is no worse than the teacher before training" in found.notes[0]
+    assert found.notes[0].endswith("Methods are judged by their share inside.")
+    assert found.score_name == "share inside"
+    for method in found.methods:
+        assert method.sides["outside"].share is None
+        assert method.score == method.sides["inside"].share
+    assert [verdict.other for verdict in found.verdicts if verdict.ahead] == ["em", "sft"]
+
+
+def test_without_any_gap_nothing_is_judged(no_gap_outside: StudyResult) -> None:
+    start = replace(no_gap_outside.start, inside=no_gap_outside.teacher.inside)
+    found = summarize(replace(no_gap_outside, start=start))
+    assert [method.score for method in found.methods] == [None, None, None]
+    assert found.verdicts == ()
+    assert found.headline.endswith("there is no gap to close.")
+    assert all(note.endswith("Methods cannot be judged by it.") for note in found.notes)
+    assert [method.name for method in found.methods] == ["sft", "em", "cdm"]
+
+
+def test_a_kind_without_a_gap_is_named(make_study: Make) -> None:
+    made = make_study(("sft", "cdm"))
+    start = replace(made.start, outside={**made.start.outside, "manual": made.teacher.outside["manual"]})
+    found = summarize(replace(made, start=start))
+    assert [note.split(":")[0] for note in found.notes] == ["outside, manual"]
+    assert found.methods[0].kinds["outside"]["manual"].share is None
+    assert found.methods[0].kinds["outside"]["headers"].share is not None
+
+
+def test_a_study_without_text_outside_has_one_side(make_study: Make) -> None:
+    made = make_study(("sft", "cdm"))
+    no_outside = {"start": replace(made.start, outside={}), "teacher": replace(made.teacher, outside={})}
+    cells = tuple(replace(each, scores=replace(each.scores, outside={})) for each in made.cells)
+    found = summarize(replace(made, cells=cells, **no_outside))
+    assert list(found.gaps) == ["inside"]
+    assert found.score_name == "share inside"
+    assert found.notes == ()
+
+
+def test_methods_come_best_first(full_study: StudyResult) -> None:
+    found = summarize(full_study).methods
+    values = [method.score.value for method in found if method.score]
+    assert values == sorted(values, reverse=True)
+    assert found[0].name == "cdm"
+    assert found[-1].name == "sft"
+
+
+def test_suites_and_matched_mass_are_averaged(make_study: Make) -> None:
+    made = make_study(("sft", "cdm"))
+    cells = tuple(
+        replace(each, scores=replace(each.scores, suites={"math": {"exact": float(each.cell.seed)}}))
+        for each in made.cells
+    )
+    found = {method.name: method for method in summarize(replace(made, cells=cells)).methods}
+    assert found["cdm"].suites == {"math": {"exact": Mean(1.0, 1.0, 3)}}
+    assert found["sft"].matched_mass is None
+    assert found["cdm"].matched_mass is not None
+    assert found["cdm"].matched_mass.value == pytest.approx(0.93, abs=0.005)
+
+
+# Lines over alpha
+
+
+def test_lines_have_the_own_cell_of_their_seed_and_leave_the_means_alone(full_study: StudyResult) -> None:
+    found = summarize(full_study)
+    lines = {line.method: line for line in found.lines}
+    assert set(lines) == {"gold", "cdm"}
+    assert [point.alpha for point in lines["cdm"].points] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert {point.seed for point in lines["cdm"].points} == {0}
+    assert found.methods[0].seeds == (0, 1, 2)
+    assert {run.alpha for run in found.methods[0].runs} == {0.5}
+
+
+def test_a_line_is_drawn_before_its_method_is_there(full_study: StudyResult) -> None:
+    only = tuple(each for each in full_study.cells if each.cell.in_curve)
+    found = summarize(replace(full_study, cells=only))
+    assert found.methods == ()
+    assert [len(line.points) for line in found.lines] == [4, 4]
+
+
+# The front
+
+
+def test_the_front_has_whom_nobody_dominates() -> None:
+    places = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (3.0, 1.0), "d": (2.0, 2.5), "e": (3.0, 3.0)}
+    assert _front(places) == {"a", "b", "c"}
+
+
+def test_equals_are_on_the_front_together() -> None:
+    assert _front({"a": (1.0, 1.0), "b": (1.0, 1.0), "c": (1.0, 2.0)}) == {"a", "b"}
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=8))
+def test_every_method_off_the_front_is_dominated_from_the_front(points: list[tuple[int, int]]) -> None:
+    places = {f"{i}": (float(x), float(y)) for i, (x, y) in enumerate(points)}
+    front = _front(places)
+    assert front
+
+    def dominates(a: str, b: str) -> bool:
+        return places[a] != places[b] and all(x <= y for x, y in zip(places[a], places[b], strict=True))
+
+    assert all(any(dominates(a, b) for a in front) == (b not in front) for b in places)
+
+
+# Verdicts
+
+
+def by_seed(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+def test_a_method_beats_another_by_paired_differences() -> None:
+    em = by_seed(0.40, 0.44, 0.36)
+    found = compare("cdm", by_seed(0.40 + 0.023, 0.44 + 0.031, 0.36 + 0.039), "em", em)
+    assert found.text == "cdm beats em by 0.031 ± 0.008 (3 seeds)"
+    assert found.ahead
+    assert not found.behind
+
+
+def test_luck_of_a_seed_that_all_methods_share_cancels_out() -> None:
+    first, second = by_seed(0.1, 0.5, 0.9), by_seed(0.08, 0.47, 0.88)
+    assert compare("a", first, "b", second).ahead
+    # the same figures without a seed in common cannot be told apart
+    assert not compare("a", first, "b", {seed + 9: each for seed, each in second.items()}).told_apart
+
+
+def test_behind_and_level_are_said_in_words() -> None:
+    low, high = by_seed(0.30, 0.31, 0.32), by_seed(0.40, 0.42, 0.41)
+    assert compare("cdm", low, "em", high).text == "cdm is behind em by 0.100 ± 0.010 (3 seeds)"
+    level = compare("cdm", by_seed(0.30, 0.34, 0.32), "em", by_seed(0.31, 0.31, 0.33))
+    assert level.text == "cdm and em cannot be told apart: 0.003 ± 0.023 (3 seeds)"
+
+
+def test_what_chance_gives_as_well_is_said() -> None:
+    found = compare("cdm", by_seed(0.41, 0.43), "em", by_seed(0.39, 0.39))
+    # t = 0.03 / (0.0141 / √2) = 3 with one degree of freedom
+    assert found.chance == pytest.approx(0.2048, abs=1e-4)
+    assert found.text == "cdm beats em by 0.030 ± 0.014 (2 seeds); chance alone gives as much one time in 5"
+
+
+def test_what_chance_gives_more_often_than_one_time_in_four_is_not_believed() -> None:
+    found = compare("cdm", by_seed(0.40, 0.42), "em", by_seed(0.39, 0.39))
+    assert found.chance == pytest.approx(0.2952, abs=1e-4)  # t = 2
+    assert found.text == "cdm and em cannot be told apart: 0.020 ± 0.014 (2 seeds)"
+
+
+@given(st.lists(st.integers(-64, 64), min_size=3, max_size=6))
+def test_from_three_common_seeds_on_the_deviation_decides_alone(differences: list[int]) -> None:
+    found = compare("a", by_seed(*differences), "b", by_seed(*[0.0] * len(differences)))
+    assert found.deviation is not None
+    assert found.told_apart == (abs(found.difference) > found.deviation)
+
+
+def test_one_seed_in_common_is_compared_there_with_the_pooled_deviation() -> None:
+    found = compare("cdm", by_seed(0.40, 0.43, 0.46), "cdm k=20", by_seed(0.39))
+    assert found.difference == pytest.approx(0.01)
+    assert found.deviation == pytest.approx(sqrt(2) * 0.03)
+    assert found.text == "cdm and cdm k=20 cannot be told apart: 0.010 ± 0.042 (one seed in common)"
+
+
+def test_without_a_common_seed_means_are_compared_with_the_pooled_deviation() -> None:
+    found = compare("a", {0: 0.5, 1: 0.7}, "b", {2: 0.1, 3: 0.2, 4: 0.3})
+    pooled = sqrt((0.02 + 0.02) / 3)
+    assert found.difference == pytest.approx(0.4)
+    assert found.deviation == pytest.approx(sqrt(2) * pooled)
+    assert found.chance == pytest.approx(_chance(0.4, pooled * sqrt(1 / 2 + 1 / 3), 3))
+    assert "(no seed in common)" in found.text
+
+
+def test_one_seed_each_tells_nothing_apart() -> None:
+    found = compare("cdm", by_seed(0.4), "em", by_seed(0.3))
+    assert found.text == "cdm and em cannot be told apart by one seed (0.100 ahead)"
+    assert not found.told_apart
+
+
+def test_equal_runs_are_told_apart_by_nothing_and_a_constant_lead_by_all() -> None:
+    assert not compare("a", by_seed(0.5, 0.25), "b", by_seed(0.5, 0.25)).told_apart
+    lead = compare("a", by_seed(0.75, 0.5), "b", by_seed(0.5, 0.25))
+    assert (lead.deviation, lead.chance, lead.ahead) == (0.0, 0.0, True)
+
+
+_FIGURES = st.dictionaries(st.integers(0, 3), st.integers(-8, 8).map(lambda n: n / 8), min_size=1)
+
+
+@given(_FIGURES, _FIGURES)
+def test_turning_a_comparison_round_turns_its_sign(a: dict[int, float], b: dict[int, float]) -> None:
+    there, back = compare("a", a, "b", b), compare("b", b, "a", a)
+    assert isclose(there.difference, -back.difference, abs_tol=1e-12)
+    assert there.deviation == pytest.approx(back.deviation)
+    assert (there.ahead, there.behind) == (back.behind, back.ahead)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "freedom"), [(12.7062, 1), (4.3027, 2), (3.1824, 3), (2.7764, 4), (2.5706, 5), (2.2281, 10)]
+)
+def test_chance_is_that_of_the_tables_of_student_s_t(statistic: float, freedom: int) -> None:
+    assert _chance(statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
+    assert _chance(-statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
+    assert _chance(0.0, 1.0, freedom) == pytest.approx(1.0)
+
+
+# Words
+
+
+def test_the_headline_counts_the_verdicts(full_study: StudyResult) -> None:
+    found = summarize(full_study)
+    assert found.headline == "cdm beats 8 of 10 methods, is behind none, cannot be told apart from 2."
+    assert [verdict.other for verdict in found.verdicts] == [method.name for method in found.methods[1:]]
+    assert all(isinstance(verdict, Verdict) and verdict.default == "cdm" for verdict in found.verdicts)
+
+
+def test_a_default_that_beats_nobody_is_told_so(make_study: Make) -> None:
+    assert (
+        summarize(make_study(("em", "cdm"), default="em")).headline
+        == "em beats none of 1 methods, is behind 1."
+    )
+
+
+def test_without_a_default_the_best_is_named(make_study: Make) -> None:
+    found = summarize(make_study(("em", "cdm"), default=None))
+    assert found.verdicts == ()
+    assert found.headline.startswith("cdm closes most of the gap: 0.5")
+
+
+def test_a_default_that_is_still_to_come_is_said(make_study: Make) -> None:
+    found = summarize(make_study(("em", "sft")))
+    assert found.verdicts == ()
+    assert found.headline == "cdm, which the others are to be compared with, has not been measured yet."
+
+
+def test_a_study_in_progress_says_so(make_study: Make) -> None:
+    made = make_study(("em", "cdm"))
+    found = summarize(replace(made, cells=made.cells[:2]))
+    assert found.notes == ("2 of 6 cells are measured: means and verdicts may change.",)
+
+
+def test_a_study_without_cells_is_a_summary_too(make_study: Make) -> None:
+    found = summarize(replace(make_study(("em", "cdm")), cells=()))
+    assert found.methods == ()
+    assert found.headline == "No method has been measured yet."
