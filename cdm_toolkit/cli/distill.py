@@ -54,7 +54,7 @@ def distill(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any setting of a run file, such as train.lr=2e-5 or teachers.0.guards=false. Again for more.",
+            help="Any setting of a run file, such as train.lr=2e-5 or teachers.0.top_k=400. Again for more.",
             rich_help_panel=_RUN,
         ),
     ] = None,

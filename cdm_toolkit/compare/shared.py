@@ -89,9 +89,9 @@ def open_shared(folder: StudyFolder) -> Shared:
     try:
         content = json.loads(file.read_bytes())
         found = Shared(
-            student=content["student"],
+            student=_here(folder.shared / STUDENT_FOLDER) or content["student"],
             train=train,
-            cache=content["cache"],
+            cache=content["cache"] and (_here(folder.shared / CACHE_FOLDER) or content["cache"]),
             heldout=Heldout.open(folder.shared / HELDOUT_FOLDER),
             teacher=model_scores(content["teacher"]),
             start=model_scores(content["start"]),
@@ -105,6 +105,11 @@ def open_shared(folder: StudyFolder) -> Shared:
     if rows_fingerprint(read_rows(train)) != rows:
         raise BadArtifact(train, "these are not the rows that were written", _AGAIN)
     return found
+
+
+def _here(folder: Path) -> str | None:
+    """Name what was made in this folder: it may have been copied from where its paths were written down."""
+    return str(folder) if folder.is_dir() else None
 
 
 _AGAIN = "start the study anew: --overwrite"

@@ -279,6 +279,8 @@ def test_a_student_is_made_once(
     folder = claimed(study, tmp_path / "out")
     shared = prepare(study, folder)
     assert shared.student == str(folder.shared / "student")
+    moved = StudyFolder(shutil.copytree(folder.path, tmp_path / "moved"))
+    assert open_shared(moved).student == str(moved.shared / "student")
     made = (folder.shared / "student" / "model.safetensors").stat().st_mtime_ns
     (folder.shared / "shared.json").unlink()  # stopped after it
     assert prepare(study, folder).fingerprints == shared.fingerprints
@@ -304,6 +306,14 @@ def test_a_cache_of_the_study_s_own(
     rows = make(cache("teacher", "good"), "train.sums.rows=5")
     with pytest.raises(BadArtifact, match="its data is"):
         prepare(rows, claimed(rows, tmp_path / "d"))
+
+
+def test_a_folder_may_be_copied_to_another_machine(study: StudyConfig, copied: StudyFolder) -> None:
+    shutil.move(copied.path, copied.path.with_name("moved"))
+    moved = StudyFolder(copied.path.with_name("moved"))
+    shared = open_shared(moved)
+    assert shared.cache == str(moved.shared / "teacher-cache")
+    run_cell(study, moved, 3, overwrite=True)
 
 
 def test_what_was_altered_is_told(study: StudyConfig, copied: StudyFolder) -> None:

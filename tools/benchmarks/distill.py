@@ -22,7 +22,7 @@ from cdm_toolkit.distill.config import from_mapping
 from cdm_toolkit.distill.data import Features, side_of
 from cdm_toolkit.distill.fit import fit, pairs
 from cdm_toolkit.distill.gather import logits_at
-from cdm_toolkit.distill.losses import cdm
+from cdm_toolkit.distill.losses import spelled
 from cdm_toolkit.distill.losses.methods import METHODS
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.reading import Side, read
@@ -32,19 +32,19 @@ from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
-from cdm_toolkit.vocab_map.contextual import select_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLE = Path(__file__).resolve().parents[2] / "cdm_toolkit" / "samples" / "word_problems_train.jsonl"
 TEACHER = "smollm2"
-STUDENTS = {"mistral": ("sft", "cdm", "em", "mined", "prefix", "uld", "alm", "gold"), TEACHER: ("sft", "kl")}
+STUDENTS = {
+    "mistral": ("sft", "cdm", "cdm-near", "em", "mined", "prefix", "uld", "alm", "gold"),
+    TEACHER: ("sft", "kl"),
+}
 """The tokenizers of the students, and what is timed on each."""
 CELLS = ((1, 128), (4, 256), (16, 128), (2, 1024), (8, 512))
 """Rows, and tokens of the longest side of each."""
-TOP_K = 100
-"""The default of `cdm distill`."""
 STEP = 1.10
 """cdm, at most."""
 LEVEL = 1.01
@@ -151,7 +151,8 @@ class Step:
     def of(cls, name: str, student: Path, rows: list[Row]) -> Step:
         """Prepare a run; `rows` are only there so that it has some."""
         output = student.with_name(f"{student.name}-{name}")
-        teachers = [] if name == "sft" else [{"model": TEACHER, "method": name}]
+        method = {"method": "cdm", "mapping": "near"} if name == "cdm-near" else {"method": name}
+        teachers = [] if name == "sft" else [{"model": TEACHER} | method]
         config = from_mapping(
             {"student": str(student), "data": "sample:train", "output": str(output), "teachers": teachers}
         )
@@ -161,7 +162,7 @@ class Step:
         return cls(
             trainer,
             needs_tokens=spec is not None and spec.needs_tokens,
-            k=TOP_K if spec is not None and spec.needs_top_k else 1,
+            k=config.teachers[0].candidates if spec is not None and spec.needs_top_k else 1,
             vocab_t=load_tokenizer(TEACHER).view.vocab_size,
         )
 
@@ -255,12 +256,16 @@ def _in_turns(steps: Mapping[str, Step], rounds: int) -> tuple[dict[str, Taken],
     """Take steps in turns, after one untimed step of each; gives their times, and that of cdm's mapping."""
     mapping: list[float] = []
 
-    def select(*arguments: Any) -> Any:
-        found: list[Any] = []
-        mapping.append(once(lambda: found.append(select_pairs(*arguments)), thread_time))
-        return found[0]
+    def timed(part: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            found: list[Any] = []
+            mapping.append(once(lambda: found.append(part(*arguments)), thread_time))
+            return found[0]
 
-    with patch.object(cdm, "select_pairs", select):
+        return run
+
+    parts = {name: timed(getattr(spelled, name)) for name in ("_places", "_next_tokens", "merged", "_longer")}
+    with patch.multiple(spelled, **parts):
         for step in steps.values():
             step()
         mapping.clear()
@@ -272,4 +277,4 @@ def _in_turns(steps: Mapping[str, Step], rounds: int) -> tuple[dict[str, Taken],
         )
         for name in steps
     }
-    return middle, median(mapping or [0.0])
+    return middle, sum(mapping) / rounds

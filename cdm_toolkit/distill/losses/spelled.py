@@ -67,7 +67,7 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
     """
     groups = len(says.top.ids)
     candidates = says.top
-    places = _places(sees, groups, inside=settings.inside)
+    places = _places(sees, groups, settings.inside)
     partners, logprobs = _next_tokens(sees, candidates, places, settings.spelling)
     teacher = merged(TopK(partners, logprobs), partners)
     width = teacher.ids.shape[1]
@@ -101,7 +101,7 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
     return Reading(rows, ids, divergence)
 
 
-def _places(sees: StudentSees, groups: int, *, inside: bool) -> _Places:
+def _places(sees: StudentSees, groups: int, inside: bool) -> _Places:
     every = torch.arange(groups, device=sees.rows.device)
     if not inside:
         return _Places(sees.rows, every, torch.zeros_like(every))
