@@ -37,7 +37,7 @@ def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None
         folder.claim(other)
     for words in (
         "steps is 25 there and 3 now",
-        "methods.cdm.top_k is 100 there and 7 now",
+        "methods.cdm.top_k is not set there and 7 now",
         "methods.more is only now",
         "--overwrite",
     ):

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
     from torch import Tensor
 
+LIKELIEST = 100
+"""Student candidates among which longer tokens are looked for: what is less likely adds next to nothing."""
+OUTCOMES = 128
+"""Student tokens that are compared at a place: many candidates come to few of them."""
 FAR = 1 << 40
 """Sorts behind every id."""
 
@@ -59,9 +63,10 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
 
     Candidates whose spellings go on with one token are one outcome. Both distributions are renormalised over
     the outcomes at temperature T, with all other probability as one more where `rest_bucket` is set. At a
-    boundary a student token of its top k that is no outcome, such as `48` where the teacher writes `4` and
+    boundary a student token of its likeliest that is no outcome, such as `48` where the teacher writes `4` and
     `8`, counts for the outcome that its own spelling begins with. The divergences of a group's places are
-    summed up; a place inside where no candidate is left adds nothing.
+    summed up; a place inside where no candidate is left adds nothing. The outcomes are the OUTCOMES with the most
+    of the teacher's probability; smaller ones are a part of the rest on both sides.
 
     A mapping of this tool's own, in place of the pairs of arXiv 2502.11104, section 3.3.
     """
@@ -69,12 +74,14 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
     candidates = says.top
     places = _places(sees, groups, settings.inside)
     partners, logprobs = _next_tokens(sees, candidates, places, settings.spelling)
-    teacher = merged(TopK(partners, logprobs), partners)
+    teacher = _largest(merged(TopK(partners, logprobs), partners))
     width = teacher.ids.shape[1]
     rows, ids = places.rows.repeat_interleave(width), teacher.ids.clamp(min=0).flatten()
     longer = None
     if settings.beginning is not None:
-        longer = _longer(sees, teacher.ids.narrow(0, 0, groups), settings.beginning, settings.top_k)
+        k = min(settings.top_k, LIKELIEST)
+        likeliest = top_k(sees.logits, k, real=sees.vocab, rows=sees.rows, lse=sees.lse).ids
+        longer = _longer(likeliest, teacher.ids.narrow(0, 0, groups), settings.beginning)
         rows = torch.cat((rows, sees.rows.repeat_interleave(longer.ids.shape[1])))
         ids = torch.cat((ids, longer.ids.flatten()))
     matched = partners.narrow(0, 0, groups) >= 0
@@ -163,6 +170,14 @@ def _given(
     return logprobs - torch.where(mask.any(-1, keepdim=True), total, 0.0)
 
 
+def _largest(outcomes: TopK) -> TopK:
+    if outcomes.ids.shape[1] <= OUTCOMES:
+        return outcomes
+    masses = outcomes.logprobs.masked_fill(outcomes.ids < 0, -torch.inf)
+    kept = masses.topk(OUTCOMES, dim=-1).indices
+    return TopK(outcomes.ids.gather(-1, kept), outcomes.logprobs.gather(-1, kept))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Longer:
     """Student candidates that are no outcome at a boundary: `slots` says for which outcome each counts."""
@@ -181,12 +196,10 @@ class _Longer:
 
 
 def _longer(
-    sees: StudentSees,
+    ids: Int64[Tensor, "group topk"],
     outcomes: Int64[Tensor, "group outcome"],
     beginning: Int64[Tensor, " vocab_s"],
-    k: int,
 ) -> _Longer:
-    ids = top_k(sees.logits, k, real=sees.vocab, rows=sees.rows, lse=sees.lse).ids
     in_order = torch.where(outcomes >= 0, outcomes, FAR).sort(-1)
 
     def find(wanted: Int64[Tensor, "group topk"]) -> tuple[Tensor, Tensor]:

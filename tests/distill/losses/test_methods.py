@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cdm_toolkit.distill.losses import spelled
 from cdm_toolkit.distill.losses.combine import Reader, loss_parts
 from cdm_toolkit.distill.losses.gold import GoldSettings, gold
 from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
@@ -64,6 +65,15 @@ def test_equals_twin(name: str, seed: int, **options: object) -> None:
     """One candidate or all ids, nobody with a partner, several with one, padded columns, groups of many tokens."""
     case = draw(name, seed, **options)  # type: ignore[arg-type]
     assert values(kd_of(case, name)) == pytest.approx(case.twin(name), rel=1e-7, abs=2e-6)
+
+
+def test_the_largest_outcomes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spelled, "OUTCOMES", 2)
+    for seed in range(20):
+        case = draw("cdm", seed, k=9)
+        fewer = replace(case, world=replace(case.world, outcomes=2))
+        assert values(kd_of(case, "cdm")) == pytest.approx(fewer.twin("cdm"), rel=1e-7, abs=2e-6)
+        assert fewer.twin("cdm") != case.twin("cdm")
 
 
 @every_method

@@ -45,6 +45,7 @@ class World:
     """The student tokens that each teacher id is spelled by; none for an id without."""
     beginning: Sequence[int]
     """The student id that stands for the teacher token that each student id begins with."""
+    outcomes: int = 128
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -117,10 +118,11 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
                 masses[way[place]] = masses.get(way[place], 0.0) + mass
         if not masses:
             continue
-        q = {i: float(student[i]) for i in masses}
         if place:
             masses = {i: mass / sum(masses.values()) for i, mass in masses.items()}
-        else:
+        masses = dict(sorted(masses.items(), key=lambda item: -item[1])[: world.outcomes])
+        q = {i: float(student[i]) for i in masses}
+        if not place:
             for i in best(student, world):
                 if i not in masses and world.beginning[i] in masses:
                     q[world.beginning[i]] += student[i]
