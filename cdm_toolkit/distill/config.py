@@ -77,9 +77,8 @@ class TeacherConfig(Settings):
     positions: Positions = "boundary"
     """Which logits speak for a group: those at the shared boundary before it, or the mean over its tokens."""
     temperature: Positive = 1.0
-    top_k: Count | None = None
-    """Candidates of each model at a position. Where it is not set 1,000 for `cdm` by spelling, 100 for the others;
-    fewer where a vocabulary or a cache has no more."""
+    top_k: Count = 100
+    """Candidates of each model at a position."""
     rest_bucket: bool = True
     """Take the unmatched probability as one more outcome: without it one pair alone teaches nothing."""
     theta: Open = 0.3
@@ -95,11 +94,6 @@ class TeacherConfig(Settings):
     """Of the generalised JSD: near 0 it is like KL, near 1 like reverse KL."""
     tau: Positive = 100.0
     """Temperature of the likelihoods of whole groups."""
-
-    @property
-    def candidates(self) -> int:
-        """Count the candidates that are wanted at a position."""
-        return self.top_k or (1000 if self.variant == "cdm" else 100)
 
     @property
     def variant(self) -> str:

@@ -65,8 +65,9 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
     the outcomes at temperature T, with all other probability as one more where `rest_bucket` is set. At a
     boundary a student token of its likeliest that is no outcome, such as `48` where the teacher writes `4` and
     `8`, counts for the outcome that its own spelling begins with. The divergences of a group's places are
-    summed up; a place inside where no candidate is left adds nothing. The outcomes are the OUTCOMES with the most
-    of the teacher's probability; smaller ones are a part of the rest on both sides.
+    summed up. Places inside a group count where the teacher's token that stands there is a candidate: of how a
+    word goes on that the teacher did not expect, its candidates know next to nothing. The outcomes are the
+    OUTCOMES with the most of the teacher's probability; smaller ones are a part of the rest on both sides.
 
     A mapping of this tool's own, in place of the pairs of arXiv 2502.11104, section 3.3.
     """
@@ -138,10 +139,11 @@ def _next_tokens(
     before = places.before.narrow(0, groups, len(group))
     ids, left = candidates.ids.index_select(0, group), possible.index_select(0, group)
     ways = spelling.index_select(0, ids.flatten()).view(*ids.shape, longest)
-    for nth, token in enumerate(_text(sees, groups, longest - 1)):
+    is_text = left
+    for nth, token in enumerate(_text(sees, groups, longest)):
         same = ways.select(-1, nth) == token.index_select(0, group).unsqueeze(-1)
-        left = left & (same | (before <= nth).unsqueeze(-1))
-    left = left & (before < longest).unsqueeze(-1)
+        left, is_text = left & (same | (before <= nth).unsqueeze(-1)), is_text & same
+    left = left & is_text.any(-1, keepdim=True)
     at = before.clamp(max=longest - 1).view(-1, 1, 1).expand(-1, ids.shape[1], 1)
     inside = torch.where(left, ways.gather(-1, at).squeeze(-1), NO_MATCH)
     given = _given(candidates.logprobs.index_select(0, group), inside >= 0)
@@ -149,7 +151,7 @@ def _next_tokens(
 
 
 def _text(sees: StudentSees, groups: int, most: int) -> list[Int64[Tensor, " group"]]:
-    """List the first token of each group, the second, ...; −2, which no spelling has, behind a group's end."""
+    """List the first token of each group, the second, ...; −1 behind a group's end."""
     assert sees.token_ids is not None
     assert sees.token_group is not None
     every = torch.arange(groups, device=sees.token_ids.device)
@@ -157,7 +159,9 @@ def _text(sees: StudentSees, groups: int, most: int) -> list[Int64[Tensor, " gro
     end = torch.searchsorted(sees.token_group, every, right=True)
     last = len(sees.token_ids) - 1
     return [
-        torch.where(first + nth < end, sees.token_ids.index_select(0, (first + nth).clamp(max=last)), -2)
+        torch.where(
+            first + nth < end, sees.token_ids.index_select(0, (first + nth).clamp(max=last)), NO_MATCH
+        )
         for nth in range(most)
     ]
 

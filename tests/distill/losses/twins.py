@@ -110,7 +110,10 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
     """Walk through the group's tokens: who of the candidates is still spelled like the text, and goes on how?"""
     candidates = group.teacher
     kd = 0.0
+    expected = any(list(world.ways[teacher_id]) == group.text for teacher_id in candidates)
     for place, student in enumerate(group.at_tokens):
+        if place and not expected:
+            break
         masses: dict[int, float] = {}
         for teacher_id, mass in candidates.items():
             way = list(world.ways[teacher_id])
