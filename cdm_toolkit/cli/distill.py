@@ -66,9 +66,13 @@ def distill(
     temperature: Annotated[float | None, _option("Of both distributions.", _KD)] = None,
     top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD)] = None,
     theta: Annotated[
-        float | None, _option("Near tokens: edit distance below this part of both lengths.", _KD)
+        float | None,
+        _option("With teachers.0.mapping=near: edit distance below this part of both lengths.", _KD),
     ] = None,
-    positions: Annotated[str | None, _option("boundary: shared context. mean: the paper's.", _KD)] = None,
+    positions: Annotated[
+        str | None,
+        _option("boundary: shared context. mean: the paper's (cdm: with teachers.0.mapping=near).", _KD),
+    ] = None,
     aligner: Annotated[str | None, _option("anchored, bytes, entropy-dtw or dtw.", _KD)] = None,
     epochs: Annotated[float | None, _option("Passes over the data.", _TRAIN)] = None,
     max_steps: Annotated[int | None, _option("Optimizer steps; goes before --epochs.", _TRAIN)] = None,

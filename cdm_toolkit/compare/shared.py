@@ -16,6 +16,7 @@ from cdm_toolkit.compare.store import Say, StudyFolder, model_scores, only_one, 
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
 from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.distill.cached_teacher import open_cache
+from cdm_toolkit.distill.config import TeacherConfig
 from cdm_toolkit.distill.reading import Side, read, side_of
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint
 from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheSettings, write_cache
@@ -265,7 +266,9 @@ def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
     if study.teacher_cache is not None:
         _check_cache(study, shared)
         return study.teacher_cache
-    wanted = max(TOP_K, *(teacher.get("top_k", TOP_K) for teacher in teachers))
+    wanted = max(
+        TOP_K, *(TeacherConfig.model_validate({"model": "-", **teacher}).candidates for teacher in teachers)
+    )
     settings = CacheSettings(
         model=study.teacher,
         data=str(shared / TRAIN_FILE),

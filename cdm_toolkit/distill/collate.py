@@ -90,11 +90,13 @@ class TeacherLayout:
 
     A group [t0, t1) × [s0, s1) reads at `boundary` the logits at t0 - 1 and s0 - 1, the distributions that
     follow the same text; at `mean` the means of the logits that predict its tokens, at t0 - 1 … t1 - 2 and
-    s0 - 1 … s1 - 2. `tokens` adds the log-probabilities of these tokens.
+    s0 - 1 … s1 - 2. `tokens` adds the log-probabilities of these tokens, `student_tokens` only where the student's
+    stand.
     """
 
     positions: Positions = "boundary"
     tokens: bool = False
+    student_tokens: bool = False
     pad: int = 0
     padding: Padding = "right"
 
@@ -148,8 +150,9 @@ def _teacher(layout: TeacherLayout, rows: Sequence[TeacherFeatures], first_label
             arrays["student_rows"] = label_s
     at = places + starts[place_row]
     arrays |= {"at": at, "places": places}
-    if layout.tokens:
+    if layout.tokens or layout.student_tokens:
         arrays |= {"token_rows": student_rows, "token_group": student_group}
+    if layout.tokens:
         arrays["next_ids"] = arrays["input_ids"].reshape(-1)[at + 1]
     read = tuple(np.bincount(place_row, minlength=len(rows)).tolist())
     return TeacherBatch(groups=counts, counts=read, **_tensors(arrays))

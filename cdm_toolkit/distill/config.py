@@ -77,8 +77,9 @@ class TeacherConfig(Settings):
     positions: Positions = "boundary"
     """Which logits speak for a group: those at the shared boundary before it, or the mean over its tokens."""
     temperature: Positive = 1.0
-    top_k: Count = 100
-    """Candidates of each model at a position."""
+    top_k: Count | None = None
+    """Candidates of each model at a position. Where it is not set 500 for `cdm` by spelling, 100 for the others;
+    fewer where a vocabulary or a cache has no more."""
     rest_bucket: bool = True
     """Take the unmatched probability as one more outcome: without it one pair alone teaches nothing."""
     theta: Open = 0.3
@@ -96,6 +97,11 @@ class TeacherConfig(Settings):
     """Temperature of the likelihoods of whole groups."""
 
     @property
+    def candidates(self) -> int:
+        """Count the candidates that are wanted at a position."""
+        return self.top_k or (500 if self.variant == "cdm" else 100)
+
+    @property
     def variant(self) -> str:
         """Name the method, the mapping of `cdm` included: a key of `losses.methods.METHODS`."""
         return _variant(self.method, self.mapping)
@@ -105,7 +111,10 @@ class TeacherConfig(Settings):
         options = set().union(*_OPTIONS.values())
         if extra := sorted((self.model_fields_set & options) - _OPTIONS[self.variant]):
             named = f"{self.method} with mapping {self.mapping}" if self.method == "cdm" else self.method
-            raise ValueError(f"{named} has no use for {', '.join(extra)}")
+            near = self.variant == "cdm" and set(extra) <= _OPTIONS["cdm-near"]
+            raise ValueError(
+                f"{named} has no use for {', '.join(extra)}{', mapping near has' if near else ''}"
+            )
         if self.cache and self.positions == "mean":
             raise ValueError("positions mean needs whole logits: leave the cache out, or take boundary")
         if self.entropy == "models" and self.aligner != "entropy-dtw":
@@ -230,7 +239,7 @@ def from_file(path: Path, assignments: Sequence[str] = ()) -> DistillConfig:
 
 def _over_preset(given: dict[str, Any], name: Any) -> dict[str, Any]:
     """Lay a run's settings over a preset's; a teacher takes what its method has a use for."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UnknownName("preset", str(name), list(PRESETS))
     preset = PRESETS[name]
     teachers = given.get("teachers")
@@ -244,9 +253,10 @@ def _variant(method: str, mapping: str) -> str:
 
 
 def _teacher_over(teacher: Any, preset: Mapping[str, Any]) -> Any:
-    if not isinstance(teacher, Mapping):
+    method = teacher.get("method", "cdm") if isinstance(teacher, Mapping) else None
+    if not isinstance(method, str):
         return teacher  # a fault, which is listed with the others
-    variant = _variant(teacher.get("method", "cdm"), teacher.get("mapping", preset["mapping"]))
+    variant = _variant(method, teacher.get("mapping", preset["mapping"]))
     options = _OPTIONS.get(variant, set())
     under = {name: value for name, value in preset.items() if name in options}
     if teacher.get("aligner", "entropy-dtw") != "entropy-dtw":

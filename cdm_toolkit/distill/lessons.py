@@ -59,24 +59,30 @@ def build_lesson(
 
     Raises what the cache and the tables raise.
     """
-    k = config.top_k if METHODS[config.variant].needs_top_k else 1
+    k = _candidates(config, tokenizer, student) if METHODS[config.variant].needs_top_k else 1
     teacher: Teacher
     if config.cache is not None:
         cache = open_cache(config.cache, side_of(tokenizer), rows.rows, rows.template)
         check_rows(cache, rows.features, rows.nth)
+        k = k if config.top_k else min(k, cache.k)
         teacher = CachedTeacher(cache, k=k, device=device)
     else:
         teacher = OnlineTeacher(
             model(), vocab_t=tokenizer.view.vocab_size, k=k, mean=config.positions == "mean"
         )
-    method = _method(config, tokenizer.view, student.view, device, workers, progress)
+    method = _method(config, tokenizer.view, student.view, k, device, workers, progress)
     return Lesson(config.model, teacher, method, config.weight)
+
+
+def _candidates(config: TeacherConfig, tokenizer: Loaded, student: Loaded) -> int:
+    return min(config.candidates, tokenizer.view.vocab_size, student.view.vocab_size)
 
 
 def _method(
     config: TeacherConfig,
     view_t: TokenizerView,
     view_s: TokenizerView,
+    k: int,
     device: str,
     workers: int,
     progress: Callable[[int, int], None],
@@ -113,7 +119,7 @@ def _method(
         beginning=beginning,
         inside=config.inside,
         temperature=config.temperature,
-        top_k=config.top_k,
+        top_k=k,
         rest_bucket=config.rest_bucket,
         beta=config.beta,
         tau=config.tau,

@@ -121,7 +121,11 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
         for nth, (teacher, tokenizer) in enumerate(zip(config.teachers, tokenizers, strict=True))
     )
     layouts = tuple(
-        TeacherLayout(teacher.positions, tokens=METHODS[teacher.variant].needs_tokens)
+        TeacherLayout(
+            teacher.positions,
+            tokens=METHODS[teacher.variant].needs_tokens,
+            student_tokens=METHODS[teacher.variant].needs_student_tokens,
+        )
         for teacher in config.teachers
     )
     return Prepared(
@@ -198,7 +202,7 @@ def _check_method(teacher: TeacherConfig, tokenizer: Loaded, student: Loaded) ->
             f"one for different tokenizers, such as cdm: {tokenizer.view.name} is not {student.view.name}",
         )
     smaller = min(student.view.vocab_size, tokenizer.view.vocab_size)
-    if teacher.top_k > smaller and METHODS[teacher.variant].needs_top_k:
+    if teacher.top_k is not None and teacher.top_k > smaller and METHODS[teacher.variant].needs_top_k:
         raise BadOption("top_k", teacher.top_k, f"at most {smaller}: the smaller vocabulary has no more ids")
 
 

@@ -13,8 +13,8 @@ from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
 from cdm_toolkit.vocab_map.record import NO_MATCH
 
-LONGEST = 8
-"""Tokens of a spelling that are looked at: what is longer is rare, and no likelier than a few words' tail."""
+LONGEST = 16
+"""Tokens of a spelling that are looked at."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

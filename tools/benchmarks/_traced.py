@@ -38,7 +38,7 @@ from benchmarks._live import Held, LiveBytes
 from cdm_toolkit.distill.collate import Batch, Collator, TeacherLayout
 from cdm_toolkit.distill.data import Features, TeacherFeatures
 from cdm_toolkit.distill.losses.gold import GoldSettings, gold
-from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
+from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, MethodSpec, build_method
 from cdm_toolkit.distill.losses.record import Method
 from cdm_toolkit.distill.teacher import OnlineTeacher
 from cdm_toolkit.distill.trainer import DistillTrainer, Lesson
@@ -177,12 +177,15 @@ def _as_accelerate_does(student: Any) -> None:
     student.forward = convert_outputs_to_fp32(cast)
 
 
-def full_batch(sizes: Sizes, *, tokens: bool) -> Batch:
+def full_batch(sizes: Sizes, spec: MethodSpec | None) -> Batch:
     """Make a batch in which each token but the first of a row is a label, and a group of one token a side."""
     at = np.arange(1, sizes.length, dtype=np.int32)
     teacher = TeacherFeatures(np.zeros(sizes.length, np.int32), np.stack((at, at + 1, at, at + 1), axis=1))
     rows = [Features(row, np.zeros(sizes.length, np.int32), 1, (teacher,)) for row in range(sizes.batch)]
-    return Collator((TeacherLayout(tokens=tokens),))(rows)
+    layout = TeacherLayout()
+    if spec is not None:
+        layout = TeacherLayout(tokens=spec.needs_tokens, student_tokens=spec.needs_student_tokens)
+    return Collator((layout,))(rows)
 
 
 def on_cuda(value: Any, mode: FakeTensorMode) -> Any:
@@ -227,7 +230,7 @@ def traced(name: str, sizes: Sizes) -> Traced:
     if name not in {OURS, THEIRS, *METHODS}:
         raise UnknownName("method", name, [*METHODS])
     spec = METHODS.get(name)
-    made = full_batch(sizes, tokens=spec is not None and spec.needs_tokens)
+    made = full_batch(sizes, spec)
     live = LiveBytes("cuda")
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, live:
         with torch.device("cuda"):

@@ -162,7 +162,7 @@ class Step:
         return cls(
             trainer,
             needs_tokens=spec is not None and spec.needs_tokens,
-            k=config.teachers[0].top_k if spec is not None and spec.needs_top_k else 1,
+            k=config.teachers[0].candidates if spec is not None and spec.needs_top_k else 1,
             vocab_t=load_tokenizer(TEACHER).view.vocab_size,
         )
 

@@ -62,6 +62,8 @@ class MethodSpec:
     """Teacher and student must have one tokenizer."""
     needs_tokens: bool = False
     """It looks at whole tokens: `token_*` of `TeacherSays` and `StudentSees`."""
+    needs_student_tokens: bool = False
+    """It looks at the student's tokens alone: `token_*` of `StudentSees`."""
     needs_top_k: bool = True
     """It looks at the teacher's top k."""
 
@@ -134,7 +136,7 @@ METHODS: Mapping[str, MethodSpec] = {
             "this tool's, after arXiv 2502.11104",
             _cdm,
             tables=("spellings",),
-            needs_tokens=True,
+            needs_student_tokens=True,
         ),
         MethodSpec(
             "cdm-near",

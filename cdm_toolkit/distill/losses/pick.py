@@ -11,11 +11,13 @@ from torch.autograd.function import once_differentiable
 from cdm_toolkit.distill.losses.record import TopK
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Float, Int64, Shaped
     from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are upcast at a time: 64 MiB in float32."""
+BLOCK = 8
+"""Columns that are looked at as one where the largest are sought."""
 
 
 def _chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
@@ -65,13 +67,32 @@ def top_k(
             over = _upcast(chunk).logsumexp(-1)
         else:
             over = lse.narrow(0, *part) if wanted is None else lse.index_select(0, wanted)
-        best, at = chunk.topk(k, dim=-1)
+        best, at = largest(chunk, k)
         ids.append(at)
         logprobs.append(_upcast(best) - over.unsqueeze(-1))
     if not ids:
         empty = logits.new_zeros(0, k)
         return TopK(empty.long(), _upcast(empty))
     return TopK(torch.cat(ids), torch.cat(logprobs))
+
+
+def largest(values: Shaped[Tensor, "row column"], k: int) -> tuple[Tensor, Tensor]:
+    """Give what `torch.topk` gives along the last dimension; of equal values perhaps others.
+
+    No more than k blocks of columns can hold the k largest: those whose own largest are the largest. To find
+    them first takes 0.6 of the time at k = 1,000 of 50,000 columns, and no more at k = 100.
+    """
+    rows, columns = values.shape
+    blocks = columns // BLOCK
+    if blocks < 2 * k:
+        return values.topk(k, dim=-1)
+    in_blocks = values.narrow(1, 0, blocks * BLOCK).unflatten(1, (blocks, BLOCK))
+    chosen = in_blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
+    inside = (chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
+    left_over = torch.arange(blocks * BLOCK, columns, device=values.device).expand(rows, -1)
+    candidates = torch.cat((inside, left_over), -1)
+    best, at = values.gather(-1, candidates).topk(k, dim=-1)
+    return best, candidates.gather(-1, at)
 
 
 def mean_logits(

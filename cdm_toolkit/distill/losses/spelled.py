@@ -2,8 +2,8 @@
 
 At a shared boundary the teacher's candidates stand for the student tokens that their spellings begin with. At a
 student token inside a group, the part of the group before it is known, and only the candidates whose spelling
-begins with it are left: what they spell next is the teacher's distribution there. By the chain rule the two add
-up to the divergence of the distributions over whole teacher tokens, seen through the student's spelling.
+begins with it are left: what they spell next is the teacher's distribution there. By the chain rule the two are, in
+expectation over the teacher's text, the divergence over whole teacher tokens, seen through the student's spelling.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
     from torch import Tensor
 
-LIKELIEST = 100
+LIKELIEST = 32
 """Student candidates among which longer tokens are looked for: what is less likely adds next to nothing."""
 OUTCOMES = 128
 """Student tokens that are compared at a place: many candidates come to few of them."""
@@ -65,8 +65,8 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
     the outcomes at temperature T, with all other probability as one more where `rest_bucket` is set. At a
     boundary a student token of its likeliest that is no outcome, such as `48` where the teacher writes `4` and
     `8`, counts for the outcome that its own spelling begins with. The divergences of a group's places are
-    summed up. Places inside a group count where the teacher's token that stands there is a candidate: of how a
-    word goes on that the teacher did not expect, its candidates know next to nothing. The outcomes are the
+    summed up. Places inside a group count where the group is one teacher token, and a candidate: of how a word
+    goes on that the teacher did not expect, its candidates know next to nothing. The outcomes are the
     OUTCOMES with the most of the teacher's probability; smaller ones are a part of the rest on both sides.
 
     A mapping of this tool's own, in place of the pairs of arXiv 2502.11104, section 3.3.
@@ -139,8 +139,10 @@ def _next_tokens(
     before = places.before.narrow(0, groups, len(group))
     ids, left = candidates.ids.index_select(0, group), possible.index_select(0, group)
     ways = spelling.index_select(0, ids.flatten()).view(*ids.shape, longest)
-    is_text = left
-    for nth, token in enumerate(_text(sees, groups, longest)):
+    text = _text(sees, groups, longest)
+    # a spelling of `longest` tokens may have been cut: whether it is the text cannot be told
+    is_text = left & (text[-1] == NO_MATCH).index_select(0, group).unsqueeze(-1)
+    for nth, token in enumerate(text):
         same = ways.select(-1, nth) == token.index_select(0, group).unsqueeze(-1)
         left, is_text = left & (same | (before <= nth).unsqueeze(-1)), is_text & same
     left = left & is_text.any(-1, keepdim=True)

@@ -58,10 +58,11 @@ class Case:
         return TeacherSays(top, chosen, self.group_t)
 
     def reader(self, name: str) -> Reader:
-        tokens = METHODS[name].needs_tokens
+        spec = METHODS[name]
+        tokens = spec.needs_tokens or spec.needs_student_tokens
         return Reader(
             method=build_method(name, ingredients(self.world, name)),
-            says=self.says(tokens=tokens),
+            says=self.says(tokens=spec.needs_tokens),
             vocab_s=self.world.vocab_s,
             student_rows=self.rows[self.first(self.group_s)],
             token_rows=self.rows if tokens else None,
@@ -119,7 +120,8 @@ def ingredients(world: World, name: str) -> Ingredients:
         partner=torch.tensor(world.partner),
         pairs=pair_table(world) if name == "cdm-near" else None,
         spelling=torch.tensor([[*way, *[-1] * LONGEST][:LONGEST] for way in world.ways]),
-        beginning=torch.tensor(world.beginning),
+        beginning=torch.tensor(world.beginning) if world.longer else None,
+        inside=world.inside,
         temperature=world.temperature,
         top_k=world.top_k,
         rest_bucket=world.rest,
@@ -128,7 +130,7 @@ def ingredients(world: World, name: str) -> Ingredients:
     )
 
 
-LONGEST = 3
+LONGEST = 4
 PARTNERS = ("some", "none", "all", "many to one")
 
 
@@ -145,6 +147,8 @@ def draw(
     beta: float = 0.3,
     tau: float = 100.0,
     spread: float = 2.0,
+    inside: bool = True,
+    longer: bool = True,
     sizes: tuple[int, int] = (9, 12),
 ) -> Case:
     """Draw logits of both models, and groups of one to three tokens."""
@@ -158,15 +162,15 @@ def draw(
     def members(most: int) -> Tensor:
         return torch.repeat_interleave(torch.randint(1, most + 1, (groups,), generator=generator))
 
-    group_t, group_s = members(3), members(3)
+    group_t, group_s = members(3), members(5)
     labels = torch.randint(0, vocab_s, (len(group_s) + 2,), generator=generator)
     partner = torch.full((vocab_t,), -1)
     most = min(vocab_t, vocab_s)
 
     def more() -> list[int]:
-        """Spell by two or three tokens, of few: several spellings begin alike."""
+        """Spell by two to five tokens, of few: several spellings begin alike."""
         return torch.randint(
-            0, 3, (int(torch.randint(2, 4, (), generator=generator)),), generator=generator
+            0, 3, (int(torch.randint(2, 6, (), generator=generator)),), generator=generator
         ).tolist()
 
     partner[:most] = torch.randperm(vocab_s, generator=generator)[:most]
@@ -179,8 +183,8 @@ def draw(
     ways = [[] if partners == "none" else [i] if i >= 0 else more() for i in partner.tolist()]
     teacher_ids = torch.randint(0, vocab_t, (len(group_t),), generator=generator)
     for group in range(groups):  # most groups hold what their first teacher token is spelled by
-        way, inside = ways[teacher_ids[group_t == group][0]], torch.nonzero(group_s == group)[:, 0] + 1
-        labels[inside[: len(way)]] = torch.tensor(way[: len(inside)], dtype=torch.long)
+        way, where = ways[teacher_ids[group_t == group][0]], torch.nonzero(group_s == group)[:, 0] + 1
+        labels[where[: len(way)]] = torch.tensor(way[: len(where)], dtype=torch.long)
     return Case(
         world=World(
             vocab_t=vocab_t,
@@ -192,6 +196,9 @@ def draw(
             beta=beta,
             tau=tau,
             ways=tuple(map(tuple, ways)),
+            longest=LONGEST,
+            inside=inside,
+            longer=longer,
             beginning=tuple(torch.randint(-1, vocab_s, (vocab_s,), generator=generator).tolist()),
         ),
         logits=logits(len(labels), vocab_s + padding),

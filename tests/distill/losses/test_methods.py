@@ -59,6 +59,8 @@ def test_each_method_has_a_twin() -> None:
     rest=st.booleans(),
     beta=st.sampled_from([0.1, 0.5, 0.8]),
     tau=st.sampled_from([1.0, 100.0]),
+    inside=st.booleans(),
+    longer=st.booleans(),
 )
 @settings(max_examples=60)
 def test_equals_twin(name: str, seed: int, **options: object) -> None:
@@ -111,7 +113,7 @@ def test_moves_the_student_and_only_the_student(name: str) -> None:
     (kd,) = loss_parts(logits, case.labels, [replace(reader, says=asked)]).kd
     kd.kd.backward()
     assert logits.grad is not None
-    assert logits.grad.abs().sum() > 0.01
+    assert logits.grad.abs().sum() > 0.001
     assert all(one.grad is None for one in told)
     assert not kd.matched_mass.requires_grad
     assert not kd.pairs.requires_grad
@@ -222,9 +224,10 @@ def test_no_groups(name: str) -> None:
     reader = case.reader(name)
     nobody = torch.zeros(0, dtype=torch.long)
     top = TopK(reader.says.top.ids[:0], reader.says.top.logprobs[:0])
-    tokens = METHODS[name].needs_tokens
+    spec = METHODS[name]
+    tokens = spec.needs_tokens or spec.needs_student_tokens
     says = TeacherSays(top)
-    if tokens:
+    if spec.needs_tokens:
         assert reader.says.token_logprobs is not None
         says = TeacherSays(top, reader.says.token_logprobs[:0], nobody)
     empty = Reader(
@@ -278,7 +281,8 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     spec = METHODS[name]
-    if mean and spec.needs_tokens:
+    student_tokens = spec.needs_tokens or spec.needs_student_tokens
+    if mean and student_tokens:
         pytest.skip("whole tokens are rows of the labels' logits")
     vocab_s = 32_000
     vocab_t = vocab_s if spec.same_tokenizer else 49_152
@@ -301,10 +305,10 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
         method = fake_gold(given) if name == "gold" else build_method(name, given)
         logits = torch.zeros(tokens, vocab_s + 64, device="cuda", dtype=torch.bfloat16)
         teacher = top_k(torch.zeros(groups, vocab_t, device="cuda", dtype=torch.bfloat16), k, real=vocab_t)
-        token = ids(240) if spec.needs_tokens else None
+        token = ids(240) if student_tokens else None
         reader = Reader(
             method=method,
-            says=TeacherSays(teacher, None if token is None else token.float(), token),
+            says=TeacherSays(teacher, *((ids(240).float(), ids(240)) if spec.needs_tokens else ())),
             vocab_s=vocab_s,
             student_rows=ids(groups),
             student_group=ids(groups) if mean else None,

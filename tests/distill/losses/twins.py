@@ -45,6 +45,11 @@ class World:
     """The student tokens that each teacher id is spelled by; none for an id without."""
     beginning: Sequence[int]
     """The student id that stands for the teacher token that each student id begins with."""
+    longest: int
+    """Tokens of a spelling that a method knows."""
+    inside: bool = True
+    longer: bool = True
+    """Look from the student's candidates too."""
     outcomes: int = 128
 
 
@@ -110,9 +115,11 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
     """Walk through the group's tokens: who of the candidates is still spelled like the text, and goes on how?"""
     candidates = group.teacher
     kd = 0.0
-    expected = any(list(world.ways[teacher_id]) == group.text for teacher_id in candidates)
+    expected = len(group.text) < world.longest and any(
+        list(world.ways[teacher_id]) == group.text for teacher_id in candidates
+    )
     for place, student in enumerate(group.at_tokens):
-        if place and not expected:
+        if place and not (expected and world.inside):
             break
         masses: dict[int, float] = {}
         for teacher_id, mass in candidates.items():
@@ -125,7 +132,7 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
             masses = {i: mass / sum(masses.values()) for i, mass in masses.items()}
         masses = dict(sorted(masses.items(), key=lambda item: -item[1])[: world.outcomes])
         q = {i: float(student[i]) for i in masses}
-        if not place:
+        if not place and world.longer:
             for i in best(student, world):
                 if i not in masses and world.beginning[i] in masses:
                     q[world.beginning[i]] += student[i]
