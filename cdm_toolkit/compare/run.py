@@ -65,10 +65,10 @@ def run_cell(
         scratch = folder.of(cell) / SCRATCH
         try:
             stored = _run(study, shared, cell, scratch, _Follower(folder.of(cell) / PROGRESS_FILE, on_stage))
-            folder.write_cell(stored)
             if keep_models:
                 shutil.rmtree(folder.of(cell) / MODEL_FOLDER, ignore_errors=True)
                 scratch.rename(folder.of(cell) / MODEL_FOLDER)
+            folder.write_cell(stored)
         except (Interrupted, KeyboardInterrupt):
             raise Interrupted(f"cell {index}", "nothing of it is kept", go_on) from None
         finally:
@@ -298,7 +298,7 @@ def _start(study: StudyConfig, folder: StudyFolder, cell: Cell, keep_models: boo
     words = ["compare", str(folder.study_file), "-o", str(folder.path), "--cell", str(cell.index)]
     words += ["--keep-models"] if keep_models else []
     threads = str(study.threads)
-    with (place / LOG_FILE).open("wb") as log:
+    with (place / LOG_FILE).open("ab") as log:  # another process may be writing there
         process = subprocess.Popen(
             [sys.executable, "-m", "cdm_toolkit.cli", *words],
             env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
@@ -311,12 +311,13 @@ def _start(study: StudyConfig, folder: StudyFolder, cell: Cell, keep_models: boo
 
 
 def _end(folder: StudyFolder, child: _Child) -> None:
-    """End a process that is in the middle of a cell: nothing of it is kept."""
+    """End a process that is in the middle of a cell, or waits for another that is: of its own nothing is kept."""
     with suppress(ProcessLookupError):
         os.killpg(child.process.pid, signal.SIGKILL)
     child.process.wait()
-    shutil.rmtree(folder.of(child.cell) / SCRATCH, ignore_errors=True)
-    child.progress.unlink(missing_ok=True)
+    if not is_held(folder.of(child.cell)):
+        shutil.rmtree(folder.of(child.cell) / SCRATCH, ignore_errors=True)
+        child.progress.unlink(missing_ok=True)
 
 
 def _why(child: _Child) -> str:

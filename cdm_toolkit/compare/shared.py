@@ -264,10 +264,16 @@ def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
     if not any(uses_cache(teacher) for teacher in teachers):
         return None
     if study.teacher_cache is not None:
-        _check_cache(study, shared)
+        explicit = max((teacher.get("top_k", 0) for teacher in teachers if uses_cache(teacher)), default=0)
+        _check_cache(study, shared, explicit)
         return study.teacher_cache
     wanted = max(
-        TOP_K, *(TeacherConfig.model_validate({"model": "-", **teacher}).candidates for teacher in teachers)
+        TOP_K,
+        *(
+            TeacherConfig.model_validate({"model": "-", **teacher}).candidates
+            for teacher in teachers
+            if uses_cache(teacher)
+        ),
     )
     settings = CacheSettings(
         model=study.teacher,
@@ -291,8 +297,11 @@ def uses_cache(teacher: Mapping[str, object]) -> bool:
     return teacher.get("positions", "boundary") == "boundary"
 
 
-def _check_cache(study: StudyConfig, shared: Path) -> None:
-    """See that a cache that the study names is of its teacher and its rows. Raises as `open_cache`, BadArtifact."""
+def _check_cache(study: StudyConfig, shared: Path, top_k: int) -> None:
+    """See that a cache that the study names is of its teacher and rows, and has `top_k` ids at a token.
+
+    Raises as `open_cache`, BadArtifact.
+    """
     assert study.teacher_cache is not None
     rows = read_rows(shared / TRAIN_FILE)
     open_cache(study.teacher_cache, side_of(load_tokenizer(study.teacher)), rows, "none")
@@ -304,6 +313,9 @@ def _check_cache(study: StudyConfig, shared: Path) -> None:
         raise BadArtifact(
             study.teacher_cache, problem, "give a cache of the teacher, or leave teacher_cache out"
         )
+    if header.k < top_k:
+        problem = f"it has {header.k} ids at a token, and a method looks at {top_k}"
+        raise BadArtifact(study.teacher_cache, problem, f"make another one: cdm teacher cache -k {top_k}")
 
 
 # Scores

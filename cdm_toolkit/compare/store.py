@@ -92,7 +92,7 @@ class StudyFolder:
         if differences := _differences(there, now):
             more = f" and {len(differences) - DIFFERENCES} more" if len(differences) > DIFFERENCES else ""
             problem = f"it holds another study: {'; '.join(differences[:DIFFERENCES])}{more}"
-            fix = "give another --output, or --overwrite to start anew"
+            fix = "give another --output, or --overwrite without --cell to start anew"
             raise BadArtifact(self.path, problem, fix)
 
     def _write_study(self, study: StudyConfig) -> None:
@@ -105,7 +105,11 @@ class StudyFolder:
         return make(StudyConfig, read_yaml(self.study_file), source=str(self.study_file))
 
     def _clear(self) -> None:
-        """Remove what a study has written."""
+        """Remove what a study has written. BadArtifact while some process is at work there."""
+        for place in (self.shared, *sorted(self.path.glob("cells/*"))):
+            if is_held(place):
+                problem = f"another process is at work in {place.relative_to(self.path)}"
+                raise BadArtifact(self.path, problem, "end that first, or give another --output")
         for folder in (self.path / "cells", self.shared):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.path / RESULTS_FILE, self.path / PAGE_FILE, *self.path.glob("*.png")):

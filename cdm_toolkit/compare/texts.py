@@ -179,7 +179,10 @@ def _whole(file: Path) -> list[str]:
 
 def _docstrings(file: Path) -> list[str]:
     with warnings.catch_warnings(action="ignore"):  # of odd escapes
-        tree = ast.parse(_read(file))
+        try:
+            tree = ast.parse(_read(file))
+        except SyntaxError:  # such as files that a distribution keeps for another Python
+            return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, kinds)]
     return [inspect.cleandoc(text) for text in found if text]
@@ -194,8 +197,12 @@ def _docstring_documents() -> list[Document]:
 
 
 def _manual_documents() -> list[Document]:
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        folder = Path(sysconfig.get_path("stdlib")) / "pydoc_data"
+        fix = "install the whole standard library, or take another kind of text"
+        raise FileProblem(folder, "this Python has no manual", fix) from None
     return [Document(name, partial(list, (text,))) for name, text in topics.items()]
 
 
