@@ -36,6 +36,7 @@ from transformers import (
 
 from benchmarks._live import Held, LiveBytes
 from cdm_toolkit.distill.collate import Batch, Collator, TeacherLayout
+from cdm_toolkit.distill.config import TeacherConfig
 from cdm_toolkit.distill.data import Features, TeacherFeatures
 from cdm_toolkit.distill.losses.gold import GoldSettings, gold
 from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, MethodSpec, build_method
@@ -48,7 +49,6 @@ from cdm_toolkit.vocab_map.partners import WIDTH
 from cdm_toolkit.vocab_map.spelling import LONGEST
 
 VOCAB_T, VOCAB_S, ROWS_S = 128_256, 151_936, 152_064
-TOP_K = 100
 FUSED = "fused"
 """Name of the attention that CUDA takes for a batch without padding."""
 OURS, THEIRS = "sft", "sft of transformers"
@@ -199,6 +199,12 @@ def on_cuda(value: Any, mode: FakeTensorMode) -> Any:
     return value
 
 
+def candidates(name: str) -> int:
+    """Count the candidates that a method looks at by default."""
+    method = {"method": "cdm", "mapping": "near"} if name == "cdm-near" else {"method": name}
+    return TeacherConfig.model_validate({"model": "-", **method}).candidates
+
+
 def method(name: str, sizes: Sizes) -> Method:
     """Make a method of tables with the sizes of real ones."""
 
@@ -208,7 +214,7 @@ def method(name: str, sizes: Sizes) -> Method:
     vocab_t = sizes.vocab_t[0]
     if name == "gold":  # by hand: its weights are numbers, which only real tables have
         claimed = ids(VOCAB_S).bool()
-        return partial(gold, settings=GoldSettings(ids(vocab_t), claimed, TOP_K, 0.7, 0.3))
+        return partial(gold, settings=GoldSettings(ids(vocab_t), claimed, candidates(name), 0.7, 0.3))
     table = PairTable(ids(vocab_t + 1, WIDTH), ids(vocab_t + 1, WIDTH).int(), VOCAB_S)
     given = Ingredients(
         vocab_t,
@@ -217,7 +223,7 @@ def method(name: str, sizes: Sizes) -> Method:
         pairs=table,
         spelling=ids(vocab_t, LONGEST),
         beginning=ids(VOCAB_S),
-        top_k=TOP_K,
+        top_k=candidates(name),
     )
     return build_method(name, given)
 
@@ -235,7 +241,7 @@ def traced(name: str, sizes: Sizes) -> Traced:
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, live:
         with torch.device("cuda"):
             teacher, student = models(sizes)
-        k = 1 if spec is None or not spec.needs_top_k else TOP_K
+        k = 1 if spec is None or not spec.needs_top_k else candidates(name)
         asked = OnlineTeacher(teacher, vocab_t=sizes.vocab_t[0], k=k)
         lessons = [] if spec is None else [Lesson("teacher", asked, method(name, sizes))]
         loss = _loss(name, TrainerStep(lessons, mixed=sizes.mixed), asked, student)
