@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> Report:
     facts = {
         "models": f"Llama-3-8B ({options.layers_t} layers, bfloat16) → Qwen2-0.5B ({options.layers_s} "
         "layers, weights in float32, mixed precision in bfloat16), AdamW",
-        "batch": f"{options.batch} × {options.length:,} tokens without padding, each a label and a group; default top k",
+        "batch": f"{options.batch} × {options.length:,} tokens unpadded, each a label and a group; default top k",
         "counted": "what operators give back and somebody holds; not what kernels and the allocator take",
     }
     return Report("tools/bench trace (FakeTensorMode on cuda; no data, no GPU)", facts, lines)
