@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cdm_toolkit.cli import options
+from cdm_toolkit.cli.distill import STAGES
 
 if TYPE_CHECKING:
     from cdm_toolkit.compare.record import Cell, StudyResult
@@ -278,17 +279,7 @@ class _Screen:
         self._bar.console.print(line, markup=False, soft_wrap=True, style=style)
 
 
-_STAGES = {
-    "start": "starting",
-    "align": "aligning rows",
-    "load": "loading models",
-    "entropies": "entropies of the models",
-    "neighbours": "near tokens",
-    "look": "looking at rows",
-    "train": "training",
-    "save": "saving",
-    "measure": "measuring",
-}
+_STAGES = {**STAGES, "start": "starting", "measure": "measuring"}
 
 
 A_GUESS_FROM = 0.2

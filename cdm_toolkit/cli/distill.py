@@ -223,7 +223,7 @@ class _TrainingScreen:
     def follow(self, progress: Progress) -> None:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bar.add_task(
-                _STAGES[progress.stage], total=progress.total, note=""
+                STAGES[progress.stage], total=progress.total, note=""
             )
             if progress.stage == "train":
                 self._logged_at = time.monotonic()
@@ -240,7 +240,7 @@ class _TrainingScreen:
                 self._console.print(line, markup=False, soft_wrap=True, style="dim")
 
 
-_STAGES = {
+STAGES = {
     "align": "aligning rows",
     "load": "loading models",
     "entropies": "entropies of the models",

@@ -17,7 +17,7 @@ from cdm_toolkit.artifacts.receipts import receipt
 from cdm_toolkit.compare.record import Measured
 from cdm_toolkit.distill.collate import Collator, TeacherLayout
 from cdm_toolkit.distill.data import Features, Side, TeacherSide, build_features, side_of
-from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint
+from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
 from cdm_toolkit.evaluation.bpb import first_scored
 from cdm_toolkit.hub.batches import batches, scored_places
@@ -123,7 +123,7 @@ class Heldout:
         )
         if (folder / HEADER_FILE).is_file():
             return _same(folder, header)
-        _write_rows(folder, every)
+        write_rows(folder / ROWS_FILE, every)
         bits_only = Heldout(folder, rows, {}, teacher, None)
         measured = score_model(teacher, bits_only, batch_size=batch_size, device=device, on_row=on_row)
         if header.top_k is not None:
@@ -174,13 +174,6 @@ def _measured(fields: Mapping[str, float]) -> Measured:
     return Measured(
         fields["bits"], int(fields["scored_bytes"]), fields["divergence"], int(fields["boundaries"])
     )
-
-
-def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
-    with atomic_write(folder / ROWS_FILE) as file:
-        for row in rows:
-            said = {"prompt": row.prompt, "completion": row.completion}
-            file.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
 
 
 def _write_header(folder: Path, header: _Header) -> None:

@@ -298,7 +298,7 @@ def _start(study: StudyConfig, folder: StudyFolder, cell: Cell, keep_models: boo
     words = ["compare", str(folder.study_file), "-o", str(folder.path), "--cell", str(cell.index)]
     words += ["--keep-models"] if keep_models else []
     threads = str(study.threads)
-    with (place / LOG_FILE).open("ab") as log:  # another process may be writing there
+    with (place / LOG_FILE).open("ab" if is_held(place) else "wb") as log:  # another process may write there
         process = subprocess.Popen(
             [sys.executable, "-m", "cdm_toolkit.cli", *words],
             env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.receipts import receipt
 from cdm_toolkit.artifacts.teacher_cache import read_header
 from cdm_toolkit.compare.measure import Heldout, score_model
@@ -18,7 +17,7 @@ from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.distill.cached_teacher import open_cache
 from cdm_toolkit.distill.config import TeacherConfig
 from cdm_toolkit.distill.reading import Side, read, side_of
-from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint
+from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
 from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
 from cdm_toolkit.evaluation.run import Ask, evaluate, open_suite
@@ -130,7 +129,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     chosen, passed_over = _chosen(study, student, read_by_kind)
     train = [row for rows in chosen.values() for row in rows]
     _check_held_out(train, heldout_rows)
-    _write_rows(shared / TRAIN_FILE, train)
+    write_rows(shared / TRAIN_FILE, train)
     cache = _cache(study, shared, on_stage)
     heldout = Heldout.make(
         shared / HELDOUT_FOLDER,
@@ -226,13 +225,6 @@ def _check_held_out(train: Sequence[Row], heldout: Mapping[str, Sequence[Row]]) 
                 f"other text: {known} of its {len(rows)} rows are trained on; split: heldout has other files"
             )
             raise BadOption(f"the held-out text {kind}", f"{len(rows)} rows", allowed)
-
-
-def _write_rows(file: Path, rows: Sequence[Row]) -> None:
-    with atomic_write(file) as stream:
-        for row in rows:
-            said = {"prompt": row.prompt, "completion": row.completion}
-            stream.write(json.dumps(said, ensure_ascii=False).encode() + b"\n")
 
 
 # Models

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-import cdm_toolkit
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
+from cdm_toolkit.artifacts.shipped import given_file, shipped_folder
 from cdm_toolkit.distill.config import (
     PRESETS,
     Count,
@@ -24,7 +24,7 @@ from cdm_toolkit.distill.config import (
     TrainConfig,
     from_mapping,
 )
-from cdm_toolkit.errors import BadRunConfig, FileProblem, UnknownName
+from cdm_toolkit.errors import BadRunConfig, UnknownName
 
 MEASURES = ("bits-per-byte", "divergence", "time", "memory")
 """What can be asked for; all but the divergence cost nothing, and are always there."""
@@ -340,27 +340,17 @@ class Shipped:
     about: str
 
 
-def studies_folder() -> Path:
-    """Find the study files: inside the installed package, or at the top of a checkout."""
-    package = Path(cdm_toolkit.__file__).parent
-    installed = package / "studies"
-    return installed if installed.is_dir() else package.parent / "studies"
-
-
 def list_studies() -> list[Shipped]:
     """List the studies that come with the package."""
     return [
         Shipped(path.stem, path, str(read_yaml(path).get("about", "")))
-        for path in sorted(studies_folder().glob("*.yaml"))
+        for path in sorted(shipped_folder("studies").glob("*.yaml"))
     ]
 
 
 def find_study(name: str) -> Path:
     """Find a study file by its path, or one that is shipped by its name. Raises FileProblem or UnknownName."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise FileProblem(path, "there is no such file")
+    if (path := given_file(name)) is not None:
         return path
     shipped = {study.name: study.path for study in list_studies()}
     if name not in shipped:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import cdm_toolkit
-from cdm_toolkit.errors import FileProblem, UnknownName
+from cdm_toolkit.artifacts.shipped import given_file, shipped_folder
+from cdm_toolkit.errors import UnknownName
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +18,9 @@ class Recipe:
     summary: str
 
 
-def recipes_folder() -> Path:
-    """Find the run files: inside the installed package, or at the top of a checkout."""
-    package = Path(cdm_toolkit.__file__).parent
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
-
-
 def list_recipes() -> list[Recipe]:
     """List the recipes; each begins with a comment that says what it is."""
-    folder = recipes_folder()
+    folder = shipped_folder("recipes")
     return [
         Recipe(
             path.relative_to(folder).with_suffix("").as_posix(),
@@ -48,9 +41,4 @@ def find_recipe(name: str) -> Recipe:
 
 def find_run_file(name: str) -> Path:
     """Find a run file by its path, or a recipe by its name. Raises FileProblem or UnknownName."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise FileProblem(path, "there is no such file")
-        return path
-    return find_recipe(name).path
+    return given_file(name) or find_recipe(name).path

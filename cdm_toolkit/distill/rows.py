@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.errors import BadOption, BadRow, FileProblem, UnknownName
 from cdm_toolkit.samples import SPLITS, sample_path
 
@@ -61,6 +62,14 @@ class Row:
 
 class _RowError(Exception):
     """What is wrong with a row, and the fix."""
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSONL, whole or not at all; a chat is written as a prompt and its completion."""
+    with atomic_write(path) as stream:
+        for row in rows:
+            fields = {"prompt": row.prompt, "completion": row.completion}
+            stream.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
 
 
 def _string(fields: Mapping[str, Any], name: str) -> str:

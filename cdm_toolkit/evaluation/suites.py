@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-import cdm_toolkit
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml
+from cdm_toolkit.artifacts.shipped import shipped_folder
 from cdm_toolkit.errors import BadRunConfig, UnknownName
 
 # Imported when a suite names them, so that listing the suites stays light.
@@ -75,15 +75,8 @@ class SuiteSpec:
     paper: PaperFigures | None = None
 
 
-def suites_folder() -> Path:
-    """Find the suite files: inside the installed package, or at the top of a checkout."""
-    package = Path(cdm_toolkit.__file__).parent
-    installed = package / "eval_suites"
-    return installed if installed.is_dir() else package.parent / "eval_suites"
-
-
 def suite_names() -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in suites_folder().glob("*.yaml")))
+    return tuple(sorted(path.stem for path in shipped_folder("eval_suites").glob("*.yaml")))
 
 
 def load_suite(name: str) -> SuiteSpec:
@@ -95,7 +88,7 @@ def load_suite(name: str) -> SuiteSpec:
         return read_suite(Path(name))
     if name not in suite_names():
         raise UnknownName("suite", name, (*suite_names(), ALL))
-    return read_suite(suites_folder() / f"{name}.yaml")
+    return read_suite(shipped_folder("eval_suites") / f"{name}.yaml")
 
 
 def read_suite(path: Path) -> SuiteSpec:

@@ -21,11 +21,11 @@ def read_groups(
 
 
 def kd_parts(
-    divergence: Float[Tensor, " group"],
+    divergence: Float[Tensor, " place"],
     teacher_logprobs: Float[Tensor, "group topk"],
     mask: Bool[Tensor, "group topk"],
 ) -> KdParts:
-    """Sum up over the groups; `mask` marks the teacher's candidates that have a partner."""
+    """Sum up over the groups, which may have several places; `mask` marks the teacher's candidates with a partner."""
     return KdParts(
         kd=divergence.sum(),
         matched_mass=matched_mass(mask, teacher_logprobs).sum(),

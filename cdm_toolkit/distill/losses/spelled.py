@@ -15,9 +15,9 @@ import torch
 
 from cdm_toolkit.distill.losses.buckets import NOTHING, bucket_kl
 from cdm_toolkit.distill.losses.pick import top_k
+from cdm_toolkit.distill.losses.reading import kd_parts
 from cdm_toolkit.distill.losses.record import KdParts, Reading, StudentSees, TeacherSays, TopK
 from cdm_toolkit.distill.losses.static_map import merged
-from cdm_toolkit.vocab_map.contextual import matched_mass
 from cdm_toolkit.vocab_map.record import NO_MATCH
 
 if TYPE_CHECKING:
@@ -100,11 +100,7 @@ def spelled(sees: StudentSees, says: TeacherSays, settings: SpelledSettings) -> 
             temperature=settings.temperature,
             rest_bucket=settings.rest_bucket,
         )
-        return KdParts(
-            kd=between.sum(),
-            matched_mass=matched_mass(matched, candidates.logprobs).sum(),
-            pairs=matched.sum().to(between.dtype),
-        )
+        return kd_parts(between, candidates.logprobs, matched)
 
     return Reading(rows, ids, divergence)
 
