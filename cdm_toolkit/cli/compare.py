@@ -80,12 +80,14 @@ def compare(
         _list(config, folder, as_json)
     elif report:
         _check_drawing()
-        folder.claim(config)
+        if folder.study_file.is_file():
+            folder.claim(config)
         _report(config, folder, command, as_json)
     elif cell is not None:
         _run_one(config, folder, cell, command, keep_models=keep_models, overwrite=overwrite, as_json=as_json)
     else:
         _check_drawing()
+        _check_texts(config, folder)
         folder.claim(config, overwrite=overwrite)
         failures = _run_all(config, folder, workers, command, keep_models=keep_models, quiet=as_json)
         if any(folder.read_cell(each) for each in _grid(config)):
@@ -119,6 +121,14 @@ def _check_drawing() -> None:
 
     if find_spec("matplotlib") is None:
         raise MissingExtra("matplotlib", "compare", "drawing the figures of a study")
+
+
+def _check_texts(config: StudyConfig, folder: StudyFolder) -> None:
+    """See that a study has its texts before it takes a folder, which would then refuse it with other ones."""
+    from cdm_toolkit.compare.shared import read_texts
+
+    if not folder.study_file.is_file():
+        read_texts(config)
 
 
 def _command(study: str, output: Path | None, assignments: Sequence[str]) -> str:
@@ -172,6 +182,7 @@ def _run_one(
     from cdm_toolkit.compare.run import run_cell
 
     cell_at(config, number)
+    _check_texts(config, folder)
     folder.claim(config)
     with _Screen(quiet=True) as shown:
         result = run_cell(

@@ -119,12 +119,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     """Prepare step by step, cheap checks first; what an earlier process finished is taken as it is."""
     for name, suite in study.suites.items():
         open_suite(name, _ask(suite))
-    read_by_kind = {kind: _rows_of(f"train.{kind}", text) for kind, text in study.train.items()}
-    heldout_rows = {
-        kind: _rows_of(f"{side}.{kind}", text)[: text.rows]
-        for side, texts in (("inside", study.inside), ("outside", study.outside))
-        for kind, text in texts.items()
-    }
+    read_by_kind, heldout_rows = read_texts(study)
     student = _student(study, shared / STUDENT_FOLDER, on_stage)
     chosen, passed_over = _chosen(study, student, read_by_kind)
     train = [row for rows in chosen.values() for row in rows]
@@ -167,6 +162,20 @@ def _fingerprints(study: StudyConfig, student: str, shared: Path, heldout: Heldo
 
 
 # Rows
+
+
+def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Read all rows of the kinds to train on, and the held-out rows of each kind.
+
+    Raises FileProblem, BadRow, and BadOption for more rows than there are.
+    """
+    train = {kind: _rows_of(f"train.{kind}", text) for kind, text in study.train.items()}
+    heldout = {
+        kind: _rows_of(f"{side}.{kind}", text)[: text.rows]
+        for side, texts in (("inside", study.inside), ("outside", study.outside))
+        for kind, text in texts.items()
+    }
+    return train, heldout
 
 
 def _rows_of(name: str, text: TextConfig) -> list[Row]:

@@ -125,6 +125,22 @@ def test_another_study_is_refused(cdm, study: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["--set", "train.sums.path=nowhere.jsonl"],
+        ["--set", "inside.sums.rows=9999", "--cell", "0"],
+        ["--report"],
+    ],
+)
+def test_a_study_that_cannot_begin_takes_no_folder(
+    cdm, study: Path, tmp_path: Path, words: list[str]
+) -> None:
+    """Else the command with the right file would be refused, as another study."""
+    assert cdm("compare", study, "-o", tmp_path / "out", *words).status == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--list", "--report"], "--list is 'set beside --report'"),
