@@ -90,7 +90,7 @@ def compare(
         _check_texts(config, folder)
         folder.claim(config, overwrite=overwrite)
         failures = _run_all(config, folder, workers, command, keep_models=keep_models, quiet=as_json)
-        if any(folder.read_cell(each) for each in _grid(config)):
+        if any(folder.read_cell(config, each) for each in _grid(config)):
             _report(config, folder, command, as_json)
         _raise_for(failures, folder, command)
         if not as_json:
@@ -346,9 +346,8 @@ def _print_rest(result: StudyResult, files: Sequence[Path]) -> None:
 def _list(config: StudyConfig, folder: StudyFolder, as_json: bool) -> None:
     from cdm_toolkit.cli import screen
 
-    if folder.study_file.is_file():
-        folder.claim(config)
-    states = [(cell, _state(folder, cell)) for cell in _grid(config)]
+    folder.check(config)
+    states = [(cell, _state(config, folder, cell)) for cell in _grid(config)]
     if as_json:
         screen.print_json(
             [
@@ -367,12 +366,12 @@ def _list(config: StudyConfig, folder: StudyFolder, as_json: bool) -> None:
     screen.say(f"{done} of {len(states)} cells are done in {folder.path}")
 
 
-def _state(folder: StudyFolder, cell: Cell) -> str:
+def _state(config: StudyConfig, folder: StudyFolder, cell: Cell) -> str:
     """Say what there is of a cell."""
     from cdm_toolkit.compare.run import running_cell
     from cdm_toolkit.compare.store import LOG_FILE
 
-    if folder.read_cell(cell) is not None:
+    if folder.read_cell(config, cell) is not None:
         return "done"
     if begun := running_cell(folder, cell):
         return f"{_STAGES.get(begun.stage, begun.stage)}, {begun.done} of {begun.total}"

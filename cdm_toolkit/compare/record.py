@@ -53,7 +53,7 @@ class Cell:
     """One training run of a study: an entry of its methods, at one alpha, with one seed."""
 
     index: int
-    """From 0, in the order of the study."""
+    """From 0, in the order of the study. No part of what the cell is: a study that grows counts anew."""
     method: str
     """The study's name for the method with its options."""
     alpha: float
@@ -64,7 +64,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.index:03d}-{self.method}-alpha{self.alpha:g}-seed{self.seed}"
+        return f"{self.method}-alpha{self.alpha:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True, slots=True)

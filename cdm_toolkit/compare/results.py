@@ -21,7 +21,7 @@ def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> St
     another student, by another teacher or on other rows.
     """
     shared = open_shared(folder)
-    cells = [stored for cell in grid(study) if (stored := folder.read_cell(cell)) is not None]
+    cells = [stored for cell in grid(study) if (stored := folder.read_cell(study, cell)) is not None]
     for stored in cells:
         _check_origin(folder, shared, stored)
     return StudyResult(

@@ -59,7 +59,7 @@ def run_cell(
     _use_threads(study.threads)
     shared = prepare(study, folder, say=say, on_stage=on_stage)
     with only_one(folder.of(cell), f"runs cell {index}", say):
-        found = folder.read_cell(cell) if not overwrite else None
+        found = folder.read_cell(study, cell) if not overwrite else None
         if found is not None:
             return found.result
         scratch = folder.of(cell) / SCRATCH
@@ -250,10 +250,10 @@ def run_study(
         with _ended_by_signals():
             _use_threads(study.threads)
             prepare(study, folder, say=say, on_stage=on_stage)
-            missing = [cell for cell in cells if folder.read_cell(cell) is None]
+            missing = [cell for cell in cells if folder.read_cell(study, cell) is None]
             return list(_run_all(study, folder, missing, workers, keep_models, len(cells), on_progress))
     except KeyboardInterrupt:
-        done = sum(folder.read_cell(cell) is not None for cell in cells)
+        done = sum(folder.read_cell(study, cell) is not None for cell in cells)
         raise Interrupted("the study", f"{done} of {len(cells)} cells are in {folder.path}", go_on) from None
 
 
@@ -275,7 +275,7 @@ def _run_all(
             running = [child for child in running if child not in ended]
             for child in ended:
                 ended_well = child.process.returncode == 0
-                stored = folder.read_cell(child.cell) if ended_well else None
+                stored = folder.read_cell(study, child.cell) if ended_well else None
                 failed = None if stored else Failure(child.cell, _why(child))
                 done += stored is not None
                 states = tuple(each.look() for each in running)

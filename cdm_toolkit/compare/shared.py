@@ -15,7 +15,6 @@ from cdm_toolkit.compare.store import Say, StudyFolder, model_scores, only_one, 
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
 from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.distill.cached_teacher import open_cache
-from cdm_toolkit.distill.config import TeacherConfig
 from cdm_toolkit.distill.reading import Side, read, side_of
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
 from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheSettings, write_cache
@@ -33,7 +32,7 @@ SHARED_FILE, TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, HELDOUT_FOLDER = (
     "heldout",
 )
 TOP_K = 100
-"""Ids of the teacher that are kept at least, so that an ablation with a few more needs no other cache."""
+"""Ids at a token that are kept at least: what methods look at unless they say otherwise."""
 FITTED_AT_ONCE = 64
 """Rows that are tokenized together to see whether they are short enough."""
 
@@ -71,11 +70,28 @@ def prepare(
     Raises the errors of data, models, tokenizers, suites and caches, and BadArtifact where what was made has changed.
     """
     checked_device(study.run.device)
-    if not (folder.shared / SHARED_FILE).is_file():
-        with only_one(folder.shared, "prepares this study", say):
-            if not (folder.shared / SHARED_FILE).is_file():
-                _make(study, folder.shared, on_stage)
+    if _is_ready(study, folder):
+        return open_shared(folder)
+    with only_one(folder.shared, "prepares this study", say):
+        if not (folder.shared / SHARED_FILE).is_file():
+            _make(study, folder.shared, on_stage)
+        elif not _is_ready(study, folder):
+            _ask_again(study, folder.shared, on_stage)
     return open_shared(folder)
+
+
+def _is_ready(study: StudyConfig, folder: StudyFolder) -> bool:
+    """Say whether a study has what its cells share: one that has grown may ask the teacher for more."""
+    if not (folder.shared / SHARED_FILE).is_file():
+        return False
+    cache, wanted = open_shared(folder).cache, _wanted_k(study)
+    return wanted is None or (cache is not None and read_header(Path(cache)).k >= wanted)
+
+
+def _ask_again(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
+    """Let the teacher speak for methods that were not there before; what it said stays for cells that run."""
+    content = json.loads((shared / SHARED_FILE).read_bytes())
+    write_json(shared / SHARED_FILE, content | {"cache": _cache(study, shared, on_stage)})
 
 
 def open_shared(folder: StudyFolder) -> Shared:
@@ -90,7 +106,8 @@ def open_shared(folder: StudyFolder) -> Shared:
         found = Shared(
             student=_here(folder.shared / STUDENT_FOLDER) or content["student"],
             train=train,
-            cache=content["cache"] and (_here(folder.shared / CACHE_FOLDER) or content["cache"]),
+            cache=content["cache"]
+            and (_here(folder.shared / Path(content["cache"]).name) or content["cache"]),
             heldout=Heldout.open(folder.shared / HELDOUT_FOLDER),
             teacher=model_scores(content["teacher"]),
             start=model_scores(content["start"]),
@@ -261,26 +278,17 @@ def _student(study: StudyConfig, folder: Path, on_stage: OnStage) -> str:
 
 def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
     """Let the teacher speak once on the training rows, where a method listens; check a cache that is given."""
-    teachers = [teacher for entry in study.methods.values() if (teacher := entry.resolved()[0])]
-    if not any(uses_cache(teacher) for teacher in teachers):
+    k = _wanted_k(study)
+    if k is None:
         return None
     if study.teacher_cache is not None:
-        explicit = max((teacher.get("top_k", 0) for teacher in teachers if uses_cache(teacher)), default=0)
-        _check_cache(study, shared, explicit)
+        _check_cache(study, shared, k)
         return study.teacher_cache
-    wanted = max(
-        TOP_K,
-        *(
-            TeacherConfig.model_validate({"model": "-", **teacher}).candidates
-            for teacher in teachers
-            if uses_cache(teacher)
-        ),
-    )
     settings = CacheSettings(
         model=study.teacher,
         data=str(shared / TRAIN_FILE),
-        output=str(shared / CACHE_FOLDER),
-        k=min(wanted, load_tokenizer(study.teacher).view.vocab_size),
+        output=str(shared / f"{CACHE_FOLDER}-{k}"),
+        k=k,
         dtype="float32",  # so that a method loses nothing by it that the model in memory would give
         max_length=study.max_length,
         device=study.run.device,
@@ -291,6 +299,18 @@ def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
 
     write_cache(settings, on_progress=tell)
     return settings.output
+
+
+def _wanted_k(study: StudyConfig) -> int | None:
+    """Count the ids at a token that the methods look at; None where none reads what the teacher has said.
+
+    A cache that is given need only have what the study itself says; a method without a number takes what there is.
+    """
+    teachers = [teacher for entry in study.methods.values() if (teacher := entry.resolved()[0])]
+    asked = [teacher.get("top_k") or 1 for teacher in teachers if uses_cache(teacher)]
+    if not asked or study.teacher_cache is not None:
+        return max(asked, default=None)
+    return min(max(TOP_K, *asked), load_tokenizer(study.teacher).view.vocab_size)
 
 
 def uses_cache(teacher: Mapping[str, object]) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.settings import make, read_yaml
 from cdm_toolkit.compare.record import Cell, CellResult, Measured, ModelScores, Point, StudyResult
-from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.compare.study import OF_ALL, StudyConfig
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 STUDY_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
@@ -27,8 +27,11 @@ STUDY_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
     "log.txt",
 )
 FORMAT, VERSION = "cdm-toolkit study cell", 1
-REPORT_ONLY = ("about", "default")
-"""Settings that may change once cells are there: they change what is said of the cells and not what these are."""
+SAID = ("about", "default")
+"""Settings of what is said of the cells."""
+FREE = (*SAID, "methods", "seeds", "alpha", "curves")
+"""Settings that may change once cells are there: those, and which cells there are. A cell itself tells how it was
+trained."""
 DIFFERENCES = 4
 """How many are named before the rest is counted."""
 
@@ -48,6 +51,12 @@ class Stored:
     def fingerprints(self) -> Mapping[str, str]:
         found: Mapping[str, str] = self.receipt["fingerprints"]
         return found
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Give those of the method, as an entry of a study resolves to; none for supervised fine-tuning."""
+        teachers: Sequence[Mapping[str, Any]] = self.result.settings.get("teachers", ())
+        return {name: value for teacher in teachers for name, value in teacher.items() if name not in OF_ALL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +94,15 @@ class StudyFolder:
                     raise FileProblem(self.path, problem, "give another --output")
                 self._write_study(study)
             elif (there := self.read_study()) != study:
-                self._check_same(there, study)
+                self.check(study)
+                if there.model_copy(update=_said(study)) != study:
+                    self._check_idle()  # its processes know the cells by their numbers
                 self._write_study(study)
 
-    def _check_same(self, there: StudyConfig, now: StudyConfig) -> None:
-        if differences := _differences(there, now):
-            more = f" and {len(differences) - DIFFERENCES} more" if len(differences) > DIFFERENCES else ""
-            problem = f"it holds another study: {'; '.join(differences[:DIFFERENCES])}{more}"
+    def check(self, study: StudyConfig) -> None:
+        """See that the folder is this study's, if it is one's; changes nothing. Raises BadArtifact, FileProblem."""
+        if self.study_file.is_file() and (differences := _differences(self.read_study(), study)):
+            problem = f"it holds another study: {differences}"
             fix = "give another --output, or --overwrite without --cell to start anew"
             raise BadArtifact(self.path, problem, fix)
 
@@ -104,12 +115,15 @@ class StudyFolder:
         """Read the study whose folder it is. Raises FileProblem, BadRunConfig."""
         return make(StudyConfig, read_yaml(self.study_file), source=str(self.study_file))
 
-    def _clear(self) -> None:
-        """Remove what a study has written. BadArtifact while some process is at work there."""
+    def _check_idle(self) -> None:
         for place in (self.shared, *sorted(self.path.glob("cells/*"))):
             if is_held(place):
                 problem = f"another process is at work in {place.relative_to(self.path)}"
                 raise BadArtifact(self.path, problem, "end that first, or give another --output")
+
+    def _clear(self) -> None:
+        """Remove what a study has written. BadArtifact while some process is at work there."""
+        self._check_idle()
         for folder in (self.path / "cells", self.shared):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.path / RESULTS_FILE, self.path / PAGE_FILE, *self.path.glob("*.png")):
@@ -118,8 +132,11 @@ class StudyFolder:
 
     # Cells
 
-    def read_cell(self, cell: Cell) -> Stored | None:
-        """Read a cell; None where it is not finished. Raises BadArtifact where its file is damaged."""
+    def read_cell(self, study: StudyConfig, cell: Cell) -> Stored | None:
+        """Read a cell; None where it is not finished.
+
+        Raises BadArtifact where its file is damaged, or has a run of that name with other options.
+        """
         file = self.of(cell) / CELL_FILE
         if not file.is_file():
             return None
@@ -129,13 +146,17 @@ class StudyFolder:
                 raise ValueError("it is of another format")
             result = _cell_result(content["result"])
             found = Stored(result, content["machine"], tuple(content["warnings"]), content["receipt"])
+            was = found.options
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"it is damaged ({str(error) or type(error).__name__})"
             raise BadArtifact(file, problem, f"run it again: --cell {cell.index} --overwrite") from None
-        if found.result.cell != cell:
-            problem = f"it has the cell {found.result.cell.name}"
-            raise BadArtifact(file, problem, f"run it again: --cell {cell.index} --overwrite")
-        return found
+        again = f"run it again: --cell {cell.index} --overwrite"
+        if found.result.cell.name != cell.name:
+            raise BadArtifact(file, f"it has the cell {found.result.cell.name}", again)
+        if differences := _counted(_differing(was, study.methods[cell.method].resolved()[0])):
+            problem = f"it was trained with other options: {differences}"
+            raise BadArtifact(file, problem, f"give the method another name, or {again}")
+        return replace(found, result=replace(found.result, cell=cell))
 
     def write_cell(self, stored: Stored) -> None:
         """Write a cell, whole or not at all."""
@@ -186,10 +207,21 @@ def _cell_result(content: Mapping[str, Any]) -> CellResult:
 # Two studies
 
 
-def _differences(there: StudyConfig, now: StudyConfig) -> list[str]:
-    """Say in which settings two studies are not the same."""
-    old, new = (study.model_dump(mode="json", exclude=set(REPORT_ONLY)) for study in (there, now))
-    return list(_differing(old, new))
+def _said(study: StudyConfig) -> dict[str, Any]:
+    return {name: getattr(study, name) for name in SAID}
+
+
+def _differences(there: StudyConfig, now: StudyConfig) -> str:
+    """Say in which settings two studies are not the same; nothing where their cells can be compared."""
+    old, new = (study.model_dump(mode="json", exclude=set(FREE)) for study in (there, now))
+    return _counted(_differing(old, new))
+
+
+def _counted(differences: Iterable[str]) -> str:
+    """Name the first differences and count the others."""
+    every = list(differences)
+    more = f" and {len(every) - DIFFERENCES} more" if len(every) > DIFFERENCES else ""
+    return "; ".join(every[:DIFFERENCES]) + more
 
 
 def _differing(there: Any, now: Any, name: str = "") -> Iterator[str]:

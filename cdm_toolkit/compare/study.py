@@ -180,7 +180,7 @@ class _Entry(Settings):
         return teacher, config.alpha if "alpha" in config.model_fields_set else None
 
 
-_OF_ALL = {"model", "weight", "cache", "dtype"}
+OF_ALL = {"model", "weight", "cache", "dtype"}
 """Settings of a teacher that are no method's: there is one teacher, which has spoken once for all cells."""
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ else:
         **{
             name: (field.annotation, field)
             for name, field in TeacherConfig.model_fields.items()
-            if name not in _OF_ALL
+            if name not in OF_ALL
         },
     )
 
@@ -316,7 +316,7 @@ def _shared_names() -> set[str]:
     """List the settings of a run and of a study that are no method's own."""
     records = (StudyConfig, DistillConfig, TrainConfig, DataConfig)
     names = {name for record in records for name in record.model_fields}
-    return (names | _OF_ALL - {"weight"}) - MethodConfig.model_fields.keys()
+    return (names | OF_ALL - {"weight"}) - MethodConfig.model_fields.keys()
 
 
 def _not_known(kind: str, name: str, known: Iterable[str]) -> str:

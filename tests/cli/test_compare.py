@@ -81,8 +81,8 @@ def test_cells_are_listed_before_anything_is_run(cdm, study: Path, tmp_path: Pat
 
 
 def test_what_is_done_is_listed(cdm, study: Path, output: Path) -> None:
-    (output / "cells" / "001-em-alpha0.5-seed0" / CELL_FILE).unlink()
-    (output / "cells" / "001-em-alpha0.5-seed0" / "log.txt").write_text("cdm: error: it broke")
+    (output / "cells" / "em-alpha0.5-seed0" / CELL_FILE).unlink()
+    (output / "cells" / "em-alpha0.5-seed0" / "log.txt").write_text("cdm: error: it broke")
     listed = json.loads(cdm("compare", study, "-o", output, "--list", "--json").out)
     assert [each["state"] for each in listed] == ["done", "failed"]
 
@@ -100,7 +100,7 @@ def test_a_finished_study_is_drawn(cdm, study: Path, output: Path) -> None:
 
 
 def test_a_report_of_a_part(cdm, study: Path, output: Path) -> None:
-    (output / "cells" / "001-em-alpha0.5-seed0" / CELL_FILE).unlink()
+    (output / "cells" / "em-alpha0.5-seed0" / CELL_FILE).unlink()
     answer = cdm("compare", study, "-o", output, "--report")
     assert answer.status == 0, answer.err
     assert "1 of 2 cells are there" in answer.err
@@ -114,6 +114,19 @@ def test_a_cell_alone(cdm, study: Path, output: Path) -> None:
     assert answer.out.startswith("cell 1 (em, seed 0): 2 steps of ")
     assert answer.out.strip().endswith(f"put together with: cdm compare {study} -o {output} --report")
     assert "--cell is 2; give 0 to 1" in cdm("compare", study, "-o", output, "--cell", 2).err
+
+
+def test_a_study_may_grow(cdm, study: Path, output: Path) -> None:
+    more = ("--set", "methods.more={method: em, top_k: 5}", "--list", "--json")
+    listed = json.loads(cdm("compare", study, "-o", output, *more).out)
+    assert [(each["method"], each["state"]) for each in listed] == [
+        ("sft", "done"),
+        ("em", "done"),
+        ("more", ""),
+    ]
+    answer = cdm("compare", study, "-o", output, "--set", "methods.em.top_k=5", "--list")
+    assert answer.status == 2
+    assert "other options: top_k is 20 there and 5 now; give the method another name" in answer.err
 
 
 def test_another_study_is_refused(cdm, study: Path, output: Path) -> None:

@@ -151,14 +151,14 @@ def test_what_comes_of_the_cache_is_what_the_model_gives(
     config = cell_config(study, open_shared(done), cell, tmp_path / "student")
     teacher = config.teachers[0].model_copy(update={"cache": None})
     online = run(config.model_copy(update={"teachers": (teacher,)}))
-    stored = done.read_cell(cell)
+    stored = done.read_cell(study, cell)
     assert stored is not None
     for log, point in zip(online.losses, stored.result.curve, strict=True):
         assert point.kd == pytest.approx(log.teachers[0].kd, rel=1e-5)
 
 
 def test_a_cell_run_again_gives_the_same_bits(study: StudyConfig, copied: StudyFolder) -> None:
-    before = {cell.index: copied.read_cell(cell) for cell in grid(study)}
+    before = {cell.index: copied.read_cell(study, cell) for cell in grid(study)}
     for index in (0, 2, 3):
         again = run_cell(study, copied, index, overwrite=True)
         assert figures(again) == figures(before[index].result)
@@ -169,7 +169,7 @@ def test_a_finished_cell_is_read(study: StudyConfig, copied: StudyFolder, monkey
         raise AssertionError("nothing is left to run")
 
     monkeypatch.setattr(run_module, "_run", fail)
-    assert run_cell(study, copied, 3) == copied.read_cell(grid(study)[3]).result
+    assert run_cell(study, copied, 3) == copied.read_cell(study, grid(study)[3]).result
 
 
 def test_weights_go_unless_they_are_to_stay(study: StudyConfig, copied: StudyFolder) -> None:
@@ -308,11 +308,40 @@ def test_a_cache_of_the_study_s_own(
         prepare(rows, claimed(rows, tmp_path / "d"))
 
 
+def test_a_study_that_has_grown_keeps_its_cells(
+    make: Callable[..., StudyConfig], study: StudyConfig, copied: StudyFolder
+) -> None:
+    grown = make(
+        "methods.early={method: em, top_k: 30}", "methods.wide={method: cdm, top_k: 150}", "seeds=[0,1]"
+    )
+    copied.claim(grown)
+    cells = {(cell.method, cell.seed): cell for cell in grid(grown)}
+    before = {cell.method: copied.read_cell(study, cell) for cell in grid(study)}
+    for method, stored in before.items():
+        assert copied.read_cell(grown, cells[method, 0]).result.scores == stored.result.scores
+    assert copied.read_cell(grown, cells["em", 1]) is None
+    first = open_shared(copied).cache
+    wide = run_cell(grown, copied, cells["wide", 0].index)
+    assert open_shared(copied).cache == f"{first.removesuffix('-100')}-150"
+    assert wide.settings["teachers"][0]["cache"] == open_shared(copied).cache
+    again = run_cell(grown, copied, cells["cdm", 0].index, overwrite=True)  # from the wider cache now
+    assert figures(again) == figures(replace(before["cdm"].result, cell=again.cell))
+
+
+def test_a_teacher_speaks_when_a_method_first_asks(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    alone = make("methods={sft: {}}", "default=sft")
+    folder = claimed(alone, tmp_path / "out")
+    assert prepare(alone, folder).cache is None
+    grown = make("methods={sft: {}, em: {method: em}}", "default=sft")
+    folder.claim(grown)
+    assert prepare(grown, folder).cache == str(folder.shared / "teacher-cache-100")
+
+
 def test_a_folder_may_be_copied_to_another_machine(study: StudyConfig, copied: StudyFolder) -> None:
     shutil.move(copied.path, copied.path.with_name("moved"))
     moved = StudyFolder(copied.path.with_name("moved"))
     shared = open_shared(moved)
-    assert shared.cache == str(moved.shared / "teacher-cache")
+    assert shared.cache == str(moved.shared / "teacher-cache-100")
     run_cell(study, moved, 3, overwrite=True)
 
 
@@ -344,7 +373,7 @@ def test_a_cell_of_another_origin_is_told(study: StudyConfig, copied: StudyFolde
 
 
 def test_unequal_work_is_told(study: StudyConfig, copied: StudyFolder) -> None:
-    stored = copied.read_cell(grid(study)[1])
+    stored = copied.read_cell(study, grid(study)[1])
     copied.write_cell(replace(stored, result=replace(stored.result, tokens=7)))
     result = put_together(study, copied, command="x")
     (line,) = uneven(result.cells)
@@ -380,7 +409,7 @@ def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
 
 @pytest.mark.slow
 def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -> None:
-    before = {cell.index: copied.read_cell(cell) for cell in grid(study)}
+    before = {cell.index: copied.read_cell(study, cell) for cell in grid(study)}
     for index in (1, 3):
         (copied.of(grid(study)[index]) / CELL_FILE).unlink()
     seen = []
@@ -389,7 +418,7 @@ def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -
     assert {each.finished.cell.index for each in seen if each.finished} == {1, 3}
     assert any(len(each.running) == 2 for each in seen)
     for index in (1, 3):
-        stored = copied.read_cell(grid(study)[index])
+        stored = copied.read_cell(study, grid(study)[index])
         assert figures(stored.result) == figures(before[index].result), "another process gives the same bits"
         assert "--cell" in stored.receipt["command"]
 
@@ -402,7 +431,7 @@ def test_a_failing_cell_does_not_stop_the_others(make: Callable[..., StudyConfig
     assert failure.cell.method == "kl"
     assert failure.why.startswith("the method of ")
     assert "give one for different tokenizers" in failure.why
-    assert [folder.read_cell(cell) is not None for cell in grid(study)] == [True, False, True]
+    assert [folder.read_cell(study, cell) is not None for cell in grid(study)] == [True, False, True]
 
 
 def started(folder: StudyFolder, *words: str) -> subprocess.Popen[str]:
@@ -425,7 +454,7 @@ def test_two_processes_prepare_at_once(study: StudyConfig, done: StudyFolder, tm
         assert process.returncode == 0, err
     for index in (0, 3):
         cell = grid(study)[index]
-        assert figures(folder.read_cell(cell).result) == figures(done.read_cell(cell).result)
+        assert figures(folder.read_cell(study, cell).result) == figures(done.read_cell(study, cell).result)
 
 
 def first_cell(study: StudyConfig, folder: StudyFolder, process: subprocess.Popen[str]) -> None:

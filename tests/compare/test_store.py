@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.record import StudyResult
 from cdm_toolkit.compare.store import CELL_FILE, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.study import StudyConfig, from_file
@@ -32,13 +33,15 @@ def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None
     folder.claim(study)
     folder.claim(study)
     assert folder.read_study() == study
-    other = from_file("quickstart-small", ["steps=3", "methods.cdm.top_k=7", "methods.more={method: em}"])
+    other = from_file(
+        "quickstart-small", ["steps=3", "run.weight_decay=0.1", "outside.more={path: python:code}"]
+    )
     with pytest.raises(BadArtifact) as caught:
         folder.claim(other)
     for words in (
         "steps is 25 there and 3 now",
-        "methods.cdm.top_k is not set there and 7 now",
-        "methods.more is only now",
+        "run.weight_decay is 0.0 there and 0.1 now",
+        "outside.more is only now",
         "--overwrite",
     ):
         assert words in str(caught.value)
@@ -47,7 +50,7 @@ def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None
 
 def test_many_differences_are_counted(study: StudyConfig, folder: StudyFolder) -> None:
     folder.claim(study)
-    sets = ["steps=3", "max_length=99", "alpha=0.1", "threads=2", "seeds=[4]", "teacher=gpt2"]
+    sets = ["steps=3", "max_length=99", "run.lr=0.1", "threads=2", "student.entries=90", "teacher=gpt2"]
     with pytest.raises(BadArtifact, match=r"there and .* now and 2 more; give another --output"):
         folder.claim(from_file("quickstart-small", sets))
 
@@ -56,6 +59,20 @@ def test_what_is_said_of_a_study_may_change(folder: StudyFolder, study: StudyCon
     folder.claim(study)
     folder.claim(from_file("quickstart-small", ["about=Another", "default=em"]))
     assert folder.read_study().about == "Another"
+
+
+def test_a_study_may_grow(folder: StudyFolder, study: StudyConfig) -> None:
+    folder.claim(study)
+    sets = ["methods.more={method: em}", "seeds=[0,1]", "curves={em: [0.2]}", "alpha=0.4"]
+    grown = from_file("quickstart-small", sets)
+    folder.check(grown)
+    assert folder.read_study() == study
+    cell = grid(study)[0]
+    with only_one(folder.of(cell), ""), pytest.raises(BadArtifact, match=f"at work in cells/{cell.name};"):
+        folder.claim(grown)
+    assert folder.read_study() == study
+    folder.claim(grown)
+    assert folder.read_study() == grown
 
 
 def test_to_start_anew_removes_what_a_study_wrote(folder: StudyFolder, study: StudyConfig) -> None:
@@ -86,6 +103,10 @@ def test_a_place_that_is_a_file(tmp_path: Path, study: StudyConfig) -> None:
         StudyFolder(tmp_path / "out").claim(study)
 
 
+THE_SAME = from_file("quickstart-small", ["methods.cdm.top_k=64"])
+"""A study whose method cdm is that of `stored`."""
+
+
 @pytest.fixture
 def stored(make_study: Callable[..., StudyResult]) -> Stored:
     return Stored(
@@ -94,9 +115,28 @@ def stored(make_study: Callable[..., StudyResult]) -> Stored:
 
 
 def test_a_cell_comes_back_as_it_was(folder: StudyFolder, stored: Stored) -> None:
-    assert folder.read_cell(stored.result.cell) is None
+    assert folder.read_cell(THE_SAME, stored.result.cell) is None
     folder.write_cell(stored)
-    assert folder.read_cell(stored.result.cell) == stored
+    assert folder.read_cell(THE_SAME, stored.result.cell) == stored
+
+
+def test_a_cell_is_found_where_a_study_has_grown(folder: StudyFolder, stored: Stored) -> None:
+    folder.write_cell(stored)
+    now = replace(stored.result.cell, index=7, in_curve=True)
+    assert folder.read_cell(THE_SAME, now) == replace(stored, result=replace(stored.result, cell=now))
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [("top_k=65", "top_k is 64 there and 65 now"), ("inside=false", "inside is only now")],
+)
+def test_a_cell_with_other_options_is_told(
+    folder: StudyFolder, stored: Stored, option: str, told: str
+) -> None:
+    folder.write_cell(stored)
+    other = from_file("quickstart-small", ["methods.cdm.top_k=64", f"methods.cdm.{option}"])
+    with pytest.raises(BadArtifact, match=f"{told}; give the method another name, or run it again: --cell 0"):
+        folder.read_cell(other, stored.result.cell)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +154,7 @@ def test_a_damaged_cell_is_told(folder: StudyFolder, stored: Stored, damage: Cal
     file = folder.of(stored.result.cell) / CELL_FILE
     file.write_text(damage(file.read_text()))
     with pytest.raises(BadArtifact, match=r"it is damaged .*; run it again: --cell 0 --overwrite"):
-        folder.read_cell(stored.result.cell)
+        folder.read_cell(THE_SAME, stored.result.cell)
 
 
 def test_a_cell_in_anothers_place_is_told(folder: StudyFolder, stored: Stored) -> None:
@@ -122,7 +162,7 @@ def test_a_cell_in_anothers_place_is_told(folder: StudyFolder, stored: Stored) -
     other = replace(stored.result.cell, seed=5)
     folder.of(stored.result.cell).rename(folder.of(other))
     with pytest.raises(BadArtifact, match=f"it has the cell {stored.result.cell.name}"):
-        folder.read_cell(other)
+        folder.read_cell(THE_SAME, other)
 
 
 def test_results_are_plain_json(folder: StudyFolder, full_study: StudyResult) -> None:
