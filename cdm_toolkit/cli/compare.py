@@ -14,7 +14,7 @@ from cdm_toolkit.cli import options
 from cdm_toolkit.cli.distill import STAGES
 
 if TYPE_CHECKING:
-    from cdm_toolkit.compare.record import Cell, StudyResult
+    from cdm_toolkit.compare.record import Cell
     from cdm_toolkit.compare.run import Failure, Progress, Running
     from cdm_toolkit.compare.store import StudyFolder
     from cdm_toolkit.compare.study import StudyConfig
@@ -331,15 +331,7 @@ def _report(config: StudyConfig, folder: StudyFolder, command: str, as_json: boo
         print((folder.path / "results.json").read_text(encoding="utf-8"), end="")  # noqa: T201
         return
     screen.out().print(table(result))
-    _print_rest(result, [folder.path / PAGE_FILE, *written])
-
-
-def _print_rest(result: StudyResult, files: Sequence[Path]) -> None:
-    from cdm_toolkit.cli import screen
-
-    if len(result.cells) < result.planned:
-        screen.warn(f"{len(result.cells)} of {result.planned} cells are there")
-    for file in files:
+    for file in (folder.path / PAGE_FILE, *written):
         screen.out().print(str(file), markup=False, soft_wrap=True)
 
 

@@ -30,8 +30,7 @@ def table(result: StudyResult) -> RenderableType:
     from cdm_toolkit.compare.summary import summarize
 
     summary = summarize(result)
-    cells = sorted(result.cells, key=lambda cell: cell.cell.index)
-    found = styles(cell.cell.method for cell in cells)
+    found = styles(result.methods)
     parts: list[RenderableType] = [Text(f"{result.name}: {result.pair}", style="bold")]
     if summary.methods:
         columns = overview(result, summary)

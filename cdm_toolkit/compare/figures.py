@@ -73,7 +73,7 @@ def pictures(result: StudyResult, summary: Summary, theme: Theme) -> dict[str, F
     _matplotlib()
     if not summary.methods:
         return {}
-    found = styles(cell.cell.method for cell in sorted(result.cells, key=lambda cell: cell.cell.index))
+    found = styles(result.methods)
     drawn = {}
     if len(summary.gaps) == len(SIDES):
         drawn["trade-off"] = _trade_off(summary, found, theme)

@@ -72,7 +72,7 @@ def write_page(result: StudyResult, path: str | Path) -> None:
 def study_page(result: StudyResult) -> str:
     """Draw a study as one self-contained page."""
     summary = summarize(result)
-    found = styles(cell.cell.method for cell in sorted(result.cells, key=lambda cell: cell.cell.index))
+    found = styles(result.methods)
     marks = {name: _mark(style) for name, style in found.items()}
     drawn = _figures(result, summary)
     body = [

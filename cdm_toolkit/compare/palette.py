@@ -51,7 +51,8 @@ _LIGHTER = 0.5
 def styles(names: Iterable[str]) -> dict[str, Style]:
     """Give each method its style. A variant, such as `cdm k=20`, has its family's colour in a lighter shade.
 
-    The methods of the toolkit have fixed colours, others one by their order.
+    The methods of the toolkit have fixed colours, others one by their order: give all names of a study, so that
+    one is drawn the same when others have not been run.
     """
     distinct = list(dict.fromkeys(names))
     families = dict(_FIXED)

@@ -111,6 +111,8 @@ class StudyResult:
     start: ModelScores
     """The student before training."""
     cells: tuple[CellResult, ...]
+    methods: tuple[str, ...]
+    """All of the study, in its order; some may have no cell yet."""
     planned: int
     """Cells of the whole study."""
     facts: Mapping[str, str]

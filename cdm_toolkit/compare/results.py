@@ -32,6 +32,7 @@ def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> St
         teacher=shared.teacher,
         start=shared.start,
         cells=tuple(stored.result for stored in cells),
+        methods=tuple(study.methods),
         planned=len(grid(study)),
         facts=_facts(study, shared, cells, command),
         receipt=dict(receipt(fingerprints=shared.fingerprints, device=study.run.device)),

@@ -103,7 +103,7 @@ def test_a_report_of_a_part(cdm, study: Path, output: Path) -> None:
     (output / "cells" / "em-alpha0.5-seed0" / CELL_FILE).unlink()
     answer = cdm("compare", study, "-o", output, "--report")
     assert answer.status == 0, answer.err
-    assert "1 of 2 cells are there" in answer.err
+    assert "note: 1 of 2 cells are measured" in answer.out
     assert "has not been prepared" in cdm("compare", study, "-o", output / "new", "--report").err
 
 

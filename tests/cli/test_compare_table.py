@@ -27,7 +27,17 @@ def study(names: Sequence[str] = ("sft", "em", "cdm", "cdm k=20")) -> StudyResul
         cell(3 * i + seed, name, 0.3 + 0.1 * i, seed) for i, name in enumerate(names) for seed in range(3)
     ]
     return StudyResult(
-        "tiny", "", "teacher → student", "cdm", scores(1), scores(0), tuple(cells), len(cells), {}, {}
+        "tiny",
+        "",
+        "teacher → student",
+        "cdm",
+        scores(1),
+        scores(0),
+        tuple(cells),
+        tuple(names),
+        len(cells),
+        {},
+        {},
     )
 
 
@@ -97,7 +107,7 @@ def test_names_are_printed_as_they_are() -> None:
 
 
 def test_a_study_without_cells_says_so() -> None:
-    lines = shown(replace(study(), cells=(), planned=0), 80)
+    lines = shown(replace(study(), cells=(), methods=(), planned=0), 80)
     assert lines == ["tiny: teacher → student", "No method has been measured yet."]
 
 

@@ -100,6 +100,7 @@ def study(
         teacher=scores(1.0, 1.0, 0.0),
         start=scores(0.0, 0.0, 1.62),
         cells=tuple(cells),
+        methods=tuple(names),
         planned=len(cells),
         facts={
             "trained on": "word-problems (40 rows), gsm8k (40 rows), code (40 rows)",

@@ -21,6 +21,7 @@ from cdm_toolkit.compare.summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Make = Callable[..., StudyResult]
 
@@ -84,17 +85,26 @@ def test_the_same_picture_is_the_same_svg(make_study: Make) -> None:
 
 @pytest.mark.parametrize("picture", ["trade-off", "curves"])
 def test_a_method_has_its_colour_and_marker_in_every_legend(drawn: dict[str, Figure], picture: str) -> None:
-    (legend,) = drawn[picture].legends
-    found = {
-        text.get_text().removesuffix("  (front)"): line
-        for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
-    }
+    found = in_legend(drawn[picture])
     names = ("sft", "em", "cdm", "cdm k=20", "cdm no guards")
     expected = styles(["sft", "em", "cdm", "cdm k=20", "cdm no guards"])
     for name in names:
         assert found[name].get_markerfacecolor() == expected[name].fill
         assert found[name].get_markeredgecolor() == expected[name].edge
         assert found[name].get_marker() == expected[name].marker
+
+
+def in_legend(figure: Figure) -> dict[str, Line2D]:
+    (legend,) = figure.legends
+    lines = zip(legend.get_texts(), legend.get_lines(), strict=True)
+    return {text.get_text().removesuffix("  (front)"): line for text, line in lines}
+
+
+def test_a_part_of_a_study_is_drawn_as_in_the_whole(make_study: Make) -> None:
+    whole = make_study(("sft", "cdm k=20", "cdm no guards"))
+    part = replace(whole, cells=tuple(each for each in whole.cells if each.cell.method != "cdm k=20"))
+    was, now = (in_legend(figures_of(each)["curves"])["cdm no guards"] for each in (whole, part))
+    assert (now.get_marker(), now.get_color()) == (was.get_marker(), was.get_color())
 
 
 def test_bars_have_the_colours_too_best_first_from_the_top(drawn: dict[str, Figure]) -> None:

@@ -147,6 +147,7 @@ def test_everything_from_outside_is_escaped(make_study: Make) -> None:
         pair=evil,
         facts={evil: evil},
         receipt={evil: evil},
+        methods=(f"sft {evil}", "cdm"),
         planned=99,
         start=replace(made.start, inside=renamed(made.start.inside), suites={evil: {evil: 0.5}}),
         teacher=replace(made.teacher, inside=renamed(made.teacher.inside)),

@@ -31,7 +31,8 @@ def cell(
 def small_study(cells: Sequence[CellResult], *, teacher_outside: float = 1.0) -> StudyResult:
     start = scores({"a": measured(2.0), "b": measured(4.0, size=3000)}, {"c": measured(2.0)})
     teacher = scores({"a": measured(1.0), "b": measured(2.0, size=3000)}, {"c": measured(teacher_outside)})
-    return StudyResult("s", "", "t → s", None, teacher, start, tuple(cells), len(cells), {}, {})
+    methods = tuple(dict.fromkeys(each.cell.method for each in cells))
+    return StudyResult("s", "", "t → s", None, teacher, start, tuple(cells), methods, len(cells), {}, {})
 
 
 # Means and shares
