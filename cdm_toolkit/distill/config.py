@@ -78,8 +78,8 @@ class TeacherConfig(Settings):
     """Which logits speak for a group: those at the shared boundary before it, or the mean over its tokens."""
     temperature: Positive = 1.0
     top_k: Count | None = None
-    """Candidates of each model at a position. Where it is not set 500 for `cdm` by spelling, 100 for the others;
-    fewer where a vocabulary or a cache has no more."""
+    """Candidates of each model at a position. Where it is not set 100, or what a vocabulary or a cache has if it
+    has fewer."""
     rest_bucket: bool = True
     """Take the unmatched probability as one more outcome: without it one pair alone teaches nothing."""
     theta: Open = 0.3
@@ -99,7 +99,7 @@ class TeacherConfig(Settings):
     @property
     def candidates(self) -> int:
         """Count the candidates that are wanted at a position."""
-        return self.top_k or (500 if self.variant == "cdm" else 100)
+        return self.top_k or 100
 
     @property
     def variant(self) -> str:
