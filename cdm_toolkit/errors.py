@@ -42,6 +42,13 @@ class BadOption(CdmError):
         super().__init__(f"{option} is {value!r}", fix=f"give {allowed}")
 
 
+class TwoWays(CdmError):
+    """Two options are given that ask for different things."""
+
+    def __init__(self, option: str, other: str) -> None:
+        super().__init__(f"{option} and {other} do not go together", fix="give one of them")
+
+
 class UnknownName(CdmError):
     """A name that must be one of a few is none of them."""
 

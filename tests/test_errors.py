@@ -16,6 +16,7 @@ QWEN2 = ("qwen2", "1b77e0c4bb")
 
 EXAMPLES: list[CdmError] = [
     errors.BadOption("--theta", 1.5, "a number above 0 and below 1"),
+    errors.TwoWays("--overwrite", "--resume"),
     errors.UnknownName("aligner", "byte", ["bytes", "dtw", "entropy-dtw", "anchored"]),
     errors.SourceNotFound(
         "gemma2",

@@ -99,7 +99,7 @@ def compare(
 
 def _check_options(study: str | None, ways: Mapping[str, bool], overwrite: bool) -> None:
     from cdm_toolkit.compare.study import list_studies
-    from cdm_toolkit.errors import BadOption, CdmError
+    from cdm_toolkit.errors import CdmError, TwoWays
 
     if study is None:
         names = ", ".join(shipped.name for shipped in list_studies())
@@ -108,9 +108,9 @@ def _check_options(study: str | None, ways: Mapping[str, bool], overwrite: bool)
         )
     first, *others = [name for name, wanted in ways.items() if wanted] or [""]
     if others:
-        raise BadOption(first, f"set beside {others[0]}", "one of them")
+        raise TwoWays(first, others[0])
     if overwrite and first in ("--list", "--report"):
-        raise BadOption("--overwrite", f"set beside {first}", "one of them")
+        raise TwoWays("--overwrite", first)
 
 
 def _check_drawing() -> None:

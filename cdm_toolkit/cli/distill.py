@@ -113,10 +113,10 @@ def distill(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.plan import plan
     from cdm_toolkit.distill.run import run
-    from cdm_toolkit.errors import BadOption
+    from cdm_toolkit.errors import TwoWays
 
     if overwrite and resume:
-        raise BadOption("--overwrite", "set beside --resume", "one of them")
+        raise TwoWays("--overwrite", "--resume")
     said = {
         "student": student,
         "data.path": data,

@@ -98,6 +98,8 @@ def test_an_output_that_exists(cdm, rows: Path, tmp_path: Path) -> None:
         "--overwrite",
     )
     refused(cdm("vocab-map", "export", *PAIR, "-o", rows, "--format", "json"), "--overwrite")
+    both = ("--overwrite", "--resume")
+    refused(cdm("distill", "run.yaml", *both), "--overwrite and --resume do not go together")
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 

@@ -156,9 +156,9 @@ def test_a_study_that_cannot_begin_takes_no_folder(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--list", "--report"], "--list is 'set beside --report'"),
-        (["--cell", "1", "--list"], "--cell is 'set beside --list'"),
-        (["--report", "--overwrite"], "--overwrite is 'set beside --report'"),
+        (["--list", "--report"], "--list and --report do not go together; give one of them"),
+        (["--cell", "1", "--list"], "--cell and --list do not go together"),
+        (["--report", "--overwrite"], "--overwrite and --report do not go together"),
         (["--set", "steps"], "KEY=VALUE"),
         (["--set", "methods.em.lr=1"], "the cells of a study share data and steps"),
         (["--workers", "0"], "--workers"),
