@@ -270,6 +270,20 @@ def test_nothing_is_shared_with_a_study_without_a_teacher(make: Callable[..., St
     assert shared.start.inside["sums"].boundaries == 0
 
 
+def test_suites_score_teacher_student_and_cells(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n' * 3, encoding="utf-8")
+    study = make("methods={sft: {}}", "default=sft", f"suites={{bpb: {{data: {rows}, limit: 2}}}}")
+    folder = claimed(study, tmp_path / "out")
+    trained = run_cell(study, folder, 0).scores.suites
+    shared = open_shared(folder)
+    for suites in (shared.teacher.suites, shared.start.suites, trained):
+        (score,) = suites["bpb"].values()
+        assert score > 0
+    assert trained["bpb"] != shared.start.suites["bpb"]
+    assert put_together(study, folder, command="x").cells[0].scores.suites == trained
+
+
 @pytest.mark.parametrize("of", ["size: 200k", "transplant: TEACHER"])
 def test_a_student_is_made_once(
     make: Callable[..., StudyConfig], models: Path, tmp_path: Path, of: str
