@@ -88,3 +88,18 @@ def multilingual() -> list[str]:
 
     path = Path(__file__).parent / "data" / "multilingual.jsonl"
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a teacher, another one with its tokenizer, and a student with a tokenizer of its own."""
+    from cdm_toolkit.hub.students import new_student
+
+    root = tmp_path_factory.mktemp("models")
+    try:
+        new_student("smollm2", "200k", root / "teacher", entries=900, seed=1)
+        new_student("smollm2", "200k", root / "other", entries=900, seed=2)
+        new_student("gpt2", "200k", root / "student", entries=700, seed=3)
+    except SourceNotFound as error:
+        pytest.skip(str(error))
+    return root

@@ -28,20 +28,12 @@ STUDY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a study of two small models."""
-    from cdm_toolkit.errors import SourceNotFound
-    from cdm_toolkit.hub.students import new_student
-
-    root = tmp_path_factory.mktemp("study")
-    try:
-        new_student("smollm2", "200k", root / "teacher", entries=900, seed=1)
-        new_student("gpt2", "200k", root / "student", entries=700, seed=3)
-    except SourceNotFound as error:
-        pytest.skip(str(error))
-    pair = {"teacher": str(root / "teacher"), "student": str(root / "student")}
-    (root / "small.yaml").write_text(yaml.safe_dump(STUDY | pair, sort_keys=False), encoding="utf-8")
-    return root / "small.yaml"
+    path = tmp_path_factory.mktemp("study") / "small.yaml"
+    pair = {"teacher": str(small_models / "teacher"), "student": str(small_models / "student")}
+    path.write_text(yaml.safe_dump(STUDY | pair, sort_keys=False), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

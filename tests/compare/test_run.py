@@ -36,7 +36,6 @@ from cdm_toolkit.errors import (
     TokenizerMismatch,
     UnknownName,
 )
-from cdm_toolkit.hub.students import new_student
 
 STUDY: dict[str, Any] = {
     "train": {"sums": {"path": "sample:train", "rows": 6}, "code": {"path": "python:code", "rows": 2}},
@@ -56,23 +55,10 @@ STUDY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a teacher, a student, and another teacher with the teacher's tokenizer."""
-    root = tmp_path_factory.mktemp("models")
-    try:
-        new_student("smollm2", "200k", root / "teacher", entries=900, seed=1)
-        new_student("smollm2", "200k", root / "other", entries=900, seed=2)
-        new_student("gpt2", "200k", root / "student", entries=700, seed=3)
-    except SourceNotFound as error:
-        pytest.skip(str(error))
-    return root
-
-
-@pytest.fixture(scope="module")
-def make(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StudyConfig]:
+def make(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., StudyConfig]:
     """Give the function that makes a study of the small models, with assignments over it."""
     path = tmp_path_factory.mktemp("study") / "small.yaml"
-    pair = {"teacher": str(models / "teacher"), "student": str(models / "student")}
+    pair = {"teacher": str(small_models / "teacher"), "student": str(small_models / "student")}
     path.write_text(yaml.safe_dump(pair | STUDY, sort_keys=False), encoding="utf-8")
     return lambda *assignments: from_file(str(path), assignments)
 
@@ -286,9 +272,9 @@ def test_suites_score_teacher_student_and_cells(make: Callable[..., StudyConfig]
 
 @pytest.mark.parametrize("of", ["size: 200k", "transplant: TEACHER"])
 def test_a_student_is_made_once(
-    make: Callable[..., StudyConfig], models: Path, tmp_path: Path, of: str
+    make: Callable[..., StudyConfig], small_models: Path, tmp_path: Path, of: str
 ) -> None:
-    of = of.replace("TEACHER", str(models / "teacher"))
+    of = of.replace("TEACHER", str(small_models / "teacher"))
     study = make(f"student={{{of}, tokenizer: gpt2, entries: 700, seed: 5}}")
     folder = claimed(study, tmp_path / "out")
     shared = prepare(study, folder)
@@ -302,10 +288,10 @@ def test_a_student_is_made_once(
 
 
 def test_a_cache_of_the_study_s_own(
-    make: Callable[..., StudyConfig], models: Path, done: StudyFolder, tmp_path: Path
+    make: Callable[..., StudyConfig], small_models: Path, done: StudyFolder, tmp_path: Path
 ) -> None:
     def cache(model: str, name: str, k: int = 100) -> str:
-        settings = {"model": str(models / model), "data": str(open_shared(done).train), "k": k}
+        settings = {"model": str(small_models / model), "data": str(open_shared(done).train), "k": k}
         write_cache(CacheSettings(**settings, output=str(tmp_path / name)))
         return f"teacher_cache={tmp_path / name}"
 

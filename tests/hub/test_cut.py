@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cdm_toolkit.errors import BadOption, FileProblem, SourceNotFound
+from cdm_toolkit.errors import BadOption, FileProblem
 from cdm_toolkit.hub.cut import cut, load_cut
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.samples import sample_path
@@ -24,20 +24,6 @@ from cdm_toolkit.tokdiff.view import make_view
 
 BYTE_LEVEL = ("gpt2", "smollm2", "qwen2", "llama3")
 ENTRIES = 3000
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Callable[[str], Loaded]:
-    """Give the function that loads a tokenizer once, and skips where it is out of reach."""
-    kept: dict[str, Loaded] = {}
-
-    def load(name: str) -> Loaded:
-        try:
-            return kept.setdefault(name, kept.get(name) or load_tokenizer(name))
-        except SourceNotFound as error:
-            pytest.skip(str(error))
-
-    return load
 
 
 @pytest.fixture(scope="module", params=BYTE_LEVEL)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
-from cdm_toolkit.errors import BadOption, FileProblem, OutputExists, SourceNotFound, VocabularyTooSmall
+from cdm_toolkit.errors import BadOption, FileProblem, OutputExists, VocabularyTooSmall
 from cdm_toolkit.hub import students
 from cdm_toolkit.hub.models import load_as_stored, load_model, model_fingerprint, model_folder, save_model
 from cdm_toolkit.hub.students import (
@@ -30,20 +30,6 @@ from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.samples import sample_path
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.row_sources import Rule, row_sources
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Callable[[str], Loaded]:
-    """Give the function that loads a tokenizer once, and skips where it is out of reach."""
-    kept: dict[str, Loaded] = {}
-
-    def load(name: str) -> Loaded:
-        try:
-            return kept.setdefault(name, kept.get(name) or load_tokenizer(name))
-        except SourceNotFound as error:
-            pytest.skip(str(error))
-
-    return load
 
 
 @pytest.fixture(scope="module")
