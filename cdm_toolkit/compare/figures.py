@@ -46,6 +46,8 @@ class Theme:
     line: str
 
 
+LINES_AMONG_MARKS = 2
+"""More lines over α than these have a picture of their own: they would hide the marks."""
 LIGHT = Theme(paper="#ffffff", ink="#1b1f24", faint="#66707b", line="#d0d7de")
 DARK = Theme(paper="#0d1117", ink="#e6edf3", faint="#8b949e", line="#30363d")
 
@@ -69,14 +71,22 @@ def draw(result: StudyResult, folder: str | Path) -> list[Path]:
 
 
 def pictures(result: StudyResult, summary: Summary, theme: Theme) -> dict[str, Figure]:
-    """Draw those pictures that a study has the figures for, by name: `trade-off`, `bars`, `curves`."""
+    """Draw those pictures that a study has the figures for, by name: `trade-off`, `alphas`, `bars`, `curves`.
+
+    Lines over α are in the trade-off as long as they are few.
+    """
     _matplotlib()
     if not summary.methods:
         return {}
     found = styles(result.methods)
     drawn = {}
     if len(summary.gaps) == len(SIDES):
-        drawn["trade-off"] = _trade_off(summary, found, theme)
+        apart = len(summary.lines) > LINES_AMONG_MARKS
+        drawn["trade-off"] = _trade_off(
+            summary.methods, () if apart else summary.lines, summary.gaps, found, theme
+        )
+        if apart:
+            drawn["alphas"] = _trade_off((), summary.lines, summary.gaps, found, theme)
     drawn["bars"] = _bars(summary, found, theme)
     if any(cell.curve for cell in result.cells):
         drawn["curves"] = _curves(result, summary, found, theme)
@@ -195,34 +205,44 @@ def _place_of(run: Run, scales: Sequence[_Scale]) -> Place:
     return x, y
 
 
-def _deviation_bars(summary: Summary, scales: Sequence[_Scale]) -> Iterator[tuple[Place, Place]]:
+def _deviation_bars(
+    methods: Sequence[MethodSummary], scales: Sequence[_Scale]
+) -> Iterator[tuple[Place, Place]]:
     """Give the two ends of each bar."""
-    for method in summary.methods:
+    for method in methods:
         x, y = (Mean.of([scale.of(run) for run in method.runs]) for scale in scales)
         if x.deviation is not None and y.deviation is not None:
             yield (x.value - x.deviation, y.value), (x.value + x.deviation, y.value)
             yield (x.value, y.value - y.deviation), (x.value, y.value + y.deviation)
 
 
-def _trade_off(summary: Summary, found: Mapping[str, Style], theme: Theme) -> Figure:
-    scales = [_Scale(side, summary.gaps[side]) for side in SIDES]
+def _trade_off(
+    methods: Sequence[MethodSummary],
+    lines: Sequence[Line],
+    gaps: Mapping[Side, Gap],
+    found: Mapping[str, Style],
+    theme: Theme,
+) -> Figure:
+    """Draw methods as marks and lines over α, or one of both alone."""
+    scales = [_Scale(side, gaps[side]) for side in SIDES]
     figure = _figure(10, 6.6, theme)
     axes = figure.add_subplot()
-    _dress(axes, theme, title="Up and to the right is better", x=scales[0].label, y=scales[1].label)
-    _view(
-        axes,
-        [*chain(*_deviation_bars(summary, scales)), *(_place_of(run, scales) for run in _all_runs(summary))],
-    )
+    title = "Up and to the right is better" + ("" if methods else ": over α, one seed")
+    _dress(axes, theme, title=title, x=scales[0].label, y=scales[1].label)
+    places = [_place_of(run, scales) for run in _all_runs(methods, lines)]
+    _view(axes, [*chain(*_deviation_bars(methods, scales)), *places])
     _ends(axes, scales, theme)
-    _front_line(axes, summary, scales, theme)
-    for line in summary.lines:
+    if methods:
+        _front_line(axes, methods, scales, theme)
+    for line in lines:
         _alpha_line(axes, line, scales, found[line.method])
-    for method in reversed(summary.methods):  # the best on top
+    for method in reversed(methods):  # the best on top
         _place(axes, method, scales, found[method.name])
-    handles = [_mark(found[method.name], _named(method)) for method in summary.methods]
-    _legend(figure, [*handles, *_reading(summary, theme)], theme)
+    handles = [_mark(found[method.name], _named(method)) for method in methods]
+    handles += [] if methods else [_mark(found[line.method], line.method, line=True) for line in lines]
+    _legend(figure, [*handles, *_reading(methods, lines, theme)], theme)
     figure.draw_without_rendering()
-    _labels(figure, axes, summary, scales, theme)
+    _labels(figure, axes, methods, lines, scales, found, theme)
     return figure
 
 
@@ -230,10 +250,10 @@ def _named(method: MethodSummary) -> str:
     return f"{method.name}  (front)" if method.on_front else method.name
 
 
-def _all_runs(summary: Summary) -> Iterator[Run]:
-    for method in summary.methods:
+def _all_runs(methods: Sequence[MethodSummary], lines: Sequence[Line]) -> Iterator[Run]:
+    for method in methods:
         yield from method.runs
-    for line in summary.lines:
+    for line in lines:
         yield from line.points
 
 
@@ -267,9 +287,9 @@ def _ends(axes: Axes, scales: Sequence[_Scale], theme: Theme) -> None:
             axes.annotate(name, place, (6, 5), textcoords="offset points", color=theme.faint, fontsize=_SMALL)
 
 
-def _front_line(axes: Axes, summary: Summary, scales: Sequence[_Scale], theme: Theme) -> None:
+def _front_line(axes: Axes, methods: Sequence[MethodSummary], scales: Sequence[_Scale], theme: Theme) -> None:
     """Draw the border of what some method reaches: beyond it lies only what none does."""
-    front = sorted(_center(method, scales) for method in summary.methods if method.on_front)
+    front = sorted(_center(method, scales) for method in methods if method.on_front)
     low, left = axes.get_ylim()[0], axes.get_xlim()[0]
     xs = [left, *(x for x, _ in front), front[-1][0]]
     ys = [front[0][1], *(y for _, y in front), low]
@@ -316,42 +336,49 @@ def _place(axes: Axes, method: MethodSummary, scales: Sequence[_Scale], style: S
     )
 
 
-def _reading(summary: Summary, theme: Theme) -> list[Line2D]:
+def _reading(methods: Sequence[MethodSummary], lines: Sequence[Line], theme: Theme) -> list[Line2D]:
     """Explain the marks that all methods have in common."""
     from matplotlib.lines import Line2D
 
+    if not methods:
+        return []
     faint = theme.faint
-    several = any(len(method.runs) > 1 for method in summary.methods)
+    several = any(len(method.runs) > 1 for method in methods)
     return [
         Line2D([], [], linestyle="", label=""),
         Line2D([], [], color=faint, linestyle=(0, (5, 3)), linewidth=1.3, label="front"),
         *([Line2D([], [], color=faint, marker=".", linestyle="", label="one seed")] if several else []),
         *([Line2D([], [], color=faint, marker="|", markersize=9, label="± deviation")] if several else []),
-        *(
-            [Line2D([], [], color=faint, marker="o", markersize=5, label="over alpha")]
-            if summary.lines
-            else []
-        ),
+        *([Line2D([], [], color=faint, marker="o", markersize=5, label="over alpha")] if lines else []),
     ]
 
 
-def _labels(figure: Figure, axes: Axes, summary: Summary, scales: Sequence[_Scale], theme: Theme) -> None:
+def _labels(
+    figure: Figure,
+    axes: Axes,
+    methods: Sequence[MethodSummary],
+    lines: Sequence[Line],
+    scales: Sequence[_Scale],
+    found: Mapping[str, Style],
+    theme: Theme,
+) -> None:
     """Write each method's name beside its mark and each alpha beside its point of a line."""
     point = figure.dpi / 72
     room = Room((axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1))
-    lines = [[_place_of(run, scales) for run in line.points] for line in summary.lines]
-    for begin, end in chain(_deviation_bars(summary, scales), *map(pairwise, lines)):
+    courses = [[_place_of(run, scales) for run in line.points] for line in lines]
+    for begin, end in chain(_deviation_bars(methods, scales), *map(pairwise, courses)):
         room.take_line(_pixels(axes, begin), _pixels(axes, end), 2 * point)
-    for run in _all_runs(summary):
+    for run in _all_runs(methods, lines):
         room.take(_pixels(axes, _place_of(run, scales)), 3 * point)
-    centers = {method.name: _center(method, scales) for method in summary.methods}
+    centers = {method.name: _center(method, scales) for method in methods}
     for center in centers.values():
         room.take(_pixels(axes, center), 9 * point)
     for name, center in centers.items():
-        _label(axes, center, name, _TEXT, 13 * point, room, theme)
-    for line in summary.lines:
+        _label(axes, center, name, _TEXT, 13 * point, room, theme, theme.ink)
+    for line in lines:
         for run in line.points:
-            _label(axes, _place_of(run, scales), f"α {run.alpha:g}", _SMALL, 7 * point, room, theme)
+            place, text, colour = _place_of(run, scales), f"α {run.alpha:g}", found[line.method].edge
+            _label(axes, place, text, _SMALL, 7 * point, room, theme, colour)
 
 
 def _pixels(axes: Axes, place: Place) -> Place:
@@ -359,12 +386,14 @@ def _pixels(axes: Axes, place: Place) -> Place:
     return float(x), float(y)
 
 
-def _label(axes: Axes, at: Place, text: str, size: float, away: float, room: Room, theme: Theme) -> None:
+def _label(
+    axes: Axes, at: Place, text: str, size: float, away: float, room: Room, theme: Theme, colour: str
+) -> None:
     """Write a text beside a point, where there is room."""
     from matplotlib.patheffects import withStroke
 
     label = axes.annotate(
-        text, at, at, xycoords="data", fontsize=size, color=theme.ink, ha="center", va="center"
+        text, at, at, xycoords="data", fontsize=size, color=colour, ha="center", va="center"
     )
     label.set_path_effects([withStroke(linewidth=3, foreground=theme.paper)])
     extent = label.get_window_extent()

@@ -82,7 +82,7 @@ def study_page(result: StudyResult) -> str:
         *(_tables(result, summary, marks) if summary.methods else []),
         *(drawn[name] for name in ("bars", "curves") if name in drawn),
         *_kinds(result, summary, marks),
-        *_lines(summary, marks),
+        *_lines(summary, marks, drawn.get("alphas", "<h2>Over α</h2>")),
         *_settings(summary, marks),
         _receipt(result.receipt),
     ]
@@ -234,10 +234,10 @@ def _frame(head: str, rows: Iterable[str]) -> str:
     return f'<div class="scroll"><table>\n<thead>\n{head}\n</thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _lines(summary: Summary, marks: Mapping[str, str]) -> Iterator[str]:
+def _lines(summary: Summary, marks: Mapping[str, str], above: str) -> Iterator[str]:
     if not summary.lines:
         return
-    yield "<h2>Over alpha</h2>"
+    yield above
     yield '<p class="faint">α is the weight of cross-entropy; the rest is distillation. Share of the gap, one seed.</p>'
     sides = [side for side, gap in summary.gaps.items() if gap.is_open]
     names = ["method", "seed", "α", *sides, *(["mean"] if len(sides) > 1 else [])]
@@ -262,6 +262,10 @@ _CAPTIONS = {
         "Share of the gap between start (0) and teacher (1) that each method closes: on text of the kinds trained on, "
         "and on other text. Large marks are means, bars ± one standard deviation, dots single seeds. Lines follow a "
         "method over α. The dashed line is the front.",
+    ),
+    "alphas": (
+        "Over α",
+        "The same shares, each method followed over the weight of cross-entropy, with its first seed alone.",
     ),
     "bars": (
         "Gain and cost",
@@ -307,6 +311,9 @@ def _alt(name: str, summary: Summary) -> str:
         return (
             f"Bars of shares of the gap, divergence, time of a step and peak memory, for {names}, best first."
         )
+    if name == "alphas":
+        lines = ", ".join(line.method for line in summary.lines)
+        return f"Lines over α in the same plane, for {lines}: their points are in the table below."
     places = "; ".join(_place(method) for method in summary.methods)
     return f"Methods by what they gain inside and outside the domain. {places}."
 

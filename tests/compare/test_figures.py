@@ -143,6 +143,20 @@ def test_the_trade_off_labels_methods_and_alphas_without_overlap(drawn: dict[str
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
 
 
+def test_many_lines_have_a_picture_of_their_own(make_study: Make) -> None:
+    names = ("sft", "cdm", "gold", "uld")
+    made = make_study(names, curves=dict.fromkeys(names[1:], (0.1, 0.9)))
+    drawn = figures_of(made)
+    assert list(drawn) == ["trade-off", "alphas", "bars", "curves"]
+    assert not any(text.startswith("α") for text in texts_of(drawn["trade-off"]))
+    found = texts_of(drawn["alphas"])
+    assert set(found) == {"α 0.1", "α 0.5", "α 0.9"}
+    assert {label.get_color() for label in found["α 0.9"]} == {
+        styles([name])[name].edge for name in names[1:]
+    }
+    assert set(in_legend(drawn["alphas"])) == set(names[1:])
+
+
 def test_the_axes_say_what_they_are_and_the_legend_is_beside_them(drawn: dict[str, Figure]) -> None:
     figure = drawn["trade-off"]
     figure.draw_without_rendering()

@@ -100,7 +100,7 @@ def test_the_best_figure_of_a_column_is_bold(page: str) -> None:
 def test_every_kind_and_every_point_over_alpha_has_its_figures(outline: Outline) -> None:
     for kind in ("word-problems", "gsm8k", "code", "manual", "headers"):
         assert outline.text.count(kind) >= 3
-    rows = outline.text.split("Over alpha")[1].split("Settings")[0]
+    rows = outline.text.split("Over α")[1].split("Settings")[0]
     assert rows.count("gold") == rows.count("cdm") == 5
 
 
