@@ -191,9 +191,12 @@ class DoesNotSpell(CdmError):
 class BadRunConfig(CdmError):
     """Faults of a run's settings, all at once."""
 
+    faults: tuple[str, ...] = ()
+
     def __init__(self, source: str, faults: Sequence[str]) -> None:
-        many = f"{len(faults)} faults" if len(faults) > 1 else "a fault"
-        super().__init__(f"{source} has {many}: {'; '.join(faults)}", fix="mend them and run again")
+        many, those = (f"{len(faults)} faults", "them") if len(faults) > 1 else ("a fault", "it")
+        super().__init__(f"{source} has {many}: {'; '.join(faults)}", fix=f"mend {those} and run again")
+        self.faults = tuple(faults)
 
 
 class NothingToTrain(CdmError):

@@ -41,7 +41,7 @@ def make(kind: type[Record], settings: Mapping[str, Any], *, source: str) -> Rec
     ...     alpha: float = 0.5
     >>> make(Run, {"alhpa": 1}, source="run.yaml")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    cdm_toolkit.errors.BadRunConfig: run.yaml has a fault: alhpa is no setting, did you mean alpha?; mend them and ...
+    cdm_toolkit.errors.BadRunConfig: run.yaml has a fault: alhpa is no setting, did you mean alpha?; mend it and run ...
     """
     try:
         return kind.model_validate(dict(settings))

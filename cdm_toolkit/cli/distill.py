@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -174,6 +174,7 @@ def _config(
     from cdm_toolkit.artifacts.settings import read_yaml, with_settings
     from cdm_toolkit.distill.config import from_mapping
     from cdm_toolkit.distill.recipes import find_run_file
+    from cdm_toolkit.errors import BadRunConfig
 
     content: dict[str, Any] = {}
     if run_file is not None:
@@ -190,7 +191,34 @@ def _config(
     content = with_settings(
         content, [f"{name}={_as_yaml(value)}" for name, value in given.items()], source="the options"
     )
-    return from_mapping(with_settings(content, assignments, source="--set"), source=run_file or "the run")
+    content = with_settings(content, assignments, source="--set")
+    if run_file is not None:
+        return from_mapping(content, source=run_file)
+    try:
+        return from_mapping(content, source="the command line")
+    except BadRunConfig as error:
+        faults = [_in_options(fault, said) for fault in error.faults]
+        raise BadRunConfig("the command line", faults) from None
+
+
+_NAMED_OTHERWISE = {
+    "data.path": "--data",
+    "teachers.0.model": "--teacher",
+    "teachers.0.cache": "--teacher-cache",
+    "train.lora.rank": "--lora-rank",
+}
+
+
+def _in_options(fault: str, settings: Iterable[str]) -> str:
+    """Name the option that sets what a fault is about, to somebody who has no run file."""
+    setting, _, rest = fault.partition(" ")
+    if setting in settings:
+        return f"{_NAMED_OTHERWISE.get(setting) or _option_of(setting)} {rest}"
+    return fault.removeprefix("teachers.0: ")
+
+
+def _option_of(setting: str) -> str:
+    return "--" + setting.rpartition(".")[2].replace("_", "-")
 
 
 def _as_yaml(value: Any) -> str:

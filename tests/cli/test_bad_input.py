@@ -133,7 +133,7 @@ def test_all_faults_of_a_run_at_once(cdm, rows: Path, tmp_path: Path) -> None:
         *("distill", "--teacher", "smollm2", "--student", "smollm2", "--data", rows, "-o", tmp_path / "out"),
         *("--alpha", "2", "--lr", "-1", "--method", "cmd"),
     )
-    refused(answer, "faults", "alpha", "train.lr", "did you mean cdm?")
+    refused(answer, "3 faults", "--alpha is 2", "--lr is -1", "--method is", "did you mean cdm?")
 
 
 def test_no_data_within_reach(cdm) -> None:
@@ -146,3 +146,13 @@ def test_a_device_that_is_not_here(cdm, rows: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     refused(cdm("eval", "--suite", "bpb", "--model", "smollm2", "--data", rows, "--device", "cuda"), "cuda")
+
+
+def test_faults_name_the_options_where_there_is_no_run_file(cdm, rows: Path, tmp_path: Path) -> None:
+    command = ("distill", "--student", "smollm2", "--data", rows, "-o", tmp_path / "out")
+    refused(cdm(*command), "the command line has a fault: --teacher is missing; mend it and run again")
+    teacher = ("--teacher", "smollm2")
+    refused(cdm(*command, *teacher, "--top-k", "0"), "--top-k is 0: give a number of at least 1")
+    refused(cdm(*command, *teacher, "--lora-rank", "-1", "--alpha", "3"), "2 faults: --alpha is 3")
+    refused(cdm(*command, *teacher, "--method", "kl", "--theta", "0.2"), "a fault: kl has no use for theta")
+    refused(cdm(*command, *teacher, "--set", "train.lrr=1"), "train.lrr is no setting")
