@@ -41,7 +41,8 @@ def compare(
         ),
     ] = None,
     cell: Annotated[
-        int | None, typer.Option(help="Run this cell alone, in this process: for several machines.")
+        str | None,
+        typer.Option(help="Run this cell alone, by number or name, in this process: for several machines."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Cells that run at a time.", min=1)] = 1,
     list_cells: Annotated[
@@ -80,17 +81,19 @@ def compare(
         _list(config, folder, as_json)
     elif report:
         _check_drawing()
-        if folder.study_file.is_file():
-            folder.claim(config)
+        folder.check(config)
         _report(config, folder, command, as_json)
     elif cell is not None:
         _run_one(config, folder, cell, command, keep_models=keep_models, overwrite=overwrite, as_json=as_json)
     else:
         _check_drawing()
         _check_texts(config, folder)
+        if not overwrite:
+            folder.check(config)
+            folder.read_cells(config, _grid(config))
         folder.claim(config, overwrite=overwrite)
         failures = _run_all(config, folder, workers, command, keep_models=keep_models, quiet=as_json)
-        if any(folder.read_cell(config, each) for each in _grid(config)):
+        if folder.read_cells(config, _grid(config)):
             _report(config, folder, command, as_json)
         _raise_for(failures, folder, command)
         if not as_json:
@@ -168,7 +171,7 @@ def _run_all(
 def _run_one(
     config: StudyConfig,
     folder: StudyFolder,
-    number: int,
+    which: str,
     command: str,
     *,
     keep_models: bool,
@@ -181,7 +184,7 @@ def _run_one(
     from cdm_toolkit.compare.cells import cell_at
     from cdm_toolkit.compare.run import run_cell
 
-    cell_at(config, number)
+    number = cell_at(config, which).index
     _check_texts(config, folder)
     folder.claim(config)
     with _Screen(quiet=True) as shown:
@@ -360,11 +363,17 @@ def _list(config: StudyConfig, folder: StudyFolder, as_json: bool) -> None:
 
 def _state(config: StudyConfig, folder: StudyFolder, cell: Cell) -> str:
     """Say what there is of a cell."""
+    from cdm_toolkit.cli import screen
     from cdm_toolkit.compare.run import running_cell
     from cdm_toolkit.compare.store import LOG_FILE
+    from cdm_toolkit.errors import BadArtifact
 
-    if folder.read_cell(config, cell) is not None:
-        return "done"
+    try:
+        if folder.read_cell(config, cell) is not None:
+            return "done"
+    except BadArtifact as fault:
+        screen.warn(str(fault))
+        return "unusable"
     if begun := running_cell(folder, cell):
         return f"{_STAGES.get(begun.stage, begun.stage)}, {begun.done} of {begun.total}"
     log = folder.of(cell) / LOG_FILE

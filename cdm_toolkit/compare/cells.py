@@ -21,12 +21,13 @@ def grid(study: StudyConfig) -> tuple[Cell, ...]:
     )
 
 
-def cell_at(study: StudyConfig, index: int) -> Cell:
-    """Find a cell by its number. Raises BadOption."""
+def cell_at(study: StudyConfig, which: int | str) -> Cell:
+    """Find a cell by its number or its name. Raises BadOption."""
     cells = grid(study)
-    if not 0 <= index < len(cells):
-        raise BadOption("--cell", index, f"0 to {len(cells) - 1}: --list shows what each is")
-    return cells[index]
+    for cell in cells:
+        if str(which) in (str(cell.index), cell.name):
+            return cell
+    raise BadOption("--cell", which, f"0 to {len(cells) - 1}: --list shows what each is")
 
 
 def _own(study: StudyConfig) -> Iterator[tuple[str, float, int, bool]]:

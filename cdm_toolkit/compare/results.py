@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from cdm_toolkit.artifacts.receipts import receipt
 from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.record import CellResult, StudyResult
-from cdm_toolkit.compare.shared import Shared, open_shared
+from cdm_toolkit.compare.shared import CODE, Shared, open_shared
 from cdm_toolkit.compare.store import Stored, StudyFolder
 from cdm_toolkit.compare.study import StudyConfig
-from cdm_toolkit.errors import BadArtifact
+from cdm_toolkit.errors import BadArtifact, FileProblem
 
 
 def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> StudyResult:
@@ -21,7 +21,9 @@ def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> St
     another student, by another teacher or on other rows.
     """
     shared = open_shared(folder)
-    cells = [stored for cell in grid(study) if (stored := folder.read_cell(study, cell)) is not None]
+    cells = list(folder.read_cells(study, grid(study)).values())
+    if not cells:
+        raise FileProblem(folder.path, "none of its cells has been run", "run the study, or one of its cells")
     for stored in cells:
         _check_origin(folder, shared, stored)
     return StudyResult(
@@ -81,6 +83,7 @@ def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command:
         "steps": f"{study.steps} of {study.rows_a_step} rows{_tokens(results)}",
         "seeds": ", ".join(map(str, study.seeds)),
         "machine": "; ".join(dict.fromkeys(stored.machine for stored in cells)),
+        "code": _versions(cells),
         "unequal work": "; ".join(uneven(results)),
         "notes": "; ".join(_warnings(cells)),
         "command": command,
@@ -103,6 +106,17 @@ def _tokens(cells: Sequence[CellResult]) -> str:
     counts = [cell.tokens for cell in cells]
     least, most = min(counts), max(counts)
     return f", {least:,} tokens" if least == most else f", {least:,} to {most:,} tokens by seed"
+
+
+def _versions(cells: Sequence[Stored]) -> str:
+    """Say which cells were trained by which sources, where these differ."""
+    methods: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for stored in cells:
+        methods[stored.fingerprints.get(CODE, "")][stored.result.cell.method] = None
+    if len(methods) < 2:
+        return ""
+    parts = (f"{code[:8] or 'unknown'} trained {', '.join(names)}" for code, names in methods.items())
+    return f"not one version of this toolkit: {'; '.join(parts)}"
 
 
 def _warnings(cells: Sequence[Stored]) -> Iterator[str]:

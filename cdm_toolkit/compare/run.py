@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 from cdm_toolkit.artifacts.receipts import receipt
 from cdm_toolkit.compare.cells import cell_at, grid
 from cdm_toolkit.compare.record import Cell, CellResult, Point
-from cdm_toolkit.compare.shared import OnStage, Shared, prepare, score, uses_cache
+from cdm_toolkit.compare.shared import CODE, OnStage, Shared, check_origin, prepare, score, uses_cache
 from cdm_toolkit.compare.store import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.study import StudyConfig
 from cdm_toolkit.distill.config import DistillConfig, from_mapping
@@ -43,7 +45,7 @@ POLL = 0.2
 def run_cell(
     study: StudyConfig,
     folder: StudyFolder,
-    index: int,
+    which: int | str,
     *,
     overwrite: bool = False,
     keep_models: bool = False,
@@ -55,13 +57,14 @@ def run_cell(
 
     Where another process runs it, this one waits for that. Raises as `prepare` and `distill.run`, and Interrupted.
     """
-    cell = cell_at(study, index)
+    cell = cell_at(study, which)
     _use_threads(study.threads)
     shared = prepare(study, folder, say=say, on_stage=on_stage)
-    with only_one(folder.of(cell), f"runs cell {index}", say):
+    with only_one(folder.of(cell), f"runs cell {cell.index}", say):
         found = folder.read_cell(study, cell) if not overwrite else None
         if found is not None:
             return found.result
+        check_origin(study, shared)
         scratch = folder.of(cell) / SCRATCH
         try:
             stored = _run(study, shared, cell, scratch, _Follower(folder.of(cell) / PROGRESS_FILE, on_stage))
@@ -70,7 +73,7 @@ def run_cell(
                 scratch.rename(folder.of(cell) / MODEL_FOLDER)
             folder.write_cell(stored)
         except (Interrupted, KeyboardInterrupt):
-            raise Interrupted(f"cell {index}", "nothing of it is kept", go_on) from None
+            raise Interrupted(f"cell {cell.index}", "nothing of it is kept", go_on) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             (folder.of(cell) / PROGRESS_FILE).unlink(missing_ok=True)
@@ -141,8 +144,20 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
         curve=tuple(_point(log) for log in trained.losses),
         settings=config.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
     )
-    made_by = receipt(fingerprints=shared.fingerprints, seed=cell.seed, device=study.run.device)
-    return Stored(result, machine(study), trained.warnings, dict(made_by))
+    made_of = {**shared.fingerprints, CODE: code_fingerprint()}
+    made_by = receipt(fingerprints=made_of, seed=cell.seed, device=study.run.device)
+    options = study.methods[cell.method].options()
+    return Stored(result, options, machine(study), trained.warnings, dict(made_by))
+
+
+def code_fingerprint() -> str:
+    """Hash the sources that training depends on."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for part in ("tokdiff", "alignment", "vocab_map", "distill"):
+        for file in sorted((package / part).rglob("*.py")):
+            digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _point(log: Any) -> Point:
@@ -250,10 +265,13 @@ def run_study(
         with _ended_by_signals():
             _use_threads(study.threads)
             prepare(study, folder, say=say, on_stage=on_stage)
-            missing = [cell for cell in cells if folder.read_cell(study, cell) is None]
-            return list(_run_all(study, folder, missing, workers, keep_models, len(cells), on_progress))
+            finished = folder.read_cells(study, cells)
+            missing = [cell for cell in cells if cell not in finished]
+            with folder.kept(study) as file:
+                start = partial(_start, folder, file, study.threads, keep_models=keep_models)
+                return list(_run_all(study, folder, missing, workers, len(cells), start, on_progress))
     except KeyboardInterrupt:
-        done = sum(folder.read_cell(study, cell) is not None for cell in cells)
+        done = len(folder.read_cells(study, cells))
         raise Interrupted("the study", f"{done} of {len(cells)} cells are in {folder.path}", go_on) from None
 
 
@@ -262,15 +280,15 @@ def _run_all(
     folder: StudyFolder,
     missing: Sequence[Cell],
     workers: int,
-    keep_models: bool,
     planned: int,
+    start: Callable[[Cell], _Child],
     on_progress: Callable[[Progress], None],
 ) -> Iterator[Failure]:
     done, waiting, running = planned - len(missing), list(missing), list[_Child]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(_start(study, folder, waiting.pop(0), keep_models))
+                running.append(start(waiting.pop(0)))
             ended = [child for child in running if child.process.poll() is not None]
             running = [child for child in running if child not in ended]
             for child in ended:
@@ -291,13 +309,15 @@ def _run_all(
             _end(folder, child)
 
 
-def _start(study: StudyConfig, folder: StudyFolder, cell: Cell, keep_models: bool) -> _Child:
+def _start(
+    folder: StudyFolder, study: Path, number_of_threads: int, cell: Cell, *, keep_models: bool
+) -> _Child:
     """Start a cell; it is in a group of its own, so that Ctrl-C reaches this process alone."""
     place = folder.of(cell)
     place.mkdir(parents=True, exist_ok=True)
-    words = ["compare", str(folder.study_file), "-o", str(folder.path), "--cell", str(cell.index)]
+    words = ["compare", str(study), "-o", str(folder.path), "--cell", cell.name]
     words += ["--keep-models"] if keep_models else []
-    threads = str(study.threads)
+    threads = str(number_of_threads)
     with (place / LOG_FILE).open("ab" if is_held(place) else "wb") as log:  # another process may write there
         process = subprocess.Popen(
             [sys.executable, "-m", "cdm_toolkit.cli", *words],

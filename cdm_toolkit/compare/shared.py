@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from cdm_toolkit.artifacts.receipts import receipt
 from cdm_toolkit.artifacts.teacher_cache import read_header
 from cdm_toolkit.compare.measure import Heldout, score_model
 from cdm_toolkit.compare.record import Measured, ModelScores
-from cdm_toolkit.compare.store import Say, StudyFolder, model_scores, only_one, write_json
+from cdm_toolkit.compare.store import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
 from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.distill.cached_teacher import open_cache
@@ -24,8 +25,7 @@ from cdm_toolkit.hub.models import checked_device, model_fingerprint, model_fold
 from cdm_toolkit.hub.students import new_student, transplant
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 
-SHARED_FILE, TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, HELDOUT_FOLDER = (
-    "shared.json",
+TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, HELDOUT_FOLDER = (
     "train.jsonl",
     "teacher-cache",
     "student",
@@ -91,7 +91,8 @@ def _is_ready(study: StudyConfig, folder: StudyFolder) -> bool:
 def _ask_again(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     """Let the teacher speak for methods that were not there before; what it said stays for cells that run."""
     content = json.loads((shared / SHARED_FILE).read_bytes())
-    write_json(shared / SHARED_FILE, content | {"cache": _cache(study, shared, on_stage)})
+    cache = _cache(study, shared, on_stage)
+    write_json(shared / SHARED_FILE, content | {"cache": cache and _kept(shared, cache)})
 
 
 def open_shared(folder: StudyFolder) -> Shared:
@@ -104,10 +105,9 @@ def open_shared(folder: StudyFolder) -> Shared:
     try:
         content = json.loads(file.read_bytes())
         found = Shared(
-            student=_here(folder.shared / STUDENT_FOLDER) or content["student"],
+            student=_found(folder.shared, content["student"]),
             train=train,
-            cache=content["cache"]
-            and (_here(folder.shared / Path(content["cache"]).name) or content["cache"]),
+            cache=content["cache"] and _found(folder.shared, content["cache"]),
             heldout=Heldout.open(folder.shared / HELDOUT_FOLDER),
             teacher=model_scores(content["teacher"]),
             start=model_scores(content["start"]),
@@ -123,13 +123,30 @@ def open_shared(folder: StudyFolder) -> Shared:
     return found
 
 
-def _here(folder: Path) -> str | None:
-    """Name what was made in this folder: it may have been copied from where its paths were written down."""
-    return str(folder) if folder.is_dir() else None
+_MADE_HERE = "shared:"
+
+
+def _kept(shared: Path, place: str) -> str:
+    """Write a place down so that what was made in the folder `shared` is found wherever that is copied to."""
+    return f"{_MADE_HERE}{Path(place).name}" if Path(place).parent == shared else place
+
+
+def _found(shared: Path, kept: str) -> str:
+    return str(shared / kept.removeprefix(_MADE_HERE)) if kept.startswith(_MADE_HERE) else kept
+
+
+def check_origin(study: StudyConfig, shared: Shared) -> None:
+    """See that models, suites and a cache that is given are those that the study began with. Raises BadArtifact."""
+    now = _made_of(study, shared.student)
+    if changed := [name for name, value in now.items() if shared.fingerprints.get(name) != value]:
+        problem = f"the {' and '.join(changed)} changed since the study began"
+        raise BadArtifact(shared.train.parent, problem, f"put back what was there, or {_AGAIN}")
 
 
 _AGAIN = "start the study anew: --overwrite"
 TRAINING_ROWS = "training rows"
+CODE = "sources"
+"""Names of fingerprints: of what cells have in common, and of the code that trained one."""
 
 
 def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
@@ -155,8 +172,8 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
     made_by = receipt(fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.device)
     content = {
-        "student": student,
-        "cache": cache,
+        "student": _kept(shared, student),
+        "cache": cache and _kept(shared, cache),
         "teacher": asdict(teacher),
         "start": asdict(start),
         "counts": {kind: len(rows) for kind, rows in chosen.items()},
@@ -168,14 +185,25 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
 
 def _fingerprints(study: StudyConfig, student: str, shared: Path, heldout: Heldout) -> dict[str, str]:
     """Tell what every cell of the study is made of."""
-    return {
+    return _made_of(study, student) | {
+        TRAINING_ROWS: rows_fingerprint(read_rows(shared / TRAIN_FILE)),
+        "held-out rows": rows_fingerprint([row for rows in heldout.rows.values() for row in rows]),
+    }
+
+
+def _made_of(study: StudyConfig, student: str) -> dict[str, str]:
+    """Tell what a study has from outside its folder."""
+    found = {
         "teacher": model_fingerprint(model_folder(study.teacher)),
         "teacher tokenizer": load_tokenizer(study.teacher).view.fingerprint,
         "student": model_fingerprint(model_folder(student)),
         "student tokenizer": load_tokenizer(student).view.fingerprint,
-        TRAINING_ROWS: rows_fingerprint(read_rows(shared / TRAIN_FILE)),
-        "held-out rows": rows_fingerprint([row for rows in heldout.rows.values() for row in rows]),
     }
+    if study.teacher_cache is not None:
+        found["teacher cache"] = read_header(Path(study.teacher_cache)).digest
+    for name, suite in study.suites.items():
+        found[f"data of {name}"] = open_suite(name, _ask(suite)).contents.fingerprint
+    return found
 
 
 # Rows
@@ -186,6 +214,7 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
 
     Raises FileProblem, BadRow, and BadOption for more rows than there are.
     """
+    _check_files(study)
     train = {kind: _rows_of(f"train.{kind}", text) for kind, text in study.train.items()}
     heldout = {
         kind: _rows_of(f"{side}.{kind}", text)[: text.rows]
@@ -195,11 +224,19 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
     return train, heldout
 
 
+def _check_files(study: StudyConfig) -> None:
+    """Say of all files that are not there which settings give their places."""
+    sides = (("train", study.train), ("inside", study.inside), ("outside", study.outside))
+    every = {f"{side}.{kind}": text.path for side, texts in sides for kind, text in texts.items()}
+    missing = {name: path for name, path in every.items() if ":" not in path and not Path(path).is_file()}
+    if missing:
+        paths = ", ".join(dict.fromkeys(missing.values()))
+        fix = "give the places: " + " ".join(f"--set {shlex.quote(f'{name}.path')}=FILE" for name in missing)
+        raise FileProblem(paths, f"no such file, which {' and '.join(missing)} name", fix)
+
+
 def _rows_of(name: str, text: TextConfig) -> list[Row]:
-    """Read all rows of a kind; says which setting gives the place of a file that is not there."""
-    if ":" not in text.path and not Path(text.path).is_file():
-        fix = f"give its place: --set {name}.path=FILE"
-        raise FileProblem(text.path, f"there is no such file, which {name} names", fix)
+    """Read all rows of a kind."""
     rows = text_rows(text.path, split=text.split)
     if text.rows is not None and text.rows > len(rows):
         raise BadOption(f"{name}.rows", text.rows, f"at most {len(rows)}: {text.path} has no more")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
@@ -16,18 +17,19 @@ from filelock import FileLock, Timeout
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.settings import make, read_yaml
 from cdm_toolkit.compare.record import Cell, CellResult, Measured, ModelScores, Point, StudyResult
-from cdm_toolkit.compare.study import OF_ALL, StudyConfig
+from cdm_toolkit.compare.study import StudyConfig
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
-STUDY_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
+STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
     "study.yaml",
+    "shared.json",
     "results.json",
     "report.html",
     "cell.json",
     "log.txt",
 )
 FORMAT, VERSION = "cdm-toolkit study cell", 1
-SAID = ("about", "default")
+SAID = ("name", "about", "default")
 """Settings of what is said of the cells."""
 FREE = (*SAID, "methods", "seeds", "alpha", "curves")
 """Settings that may change once cells are there: those, and which cells there are. A cell itself tells how it was
@@ -43,6 +45,8 @@ class Stored:
     """A finished cell, and how it was made."""
 
     result: CellResult
+    options: Mapping[str, Any]
+    """Those of its method, defaults included."""
     machine: str
     warnings: tuple[str, ...]
     receipt: Mapping[str, Any]
@@ -51,12 +55,6 @@ class Stored:
     def fingerprints(self) -> Mapping[str, str]:
         found: Mapping[str, str] = self.receipt["fingerprints"]
         return found
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """Give those of the method, as an entry of a study resolves to; none for supervised fine-tuning."""
-        teachers: Sequence[Mapping[str, Any]] = self.result.settings.get("teachers", ())
-        return {name: value for teacher in teachers for name, value in teacher.items() if name not in OF_ALL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,37 +91,50 @@ class StudyFolder:
                     problem = "it is not empty, and holds no study"
                     raise FileProblem(self.path, problem, "give another --output")
                 self._write_study(study)
-            elif (there := self.read_study()) != study:
-                self.check(study)
-                if there.model_copy(update=_said(study)) != study:
-                    self._check_idle()  # its processes know the cells by their numbers
+            elif self._has_made_nothing() and _differences(self.read_study(), study):
+                self._clear()
                 self._write_study(study)
+            else:
+                self.check(study)
+                if self.study_file.read_bytes() != _as_yaml(study):
+                    self._write_study(study)
 
     def check(self, study: StudyConfig) -> None:
-        """See that the folder is this study's, if it is one's; changes nothing. Raises BadArtifact, FileProblem."""
-        if self.study_file.is_file() and (differences := _differences(self.read_study(), study)):
+        """See that the folder is this study's, if one has made something there. Raises BadArtifact, FileProblem."""
+        if self._has_made_nothing() or not self.study_file.is_file():
+            return
+        if differences := _differences(self.read_study(), study):
             problem = f"it holds another study: {differences}"
             fix = "give another --output, or --overwrite without --cell to start anew"
             raise BadArtifact(self.path, problem, fix)
 
     def _write_study(self, study: StudyConfig) -> None:
-        content = study.model_dump(mode="json", exclude_unset=True)
         with atomic_write(self.study_file) as stream:
-            stream.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+            stream.write(_as_yaml(study))
+
+    @contextmanager
+    def kept(self, study: StudyConfig) -> Iterator[Path]:
+        """Give a file of the study as it is now: the one in the folder may grow while this study runs."""
+        with NamedTemporaryFile("wb", prefix=".study-", suffix=".yaml", dir=self.path) as stream:
+            stream.write(_as_yaml(study))
+            stream.flush()
+            yield Path(stream.name)
 
     def read_study(self) -> StudyConfig:
         """Read the study whose folder it is. Raises FileProblem, BadRunConfig."""
         return make(StudyConfig, read_yaml(self.study_file), source=str(self.study_file))
 
-    def _check_idle(self) -> None:
+    def _has_made_nothing(self) -> bool:
+        """Say whether a study could not even begin here: it may be put right, and need not start elsewhere."""
+        made = (self.shared / SHARED_FILE, *self.path.glob(f"cells/*/{CELL_FILE}"))
+        return not any(file.is_file() for file in made)
+
+    def _clear(self) -> None:
+        """Remove what a study has written. BadArtifact while some process is at work there."""
         for place in (self.shared, *sorted(self.path.glob("cells/*"))):
             if is_held(place):
                 problem = f"another process is at work in {place.relative_to(self.path)}"
                 raise BadArtifact(self.path, problem, "end that first, or give another --output")
-
-    def _clear(self) -> None:
-        """Remove what a study has written. BadArtifact while some process is at work there."""
-        self._check_idle()
         for folder in (self.path / "cells", self.shared):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.path / RESULTS_FILE, self.path / PAGE_FILE, *self.path.glob("*.png")):
@@ -145,18 +156,34 @@ class StudyFolder:
             if (content["format"], content["version"]) != (FORMAT, VERSION):
                 raise ValueError("it is of another format")
             result = _cell_result(content["result"])
-            found = Stored(result, content["machine"], tuple(content["warnings"]), content["receipt"])
-            was = found.options
+            warnings, options = tuple(content["warnings"]), dict(content["options"])
+            found = Stored(result, options, content["machine"], warnings, content["receipt"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"it is damaged ({str(error) or type(error).__name__})"
             raise BadArtifact(file, problem, f"run it again: --cell {cell.index} --overwrite") from None
         again = f"run it again: --cell {cell.index} --overwrite"
         if found.result.cell.name != cell.name:
             raise BadArtifact(file, f"it has the cell {found.result.cell.name}", again)
-        if differences := _counted(_differing(was, study.methods[cell.method].resolved()[0])):
+        if differences := _counted(_differing(options, study.methods[cell.method].options())):
             problem = f"it was trained with other options: {differences}"
             raise BadArtifact(file, problem, f"give the method another name, or {again}")
         return replace(found, result=replace(found.result, cell=cell))
+
+    def read_cells(self, study: StudyConfig, cells: Iterable[Cell]) -> dict[Cell, Stored]:
+        """Read those of the cells that are finished. Raises one BadArtifact for all that cannot be used."""
+        found, faults = dict[Cell, Stored](), list[BadArtifact]()
+        for cell in cells:
+            try:
+                if (stored := self.read_cell(study, cell)) is not None:
+                    found[cell] = stored
+            except BadArtifact as fault:
+                faults.append(fault)
+        if len(faults) > 1:
+            problem = f"{len(faults)} cells cannot be used; the first: {faults[0].what}"
+            raise BadArtifact(self.path, problem, f"see all with --list, {faults[0].fix}")
+        if faults:
+            raise faults[0]
+        return found
 
     def write_cell(self, stored: Stored) -> None:
         """Write a cell, whole or not at all."""
@@ -164,6 +191,7 @@ class StudyFolder:
             "format": FORMAT,
             "version": VERSION,
             "result": asdict(stored.result),
+            "options": dict(stored.options),
             "machine": stored.machine,
             "warnings": list(stored.warnings),
             "receipt": dict(stored.receipt),
@@ -207,8 +235,10 @@ def _cell_result(content: Mapping[str, Any]) -> CellResult:
 # Two studies
 
 
-def _said(study: StudyConfig) -> dict[str, Any]:
-    return {name: getattr(study, name) for name in SAID}
+def _as_yaml(study: StudyConfig) -> bytes:
+    content = study.model_dump(mode="json", exclude_unset=True)
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text.encode()
 
 
 def _differences(there: StudyConfig, now: StudyConfig) -> str:

@@ -179,8 +179,13 @@ class _Entry(Settings):
         teacher = config.teachers[0].model_dump(exclude_unset=True, exclude={"model"})
         return teacher, config.alpha if "alpha" in config.model_fields_set else None
 
+    def options(self) -> dict[str, Any]:
+        """Give all that makes the method what it is, defaults included; nothing for supervised fine-tuning."""
+        teacher, _ = self.resolved()
+        return TeacherConfig.model_validate({"model": "-"} | teacher).options if teacher else {}
 
-OF_ALL = {"model", "weight", "cache", "dtype"}
+
+_OF_ALL = {"model", "weight", "cache", "dtype"}
 """Settings of a teacher that are no method's: there is one teacher, which has spoken once for all cells."""
 
 if TYPE_CHECKING:
@@ -193,7 +198,7 @@ else:
         **{
             name: (field.annotation, field)
             for name, field in TeacherConfig.model_fields.items()
-            if name not in OF_ALL
+            if name not in _OF_ALL
         },
     )
 
@@ -316,7 +321,7 @@ def _shared_names() -> set[str]:
     """List the settings of a run and of a study that are no method's own."""
     records = (StudyConfig, DistillConfig, TrainConfig, DataConfig)
     names = {name for record in records for name in record.model_fields}
-    return (names | OF_ALL - {"weight"}) - MethodConfig.model_fields.keys()
+    return (names | _OF_ALL - {"weight"}) - MethodConfig.model_fields.keys()
 
 
 def _not_known(kind: str, name: str, known: Iterable[str]) -> str:

@@ -102,6 +102,13 @@ class TeacherConfig(Settings):
         return self.top_k or 100
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Give what the method looks at, defaults included, in values that JSON has."""
+        looked_at = self.model_dump(mode="json", include=_OPTIONS[self.variant])
+        more = {"top_k": self.candidates} if "top_k" in looked_at else {}
+        return {"method": self.method} | looked_at | more
+
+    @property
     def variant(self) -> str:
         """Name the method, the mapping of `cdm` included: a key of `losses.methods.METHODS`."""
         return _variant(self.method, self.mapping)

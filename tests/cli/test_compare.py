@@ -105,7 +105,7 @@ def test_a_cell_alone(cdm, study: Path, output: Path) -> None:
     answer = cdm("compare", study, "-o", output, "--cell", 1)
     assert answer.out.startswith("cell 1 (em, seed 0): 2 steps of ")
     assert answer.out.strip().endswith(f"put together with: cdm compare {study} -o {output} --report")
-    assert "--cell is 2; give 0 to 1" in cdm("compare", study, "-o", output, "--cell", 2).err
+    assert "--cell is '2'; give 0 to 1" in cdm("compare", study, "-o", output, "--cell", 2).err
 
 
 def test_a_study_may_grow(cdm, study: Path, output: Path) -> None:
@@ -116,9 +116,35 @@ def test_a_study_may_grow(cdm, study: Path, output: Path) -> None:
         ("em", "done"),
         ("more", ""),
     ]
-    answer = cdm("compare", study, "-o", output, "--set", "methods.em.top_k=5", "--list")
+    changed = ("compare", study, "-o", output, "--set", "methods.em.top_k=5")
+    answer = cdm(*changed, "--list", "--json")
+    assert [each["state"] for each in json.loads(answer.out)] == ["done", "unusable"]
+    told = (
+        "other options: top_k is 20 there and 5 now; give the method another name, or run it again: --cell 1"
+    )
+    assert told in answer.err
+    before = (output / "study.yaml").read_bytes()
+    for words in ((), ("--report",)):
+        answer = cdm(*changed, *words)
+        assert (answer.status, answer.out) == (2, "")
+        assert told in answer.err
+    assert (output / "study.yaml").read_bytes() == before
+    assert cdm(*changed, "--cell", 1, "--overwrite").status == 0
+
+
+def test_a_cell_by_its_name(cdm, study: Path, output: Path) -> None:
+    answer = cdm("compare", study, "-o", output, "--cell", "em-alpha0.5-seed0")
+    assert answer.out.startswith("cell 1 (em, seed 0): ")
+
+
+def test_a_report_of_nothing_leaves_what_is_there(cdm, study: Path, output: Path) -> None:
+    assert cdm("compare", study, "-o", output, "--report").status == 0
+    before = (output / "results.json").read_bytes()
+    shutil.rmtree(output / "cells")
+    answer = cdm("compare", study, "-o", output, "--report")
     assert answer.status == 2
-    assert "other options: top_k is 20 there and 5 now; give the method another name" in answer.err
+    assert "none of its cells has been run" in answer.err
+    assert (output / "results.json").read_bytes() == before
 
 
 def test_another_study_is_refused(cdm, study: Path, output: Path) -> None:
@@ -182,5 +208,5 @@ def test_a_study_with_a_cell_that_fails(cdm, study: Path, output: Path) -> None:
     assert last.startswith("cdm: error: a cell failed: cell 2 (kl, seed 0): the method of ")
     assert last.endswith("--set 'methods.kl={method: kl}' --cell 2")
     assert "cell 0 (sft, seed 0) is done" in answer.err
-    assert "2 of 3 cells are there" in answer.err
+    assert "note: 2 of 3 cells are measured" in answer.out
     assert "em" in answer.out

@@ -18,11 +18,20 @@ import pytest
 import yaml
 
 from cdm_toolkit.compare import run as run_module
+from cdm_toolkit.compare import shared as shared_module
 from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.record import CellResult
 from cdm_toolkit.compare.results import put_together, uneven
-from cdm_toolkit.compare.run import Running, cell_config, peak_memory, run_cell, run_study, running_cell
-from cdm_toolkit.compare.shared import open_shared, prepare
+from cdm_toolkit.compare.run import (
+    Running,
+    cell_config,
+    code_fingerprint,
+    peak_memory,
+    run_cell,
+    run_study,
+    running_cell,
+)
+from cdm_toolkit.compare.shared import CODE, open_shared, prepare
 from cdm_toolkit.compare.store import CELL_FILE, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.distill.rows import read_rows
@@ -212,6 +221,7 @@ def test_rows_that_some_side_would_cut_are_passed_over(
     assert shared.counts == {"sums": 6, "code": 1}
     assert shared.passed_over > 0
     assert len(read_rows(shared.train)) == 7
+    run_cell(study, StudyFolder(tmp_path / "out"), 0)
     facts = put_together(study, StudyFolder(tmp_path / "out"), command="x").facts
     assert "of more than 110 tokens" in facts["passed over"]
 
@@ -225,8 +235,8 @@ def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_pat
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ("train.more={path: none.jsonl}", "give its place: --set train.more.path=FILE"),
-        ("outside.more={path: none.jsonl}", "give its place: --set outside.more.path=FILE"),
+        ("train.more={path: none.jsonl}", "give the places: --set train.more.path=FILE"),
+        ("outside.more={path: none.jsonl}", "give the places: --set outside.more.path=FILE"),
         ("train.sums.rows=100000", "train.sums.rows is 100000; give at most"),
         ("inside.sums.rows=100000", "inside.sums.rows is 100000; give at most"),
         ("outside.more={path: 'python:cod'}", "did you mean python:code?"),
@@ -326,6 +336,45 @@ def test_a_study_that_has_grown_keeps_its_cells(
     assert wide.settings["teachers"][0]["cache"] == open_shared(copied).cache
     again = run_cell(grown, copied, cells["cdm", 0].index, overwrite=True)  # from the wider cache now
     assert figures(again) == figures(replace(before["cdm"].result, cell=again.cell))
+
+
+@pytest.mark.parametrize("replaced", ["teacher", "student"])
+def test_a_model_that_was_replaced_is_told(
+    study: StudyConfig, copied: StudyFolder, small_models: Path, monkeypatch, replaced: str
+) -> None:
+    other = small_models / "other"
+    folder_of = shared_module.model_folder
+    monkeypatch.setattr(
+        shared_module,
+        "model_folder",
+        lambda name: other if name == str(small_models / replaced) else folder_of(name),
+    )
+    with pytest.raises(BadArtifact, match=f"the {replaced} changed since the study began; put back"):
+        run_cell(study, copied, 1, overwrite=True)
+    run_cell(study, copied, 1)  # what is finished is read
+
+
+def test_suites_whose_data_changed_are_told(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n', encoding="utf-8")
+    study = make("methods={sft: {}}", "default=sft", f"suites={{bpb: {{data: {rows}}}}}")
+    folder = claimed(study, tmp_path / "out")
+    prepare(study, folder)
+    rows.write_text('{"prompt": "1 + 2 = ", "completion": "3"}\n', encoding="utf-8")
+    with pytest.raises(BadArtifact, match="the data of bpb changed since the study began"):
+        run_cell(study, folder, 0)
+
+
+def test_cells_of_other_sources_are_told(study: StudyConfig, copied: StudyFolder) -> None:
+    file = copied.of(grid(study)[1]) / CELL_FILE
+    content = json.loads(file.read_text())
+    assert "code" not in put_together(study, copied, command="x").facts
+    assert content["receipt"]["fingerprints"][CODE] == code_fingerprint()
+    content["receipt"]["fingerprints"][CODE] = "0123456789"
+    file.write_text(json.dumps(content))
+    told = put_together(study, copied, command="x").facts["code"]
+    assert told.startswith("not one version of this toolkit: ")
+    assert "01234567 trained em" in told
 
 
 def test_a_teacher_speaks_when_a_method_first_asks(make: Callable[..., StudyConfig], tmp_path: Path) -> None:

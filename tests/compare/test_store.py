@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.record import StudyResult
-from cdm_toolkit.compare.store import CELL_FILE, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.store import CELL_FILE, SHARED_FILE, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
@@ -29,8 +28,14 @@ def folder(tmp_path: Path) -> StudyFolder:
     return StudyFolder(tmp_path / "out")
 
 
-def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None:
+def begun(folder: StudyFolder, study: StudyConfig) -> None:
     folder.claim(study)
+    folder.shared.mkdir()
+    (folder.shared / SHARED_FILE).write_text("{}")
+
+
+def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None:
+    begun(folder, study)
     folder.claim(study)
     assert folder.read_study() == study
     other = from_file(
@@ -49,30 +54,53 @@ def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None
 
 
 def test_many_differences_are_counted(study: StudyConfig, folder: StudyFolder) -> None:
-    folder.claim(study)
+    begun(folder, study)
     sets = ["steps=3", "max_length=99", "run.lr=0.1", "threads=2", "student.entries=90", "teacher=gpt2"]
     with pytest.raises(BadArtifact, match=r"there and .* now and 2 more; give another --output"):
         folder.claim(from_file("quickstart-small", sets))
 
 
 def test_what_is_said_of_a_study_may_change(folder: StudyFolder, study: StudyConfig) -> None:
-    folder.claim(study)
-    folder.claim(from_file("quickstart-small", ["about=Another", "default=em"]))
+    begun(folder, study)
+    folder.claim(from_file("quickstart-small", ["name=other", "about=Another", "default=em"]))
     assert folder.read_study().about == "Another"
 
 
-def test_a_study_may_grow(folder: StudyFolder, study: StudyConfig) -> None:
+def test_a_study_that_could_not_begin_may_be_put_right(folder: StudyFolder, study: StudyConfig) -> None:
+    folder.claim(from_file("quickstart-small", ["teacher=teachr"]))
+    folder.shared.mkdir()
+    (folder.shared / "train.jsonl").write_text("of the study that could not begin")
+    with only_one(folder.shared, ""), pytest.raises(BadArtifact, match="at work in shared;"):
+        folder.claim(study)
+    folder.check(study)
     folder.claim(study)
+    assert folder.read_study() == study
+    assert not folder.shared.exists()
+
+
+def test_a_study_may_grow(folder: StudyFolder, study: StudyConfig) -> None:
+    begun(folder, study)
     sets = ["methods.more={method: em}", "seeds=[0,1]", "curves={em: [0.2]}", "alpha=0.4"]
     grown = from_file("quickstart-small", sets)
     folder.check(grown)
     assert folder.read_study() == study
-    cell = grid(study)[0]
-    with only_one(folder.of(cell), ""), pytest.raises(BadArtifact, match=f"at work in cells/{cell.name};"):
-        folder.claim(grown)
-    assert folder.read_study() == study
     folder.claim(grown)
     assert folder.read_study() == grown
+
+
+def test_the_order_of_methods_is_kept(folder: StudyFolder, study: StudyConfig) -> None:
+    begun(folder, study)
+    turned = study.model_copy(update={"methods": dict(reversed(study.methods.items()))})
+    folder.claim(turned)
+    assert list(folder.read_study().methods) == list(turned.methods)
+
+
+def test_a_study_that_runs_keeps_its_own_file(folder: StudyFolder, study: StudyConfig) -> None:
+    begun(folder, study)
+    with folder.kept(study) as file:
+        folder.claim(from_file("quickstart-small", ["methods.more={method: em}"]))
+        assert from_file(str(file)) == study
+    assert not file.exists()
 
 
 def test_to_start_anew_removes_what_a_study_wrote(folder: StudyFolder, study: StudyConfig) -> None:
@@ -109,9 +137,8 @@ THE_SAME = from_file("quickstart-small", ["methods.cdm.top_k=64"])
 
 @pytest.fixture
 def stored(make_study: Callable[..., StudyResult]) -> Stored:
-    return Stored(
-        make_study(("cdm",)).cells[0], "a machine", ("a warning",), {"fingerprints": {"student": "a"}}
-    )
+    result, options = make_study(("cdm",)).cells[0], THE_SAME.methods["cdm"].options()
+    return Stored(result, options, "a machine", ("a warning",), {"fingerprints": {"student": "a"}})
 
 
 def test_a_cell_comes_back_as_it_was(folder: StudyFolder, stored: Stored) -> None:
@@ -128,7 +155,7 @@ def test_a_cell_is_found_where_a_study_has_grown(folder: StudyFolder, stored: St
 
 @pytest.mark.parametrize(
     ("option", "told"),
-    [("top_k=65", "top_k is 64 there and 65 now"), ("inside=false", "inside is only now")],
+    [("top_k=65", "top_k is 64 there and 65 now"), ("inside=false", "inside is true there and false now")],
 )
 def test_a_cell_with_other_options_is_told(
     folder: StudyFolder, stored: Stored, option: str, told: str
@@ -155,6 +182,16 @@ def test_a_damaged_cell_is_told(folder: StudyFolder, stored: Stored, damage: Cal
     file.write_text(damage(file.read_text()))
     with pytest.raises(BadArtifact, match=r"it is damaged .*; run it again: --cell 0 --overwrite"):
         folder.read_cell(THE_SAME, stored.result.cell)
+
+
+def test_all_cells_that_cannot_be_used_are_told_at_once(folder: StudyFolder, stored: Stored) -> None:
+    folder.write_cell(stored)
+    more = replace(stored.result.cell, seed=5, index=4)
+    folder.write_cell(replace(stored, result=replace(stored.result, cell=more)))
+    other = from_file("quickstart-small", ["methods.cdm.top_k=65"])
+    with pytest.raises(BadArtifact, match=r"2 cells cannot be used; the first: .* with other options"):
+        folder.read_cells(other, [stored.result.cell, more])
+    assert list(folder.read_cells(THE_SAME, [stored.result.cell, more])) == [stored.result.cell, more]
 
 
 def test_a_cell_in_anothers_place_is_told(folder: StudyFolder, stored: Stored) -> None:
