@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 _RUN, _KD, _TRAIN = "The run", "Distillation (of the first teacher)", "Training"
 
 
-def _option(help: str, panel: str) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel)
+def _option(help: str, panel: str, default: str | None = None) -> Any:
+    """Make an option; `default` is what a run has without it and without a run file."""
+    return typer.Option(help=help, rich_help_panel=panel, show_default=default or False)
 
 
 def distill(
@@ -60,36 +61,46 @@ def distill(
     ] = None,
     method: Annotated[
         str | None,
-        _option("cdm, em, mined, prefix, uld, alm, gold, kl, reverse-kl, jsd; sft for none.", _KD),
+        _option("cdm, em, mined, prefix, uld, alm, gold, kl, reverse-kl, jsd; sft for none.", _KD, "cdm"),
     ] = None,
-    alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD)] = None,
-    temperature: Annotated[float | None, _option("Of both distributions.", _KD)] = None,
-    top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD)] = None,
+    alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD, "0.5")] = None,
+    temperature: Annotated[float | None, _option("Of both distributions.", _KD, "1.0")] = None,
+    top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD, "100")] = None,
     theta: Annotated[
         float | None,
-        _option("With teachers.0.mapping=near: edit distance below this part of both lengths.", _KD),
+        _option("With teachers.0.mapping=near: edit distance below this part of both lengths.", _KD, "0.3"),
     ] = None,
     positions: Annotated[
         str | None,
-        _option("boundary: shared context. mean: the paper's (cdm: with teachers.0.mapping=near).", _KD),
+        _option(
+            "boundary: shared context. mean: the paper's (cdm: with teachers.0.mapping=near).",
+            _KD,
+            "boundary",
+        ),
     ] = None,
-    aligner: Annotated[str | None, _option("anchored, bytes, entropy-dtw or dtw.", _KD)] = None,
-    epochs: Annotated[float | None, _option("Passes over the data.", _TRAIN)] = None,
+    aligner: Annotated[str | None, _option("anchored, bytes, entropy-dtw or dtw.", _KD, "anchored")] = None,
+    epochs: Annotated[float | None, _option("Passes over the data.", _TRAIN, "1.0")] = None,
     max_steps: Annotated[int | None, _option("Optimizer steps; goes before --epochs.", _TRAIN)] = None,
-    batch_size: Annotated[int | None, _option("Rows a batch and device.", _TRAIN)] = None,
-    grad_accumulation: Annotated[int | None, _option("Batches a step.", _TRAIN)] = None,
-    lr: Annotated[float | None, _option("Learning rate at its highest.", _TRAIN)] = None,
-    max_length: Annotated[int | None, _option("Tokens of a row, on any side; more are cut.", _TRAIN)] = None,
-    template: Annotated[
-        str | None, _option("none, or chat: each side reads rows by its own chat template.", _TRAIN)
+    batch_size: Annotated[int | None, _option("Rows a batch and device.", _TRAIN, "8")] = None,
+    grad_accumulation: Annotated[int | None, _option("Batches a step.", _TRAIN, "1")] = None,
+    lr: Annotated[float | None, _option("Learning rate at its highest.", _TRAIN, "2e-05")] = None,
+    max_length: Annotated[
+        int | None, _option("Tokens of a row, on any side; more are cut.", _TRAIN, "512")
     ] = None,
-    dtype: Annotated[str | None, _option("float32, or bfloat16 for mixed precision.", _TRAIN)] = None,
+    template: Annotated[
+        str | None, _option("none, or chat: each side reads rows by its own chat template.", _TRAIN, "none")
+    ] = None,
+    dtype: Annotated[
+        str | None, _option("float32, or bfloat16 for mixed precision.", _TRAIN, "float32")
+    ] = None,
     lora_rank: Annotated[int | None, _option("Train adapters of this rank.", _TRAIN)] = None,
-    seed: Annotated[int | None, _option("Seed of all that is random.", _TRAIN)] = None,
-    device: Annotated[str | None, _option("cpu, cuda or mps.", _TRAIN)] = None,
-    workers: Annotated[int | None, _option("Processes of the data step.", _TRAIN)] = None,
-    log_every: Annotated[int | None, _option("Steps between two lines of the log.", _TRAIN)] = None,
-    save_every: Annotated[int | None, _option("Steps between checkpoints; 0 writes none.", _TRAIN)] = None,
+    seed: Annotated[int | None, _option("Seed of all that is random.", _TRAIN, "0")] = None,
+    device: Annotated[str | None, _option("cpu, cuda or mps.", _TRAIN, "cpu")] = None,
+    workers: Annotated[int | None, _option("Processes of the data step.", _TRAIN, "1")] = None,
+    log_every: Annotated[int | None, _option("Steps between two lines of the log.", _TRAIN, "10")] = None,
+    save_every: Annotated[
+        int | None, _option("Steps between checkpoints; 0 writes none.", _TRAIN, "500")
+    ] = None,
     tensorboard: Annotated[
         bool | None, typer.Option("--tensorboard", help="Write event files.", rich_help_panel=_TRAIN)
     ] = None,

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 
+from cdm_toolkit.cli.distill import distill
 from cdm_toolkit.distill.config import from_file
 from cdm_toolkit.distill.recipes import list_recipes
 
@@ -52,6 +53,27 @@ def run_file(models: dict[str, Any], tmp_path: Path) -> Path:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(models | {"output": str(tmp_path / "out")}))
     return file
+
+
+def test_the_help_has_the_defaults_of_a_run() -> None:
+    from cdm_toolkit.distill.config import DataConfig, DistillConfig, TeacherConfig
+
+    config = DistillConfig(
+        student="-", data=DataConfig(path="-"), output="-", teachers=(TeacherConfig(model="-"),)
+    )
+    places = (config, config.data, config.train, config.teachers[0])
+    hints = get_type_hints(distill, include_extras=True)
+    shown = {
+        name: option.show_default
+        for name, hint in hints.items()
+        for option in getattr(hint, "__metadata__", ())
+        if isinstance(getattr(option, "show_default", None), str)
+    }
+    assert {"lr", "alpha", "top_k", "method", "batch_size", "max_length"} <= shown.keys()
+    for name, default in shown.items():
+        values = [getattr(place, name) for place in places if hasattr(place, name)]
+        value = config.teachers[0].candidates if name == "top_k" else values[0]
+        assert default == str(value), name
 
 
 def test_a_run_file_with_options_and_assignments_over_it(cdm, run_file: Path, tmp_path: Path) -> None:
