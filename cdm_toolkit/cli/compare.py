@@ -50,7 +50,10 @@ def compare(
     ] = False,
     report: Annotated[bool, typer.Option("--report", help="Draw what is there. Run nothing.")] = False,
     keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Keep each cell's student, which is measured and removed.")
+        bool,
+        typer.Option(
+            "--keep-models", help="Keep the student of each cell that runs now: it is measured and removed."
+        ),
     ] = False,
     overwrite: Annotated[
         bool,

@@ -73,6 +73,7 @@ def prepare(
     if _is_ready(study, folder):
         return open_shared(folder)
     with only_one(folder.shared, "prepares this study", say):
+        folder.check_file(study)  # until now another one could take a folder in which nothing was made
         if not (folder.shared / SHARED_FILE).is_file():
             _make(study, folder.shared, on_stage)
         elif not _is_ready(study, folder):

@@ -101,9 +101,12 @@ class StudyFolder:
 
     def check(self, study: StudyConfig) -> None:
         """See that the folder is this study's, if one has made something there. Raises BadArtifact, FileProblem."""
-        if self._has_made_nothing() or not self.study_file.is_file():
-            return
-        if differences := _differences(self.read_study(), study):
+        if not self._has_made_nothing():
+            self.check_file(study)
+
+    def check_file(self, study: StudyConfig) -> None:
+        """See that no other study has taken the folder. Raises BadArtifact, FileProblem."""
+        if self.study_file.is_file() and (differences := _differences(self.read_study(), study)):
             problem = f"it holds another study: {differences}"
             fix = "give another --output, or --overwrite without --cell to start anew"
             raise BadArtifact(self.path, problem, fix)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cdm_toolkit.compare.record import StudyResult
+from cdm_toolkit.compare.shared import prepare
 from cdm_toolkit.compare.store import CELL_FILE, SHARED_FILE, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.errors import BadArtifact, FileProblem
@@ -76,6 +77,10 @@ def test_a_study_that_could_not_begin_may_be_put_right(folder: StudyFolder, stud
     folder.claim(study)
     assert folder.read_study() == study
     assert not folder.shared.exists()
+    with pytest.raises(BadArtifact, match="it holds another study: teacher is "):
+        prepare(
+            from_file("quickstart-small", ["teacher=gpt2"]), folder
+        )  # of a process that claimed it before
 
 
 def test_a_study_may_grow(folder: StudyFolder, study: StudyConfig) -> None:
