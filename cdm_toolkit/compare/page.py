@@ -11,7 +11,7 @@ from typing import Any
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import MISSING, Column, by_kind, overview, suites
-from cdm_toolkit.compare.figures import DARK, LIGHT, marker_path, pictures, svg
+from cdm_toolkit.compare.figures import DARK, LIGHT, LINES_AMONG_MARKS, marker_path, pictures, svg
 from cdm_toolkit.compare.palette import Style, styles
 from cdm_toolkit.compare.record import StudyResult
 from cdm_toolkit.compare.summary import Line, MethodSummary, Side, Summary, Verdict, summarize
@@ -260,8 +260,8 @@ _CAPTIONS = {
     "trade-off": (
         "Trade-off",
         "Share of the gap between start (0) and teacher (1) that each method closes: on text of the kinds trained on, "
-        "and on other text. Large marks are means, bars ± one standard deviation, dots single seeds. Lines follow a "
-        "method over α. The dashed line is the front.",
+        "and on other text. Large marks are means, bars ± one standard deviation, dots single seeds. The dashed "
+        "line is the front.",
     ),
     "alphas": (
         "Over α",
@@ -290,6 +290,8 @@ def _figures(result: StudyResult, summary: Summary) -> dict[str, str]:
 
 def _picture(name: str, light: bytes, dark: bytes, summary: Summary) -> str:
     title, caption = _CAPTIONS[name]
+    if name == "trade-off" and 0 < len(summary.lines) <= LINES_AMONG_MARKS:
+        caption += " Lines follow a method over α."
     return (
         f"<h2>{title}</h2>\n<figure><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
