@@ -130,7 +130,7 @@ def _check_drawing() -> None:
 
 
 def _check_texts(config: StudyConfig, folder: StudyFolder) -> None:
-    """See that a study has its texts before it takes a folder, which would then refuse it with other ones."""
+    """See that a study has its texts before it takes a folder."""
     from cdm_toolkit.compare.shared import read_texts
 
     if not folder.study_file.is_file():

@@ -112,10 +112,10 @@ def _versions(cells: Sequence[Stored]) -> str:
     """Say which cells were trained by which sources, where these differ."""
     methods: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for stored in cells:
-        methods[stored.fingerprints.get(CODE, "")][stored.result.cell.method] = None
+        methods[stored.fingerprints[CODE]][stored.result.cell.method] = None
     if len(methods) < 2:
         return ""
-    parts = (f"{code[:8] or 'unknown'} trained {', '.join(names)}" for code, names in methods.items())
+    parts = (f"{code[:8]} trained {', '.join(names)}" for code, names in methods.items())
     return f"not one version of this toolkit: {'; '.join(parts)}"
 
 

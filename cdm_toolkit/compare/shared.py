@@ -16,6 +16,7 @@ from cdm_toolkit.compare.store import SHARED_FILE, Say, StudyFolder, model_score
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
 from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.distill.cached_teacher import open_cache
+from cdm_toolkit.distill.config import CANDIDATES
 from cdm_toolkit.distill.reading import Side, read, side_of
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
 from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheSettings, write_cache
@@ -31,10 +32,13 @@ TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, HELDOUT_FOLDER = (
     "student",
     "heldout",
 )
-TOP_K = 100
-"""Ids at a token that are kept at least: what methods look at unless they say otherwise."""
+TRAINING_ROWS, CODE = "training rows", "sources"
+"""Names of fingerprints: of the rows that cells have in common, and of the code that trained one."""
 FITTED_AT_ONCE = 64
 """Rows that are tokenized together to see whether they are short enough."""
+_MADE_HERE = "shared:"
+"""Before the name of what was made in the folder `shared`."""
+_AGAIN = "start the study anew: --overwrite"
 
 OnStage = Callable[[str, int, int], None]
 """Called with what is prepared, how much of it is done, and how much there is."""
@@ -70,23 +74,24 @@ def prepare(
     Raises the errors of data, models, tokenizers, suites and caches, and BadArtifact where what was made has changed.
     """
     checked_device(study.run.device)
-    if _is_ready(study, folder):
-        return open_shared(folder)
+    if shared := _ready(study, folder):
+        return shared
     with only_one(folder.shared, "prepares this study", say):
         folder.check_file(study)  # until now another one could take a folder in which nothing was made
         if not (folder.shared / SHARED_FILE).is_file():
             _make(study, folder.shared, on_stage)
-        elif not _is_ready(study, folder):
+        elif not _ready(study, folder):
             _ask_again(study, folder.shared, on_stage)
     return open_shared(folder)
 
 
-def _is_ready(study: StudyConfig, folder: StudyFolder) -> bool:
-    """Say whether a study has what its cells share: one that has grown may ask the teacher for more."""
+def _ready(study: StudyConfig, folder: StudyFolder) -> Shared | None:
+    """Open what the cells share; None before it is made, and where a study that has grown asks the teacher for more."""
     if not (folder.shared / SHARED_FILE).is_file():
-        return False
-    cache, wanted = open_shared(folder).cache, _wanted_k(study)
-    return wanted is None or (cache is not None and read_header(Path(cache)).k >= wanted)
+        return None
+    shared, wanted = open_shared(folder), _wanted_k(study)
+    enough = wanted is None or (shared.cache is not None and read_header(Path(shared.cache)).k >= wanted)
+    return shared if enough else None
 
 
 def _ask_again(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
@@ -124,9 +129,6 @@ def open_shared(folder: StudyFolder) -> Shared:
     return found
 
 
-_MADE_HERE = "shared:"
-
-
 def _kept(shared: Path, place: str) -> str:
     """Write a place down so that what was made in the folder `shared` is found wherever that is copied to."""
     return f"{_MADE_HERE}{Path(place).name}" if Path(place).parent == shared else place
@@ -142,12 +144,6 @@ def check_origin(study: StudyConfig, shared: Shared) -> None:
     if changed := [name for name, value in now.items() if shared.fingerprints.get(name) != value]:
         problem = f"the {' and '.join(changed)} changed since the study began"
         raise BadArtifact(shared.train.parent, problem, f"put back what was there, or {_AGAIN}")
-
-
-_AGAIN = "start the study anew: --overwrite"
-TRAINING_ROWS = "training rows"
-CODE = "sources"
-"""Names of fingerprints: of what cells have in common, and of the code that trained one."""
 
 
 def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
@@ -348,7 +344,7 @@ def _wanted_k(study: StudyConfig) -> int | None:
     asked = [teacher.get("top_k") or 1 for teacher in teachers if uses_cache(teacher)]
     if not asked or study.teacher_cache is not None:
         return max(asked, default=None)
-    return min(max(TOP_K, *asked), load_tokenizer(study.teacher).view.vocab_size)
+    return min(max(CANDIDATES, *asked), load_tokenizer(study.teacher).view.vocab_size)
 
 
 def uses_cache(teacher: Mapping[str, object]) -> bool:

@@ -29,11 +29,9 @@ STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
     "log.txt",
 )
 FORMAT, VERSION = "cdm-toolkit study cell", 1
-SAID = ("name", "about", "default")
-"""Settings of what is said of the cells."""
-FREE = (*SAID, "methods", "seeds", "alpha", "curves")
-"""Settings that may change once cells are there: those, and which cells there are. A cell itself tells how it was
-trained."""
+FREE = ("name", "about", "default", "methods", "seeds", "alpha", "curves")
+"""Settings that may change once cells are there: what is said of them, and which there are. A cell itself tells how
+it was trained."""
 DIFFERENCES = 4
 """How many are named before the rest is counted."""
 
@@ -154,6 +152,7 @@ class StudyFolder:
         file = self.of(cell) / CELL_FILE
         if not file.is_file():
             return None
+        again = f"run it again: --cell {cell.index} --overwrite"
         try:
             content = json.loads(file.read_bytes())
             if (content["format"], content["version"]) != (FORMAT, VERSION):
@@ -163,8 +162,7 @@ class StudyFolder:
             found = Stored(result, options, content["machine"], warnings, content["receipt"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"it is damaged ({str(error) or type(error).__name__})"
-            raise BadArtifact(file, problem, f"run it again: --cell {cell.index} --overwrite") from None
-        again = f"run it again: --cell {cell.index} --overwrite"
+            raise BadArtifact(file, problem, again) from None
         if found.result.cell.name != cell.name:
             raise BadArtifact(file, f"it has the cell {found.result.cell.name}", again)
         if differences := _counted(_differing(options, study.methods[cell.method].options())):

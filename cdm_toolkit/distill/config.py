@@ -23,6 +23,9 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Open = Annotated[float, Field(gt=0, lt=1)]
 
+CANDIDATES = 100
+"""Of each model at a position, where a run does not say how many."""
+
 _ACROSS = {"aligner", "entropy"}
 _OPTIONS: Mapping[str, set[str]] = {
     "cdm": _ACROSS | {"mapping", "temperature", "top_k", "rest_bucket", "both_directions", "inside"},
@@ -99,7 +102,7 @@ class TeacherConfig(Settings):
     @property
     def candidates(self) -> int:
         """Count the candidates that are wanted at a position."""
-        return self.top_k or 100
+        return self.top_k or CANDIDATES
 
     @property
     def options(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from transformers import (
 
 from benchmarks._live import Held, LiveBytes
 from cdm_toolkit.distill.collate import Batch, Collator, TeacherLayout
-from cdm_toolkit.distill.config import TeacherConfig
+from cdm_toolkit.distill.config import CANDIDATES
 from cdm_toolkit.distill.data import Features, TeacherFeatures
 from cdm_toolkit.distill.losses.gold import GoldSettings, gold
 from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, MethodSpec, build_method
@@ -199,12 +199,6 @@ def on_cuda(value: Any, mode: FakeTensorMode) -> Any:
     return value
 
 
-def candidates(name: str) -> int:
-    """Count the candidates that a method looks at by default."""
-    method = {"method": "cdm", "mapping": "near"} if name == "cdm-near" else {"method": name}
-    return TeacherConfig.model_validate({"model": "-", **method}).candidates
-
-
 def method(name: str, sizes: Sizes) -> Method:
     """Make a method of tables with the sizes of real ones."""
 
@@ -214,7 +208,7 @@ def method(name: str, sizes: Sizes) -> Method:
     vocab_t = sizes.vocab_t[0]
     if name == "gold":  # by hand: its weights are numbers, which only real tables have
         claimed = ids(VOCAB_S).bool()
-        return partial(gold, settings=GoldSettings(ids(vocab_t), claimed, candidates(name), 0.7, 0.3))
+        return partial(gold, settings=GoldSettings(ids(vocab_t), claimed, CANDIDATES, 0.7, 0.3))
     table = PairTable(ids(vocab_t + 1, WIDTH), ids(vocab_t + 1, WIDTH).int(), VOCAB_S)
     given = Ingredients(
         vocab_t,
@@ -223,7 +217,7 @@ def method(name: str, sizes: Sizes) -> Method:
         pairs=table,
         spelling=ids(vocab_t, LONGEST),
         beginning=ids(VOCAB_S),
-        top_k=candidates(name),
+        top_k=CANDIDATES,
     )
     return build_method(name, given)
 
@@ -241,7 +235,7 @@ def traced(name: str, sizes: Sizes) -> Traced:
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, live:
         with torch.device("cuda"):
             teacher, student = models(sizes)
-        k = 1 if spec is None or not spec.needs_top_k else candidates(name)
+        k = 1 if spec is None or not spec.needs_top_k else CANDIDATES
         asked = OnlineTeacher(teacher, vocab_t=sizes.vocab_t[0], k=k)
         lessons = [] if spec is None else [Lesson("teacher", asked, method(name, sizes))]
         loss = _loss(name, TrainerStep(lessons, mixed=sizes.mixed), asked, student)
