@@ -15,7 +15,7 @@ LLAMA3 = ("llama3", "9f3c51d2aa")
 QWEN2 = ("qwen2", "1b77e0c4bb")
 
 EXAMPLES: list[CdmError] = [
-    errors.BadOption("--theta", 1.5, "a number above 0 and below 1"),
+    errors.BadOption("--max-edit-distance", 1.5, "a number above 0 and below 1"),
     errors.TwoWays("--overwrite", "--resume"),
     errors.UnknownName("aligner", "byte", ["bytes", "dtw", "entropy-dtw", "anchored"]),
     errors.SourceNotFound(

@@ -1,1 +1,1 @@
-"""What is written to disk: versioned formats, fingerprints, receipts."""
+"""What is written to disk: versioned formats, fingerprints, provenance."""

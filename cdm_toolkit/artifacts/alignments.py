@@ -10,7 +10,7 @@ from typing import Any
 
 from cdm_toolkit.alignment.aligners import TextAlignment
 from cdm_toolkit.artifacts.atomic import atomic_folder
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import MissingExtra, UnknownName
 from cdm_toolkit.tokdiff.view import TokenizerView
 
@@ -32,7 +32,7 @@ def write_alignments(
 
     Columns: text (binary), and for both sides (t, s) ids, start and end; groups holds t0, t1, s0, s1 of each group, and
     exact whether its sides spell the same bytes. The schema's metadata names the format, both tokenizers with their
-    fingerprints, and the receipt. Raises UnknownName, OutputExists, MissingExtra, FileProblem.
+    fingerprints, and the provenance. Raises UnknownName, OutputExists, MissingExtra, FileProblem.
     """
     if file_format not in FORMATS:
         raise UnknownName("format", file_format, FORMATS)
@@ -48,7 +48,7 @@ def write_alignments(
         "teacher": sides[0].name,
         "student": sides[1].name,
         "aligner": aligner,
-        "receipt": receipt(fingerprints=fingerprints),
+        "provenance": provenance(fingerprints=fingerprints),
     }
     numbers, group = pa.list_(pa.int64()), pa.list_(pa.list_(pa.int32(), 4))
     columns = {"text": pa.binary()}

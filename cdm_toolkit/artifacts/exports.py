@@ -13,10 +13,10 @@ import numpy as np
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.maps import HEADER, map_header, save_map
-from cdm_toolkit.artifacts.receipts import Receipt
+from cdm_toolkit.artifacts.provenance import Provenance
 from cdm_toolkit.errors import MissingExtra, UnknownName
 from cdm_toolkit.tokdiff.view import TokenizerView
-from cdm_toolkit.vocab_map.record import VocabMap
+from cdm_toolkit.vocab_map.types import VocabMap
 
 Row = tuple[int, str, int, str, float]
 COLUMNS = ("teacher_id", "teacher_token", "student_id", "student_token", "weight")
@@ -32,7 +32,7 @@ def export_map(
     view_s: TokenizerView,
     *,
     form: str,
-    made_by: Receipt | None = None,
+    made_by: Provenance | None = None,
 ) -> list[Path]:
     """Write a mapping in one of `FORMS`; give the files written.
 

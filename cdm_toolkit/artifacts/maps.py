@@ -1,7 +1,7 @@
 """Mappings and neighbour tables on disk: safetensors with a JSON header.
 
 The header names format and version, both tokenizers with their fingerprints, what the mapping was built with,
-and how (a receipt). Its checksum covers the arrays, which safetensors itself does not check.
+and its provenance. Its checksum covers the arrays, which safetensors itself does not check.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.cache import cache_folder
-from cdm_toolkit.artifacts.receipts import Receipt, receipt
+from cdm_toolkit.artifacts.provenance import Provenance, provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.tokdiff.view import TokenizerView
-from cdm_toolkit.vocab_map.record import (
+from cdm_toolkit.vocab_map.types import (
     Neighbours,
     NeighbourTable,
     VocabMap,
@@ -35,13 +35,13 @@ from cdm_toolkit.vocab_map.record import (
 MAP_FORMAT = "cdm-toolkit vocabulary mapping"
 TABLE_FORMAT = "cdm-toolkit neighbour table"
 # Raised whenever a file's layout or the meaning of what is in it changes.
-VERSION = 1
+VERSION = 2
 HEADER = "cdm_toolkit"
 
 Made = TypeVar("Made")
 
 
-def save_map(path: str | Path, mapping: VocabMap, made_by: Receipt | None = None) -> None:
+def save_map(path: str | Path, mapping: VocabMap, made_by: Provenance | None = None) -> None:
     """Write a mapping; FileProblem where that cannot be done."""
     arrays = {"indptr": mapping.indptr, "ids": mapping.ids, "weights": mapping.weights}
     _save(path, arrays, map_header(mapping, made_by))
@@ -59,14 +59,14 @@ def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> 
     return mapping
 
 
-def save_table(path: str | Path, table: NeighbourTable, made_by: Receipt | None = None) -> None:
+def save_table(path: str | Path, table: NeighbourTable, made_by: Provenance | None = None) -> None:
     """Write a neighbour table; FileProblem where that cannot be done."""
     arrays = {
         f"{way}.{field.name}": getattr(getattr(table, way), field.name)
         for way in ("t_to_s", "s_to_t")
         for field in fields(Neighbours)
     }
-    facts = {"theta": table.theta, "guards": table.guards}
+    facts = {"max_edit_distance": table.max_edit_distance, "match_digits": table.match_digits}
     counts = {"t_to_s": len(table.t_to_s.ids), "s_to_t": len(table.s_to_t.ids)}
     _save(path, arrays, _header(TABLE_FORMAT, table, {**facts, "counts": counts}, made_by))
 
@@ -90,8 +90,8 @@ def load_or_build_neighbours(
     view_t: TokenizerView,
     view_s: TokenizerView,
     *,
-    theta: float,
-    guards: bool = True,
+    max_edit_distance: float,
+    match_digits: bool = True,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> NeighbourTable:
@@ -100,7 +100,7 @@ def load_or_build_neighbours(
     An entry that is damaged is built anew. FileProblem where the cache cannot be written; BadOption as
     `build_neighbours`.
     """
-    path = cached_table(view_t, view_s, theta=theta, guards=guards)
+    path = cached_table(view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits)
     if path.is_file():
         try:
             return load_table(path, view_t, view_s)
@@ -109,7 +109,14 @@ def load_or_build_neighbours(
     # Numba is slow to import, and only building needs it.
     from cdm_toolkit.vocab_map.neighbours import build_neighbours
 
-    table = build_neighbours(view_t, view_s, theta=theta, guards=guards, workers=workers, progress=progress)
+    table = build_neighbours(
+        view_t,
+        view_s,
+        max_edit_distance=max_edit_distance,
+        match_digits=match_digits,
+        workers=workers,
+        progress=progress,
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,25 +126,31 @@ def load_or_build_neighbours(
     return table
 
 
-def cached_table(view_t: TokenizerView, view_s: TokenizerView, *, theta: float, guards: bool) -> Path:
+def cached_table(
+    view_t: TokenizerView, view_s: TokenizerView, *, max_edit_distance: float, match_digits: bool
+) -> Path:
     """Say where the cache keeps the table of two tokenizers."""
-    key = json.dumps([VERSION, view_t.fingerprint, view_s.fingerprint, theta, guards])
+    key = json.dumps([VERSION, view_t.fingerprint, view_s.fingerprint, max_edit_distance, match_digits])
     return cache_folder() / "neighbours" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
-def map_header(mapping: VocabMap, made_by: Receipt | None) -> dict[str, Any]:
+def map_header(mapping: VocabMap, made_by: Provenance | None) -> dict[str, Any]:
     """Give a mapping's header: all of it but the arrays."""
-    facts = {"strategy": mapping.strategy, "theta": mapping.theta, "guards": mapping.guards}
+    facts = {
+        "strategy": mapping.strategy,
+        "max_edit_distance": mapping.max_edit_distance,
+        "match_digits": mapping.match_digits,
+    }
     counts = {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}
     return _header(MAP_FORMAT, mapping, {**facts, "counts": counts}, made_by)
 
 
 def _header(
-    kind: str, built: VocabMap | NeighbourTable, facts: Mapping[str, Any], made_by: Receipt | None
+    kind: str, built: VocabMap | NeighbourTable, facts: Mapping[str, Any], made_by: Provenance | None
 ) -> dict[str, Any]:
     fingerprints = {"teacher": built.fingerprint_t, "student": built.fingerprint_s}
-    made = receipt(fingerprints=fingerprints) if made_by is None else made_by
-    return {"format": kind, "version": VERSION, **sides_of(built), **facts, "receipt": made}
+    made = provenance(fingerprints=fingerprints) if made_by is None else made_by
+    return {"format": kind, "version": VERSION, **sides_of(built), **facts, "provenance": made}
 
 
 def _save(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:

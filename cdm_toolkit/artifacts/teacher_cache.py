@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_forms import pack_candidates, unpack_candidates
 from cdm_toolkit.artifacts.teacher_packing import id_bits, pack, unpack
 from cdm_toolkit.errors import BadArtifact, FileProblem, TokenizerMismatch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cdm_toolkit.tokdiff.view import TokenizerView
 
 FORMAT: Literal["cdm-toolkit teacher cache"] = "cdm-toolkit teacher cache"
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 HEADER_FILE = "cache.json"
 OPEN_SHARDS, DECODED_ROWS = 32, 64
 """How many a reader keeps at hand."""
@@ -48,7 +48,7 @@ class CacheHeader(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     format: Literal["cdm-toolkit teacher cache"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     model: str
     model_fingerprint: str
     teacher_dtype: str
@@ -70,7 +70,7 @@ class CacheHeader(BaseModel):
     quantised: bool
     max_length: int
     rows_per_shard: int
-    receipt: dict[str, Any]
+    provenance: dict[str, Any]
 
     @property
     def shards(self) -> int:
@@ -82,7 +82,7 @@ class CacheHeader(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Give the sha256 of what makes two caches the same; names, paths and receipts do not."""
+        """Give the sha256 of what makes two caches the same; names, paths and provenance do not."""
         facts = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in _FACTS}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -140,7 +140,7 @@ class ShardNote(BaseModel):
     first_row: int
     positions: int
     """Tokens that are predicted."""
-    receipt: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -229,7 +229,7 @@ class CacheWriter:
             rows=len(rows),
             first_row=rows[0].number,
             positions=sum(len(row.token_logprobs) for row in rows),
-            receipt=dict(receipt(device=device)),
+            provenance=dict(provenance(device=device)),
         )
         _write(_data_file(self.folder, index), content)
         _write(_note_file(self.folder, index), _as_json(note))

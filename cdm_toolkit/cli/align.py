@@ -61,7 +61,7 @@ def show(
     Example: cdm align show "Tokens don't match 1:1" --t1 llama3 --t2 qwen2
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.page import alignment_page, alignment_svg, write_page
+    from cdm_toolkit.cli.align_page import alignment_page, alignment_svg, write_page
     from cdm_toolkit.cli.rows import draw_rows
 
     if (text is None) == (file is None):
@@ -109,7 +109,7 @@ def report(
     """
     from cdm_toolkit.cli import report as rendering
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.page import write_page
+    from cdm_toolkit.cli.align_page import write_page
 
     texts = read_corpus(file)
     found = run_report(t1, t2, texts, aligner=aligner, workers=workers)
@@ -206,8 +206,8 @@ def _aligned_texts(
             align_text(view_t, view_s, text, aligner=aligner, add_special_tokens=special_tokens)
             for text in texts
         ]
-    from cdm_toolkit.hub.entropy import token_entropies
     from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.hub.token_entropies import token_entropies
 
     model_t, model_s = load_model(t1), load_model(t2)
     aligned = []

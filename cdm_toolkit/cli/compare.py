@@ -14,10 +14,10 @@ from cdm_toolkit.cli import options
 from cdm_toolkit.cli.distill import STAGES
 
 if TYPE_CHECKING:
-    from cdm_toolkit.compare.record import Cell
-    from cdm_toolkit.compare.run import Failure, Progress, Running
-    from cdm_toolkit.compare.store import StudyFolder
+    from cdm_toolkit.compare.runner import Failure, Progress, Running
     from cdm_toolkit.compare.study import StudyConfig
+    from cdm_toolkit.compare.study_folder import StudyFolder
+    from cdm_toolkit.compare.types import Cell
 
 
 def compare(
@@ -72,8 +72,8 @@ def compare(
     cdm compare study.yaml -o out --set steps=20 --list
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.compare.store import StudyFolder
     from cdm_toolkit.compare.study import from_file
+    from cdm_toolkit.compare.study_folder import StudyFolder
 
     _check_options(study, {"--cell": cell is not None, "--list": list_cells, "--report": report}, overwrite)
     assert study is not None
@@ -131,7 +131,7 @@ def _check_drawing() -> None:
 
 def _check_texts(config: StudyConfig, folder: StudyFolder) -> None:
     """See that a study has its texts before it takes a folder."""
-    from cdm_toolkit.compare.shared import read_texts
+    from cdm_toolkit.compare.prepared import read_texts
 
     if not folder.study_file.is_file():
         read_texts(config)
@@ -156,7 +156,7 @@ def _run_all(
     config: StudyConfig, folder: StudyFolder, workers: int, command: str, *, keep_models: bool, quiet: bool
 ) -> list[Failure]:
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.compare.run import run_study
+    from cdm_toolkit.compare.runner import run_study
 
     with _Screen(quiet) as shown:
         return run_study(
@@ -185,7 +185,7 @@ def _run_one(
 
     from cdm_toolkit.cli import screen
     from cdm_toolkit.compare.cells import cell_at
-    from cdm_toolkit.compare.run import run_cell
+    from cdm_toolkit.compare.runner import run_cell
 
     number = cell_at(config, which).index
     _check_texts(config, folder)
@@ -324,9 +324,9 @@ def _report(config: StudyConfig, folder: StudyFolder, command: str, as_json: boo
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.compare_table import table
     from cdm_toolkit.compare.figures import draw
-    from cdm_toolkit.compare.page import write_page
     from cdm_toolkit.compare.results import put_together, uneven
-    from cdm_toolkit.compare.store import PAGE_FILE
+    from cdm_toolkit.compare.study_folder import PAGE_FILE
+    from cdm_toolkit.compare.study_page import write_page
 
     result = put_together(config, folder, command=command)
     written = [folder.write_results(result), *draw(result, folder.path)]
@@ -367,8 +367,8 @@ def _list(config: StudyConfig, folder: StudyFolder, as_json: bool) -> None:
 def _state(config: StudyConfig, folder: StudyFolder, cell: Cell) -> str:
     """Say what there is of a cell."""
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.compare.run import running_cell
-    from cdm_toolkit.compare.store import LOG_FILE
+    from cdm_toolkit.compare.runner import running_cell
+    from cdm_toolkit.compare.study_folder import LOG_FILE
     from cdm_toolkit.errors import BadArtifact
 
     try:

@@ -15,8 +15,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from cdm_toolkit.compare.columns import Column
     from cdm_toolkit.compare.palette import Style
-    from cdm_toolkit.compare.record import StudyResult
     from cdm_toolkit.compare.summary import MethodSummary, Summary, Verdict
+    from cdm_toolkit.compare.types import StudyResult
 
 _GROUPS = {"share of the gap": "share\n", "bits per byte": "bits\n", "KL, nats": "KL\n", "cost": ""}
 _NAMES = {"inside": "in", "outside": "out", "s a step": "s a\nstep"}

@@ -66,7 +66,7 @@ def distill(
     alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD, "0.5")] = None,
     temperature: Annotated[float | None, _option("Of both distributions.", _KD, "1.0")] = None,
     top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD, "100")] = None,
-    theta: Annotated[
+    max_edit_distance: Annotated[
         float | None,
         _option("With teachers.0.mapping=near: edit distance below this part of both lengths.", _KD, "0.3"),
     ] = None,
@@ -142,7 +142,7 @@ def distill(
         "teachers.0.method": None if method == "sft" else method,
         "teachers.0.temperature": temperature,
         "teachers.0.top_k": top_k,
-        "teachers.0.theta": theta,
+        "teachers.0.max_edit_distance": max_edit_distance,
         "teachers.0.positions": positions,
         "teachers.0.aligner": aligner,
         "train.epochs": epochs,

@@ -15,8 +15,8 @@ from cdm_toolkit.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cdm_toolkit.evaluation.results import Score, SuiteResult
-    from cdm_toolkit.evaluation.run import Evaluation, Follow, Progress
+    from cdm_toolkit.evaluation.evaluate import Evaluation, Follow, Progress
+    from cdm_toolkit.evaluation.scores import Score, SuiteResult
     from cdm_toolkit.evaluation.suites import SuiteSpec
 
 app = typer.Typer(
@@ -76,8 +76,8 @@ def evaluate(
         missing = "--suite" if not suite else "--model"
         raise typer.BadParameter("name a suite and at least one model", param_hint=missing, ctx=context)
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.evaluation.run import Ask
-    from cdm_toolkit.evaluation.run import evaluate as score
+    from cdm_toolkit.evaluation.evaluate import Ask
+    from cdm_toolkit.evaluation.evaluate import evaluate as score
 
     ask = Ask(
         data=data,
@@ -170,7 +170,7 @@ def _print(done: Evaluation, output: Path | None) -> None:
     for each in done.skipped:
         screen.warn(f"the suite {each.suite} was left out: {each.reason}")
     if output is not None:
-        screen.say(f"items, generations and a receipt are in {output}")
+        screen.say(f"items, generations and their provenance are in {output}")
 
 
 def _table(spec: SuiteSpec, results: list[SuiteResult]) -> Table:

@@ -22,8 +22,8 @@ def generate(
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.errors import BadOption
-    from cdm_toolkit.evaluation.generate import generate as write
-    from cdm_toolkit.evaluation.run import load_subject
+    from cdm_toolkit.evaluation.evaluate import load_subject
+    from cdm_toolkit.evaluation.generation import generate as write
 
     if max_new_tokens < 1:
         raise BadOption("--max-new-tokens", max_new_tokens, "a number of at least 1")

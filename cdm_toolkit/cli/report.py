@@ -111,7 +111,7 @@ def report_page(found: CorpusReport, texts: Sequence[str], *, source: str, worst
     """Draw the report as one self-contained page."""
     from html import escape
 
-    from cdm_toolkit.cli.page import KIND_COLOURS, bar_chart, html_page, html_table
+    from cdm_toolkit.cli.align_page import KIND_COLOURS, bar_chart, html_page, html_table
 
     total = found.total.total
     kinds = [kind for kind in KIND_COLOURS if kind != "unmatched"]

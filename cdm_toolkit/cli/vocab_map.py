@@ -11,27 +11,30 @@ from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
     from cdm_toolkit.tokdiff.view import TokenizerView
-    from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable, VocabMap
     from cdm_toolkit.vocab_map.stats import Coverage
+    from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap
 
 app = typer.Typer(
     no_args_is_help=True, help="Map a teacher's vocabulary onto a student's: build, look at, export."
 )
 
-STRATEGIES = ("contextual", "exact", "mined", "prefix")
+STRATEGIES = ("contextual", "exact", "min-ed", "prefix")
 
 Strategy = Annotated[
     str,
     typer.Option(
-        help="contextual: exact bytes, else all near tokens. exact: equal bytes alone. mined: the nearest by edit "
+        help="contextual: exact bytes, else all near tokens. exact: equal bytes alone. min-ed: the nearest by edit "
         "distance. prefix: the longest student token that begins the teacher's."
     ),
 ]
-Theta = Annotated[
+MaxEditDistance = Annotated[
     float, typer.Option(help="Near tokens have an edit distance below this part of their joint length.")
 ]
-Guards = Annotated[
-    bool, typer.Option("--guards/--no-guards", help="Match no tokens whose digits or operators differ.")
+MatchDigits = Annotated[
+    bool,
+    typer.Option(
+        "--match-digits/--no-match-digits", help="Match no tokens whose digits or operators differ."
+    ),
 ]
 
 
@@ -39,8 +42,8 @@ Guards = Annotated[
 def build(
     t1: options.Teacher,
     t2: options.Student,
-    theta: Theta = 0.3,
-    guards: Guards = True,
+    max_edit_distance: MaxEditDistance = 0.3,
+    match_digits: MatchDigits = True,
     workers: options.Workers = 2,
 ) -> None:
     """Build the table of near tokens of two vocabularies, and keep it in the cache for every later run.
@@ -50,9 +53,16 @@ def build(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.tokenizers import load_view
 
-    table = neighbours(load_view(t1), load_view(t2), theta=theta, guards=guards, workers=workers)
+    table = neighbours(
+        load_view(t1),
+        load_view(t2),
+        max_edit_distance=max_edit_distance,
+        match_digits=match_digits,
+        workers=workers,
+    )
     screen.out().print(
-        f"{len(table.t_to_s.ids):,} near tokens from {t1} to {t2}, {len(table.s_to_t.ids):,} back, theta {theta}",
+        f"{len(table.t_to_s.ids):,} near tokens from {t1} to {t2}, {len(table.s_to_t.ids):,} back, "
+        f"max_edit_distance {max_edit_distance}",
         markup=False,
         soft_wrap=True,
     )
@@ -70,8 +80,8 @@ def export(
             "--format", help="safetensors, json, csv, parquet or npy; by default the file's ending."
         ),
     ] = None,
-    theta: Theta = 0.3,
-    guards: Guards = True,
+    max_edit_distance: MaxEditDistance = 0.3,
+    match_digits: MatchDigits = True,
     workers: options.Workers = 2,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
@@ -81,7 +91,7 @@ def export(
     Example: cdm vocab-map export --t1 smollm2 --t2 mistral -o map.safetensors
     """
     from cdm_toolkit.artifacts.exports import FORMS, export_map
-    from cdm_toolkit.artifacts.receipts import receipt
+    from cdm_toolkit.artifacts.provenance import provenance
     from cdm_toolkit.cli import screen
     from cdm_toolkit.errors import FileProblem, UnknownName
     from cdm_toolkit.hub.tokenizers import load_view
@@ -92,9 +102,18 @@ def export(
     if output.exists() and not overwrite:
         raise FileProblem(output, "is there already", "give --overwrite to replace it, or another --output")
     view_t, view_s = load_view(t1), load_view(t2)
-    mapping = build_map(view_t, view_s, strategy, theta=theta, guards=guards, workers=workers)
+    mapping = build_map(
+        view_t,
+        view_s,
+        strategy,
+        max_edit_distance=max_edit_distance,
+        match_digits=match_digits,
+        workers=workers,
+    )
     fingerprints = {"teacher": view_t.fingerprint, "student": view_s.fingerprint}
-    files = export_map(output, mapping, view_t, view_s, form=form, made_by=receipt(fingerprints=fingerprints))
+    files = export_map(
+        output, mapping, view_t, view_s, form=form, made_by=provenance(fingerprints=fingerprints)
+    )
     if as_json:
         screen.print_json(
             {"files": [str(file) for file in files], "strategy": strategy, "size_t": mapping.size_t}
@@ -114,8 +133,8 @@ def show(
     token: Annotated[str, typer.Argument(help="A token's id, or its text; a blank before it counts.")],
     t1: options.Teacher,
     t2: options.Student,
-    theta: Theta = 0.3,
-    guards: Guards = True,
+    max_edit_distance: MaxEditDistance = 0.3,
+    match_digits: MatchDigits = True,
     limit: Annotated[int, typer.Option(help="Near tokens to list in each direction.", min=1)] = 20,
     workers: options.Workers = 2,
     as_json: options.AsJson = False,
@@ -132,7 +151,9 @@ def show(
     view_t, view_s = load_view(t1), load_view(t2)
     token_id = find_token(view_t, token)
     partner = build_exact(view_t, view_s).row(token_id)
-    table = neighbours(view_t, view_s, theta=theta, guards=guards, workers=workers)
+    table = neighbours(
+        view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits, workers=workers
+    )
     near = table.t_to_s.row(token_id)[:limit]
     back = [(other, distance) for other, distance in _rows_that_name(table.s_to_t, token_id)][:limit]
     if as_json:
@@ -161,7 +182,7 @@ def show(
     console = screen.out()
     console.print(shown, markup=False)
     if not rows:
-        console.print(f"no token of {t2} is within theta {theta}", markup=False)
+        console.print(f"no token of {t2} is within max_edit_distance {max_edit_distance}", markup=False)
 
 
 @app.command()
@@ -169,8 +190,8 @@ def stats(
     t1: options.Teacher,
     t2: options.Student,
     strategy: Strategy = "contextual",
-    theta: Theta = 0.3,
-    guards: Guards = True,
+    max_edit_distance: MaxEditDistance = 0.3,
+    match_digits: MatchDigits = True,
     corpus: Annotated[
         Path | None, typer.Option(help="JSONL or text file: also the share of its tokens that have a match.")
     ] = None,
@@ -190,7 +211,7 @@ def stats(
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align import read_corpus
-    from cdm_toolkit.cli.page import write_page
+    from cdm_toolkit.cli.align_page import write_page
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.vocab_map.stats import coverage_by_frequency
 
@@ -199,12 +220,26 @@ def stats(
     counted = read_corpus(corpus) if corpus else None
     read = read_corpus(data)[:limit] if data else None
     view_t, view_s = load_view(t1), load_view(t2)
-    mapping = build_map(view_t, view_s, strategy, theta=theta, guards=guards, workers=workers)
+    mapping = build_map(
+        view_t,
+        view_s,
+        strategy,
+        max_edit_distance=max_edit_distance,
+        match_digits=match_digits,
+        workers=workers,
+    )
     by_frequency = coverage_by_frequency(mapping, token_counts(view_t, counted)) if counted else None
     mass = None
     if teacher and read:
         mass = _mass(
-            teacher, view_t, view_s, read, theta=theta, guards=guards, workers=workers, device=device
+            teacher,
+            view_t,
+            view_s,
+            read,
+            max_edit_distance=max_edit_distance,
+            match_digits=match_digits,
+            workers=workers,
+            device=device,
         )
     if html:
         write_page(html, _stats_page(mapping, view_t, by_frequency, mass))
@@ -265,8 +300,8 @@ def _mass(
     view_s: TokenizerView,
     texts: list[str],
     *,
-    theta: float,
-    guards: bool,
+    max_edit_distance: float,
+    match_digits: bool,
     workers: int,
     device: str,
 ) -> dict[str, float]:
@@ -287,10 +322,19 @@ def _mass(
             f"give the teacher's own tokenizer: --t1 {teacher}",
         )
     maps = {
-        name: build_map(view_t, view_s, name, theta=theta, guards=guards, workers=workers)
-        for name in ("exact", "mined", "prefix")
+        name: build_map(
+            view_t,
+            view_s,
+            name,
+            max_edit_distance=max_edit_distance,
+            match_digits=match_digits,
+            workers=workers,
+        )
+        for name in ("exact", "min-ed", "prefix")
     }
-    table = neighbours(view_t, view_s, theta=theta, guards=guards, workers=workers)
+    table = neighbours(
+        view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits, workers=workers
+    )
     model = load_model(teacher, device=device)
     with screen.progress() as bar:
         task = bar.add_task(f"{teacher} reads", total=len(texts), note="")
@@ -315,7 +359,7 @@ def _stats_record(
         "t1": mapping.name_t,
         "t2": mapping.name_s,
         "strategy": mapping.strategy,
-        "theta": mapping.theta,
+        "max_edit_distance": mapping.max_edit_distance,
         "ids": part(coverage_by_ids(mapping)),
         "classes": {name: part(coverage) for name, coverage in coverage_by_class(mapping, view_t).items()},
         "corpus": part(by_frequency) if by_frequency else None,
@@ -326,7 +370,7 @@ def _stats_record(
 def _stats_page(
     mapping: VocabMap, view_t: TokenizerView, by_frequency: Coverage | None, mass: dict[str, float] | None
 ) -> str:
-    from cdm_toolkit.cli.page import KIND_COLOURS, bar_chart, html_page, html_table
+    from cdm_toolkit.cli.align_page import KIND_COLOURS, bar_chart, html_page, html_table
     from cdm_toolkit.vocab_map.stats import coverage_by_class, coverage_by_ids
 
     whole = coverage_by_ids(mapping)
@@ -350,19 +394,29 @@ def _stats_page(
     return html_page(
         f"{mapping.name_t} to {mapping.name_s}, {mapping.strategy}",
         f"{whole.matched:,} of {whole.total:,} ids have a match, {len(mapping.ids):,} entries"
-        + (f", theta {mapping.theta}" if mapping.theta is not None else ""),
+        + (
+            f", max_edit_distance {mapping.max_edit_distance}"
+            if mapping.max_edit_distance is not None
+            else ""
+        ),
         "\n".join(parts),
     )
 
 
 def build_map(
-    view_t: TokenizerView, view_s: TokenizerView, strategy: str, *, theta: float, guards: bool, workers: int
+    view_t: TokenizerView,
+    view_s: TokenizerView,
+    strategy: str,
+    *,
+    max_edit_distance: float,
+    match_digits: bool,
+    workers: int,
 ) -> VocabMap:
     """Build a static map by name. Raises UnknownName, BadOption."""
     from cdm_toolkit.cli import screen
     from cdm_toolkit.errors import UnknownName
     from cdm_toolkit.vocab_map.exact import build_exact
-    from cdm_toolkit.vocab_map.mined import build_mined
+    from cdm_toolkit.vocab_map.min_ed import build_min_ed
     from cdm_toolkit.vocab_map.possible import build_possible
     from cdm_toolkit.vocab_map.prefix import build_prefix
 
@@ -370,24 +424,31 @@ def build_map(
         return build_exact(view_t, view_s)
     if strategy == "prefix":
         return build_prefix(view_t, view_s)
-    if strategy == "mined":
+    if strategy == "min-ed":
         with screen.progress() as bar:
             task = bar.add_task("nearest tokens", total=None, note="")
-            return build_mined(
+            return build_min_ed(
                 view_t,
                 view_s,
-                guards=guards,
+                match_digits=match_digits,
                 workers=workers,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     if strategy != "contextual":
         raise UnknownName("strategy", strategy, STRATEGIES)
-    table = neighbours(view_t, view_s, theta=theta, guards=guards, workers=workers)
+    table = neighbours(
+        view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits, workers=workers
+    )
     return build_possible(build_exact(view_t, view_s), table)
 
 
 def neighbours(
-    view_t: TokenizerView, view_s: TokenizerView, *, theta: float, guards: bool, workers: int
+    view_t: TokenizerView,
+    view_s: TokenizerView,
+    *,
+    max_edit_distance: float,
+    match_digits: bool,
+    workers: int,
 ) -> NeighbourTable:
     """Read the neighbour table from the cache, or build it under a progress bar."""
     from cdm_toolkit.artifacts.maps import load_or_build_neighbours
@@ -398,8 +459,8 @@ def neighbours(
         return load_or_build_neighbours(
             view_t,
             view_s,
-            theta=theta,
-            guards=guards,
+            max_edit_distance=max_edit_distance,
+            match_digits=match_digits,
             workers=workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

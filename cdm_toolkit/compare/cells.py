@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from cdm_toolkit.compare.record import Cell
 from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.compare.types import Cell
 from cdm_toolkit.errors import BadOption
 
 

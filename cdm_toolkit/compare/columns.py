@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cdm_toolkit.compare.record import Measured, ModelScores, StudyResult
 from cdm_toolkit.compare.summary import SIDES, Gap, Mean, MethodSummary, Score, Side, Summary, on_side
+from cdm_toolkit.compare.types import Measured, ModelScores, StudyResult
 
 MISSING = "–"
 

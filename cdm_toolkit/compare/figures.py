@@ -15,7 +15,6 @@ from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import mebibytes
 from cdm_toolkit.compare.labels import Place, Room
 from cdm_toolkit.compare.palette import Style, styles
-from cdm_toolkit.compare.record import CellResult, Point, StudyResult
 from cdm_toolkit.compare.summary import (
     SIDES,
     Gap,
@@ -28,6 +27,7 @@ from cdm_toolkit.compare.summary import (
     Summary,
     summarize,
 )
+from cdm_toolkit.compare.types import CellResult, Point, StudyResult
 from cdm_toolkit.errors import MissingExtra
 
 if TYPE_CHECKING:

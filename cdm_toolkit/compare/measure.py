@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cdm_toolkit.artifacts.atomic import atomic_write
-from cdm_toolkit.artifacts.receipts import receipt
-from cdm_toolkit.compare.record import Measured
+from cdm_toolkit.artifacts.provenance import provenance
+from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.distill.collate import Collator, TeacherLayout
 from cdm_toolkit.distill.data import Features, Side, TeacherSide, build_features, side_of
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from cdm_toolkit.tokdiff.view import TokenizerView
 
 FORMAT: Literal["cdm-toolkit held-out text"] = "cdm-toolkit held-out text"
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 HEADER_FILE, ROWS_FILE, CACHE_FOLDER = "heldout.json", "rows.jsonl", "teacher-cache"
 TOP_K = 100
 """Likeliest ids of the teacher that the divergence looks at one by one; all others are one outcome."""
@@ -62,7 +62,7 @@ class _Header(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     format: Literal["cdm-toolkit held-out text"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     kinds: dict[str, int]
     """How many rows each kind has, in the order of the rows."""
     rows_fingerprint: str
@@ -73,7 +73,7 @@ class _Header(BaseModel):
     """None where the divergence from the teacher is not measured."""
     scores: dict[str, dict[str, float]]
     """The teacher's own, by kind: the fields of `Measured`."""
-    receipt: dict[str, Any]
+    provenance: dict[str, Any]
 
     @property
     def made_of(self) -> list[Any]:
@@ -119,7 +119,7 @@ class Heldout:
             model_fingerprint=model_fingerprint(model_folder(teacher)),
             top_k=min(TOP_K, vocab) if divergence else None,
             scores={},
-            receipt={},
+            provenance={},
         )
         if (folder / HEADER_FILE).is_file():
             return _same(folder, header)
@@ -129,8 +129,8 @@ class Heldout:
         if header.top_k is not None:
             _let_speak(folder, header, batch_size or 8, device)
         scores = {kind: asdict(of_kind) for kind, of_kind in measured.items()}
-        made_by = receipt(fingerprints={"model": header.model_fingerprint}, device=device)
-        _write_header(folder, header.model_copy(update={"scores": scores, "receipt": dict(made_by)}))
+        made_by = provenance(fingerprints={"model": header.model_fingerprint}, device=device)
+        _write_header(folder, header.model_copy(update={"scores": scores, "provenance": dict(made_by)}))
         return Heldout.open(folder)
 
     @staticmethod

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.compare.cells import grid
-from cdm_toolkit.compare.record import CellResult, StudyResult
-from cdm_toolkit.compare.shared import CODE, Shared, open_shared
-from cdm_toolkit.compare.store import Stored, StudyFolder
+from cdm_toolkit.compare.prepared import CODE, Shared, open_shared
 from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.compare.study_folder import Stored, StudyFolder
+from cdm_toolkit.compare.types import CellResult, StudyResult
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 
@@ -37,7 +37,7 @@ def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> St
         methods=tuple(study.methods),
         planned=len(grid(study)),
         facts=_facts(study, shared, cells, command),
-        receipt=dict(receipt(fingerprints=shared.fingerprints, device=study.run.device)),
+        provenance=dict(provenance(fingerprints=shared.fingerprints, device=study.run.device)),
     )
 
 

@@ -9,7 +9,7 @@ from math import atan, cos, pi, sin, sqrt
 from statistics import fmean, stdev
 from typing import Any, Literal, TypeVar
 
-from cdm_toolkit.compare.record import CellResult, Measured, ModelScores, StudyResult
+from cdm_toolkit.compare.types import CellResult, Measured, ModelScores, StudyResult
 
 Side = Literal["inside", "outside"]
 SIDES: tuple[Side, ...] = ("inside", "outside")

@@ -36,13 +36,13 @@ _OPTIONS: Mapping[str, set[str]] = {
         "top_k",
         "positions",
         "rest_bucket",
-        "theta",
-        "guards",
+        "max_edit_distance",
+        "match_digits",
         "both_directions",
         "exact_always",
     },
     "em": _ACROSS | {"temperature", "top_k", "positions", "rest_bucket"},
-    "mined": _ACROSS | {"temperature", "top_k", "positions", "rest_bucket", "guards"},
+    "mined": _ACROSS | {"temperature", "top_k", "positions", "rest_bucket", "match_digits"},
     "prefix": _ACROSS | {"temperature", "top_k", "positions", "rest_bucket"},
     "uld": _ACROSS | {"temperature", "top_k", "positions"},
     "alm": _ACROSS | {"tau"},
@@ -85,9 +85,9 @@ class TeacherConfig(Settings):
     has fewer."""
     rest_bucket: bool = True
     """Take the unmatched probability as one more outcome: without it one pair alone teaches nothing."""
-    theta: Open = 0.3
+    max_edit_distance: Open = 0.3
     """Neighbours have an edit distance below this part of their joint length."""
-    guards: bool = True
+    match_digits: bool = True
     """Match no tokens whose digits or operators differ."""
     both_directions: bool = True
     """Look from the student's candidates too, not only from the teacher's."""
@@ -216,12 +216,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "mapping": "near",
             "temperature": 0.8,
             "top_k": 100,
-            "theta": 0.3,
+            "max_edit_distance": 0.3,
             "aligner": "entropy-dtw",
             "entropy": "models",
             "positions": "mean",
             "rest_bucket": False,
-            "guards": False,
+            "match_digits": False,
             "exact_always": False,
         },
     }

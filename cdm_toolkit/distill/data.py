@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cdm_toolkit.artifacts.cache import cache_folder
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.distill.config import TemplateName
 from cdm_toolkit.distill.fit import Features, TeacherFeatures, fit, pairs
 from cdm_toolkit.distill.reading import (
@@ -42,7 +42,7 @@ from cdm_toolkit.distill.store import (
     write_header,
 )
 from cdm_toolkit.errors import BadOption, MissingExtra
-from cdm_toolkit.hub.cache import publish
+from cdm_toolkit.hub.publish import publish
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -243,7 +243,7 @@ def _make(
 ) -> None:
     """Make features and put them in a folder of the cache."""
     names = ("student", *(f"teacher {nth}" for nth in range(1, len(task.teachers) + 1)))
-    made_by = receipt(
+    made_by = provenance(
         fingerprints={name: side.view.fingerprint for name, side in zip(names, task.sides, strict=True)}
     )
     table = _source(rows, task, entropies)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cdm_toolkit.hub.entropy import batch_entropies
+from cdm_toolkit.hub.token_entropies import batch_entropies
 
 if TYPE_CHECKING:
     from jaxtyping import Float64, Int32

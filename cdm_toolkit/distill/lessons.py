@@ -16,10 +16,10 @@ from cdm_toolkit.distill.teacher import OnlineTeacher
 from cdm_toolkit.distill.trainer import Lesson
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.exact import build_exact
-from cdm_toolkit.vocab_map.mined import build_mined
+from cdm_toolkit.vocab_map.min_ed import build_min_ed
 from cdm_toolkit.vocab_map.prefix import build_prefix
-from cdm_toolkit.vocab_map.record import NO_MATCH, Neighbours, NeighbourTable
 from cdm_toolkit.vocab_map.spelling import Spellings, build_spellings
+from cdm_toolkit.vocab_map.types import NO_MATCH, Neighbours, NeighbourTable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,14 +97,21 @@ def _method(
     if "neighbours" in tables:
         assert exact is not None
         near = load_or_build_neighbours(
-            view_t, view_s, theta=config.theta, guards=config.guards, workers=workers, progress=progress
+            view_t,
+            view_s,
+            max_edit_distance=config.max_edit_distance,
+            match_digits=config.match_digits,
+            workers=workers,
+            progress=progress,
         )
         if not config.both_directions:
             near = _one_direction(near)
         pairs = PairTable.from_tables(exact, near).to(device)
         partner = exact if config.exact_always else None
     elif "mined" in tables:
-        partner = build_mined(view_t, view_s, guards=config.guards, workers=workers, progress=progress)
+        partner = build_min_ed(
+            view_t, view_s, match_digits=config.match_digits, workers=workers, progress=progress
+        )
     elif "prefix" in tables:
         partner = build_prefix(view_t, view_s)
     elif "spellings" in tables:

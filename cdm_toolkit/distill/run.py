@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cdm_toolkit.artifacts.atomic import atomic_folder
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.distill.card import model_card
 from cdm_toolkit.distill.config import DistillConfig
 from cdm_toolkit.distill.data import RowCounts
@@ -51,7 +51,7 @@ def run(
     go_on: str = "the same run with resume",
     on_progress: OnProgress = lambda _: None,
 ) -> RunResult:
-    """Train a student as `config` says, and write it to `config.output` with its tokenizer, card and receipt.
+    """Train a student as `config` says, and write it to `config.output` with its tokenizer, card and provenance.
 
     Settings, output folder and data are checked before a model is loaded. `overwrite` replaces what an earlier
     run left in the output folder, `resume` goes on from its last checkpoint. SIGINT and SIGTERM end the run
@@ -158,12 +158,12 @@ def _told_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 def _write(trainer: DistillTrainer, prepared: Prepared, result: RunResult) -> None:
-    """Write the student, its tokenizer, its card and the receipt; adapters are merged, and kept beside."""
+    """Write the student, its tokenizer, its card and the provenance; adapters are merged, and kept beside."""
     weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers them where they are in shards
     if not trainer.args.should_save:
         return
     student: Any = trainer.accelerator.unwrap_model(trainer.model)
-    facts = _receipt(prepared, result)
+    facts = _provenance(prepared, result)
     if prepared.config.train.lora is not None:
         with atomic_folder(result.output / "adapter", overwrite=True) as folder:
             student.save_pretrained(folder)
@@ -172,17 +172,19 @@ def _write(trainer: DistillTrainer, prepared: Prepared, result: RunResult) -> No
             student, weights = student.merge_and_unload(), None
         student.config.use_cache = True  # the Trainer turns it off
         save_model(student, prepared.student_tokenizer, folder, weights=weights)
-        (folder / "receipt.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (folder / "provenance.json").write_text(
+            json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )
         (folder / "README.md").write_text(model_card(prepared.config, result.losses, facts), "utf-8")
 
 
-def _receipt(prepared: Prepared, result: RunResult) -> dict[str, Any]:
+def _provenance(prepared: Prepared, result: RunResult) -> dict[str, Any]:
     """Say what made the student, and of what."""
     config = prepared.config
     fingerprints = {"student tokenizer": prepared.student_tokenizer.view.fingerprint}
     for nth, tokenizer in enumerate(prepared.teacher_tokenizers):
         fingerprints[f"tokenizer of teacher {nth}"] = tokenizer.view.fingerprint
-    made_by = receipt(fingerprints=fingerprints, seed=config.train.seed, device=config.train.device)
+    made_by = provenance(fingerprints=fingerprints, seed=config.train.seed, device=config.train.device)
     figures = {"steps": result.steps, "tokens": result.tokens, "seconds": round(result.seconds, 1)}
     return {
         **made_by,

@@ -133,10 +133,10 @@ class StoredFeatures(Sequence[Features]):
         return none
 
 
-def write_header(folder: Path, rows: int, receipt: dict[str, Any]) -> None:
+def write_header(folder: Path, rows: int, provenance: dict[str, Any]) -> None:
     """Seal a folder of Arrow files: their sizes tell a file that is whole from one that was cut short."""
     sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.arrow"))}
-    header = {"format": FORMAT, "rows": rows, "sizes": sizes, "receipt": receipt}
+    header = {"format": FORMAT, "rows": rows, "sizes": sizes, "provenance": provenance}
     (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.artifacts.teacher_cache import (
     CachedRow,
@@ -184,7 +184,7 @@ def _header(settings: CacheSettings, side: Side, rows: Sequence[Row]) -> CacheHe
         quantised=settings.quantised,
         max_length=settings.max_length,
         rows_per_shard=settings.rows_per_shard or (WHOLE_ROWS_PER_SHARD if whole else ROWS_PER_SHARD),
-        receipt=dict(receipt(fingerprints=named, device=settings.device)),
+        provenance=dict(provenance(fingerprints=named, device=settings.device)),
     )
 
 

@@ -22,15 +22,21 @@ from pydantic import Field, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, BadRow, CodeNotAllowed, FileProblem, MissingExtra, UnknownName
-from cdm_toolkit.evaluation.data import read_objects
 from cdm_toolkit.evaluation.evalplus import READERS, read_plus
-from cdm_toolkit.evaluation.generate import GenerationSettings, Generator, cut_at, generate_batch, prompt_ids
+from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
+from cdm_toolkit.evaluation.generation import (
+    GenerationSettings,
+    Generator,
+    cut_at,
+    generate_batch,
+    prompt_ids,
+)
 from cdm_toolkit.evaluation.pass_at_k import pass_at_k
-from cdm_toolkit.evaluation.results import Item, Summary, mean_score
-from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse
+from cdm_toolkit.evaluation.sandbox.execute import run_programs
 from cdm_toolkit.evaluation.sandbox.isolation import probe, require
 from cdm_toolkit.evaluation.sandbox.records import Limits, Outcome, Program
-from cdm_toolkit.evaluation.sandbox.run import run_programs
+from cdm_toolkit.evaluation.scores import Item, Summary, mean_score
+from cdm_toolkit.evaluation.suite_data import read_objects
 from cdm_toolkit.evaluation.suites import SuiteSpec
 from cdm_toolkit.hub.batches import batches
 

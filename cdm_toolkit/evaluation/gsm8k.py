@@ -19,8 +19,8 @@ import yaml
 
 from cdm_toolkit.distill.rows import Row, read_rows
 from cdm_toolkit.errors import BadRow, FileProblem, NoData
-from cdm_toolkit.evaluation.data import DataFile, find_data, hub_split
-from cdm_toolkit.evaluation.run import Ask
+from cdm_toolkit.evaluation.evaluate import Ask
+from cdm_toolkit.evaluation.suite_data import DataFile, find_data, hub_split
 from cdm_toolkit.evaluation.suites import SuiteSpec
 from cdm_toolkit.samples import sample_path
 

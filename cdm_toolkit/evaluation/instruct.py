@@ -22,10 +22,16 @@ from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, BadRow, MissingExtra, NoData, UnknownName
-from cdm_toolkit.evaluation.data import DataFile, read_objects, source_file
-from cdm_toolkit.evaluation.generate import GenerationSettings, Generator, as_chat, generate_batch, prompt_ids
-from cdm_toolkit.evaluation.results import Item, Score, Summary, mean_score
-from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse
+from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
+from cdm_toolkit.evaluation.generation import (
+    GenerationSettings,
+    Generator,
+    as_chat,
+    generate_batch,
+    prompt_ids,
+)
+from cdm_toolkit.evaluation.scores import Item, Score, Summary, mean_score
+from cdm_toolkit.evaluation.suite_data import DataFile, read_objects, source_file
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.hub.batches import batches
 

@@ -25,6 +25,7 @@ from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, NoData, UnsupportedTokenizer
+from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.gsm8k import (
     DRAWS_EXAMPLES,
     PREFIX,
@@ -35,8 +36,7 @@ from cdm_toolkit.evaluation.gsm8k import (
     own_fewshot,
     write_task,
 )
-from cdm_toolkit.evaluation.results import Item, Score, Summary
-from cdm_toolkit.evaluation.run import Ask, Contents, Subject, fingerprint, refuse
+from cdm_toolkit.evaluation.scores import Item, Score, Summary
 from cdm_toolkit.evaluation.suites import SuiteSpec
 from cdm_toolkit.hub.batches import TOKENS_AT_ONCE, batches, scored_places
 

@@ -26,7 +26,7 @@ from cdm_toolkit.errors import (
     VocabularyTooSmall,
 )
 from cdm_toolkit.hub.aliases import ALIASES
-from cdm_toolkit.hub.cache import publish
+from cdm_toolkit.hub.publish import publish
 from cdm_toolkit.hub.resolve import TOKENIZER_FILES, wheel_files
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 
@@ -50,7 +50,7 @@ _REPLACED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "receipt.json",
+    "provenance.json",
 )
 """What a model's folder is made of, and a new model in the same folder must not inherit."""
 
@@ -318,7 +318,7 @@ def model_folder_to_fill(output: Path) -> Iterator[Path]:
     """Give a folder inside `output` to fill, whose files move up when the block ends, `config.json` last.
 
     Whatever happens in between, `output` holds a whole model or none that loads. What belonged to a model that
-    was there goes, its tokenizer and receipt with it; other files stay.
+    was there goes, its tokenizer and provenance with it; other files stay.
     FileProblem where it cannot be written.
     """
     made, beside = not output.exists(), None

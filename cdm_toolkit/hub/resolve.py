@@ -16,7 +16,7 @@ from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import DamagedSource, SourceNotFound
 from cdm_toolkit.hub.aliases import ALIASES, Alias, Wheel, WheelFile
 from cdm_toolkit.hub.builders import build
-from cdm_toolkit.hub.cache import publish
+from cdm_toolkit.hub.publish import publish
 
 Origin = Literal["local", "cache", "wheel", "hub"]
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadOption, OutputExists
 from cdm_toolkit.hub.cut import load_cut
 from cdm_toolkit.hub.models import (
@@ -147,7 +147,7 @@ def new_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    facts = receipt(fingerprints={"tokenizer": loaded.view.fingerprint}, seed=seed, device="cpu")
+    facts = provenance(fingerprints={"tokenizer": loaded.view.fingerprint}, seed=seed, device="cpu")
     _save(model, loaded, output, {**facts, "tokenizer": loaded.view.name, "size": size})
     return model.eval()
 
@@ -158,10 +158,12 @@ def _check_free(output: Path, *, overwrite: bool) -> None:
 
 
 def _save(model: PreTrainedModel, tokenizer: Loaded, output: Path, facts: Mapping[str, Any]) -> None:
-    """Write a model, its tokenizer and its receipt."""
+    """Write a model, its tokenizer and its provenance."""
     with model_folder_to_fill(output) as folder:
         save_model(model, tokenizer, folder)
-        (folder / "receipt.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (folder / "provenance.json").write_text(
+            json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )
 
 
 # Another vocabulary
@@ -223,7 +225,7 @@ def transplant(
     sources = row_sources(old.view, new.view)
     _replace_rows(model, sources, seed)
     _name_special_ids(model, new.tokenizer)
-    facts = receipt(fingerprints=fingerprints, seed=seed, device="cpu")
+    facts = provenance(fingerprints=fingerprints, seed=seed, device="cpu")
     named = {"source": source, "tokenizer": new.view.name, "rows": asdict(sources.counts)}
     _save(model, new, output, {**facts, **named})
     return Transplanted(model.num_parameters(), sources.counts)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cdm_toolkit.errors import BadOption
 from cdm_toolkit.vocab_map.partners import WIDTH, partner_rows
-from cdm_toolkit.vocab_map.record import NO_MATCH, NeighbourTable, VocabMap
+from cdm_toolkit.vocab_map.types import NO_MATCH, NeighbourTable, VocabMap
 
 CHOICES = 3
 # A key is rank · 2¹² + slot, so the least key is the nearest, then the most probable; ABSENT is above all.

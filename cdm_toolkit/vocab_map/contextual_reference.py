@@ -29,8 +29,8 @@ class Rule:
     exact_s: Mapping[int, int]
     size_t: int
     size_s: int
-    theta: float
-    guards: bool
+    max_edit_distance: float
+    match_digits: bool
     last: Mapping[int, int]
 
 
@@ -39,8 +39,8 @@ def make_rule(
     view_s: TokenizerView,
     partner_ids: Int64[np.ndarray, "row width"],
     *,
-    theta: float,
-    guards: bool,
+    max_edit_distance: float,
+    match_digits: bool,
 ) -> Rule:
     """Make the rule of two views, with the lists of `partners.partner_rows` for where they were cut."""
     return Rule(
@@ -50,8 +50,8 @@ def make_rule(
         exact_s={i: other for i, other in enumerate(exact_partners(view_s, view_t).tolist()) if other >= 0},
         size_t=view_t.vocab_size,
         size_s=view_s.vocab_size,
-        theta=theta,
-        guards=guards,
+        max_edit_distance=max_edit_distance,
+        match_digits=match_digits,
         last={i: last for i, last in enumerate(partner_ids[:, -1].tolist()) if last < view_s.vocab_size},
     )
 
@@ -80,10 +80,10 @@ def nearness(rule: Rule, teacher_id: int, student_id: int) -> Nearness | None:
     if teacher_id in rule.exact_t and student_id in rule.exact_s:
         return None
     key, other = rule.keys_t.get(teacher_id), rule.keys_s.get(student_id)
-    if key is None or other is None or (rule.guards and key.guard != other.guard):
+    if key is None or other is None or (rule.match_digits and key.guard != other.guard):
         return None
     far = distance(key, other)
-    return (far, key.blanks != other.blanks, apart(key, other)) if far < rule.theta else None
+    return (far, key.blanks != other.blanks, apart(key, other)) if far < rule.max_edit_distance else None
 
 
 def _choices(

@@ -58,7 +58,7 @@ class Pairs:
 def pack(
     queries: Sequence[str] | Sequence[bytes],
     choices: Sequence[str] | Sequence[bytes],
-    guards: tuple[Int32[np.ndarray, " queries"], Int32[np.ndarray, " choices"]],
+    guard_codes: tuple[Int32[np.ndarray, " queries"], Int32[np.ndarray, " choices"]],
     tie: Int32[np.ndarray, " choices"],
 ) -> tuple[Strings, Strings]:
     """Pack two lists over one alphabet: characters where they are `str`, bytes where they are `bytes`."""
@@ -72,7 +72,7 @@ def pack(
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(length, dtype=np.int64)])[:-1]
     signature = _signatures(codes, start, length)
     ranks = np.concatenate([np.zeros(len(queries), np.int32), tie])
-    guard = np.concatenate(guards)
+    guard = np.concatenate(guard_codes)
 
     def side(lo: int, hi: int) -> Strings:
         order = np.lexsort((ranks[lo:hi], length[lo:hi]))
@@ -84,10 +84,15 @@ def pack(
 
 
 def near_pairs(
-    queries: Strings, choices: Strings, progress: Progress | None = None, *, theta: float, workers: int = 1
+    queries: Strings,
+    choices: Strings,
+    progress: Progress | None = None,
+    *,
+    max_edit_distance: float,
+    workers: int = 1,
 ) -> Pairs:
-    """Find every pair with edits / (sum of lengths) < theta and equal guards, in the caller's numbering."""
-    limit = _limits(queries, choices, theta)
+    """Find every pair with edits / (sum of lengths) < max_edit_distance and equal guards, in the caller's numbering."""
+    limit = _limits(queries, choices, max_edit_distance)
     parts = list(_run(partial(_near, queries, choices, limit), len(queries.order), workers, progress))
     query, choice, edits = (
         np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
@@ -133,13 +138,13 @@ def _run(
             yield result
 
 
-def _limits(queries: Strings, choices: Strings, theta: float) -> Int32[np.ndarray, " totals"]:
-    """Give the most edits that stay below theta for each sum of lengths, −1 where none do."""
+def _limits(queries: Strings, choices: Strings, max_edit_distance: float) -> Int32[np.ndarray, " totals"]:
+    """Give the most edits that stay below max_edit_distance for each sum of lengths, −1 where none do."""
     longest = int(queries.length.max(initial=0)) + int(choices.length.max(initial=0))
     limit = np.full(longest + 1, -1, np.int32)
     for total in range(1, longest + 1):
-        edits = int(theta * total) + 1
-        while edits >= 0 and not edits / total < theta:
+        edits = int(max_edit_distance * total) + 1
+        while edits >= 0 and not edits / total < max_edit_distance:
             edits -= 1
         limit[total] = edits
     return limit

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cdm_toolkit.tokdiff.view import SpecialToken, TokenizerView
-from cdm_toolkit.vocab_map.record import NO_MATCH, VocabMap, sides, single
+from cdm_toolkit.vocab_map.types import NO_MATCH, VocabMap, sides, single
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -76,6 +76,6 @@ def _guarded(char: str) -> bool:
     return char in OPERATORS or unicodedata.category(char) in {"Nd", "Nl", "No", "Sm"}
 
 
-def guard_codes(keys: Iterable[TokenKey], known: dict[str, int], *, guards: bool) -> list[int]:
-    """Number the guards, equal numbers for equal guards in calls that share `known`; all 0 without guards."""
-    return [known.setdefault(key.guard, len(known)) if guards else 0 for key in keys]
+def guard_codes(keys: Iterable[TokenKey], known: dict[str, int], *, match_digits: bool) -> list[int]:
+    """Number the guards (digits and operators); calls that share `known` number alike. All 0 without `match_digits`."""
+    return [known.setdefault(key.guard, len(known)) if match_digits else 0 for key in keys]

@@ -38,7 +38,7 @@ class NearIds:
     tie: Int32[np.ndarray, " pairs"]
 
 
-def blocks(queries: Sequence[TokenKey], choices: Sequence[TokenKey], *, guards: bool) -> list[Block]:
+def blocks(queries: Sequence[TokenKey], choices: Sequence[TokenKey], *, match_digits: bool) -> list[Block]:
     """Split a comparison by unit, so that each pair of tokens meets in exactly one block."""
     by_tie = sorted(range(len(choices)), key=lambda i: (len(choices[i].data), choices[i].id))
     tie = np.empty(len(choices), np.int32)
@@ -47,7 +47,7 @@ def blocks(queries: Sequence[TokenKey], choices: Sequence[TokenKey], *, guards: 
     whole_c, part_c = _by_wholeness(choices)
     splits = ((whole_q, whole_c), (whole_q, part_c), (part_q, [*whole_c, *part_c]))
     return [
-        _block([queries[i] for i in q], [choices[i] for i in c], tie[c], guards=guards)
+        _block([queries[i] for i in q], [choices[i] for i in c], tie[c], match_digits=match_digits)
         for q, c in splits
         if q and c
     ]
@@ -82,11 +82,15 @@ def joined(parts: Sequence[NearIds]) -> NearIds:
 
 
 def _block(
-    queries: list[TokenKey], choices: list[TokenKey], tie: Int32[np.ndarray, " choices"], *, guards: bool
+    queries: list[TokenKey],
+    choices: list[TokenKey],
+    tie: Int32[np.ndarray, " choices"],
+    *,
+    match_digits: bool,
 ) -> Block:
     codes: dict[str, int] = {}
-    guard_q = np.array(guard_codes(queries, codes, guards=guards), np.int32)
-    guard_c = np.array(guard_codes(choices, codes, guards=guards), np.int32)
+    guard_q = np.array(guard_codes(queries, codes, match_digits=match_digits), np.int32)
+    guard_c = np.array(guard_codes(choices, codes, match_digits=match_digits), np.int32)
     texts_q = [key.text for key in queries if key.text is not None]
     texts_c = [key.text for key in choices if key.text is not None]
     if len(texts_q) == len(queries) and len(texts_c) == len(choices):

@@ -17,33 +17,33 @@ from cdm_toolkit.vocab_map.edit_distance import Progress, near_pairs
 from cdm_toolkit.vocab_map.exact import exact_partners
 from cdm_toolkit.vocab_map.keys import TokenKey, token_keys
 from cdm_toolkit.vocab_map.near import NearIds, blocks, joined, search
-from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable, sides
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, sides
 
-DEFAULT_THETA = 0.3
+DEFAULT_MAX_EDIT_DISTANCE = 0.3
 
 
 def build_neighbours(
     view_t: TokenizerView,
     view_s: TokenizerView,
     *,
-    theta: float = DEFAULT_THETA,
-    guards: bool = True,
+    max_edit_distance: float = DEFAULT_MAX_EDIT_DISTANCE,
+    match_digits: bool = True,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> NeighbourTable:
-    """Find all pairs with Lev(a, b) / (|a| + |b|) < theta where a has no exact partner, in both directions.
+    """Find all pairs with Lev(a, b) / (|a| + |b|) < max_edit_distance where a has no exact partner, in both directions.
 
     Blanks and word marks at both ends are stripped first; a token of nothing else has no neighbours, nor has
     a special token. Lengths are characters, or bytes where either token is not whole characters. With
-    `guards`, digits and operators must agree (`keys.guard`). `progress` gets (done, total). BadOption for
-    theta outside (0, 1) or workers below 1. Source: arXiv 2502.11104, section 3.3.
+    `match_digits`, digits and operators must agree (`keys.guard`). `progress` gets (done, total). BadOption for
+    max_edit_distance outside (0, 1) or workers below 1. Source: arXiv 2502.11104, section 3.3.
     """
-    check_theta(theta)
+    check_max_edit_distance(max_edit_distance)
     check_workers(workers)
     keys_t, keys_s = token_keys(view_t, strip=True), token_keys(view_s, strip=True)
-    blocks_t = blocks(without_partner(keys_t, view_t, view_s), keys_s, guards=guards)
-    blocks_s = blocks(without_partner(keys_s, view_s, view_t), keys_t, guards=guards)
-    find = partial(near_pairs, theta=theta, workers=workers)
+    blocks_t = blocks(without_partner(keys_t, view_t, view_s), keys_s, match_digits=match_digits)
+    blocks_s = blocks(without_partner(keys_s, view_s, view_t), keys_t, match_digits=match_digits)
+    find = partial(near_pairs, max_edit_distance=max_edit_distance, workers=workers)
     found = list(search([*blocks_t, *blocks_s], find, progress))
     pairs_t, pairs_s = joined(found[: len(blocks_t)]), joined(found[len(blocks_t) :])
 
@@ -59,17 +59,17 @@ def build_neighbours(
     rank_s = (4 * np.searchsorted(places, distance_s) + 2 * differ_s + apart_s).astype(np.int32)
     return NeighbourTable(
         **sides(view_t, view_s),
-        theta=theta,
-        guards=guards,
+        max_edit_distance=max_edit_distance,
+        match_digits=match_digits,
         t_to_s=_rows(pairs_t, distance_t, rank_t, view_t.vocab_size),
         s_to_t=_rows(pairs_s, distance_s, rank_s, view_s.vocab_size),
     )
 
 
-def check_theta(theta: float) -> None:
+def check_max_edit_distance(max_edit_distance: float) -> None:
     """Refuse a threshold that keeps nothing or everything: BadOption outside (0, 1)."""
-    if not 0 < theta < 1:
-        raise BadOption("theta", theta, "a number between 0 and 1, such as 0.3")
+    if not 0 < max_edit_distance < 1:
+        raise BadOption("max_edit_distance", max_edit_distance, "a number between 0 and 1, such as 0.3")
 
 
 def check_workers(workers: int) -> None:

@@ -28,7 +28,7 @@ def apart(a: TokenKey, b: TokenKey) -> bool:
 
 
 def neighbours_reference(
-    view_t: TokenizerView, view_s: TokenizerView, *, theta: float, guards: bool
+    view_t: TokenizerView, view_s: TokenizerView, *, max_edit_distance: float, match_digits: bool
 ) -> dict[int, list[tuple[float, bool, bool, int]]]:
     """Give the teacher ids' neighbours as (distance, blanks differ, apart, student id), nearest first.
 
@@ -42,7 +42,7 @@ def neighbours_reference(
             near = sorted(
                 (distance(key, other), key.blanks != other.blanks, apart(key, other), other.id)
                 for other in students
-                if distance(key, other) < theta and (not guards or key.guard == other.guard)
+                if distance(key, other) < max_edit_distance and (not match_digits or key.guard == other.guard)
             )
             if near:
                 table[key.id] = near

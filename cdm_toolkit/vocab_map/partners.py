@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable, VocabMap, check_same_sides
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap, check_same_sides
 
 # How many partners of a teacher id can be chosen from. For smollm2's top 100 on 8 rows of GSM8K, against its own
 # probability moved to mistral's ids along the prefix map, 16 and 256 pair the same share of it: 0.9502.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from cdm_toolkit.vocab_map.record import NeighbourTable, VocabMap, check_same_sides, sides_of
+from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap, check_same_sides, sides_of
 
 
 def build_possible(exact: VocabMap, table: NeighbourTable) -> VocabMap:
     """Map each teacher id to its exact partner at weight 1, else to its neighbours, the nearest first.
 
-    A neighbour's weight is in proportion to theta − distance; which of them is taken at a position is decided
+    A neighbour's weight is in proportion to max_edit_distance − distance; which one is taken at a position is decided
     there (`contextual.py`). TokenizerMismatch where map and table are not of the same tokenizers.
     """
     check_same_sides(exact, table)
@@ -22,7 +22,7 @@ def build_possible(exact: VocabMap, table: NeighbourTable) -> VocabMap:
     ids[first] = exact.ids
     rest = np.ones(len(ids), bool)
     rest[first] = False
-    ids[rest], weights[rest] = near.ids, table.theta - near.distance.astype(np.float64)
+    ids[rest], weights[rest] = near.ids, table.max_edit_distance - near.distance.astype(np.float64)
     row = np.repeat(np.arange(len(counts)), counts)
     weights /= np.bincount(row, weights, len(counts))[row]
     return VocabMap(
@@ -31,6 +31,6 @@ def build_possible(exact: VocabMap, table: NeighbourTable) -> VocabMap:
         indptr=indptr,
         ids=ids,
         weights=weights.astype(np.float32),
-        theta=table.theta,
-        guards=table.guards,
+        max_edit_distance=table.max_edit_distance,
+        match_digits=table.match_digits,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
-from cdm_toolkit.vocab_map.record import VocabMap, sides, single
+from cdm_toolkit.vocab_map.types import VocabMap, sides, single
 
 
 def build_prefix(view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:

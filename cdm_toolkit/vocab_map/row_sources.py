@@ -10,8 +10,8 @@ from jaxtyping import Int8, Int32, Int64
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners
-from cdm_toolkit.vocab_map.record import NO_MATCH
 from cdm_toolkit.vocab_map.spelling import spell
+from cdm_toolkit.vocab_map.types import NO_MATCH
 
 
 class Rule(IntEnum):

@@ -11,7 +11,7 @@ from jaxtyping import Int32
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
-from cdm_toolkit.vocab_map.record import NO_MATCH
+from cdm_toolkit.vocab_map.types import NO_MATCH
 
 LONGEST = 16
 """Tokens of a spelling that are looked at."""

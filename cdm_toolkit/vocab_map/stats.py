@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int64
 
 from cdm_toolkit.tokdiff.classes import class_of
 from cdm_toolkit.tokdiff.view import TokenizerView
-from cdm_toolkit.vocab_map.record import NeighbourTable, VocabMap
+from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap
 
-MASS_STRATEGIES = ("exact", "+mined", "+contextual", "+prefix")
+MASS_STRATEGIES = ("exact", "+min-ed", "+contextual", "+prefix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +81,13 @@ def possible_ids(exact: VocabMap, table: NeighbourTable) -> Bool[np.ndarray, " v
 
 
 def reachable_by_strategy(
-    exact: VocabMap, mined: VocabMap, prefix: VocabMap, table: NeighbourTable
+    exact: VocabMap, min_ed: VocabMap, prefix: VocabMap, table: NeighbourTable
 ) -> Mapping[str, Bool[np.ndarray, " vocab_t"]]:
     """Say for each of `MASS_STRATEGIES` which teacher ids it matches, each added to the exact partners.
 
     For `+contextual` these are the ids that can be paired; which are depends on the student's candidates.
     """
-    masks = (exact.matched, mined.matched, possible_ids(exact, table), prefix.matched)
+    masks = (exact.matched, min_ed.matched, possible_ids(exact, table), prefix.matched)
     return dict(zip(MASS_STRATEGIES, masks, strict=True))
 
 

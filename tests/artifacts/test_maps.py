@@ -19,11 +19,11 @@ from cdm_toolkit.artifacts.maps import (
     save_map,
     save_table,
 )
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem, MissingExtra, TokenizerMismatch, UnknownName
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.possible import build_possible
-from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable, VocabMap, sides_of
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap, sides_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def table(exact) -> NeighbourTable:
     )
     none = np.zeros(0, np.int32)
     s_to_t = Neighbours(np.zeros(exact.size_s + 1, np.int64), none, np.zeros(0, np.float32), none)
-    return NeighbourTable(**sides_of(exact), theta=0.3, guards=True, t_to_s=t_to_s, s_to_t=s_to_t)
+    return NeighbourTable(
+        **sides_of(exact), max_edit_distance=0.3, match_digits=True, t_to_s=t_to_s, s_to_t=s_to_t
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_a_map_comes_back_as_it_was(mapping, smollm2_view, mistral_view, tmp_pat
     save_map(tmp_path / "m.safetensors", mapping)
     again = load_map(tmp_path / "m.safetensors", smollm2_view, mistral_view)
     assert _same(again, mapping)
-    assert (again.theta, again.guards, again.strategy) == (0.3, True, "contextual")
+    assert (again.max_edit_distance, again.match_digits, again.strategy) == (0.3, True, "contextual")
 
 
 def test_a_table_comes_back_as_it_was(table, smollm2_view, mistral_view, tmp_path):
@@ -78,14 +80,14 @@ def test_a_table_comes_back_as_it_was(table, smollm2_view, mistral_view, tmp_pat
 
 def test_the_header_says_what_it_is_and_how_it_was_made(mapping, tmp_path):
     path = tmp_path / "m.safetensors"
-    save_map(path, mapping, receipt(["cdm", "vocab-map", "build"]))
+    save_map(path, mapping, provenance(["cdm", "vocab-map", "build"]))
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     facts = json.loads(header["__metadata__"]["cdm_toolkit"])
     assert (facts["format"], facts["version"]) == (maps.MAP_FORMAT, maps.VERSION)
     assert (facts["name_t"], facts["fingerprint_t"]) == ("smollm2", mapping.fingerprint_t)
     assert facts["counts"] == {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}
-    assert facts["receipt"]["command"] == "cdm vocab-map build"
+    assert facts["provenance"]["command"] == "cdm vocab-map build"
 
 
 def test_other_tokenizers_are_refused_with_the_command_to_rebuild(
@@ -135,7 +137,7 @@ def test_foreign_files_and_other_versions_are_refused(mapping, table, smollm2_vi
     with pytest.raises(BadArtifact, match="no cdm-toolkit vocabulary mapping file"):
         load_map(path, smollm2_view, mistral_view)
     save_file({"ids": mapping.ids}, path, _header_of(mapping, version=99))
-    with pytest.raises(BadArtifact, match="it has format version 99, this tool reads 1"):
+    with pytest.raises(BadArtifact, match="it has format version 99, this tool reads 2"):
         load_map(path, smollm2_view, mistral_view)
     arrays = {"ids": mapping.ids}
     save_file(arrays, path, _header_of(mapping, checksum=maps._checksum(arrays)))
@@ -160,7 +162,7 @@ def test_json_has_explicit_ids(mapping, smollm2_view, mistral_view, tmp_path):
     assert export_map(path, mapping, smollm2_view, mistral_view, form="json") == [path]
     read = json.loads(path.read_text(encoding="utf-8"))
     assert read["fingerprint_s"] == mapping.fingerprint_s
-    assert read["receipt"]["versions"]["cdm-toolkit"]
+    assert read["provenance"]["versions"]["cdm-toolkit"]
     assert len(read["pairs"]) == len(mapping.ids)
     # The order of the pairs says nothing: the ids do.
     back = {(pair["teacher_id"], pair["student_id"]) for pair in reversed(read["pairs"])}
@@ -217,9 +219,9 @@ def test_unknown_forms_and_a_missing_pyarrow_are_said(
 def test_the_cache_is_keyed_and_mends_itself(table, smollm2_view, mistral_view, tmp_path, monkeypatch):
     built = []
 
-    def build(view_t, view_s, *, theta, guards, workers, progress):
-        built.append((theta, guards, workers))
-        return replace(table, theta=theta, guards=guards)
+    def build(view_t, view_s, *, max_edit_distance, match_digits, workers, progress):
+        built.append((max_edit_distance, match_digits, workers))
+        return replace(table, max_edit_distance=max_edit_distance, match_digits=match_digits)
 
     monkeypatch.setattr("cdm_toolkit.vocab_map.neighbours.build_neighbours", build)
     monkeypatch.setenv("CDM_CACHE", str(tmp_path / "cache"))
@@ -227,17 +229,17 @@ def test_the_cache_is_keyed_and_mends_itself(table, smollm2_view, mistral_view, 
     def load(**options):
         return load_or_build_neighbours(smollm2_view, mistral_view, **options)
 
-    assert _same(load(theta=0.3, workers=2), load(theta=0.3))
+    assert _same(load(max_edit_distance=0.3, workers=2), load(max_edit_distance=0.3))
     assert built == [(0.3, True, 2)]
-    load(theta=0.2)
-    load(theta=0.3, guards=False)
+    load(max_edit_distance=0.2)
+    load(max_edit_distance=0.3, match_digits=False)
     assert built[1:] == [(0.2, True, 1), (0.3, False, 1)]
-    path = cached_table(smollm2_view, mistral_view, theta=0.3, guards=True)
+    path = cached_table(smollm2_view, mistral_view, max_edit_distance=0.3, match_digits=True)
     path.write_bytes(path.read_bytes()[:300])
-    load(theta=0.3)
-    load(theta=0.3)
+    load(max_edit_distance=0.3)
+    load(max_edit_distance=0.3)
     assert built[3:] == [(0.3, True, 1)]
-    assert path != cached_table(mistral_view, smollm2_view, theta=0.3, guards=True)
+    assert path != cached_table(mistral_view, smollm2_view, max_edit_distance=0.3, match_digits=True)
 
 
 def test_a_cache_that_cannot_be_written_is_said(table, smollm2_view, mistral_view, tmp_path, monkeypatch):
@@ -245,4 +247,4 @@ def test_a_cache_that_cannot_be_written_is_said(table, smollm2_view, mistral_vie
     (tmp_path / "file").touch()
     monkeypatch.setenv("CDM_CACHE", str(tmp_path / "file"))
     with pytest.raises(FileProblem, match="set CDM_CACHE to a folder that can be written"):
-        load_or_build_neighbours(smollm2_view, mistral_view, theta=0.3)
+        load_or_build_neighbours(smollm2_view, mistral_view, max_edit_distance=0.3)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdm_toolkit.artifacts import atomic
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import CachedRow, CacheHeader, CacheWriter, TeacherCache
 from cdm_toolkit.artifacts.teacher_packing import (
     HEAD,
@@ -54,7 +54,7 @@ def header(**changed: Any) -> CacheHeader:
         "quantised": False,
         "max_length": 512,
         "rows_per_shard": 4,
-        "receipt": dict(receipt(["cdm", "teacher", "cache"])),
+        "provenance": dict(provenance(["cdm", "teacher", "cache"])),
     }
     return CacheHeader(**facts | changed)
 
@@ -335,7 +335,7 @@ def test_damaged_descriptions(folder: Path, file: str, content: bytes, words: st
     assert words in said
 
 
-@pytest.mark.parametrize(("name", "value"), [("version", 2), ("k", "many"), ("form", "new")])
+@pytest.mark.parametrize(("name", "value"), [("version", 3), ("k", "many"), ("form", "new")])
 def test_a_header_that_this_version_does_not_know(folder: Path, name: str, value: Any) -> None:
     path = folder / "cache.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
@@ -367,7 +367,7 @@ def test_made_for_something_else(folder: Path, smollm2_view: Any) -> None:
 
 
 def test_another_cache_in_the_same_folder_is_refused_with_the_difference(folder: Path) -> None:
-    CacheWriter(folder, header(model="the same by another name", receipt=dict(receipt([]))))
+    CacheWriter(folder, header(model="the same by another name", provenance=dict(provenance([]))))
     changes = {
         "-k is 20 there and 10 now": {"k": 10},
         "the model is teacher (mmmmmmmm…) there and other (oooooooo…) now": {

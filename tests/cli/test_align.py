@@ -143,4 +143,4 @@ def test_an_export_reads_back(cdm, tmp_path: Path, form: str) -> None:
         assert row["groups"] == [[*group["t1"], *group["t2"]] for group in record["groups"]]
     header = json.loads(read.schema.metadata[b"cdm-alignments"])
     assert header["teacher"] == "llama3"
-    assert header["receipt"]["fingerprints"].keys() == {"teacher", "student"}
+    assert header["provenance"]["fingerprints"].keys() == {"teacher", "student"}

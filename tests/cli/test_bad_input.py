@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_written(cdm, rows: Path, place: str) -> None:
 def test_options_out_of_range(cdm, rows: Path, tmp_path: Path) -> None:
     refused(cdm("align", "show", "text", *PAIR, "--aligner", "byte"), "aligner", "did you mean bytes?")
     refused(cdm("align", "show", *PAIR), "--file")
-    refused(cdm("vocab-map", "build", *PAIR, "--theta", "1.5"), "theta", "1.5")
+    refused(cdm("vocab-map", "build", *PAIR, "--max-edit-distance", "1.5"), "max_edit_distance", "1.5")
     refused(cdm("vocab-map", "export", *PAIR, "-o", tmp_path / "map.xml"), "format", "xml")
     refused(
         cdm("vocab-map", "export", *PAIR, "-o", tmp_path / "m.json", "--strategy", "exakt"),
@@ -154,5 +154,8 @@ def test_faults_name_the_options_where_there_is_no_run_file(cdm, rows: Path, tmp
     teacher = ("--teacher", "smollm2")
     refused(cdm(*command, *teacher, "--top-k", "0"), "--top-k is 0: give a number of at least 1")
     refused(cdm(*command, *teacher, "--lora-rank", "-1", "--alpha", "3"), "2 faults: --alpha is 3")
-    refused(cdm(*command, *teacher, "--method", "kl", "--theta", "0.2"), "a fault: kl has no use for theta")
+    refused(
+        cdm(*command, *teacher, "--method", "kl", "--max-edit-distance", "0.2"),
+        "a fault: kl has no use for max_edit_distance",
+    )
     refused(cdm(*command, *teacher, "--set", "train.lrr=1"), "train.lrr is no setting")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cdm_toolkit.compare.store import CELL_FILE
 from cdm_toolkit.compare.study import list_studies
+from cdm_toolkit.compare.study_folder import CELL_FILE
 
 STUDY: dict[str, Any] = {
     "about": "Sums.",

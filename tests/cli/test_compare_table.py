@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from cdm_toolkit.cli.compare_table import table
-from cdm_toolkit.compare.record import Cell, CellResult, Measured, ModelScores, StudyResult
+from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, StudyResult
 
 
 def scores(share: float) -> ModelScores:

@@ -82,8 +82,8 @@ def test_a_run_file_with_options_and_assignments_over_it(cdm, run_file: Path, tm
     said = json.loads(answer.out)
     assert said["steps"] == 2
     assert said["losses"][0]["teachers"][0]["pairs"] <= 20
-    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
-    assert receipt["config"]["train"]["max_steps"] == 2
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["config"]["train"]["max_steps"] == 2
     again = cdm("distill", run_file, "--max-steps", 2, "--method", "sft", "--overwrite")
     assert again.status == 0, again.err
     assert "KD" not in again.out
@@ -104,13 +104,13 @@ def test_a_plan_trains_nothing(cdm, run_file: Path, tmp_path: Path) -> None:
 def test_faults_of_a_run_file_are_one_line(cdm, run_file: Path) -> None:
     content = yaml.safe_load(run_file.read_text())
     content["trian"] = content.pop("train")
-    content["teachers"][0] |= {"method": "kl", "theta": 0.2}
+    content["teachers"][0] |= {"method": "kl", "max_edit_distance": 0.2}
     run_file.write_text(yaml.safe_dump(content))
     answer = cdm("distill", run_file, "--alpha", 7)
     assert (answer.status, answer.out) == (2, "")
     (line,) = answer.err.strip().splitlines()
     assert line.startswith(f"cdm: error: {run_file} has 3 faults: ")
-    for word in ("did you mean train?", "kl has no use for theta", "alpha is 7"):
+    for word in ("did you mean train?", "kl has no use for max_edit_distance", "alpha is 7"):
         assert word in line
     assert cdm("distill", "small/cmd").err.strip().endswith("small/transplant, small/two-teachers")
     assert "there is no such file" in cdm("distill", "none.yaml").err

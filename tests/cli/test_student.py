@@ -43,7 +43,7 @@ def test_a_fresh_student_says_its_shape(cdm, tmp_path: Path) -> None:
     answer = cdm("student", "new", "--size", "4m", "--tokenizer", "mistral", "-o", tmp_path / "s")
     assert answer.status == 0, answer.err
     assert "32,000 ids of mistral" in answer.out
-    assert (tmp_path / "s" / "receipt.json").is_file()
+    assert (tmp_path / "s" / "provenance.json").is_file()
 
 
 def test_a_transplant_says_where_its_rows_come_from(cdm, trained: Path, tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_a_transplant_says_where_its_rows_come_from(cdm, trained: Path, tmp_path
     answer = cdm(*command, "-o", tmp_path / "b", "--json", "--seed", 4)
     said = json.loads(answer.out)
     assert said["rows"] == {"copied": 21_240, "by_role": 1, "mean": 29_016, "fresh": 0}
-    receipt = json.loads((tmp_path / "b" / "receipt.json").read_text())
-    assert (receipt["rows"], receipt["seed"]) == (said["rows"], 4)
+    provenance = json.loads((tmp_path / "b" / "provenance.json").read_text())
+    assert (provenance["rows"], provenance["seed"]) == (said["rows"], 4)
     assert (
         sum(said["rows"].values()) == json.loads((tmp_path / "b" / "config.json").read_text())["vocab_size"]
     )
@@ -77,7 +77,7 @@ def test_a_vocabulary_is_cut(cdm, trained: Path, tmp_path: Path) -> None:
         tokenizer, config = load_tokenizer(str(folder)), load_model(str(folder)).config
         assert tokenizer.view.vocab_size == config.vocab_size == 3000
         assert tokenizer.tokenizer.eos_token_id == config.eos_token_id == 2999
-        assert json.loads((folder / "receipt.json").read_text())["tokenizer"] == "gpt2 cut to 3000"
+        assert json.loads((folder / "provenance.json").read_text())["tokenizer"] == "gpt2 cut to 3000"
 
 
 def test_a_cut_that_is_not_possible(cdm, trained: Path, tmp_path: Path) -> None:

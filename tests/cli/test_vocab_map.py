@@ -72,7 +72,7 @@ def test_stats_weigh_a_teachers_probability(cdm, tmp_path: Path) -> None:
     mass = json.loads(cdm("vocab-map", "stats", *PAIR, "--teacher", "smollm2", "--data", data, "--json").out)[
         "mass"
     ]
-    assert list(mass) == ["exact", "+mined", "+contextual", "+prefix"]
+    assert list(mass) == ["exact", "+min-ed", "+contextual", "+prefix"]
     assert 0.5 < mass["exact"] <= mass["+contextual"] <= 1.0001
     assert mass["+prefix"] >= 0.99
     other = cdm(

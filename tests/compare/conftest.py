@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from cdm_toolkit.compare.record import Cell, CellResult, Measured, ModelScores, Point, StudyResult
+from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, Point, StudyResult
 
 BYTES, BOUNDARIES = 4000, 900
 # bits per byte: of the student before training, of the teacher
@@ -27,7 +27,7 @@ METHODS = {
     "paper": (0.44, 0.18, 0.88, 1.46, 2105, 3.0),
     "cdm": (0.58, 0.42, 0.49, 1.02, 1790, 1.2),
     "cdm k=20": (0.575, 0.405, 0.50, 0.97, 1760, 1.15),
-    "cdm no guards": (0.572, 0.422, 0.50, 1.01, 1790, 1.2),
+    "cdm any digits": (0.572, 0.422, 0.50, 1.01, 1790, 1.2),
 }
 
 
@@ -111,7 +111,7 @@ def study(
             "machine": "Linux x86_64, 2 cores, torch 2.13, float32",
             "command": "cdm compare transfer-small -o out",
         },
-        receipt={
+        provenance={
             "command": "cdm compare transfer-small -o out",
             "made": "2026-01-02T03:04:05+00:00",
             "versions": {"cdm-toolkit": "0.1.0", "python": "3.11.9", "torch": "2.13.0"},

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cdm_toolkit.compare.columns import Column, by_kind, overview, suites
-from cdm_toolkit.compare.record import StudyResult
 from cdm_toolkit.compare.summary import summarize
+from cdm_toolkit.compare.types import StudyResult
 
 Make = Callable[..., StudyResult]
 

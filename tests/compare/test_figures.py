@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cdm_toolkit.compare.record import StudyResult
+from cdm_toolkit.compare.types import StudyResult
 from cdm_toolkit.errors import FileProblem, MissingExtra
 
 pytest.importorskip("matplotlib", reason="the extra `compare` is not installed")
@@ -86,8 +86,8 @@ def test_the_same_picture_is_the_same_svg(make_study: Make) -> None:
 @pytest.mark.parametrize("picture", ["trade-off", "curves"])
 def test_a_method_has_its_colour_and_marker_in_every_legend(drawn: dict[str, Figure], picture: str) -> None:
     found = in_legend(drawn[picture])
-    names = ("sft", "em", "cdm", "cdm k=20", "cdm no guards")
-    expected = styles(["sft", "em", "cdm", "cdm k=20", "cdm no guards"])
+    names = ("sft", "em", "cdm", "cdm k=20", "cdm any digits")
+    expected = styles(["sft", "em", "cdm", "cdm k=20", "cdm any digits"])
     for name in names:
         assert found[name].get_markerfacecolor() == expected[name].fill
         assert found[name].get_markeredgecolor() == expected[name].edge
@@ -101,9 +101,9 @@ def in_legend(figure: Figure) -> dict[str, Line2D]:
 
 
 def test_a_part_of_a_study_is_drawn_as_in_the_whole(make_study: Make) -> None:
-    whole = make_study(("sft", "cdm k=20", "cdm no guards"))
+    whole = make_study(("sft", "cdm k=20", "cdm any digits"))
     part = replace(whole, cells=tuple(each for each in whole.cells if each.cell.method != "cdm k=20"))
-    was, now = (in_legend(figures_of(each)["curves"])["cdm no guards"] for each in (whole, part))
+    was, now = (in_legend(figures_of(each)["curves"])["cdm any digits"] for each in (whole, part))
     assert (now.get_marker(), now.get_color()) == (was.get_marker(), was.get_color())
 
 

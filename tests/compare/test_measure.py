@@ -13,12 +13,12 @@ import pytest
 
 from cdm_toolkit.compare import measure
 from cdm_toolkit.compare.measure import Heldout, score_model
-from cdm_toolkit.compare.record import Measured
 from cdm_toolkit.compare.texts import text_rows
+from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.distill.rows import Message, Row
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem, SourceNotFound
 from cdm_toolkit.evaluation.bpb import Passage, passage_bits
-from cdm_toolkit.evaluation.run import Subject
+from cdm_toolkit.evaluation.evaluate import Subject
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -215,7 +215,7 @@ def test_what_is_opened_is_what_was_made(heldout: Heldout, teacher: Path) -> Non
         kind: [row.text for row in rows] for kind, rows in KINDS.items()
     }
     assert (again.teacher, again.teacher_name, again.top_k) == (heldout.teacher, str(teacher), measure.TOP_K)
-    made_by = json.loads((heldout.folder / "heldout.json").read_text())["receipt"]
+    made_by = json.loads((heldout.folder / "heldout.json").read_text())["provenance"]
     assert made_by["versions"]["torch"]
 
 
@@ -261,7 +261,7 @@ def test_damaged_folders(heldout: Heldout, tmp_path: Path) -> None:
     for broken in (
         "{",
         "[]",
-        json.dumps(header | {"version": 2}),
+        json.dumps(header | {"version": 3}),
         json.dumps(header | {"kinds": {"sums": 4}}),
     ):
         (folder / "heldout.json").write_text(broken)

@@ -74,9 +74,15 @@ def test_an_alpha_is_the_entrys_or_the_presets_or_the_studys(file: Path) -> None
 
 
 def test_a_preset_lies_under_the_entrys_own_settings(file: Path) -> None:
-    study = from_file(str(file), ["methods.mine={preset: paper, theta: 0.2, positions: boundary}"])
+    study = from_file(
+        str(file), ["methods.mine={preset: paper, max_edit_distance: 0.2, positions: boundary}"]
+    )
     settings, _ = study.methods["mine"].resolved()
-    assert (settings["theta"], settings["positions"], settings["aligner"]) == (0.2, "boundary", "entropy-dtw")
+    assert (settings["max_edit_distance"], settings["positions"], settings["aligner"]) == (
+        0.2,
+        "boundary",
+        "entropy-dtw",
+    )
     assert study.methods["sft"].resolved() == ({}, 1.0)
 
 
@@ -110,7 +116,7 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
         ("methods.cdm.weight=2", "methods.cdm.weight is no setting"),
         ("methods.paper.preset=papre", "did you mean paper?"),
         ("methods.sft={alpha: 0.3}", "alpha has no use without a method"),
-        ("methods.sft={theta: 0.3}", "theta is of a method: name it"),
+        ("methods.sft={max_edit_distance: 0.3}", "max_edit_distance is of a method: name it"),
         ("methods.a/b={method: em}", "'a/b' is no name for a file"),
         ("methods={}", "methods is {}: give at least 1 entries"),
         ("run.max_steps=3", "run.max_steps is the study's own: it has steps"),

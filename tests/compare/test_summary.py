@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare.record import Cell, CellResult, Measured, ModelScores, StudyResult
 from cdm_toolkit.compare.summary import Gap, Mean, Verdict, _chance, _front, compare, summarize
+from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, StudyResult
 
 Make = Callable[..., StudyResult]
 

@@ -27,7 +27,7 @@ def test_all_faults_are_listed_at_once() -> None:
         "data": {"path": "d", "max_length": 3},
         "alpha": 1.5,
         "teachers": [
-            {"model": "t", "method": "cdn", "temperature": 0, "theta": 1.0, "top_k": 0},
+            {"model": "t", "method": "cdn", "temperature": 0, "max_edit_distance": 1.0, "top_k": 0},
             {"model": "t", "rest_bucket": "perhaps"},
         ],
         "train": {"lr": math.nan, "batch_size": 2.5, "seed": -1, "lora": {"rnk": 4}},
@@ -44,7 +44,7 @@ def test_all_faults_are_listed_at_once() -> None:
         "teachers.0.method is 'cdn': give one of cdm, em,",
         "(did you mean cdm?)",
         "teachers.0.temperature is 0: give a number above 0",
-        "teachers.0.theta is 1.0",
+        "teachers.0.max_edit_distance is 1.0",
         "teachers.0.top_k is 0",
         "teachers.1.rest_bucket is 'perhaps': give true or false",
         "train.lr is nan",
@@ -59,11 +59,14 @@ def test_all_faults_are_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("teacher", "reason"),
     [
-        ({"method": "kl", "theta": 0.2}, "kl has no use for theta"),
-        ({"method": "uld", "guards": True, "rest_bucket": False}, "uld has no use for guards, rest_bucket"),
+        ({"method": "kl", "max_edit_distance": 0.2}, "kl has no use for max_edit_distance"),
+        (
+            {"method": "uld", "match_digits": True, "rest_bucket": False},
+            "uld has no use for match_digits, rest_bucket",
+        ),
         ({"method": "alm", "temperature": 2}, "alm has no use for temperature"),
         ({"mapping": "near", "positions": "mean", "cache": "c"}, "positions mean needs whole logits"),
-        ({"theta": 0.2}, "cdm with mapping spelled has no use for theta"),
+        ({"max_edit_distance": 0.2}, "cdm with mapping spelled has no use for max_edit_distance"),
         ({"mapping": "near", "inside": False}, "cdm with mapping near has no use for inside"),
         ({"entropy": "models"}, "aligner anchored has no use for entropy models"),
     ],
@@ -83,7 +86,7 @@ def test_the_preset_goes_under_what_is_given() -> None:
     )
     first, second = config.teachers
     assert (config.alpha, first.temperature, first.positions, first.entropy) == (0.9, 2.0, "mean", "models")
-    assert (first.rest_bucket, first.guards, first.exact_always) == (False, False, False)
+    assert (first.rest_bucket, first.match_digits, first.exact_always) == (False, False, False)
     assert (second.temperature, second.positions) == (0.8, "boundary"), "kl takes what it has a use for"
     aligned = from_mapping(
         NEEDED | {"preset": "paper", "teachers": [{"model": "a", "aligner": "anchored"}]}
@@ -95,7 +98,11 @@ def test_the_preset_is_the_papers() -> None:
     """arXiv 2502.11104, section 4.1."""
     paper = PRESETS["paper"]
     assert paper["alpha"] == 0.9
-    assert (paper["teacher"]["temperature"], paper["teacher"]["top_k"], paper["teacher"]["theta"]) == (
+    assert (
+        paper["teacher"]["temperature"],
+        paper["teacher"]["top_k"],
+        paper["teacher"]["max_edit_distance"],
+    ) == (
         0.8,
         100,
         0.3,

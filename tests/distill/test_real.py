@@ -68,7 +68,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     features, counts = build_features(rows, side_of(student), [TeacherSide(side_of(teacher))])
     assert counts.trained == 32
     exact = build_exact(teacher.view, student.view)
-    near = load_or_build_neighbours(teacher.view, student.view, theta=0.3)
+    near = load_or_build_neighbours(teacher.view, student.view, max_edit_distance=0.3)
     settings = CdmSettings(
         table=PairTable.from_tables(exact, near),
         exact=torch.from_numpy(exact.dense()),

@@ -106,10 +106,10 @@ def test_writes_a_student_that_loads_with_equal_logits(config, monkeypatch: pyte
         assert torch.equal(loaded(ids).logits, expected)
     assert loaded.config.use_cache
     fingerprint = load_tokenizer(str(result.output)).view.fingerprint
-    facts = json.loads((result.output / "receipt.json").read_text(encoding="utf-8"))
+    facts = json.loads((result.output / "provenance.json").read_text(encoding="utf-8"))
     assert facts["fingerprints"]["student tokenizer"] == fingerprint
     assert (facts["steps"], facts["rows"]["trained"], len(facts["losses"])) == (4, 24, 4)
-    assert from_mapping(facts["config"]) == config(), "the receipt holds the run file"
+    assert from_mapping(facts["config"]) == config(), "the provenance holds the run file"
     assert not list(result.output.glob(".*")), "nothing half-written stays"
 
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cdm_toolkit.evaluation.run import Subject
+from cdm_toolkit.evaluation.evaluate import Subject
 from cdm_toolkit.samples import sample_path
 from cdm_toolkit.tokdiff.view import make_view
 

@@ -14,7 +14,7 @@ import torch
 
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, FileProblem, NoData, VocabularyTooSmall
 from cdm_toolkit.evaluation.bpb import Passage, PassageBits, bits_per_byte, passage_bits
-from cdm_toolkit.evaluation.run import Ask, Subject, open_suite, start_token
+from cdm_toolkit.evaluation.evaluate import Ask, Subject, open_suite, start_token
 from cdm_toolkit.samples import sample_path
 
 MakeSubject = Callable[..., Subject]
@@ -229,7 +229,7 @@ def test_the_suite_refuses_what_it_cannot_score(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2_equals_the_computation_by_hand() -> None:
-    from cdm_toolkit.evaluation.run import load_subject
+    from cdm_toolkit.evaluation.evaluate import load_subject
 
     try:
         smollm2 = load_subject("smollm2")

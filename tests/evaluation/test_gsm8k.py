@@ -22,8 +22,8 @@ from cdm_toolkit.errors import (
     SourceNotFound,
     UnsupportedTokenizer,
 )
-from cdm_toolkit.evaluation.results import Summary
-from cdm_toolkit.evaluation.run import Ask, Subject, open_suite
+from cdm_toolkit.evaluation.evaluate import Ask, Subject, open_suite
+from cdm_toolkit.evaluation.scores import Summary
 from cdm_toolkit.samples import sample_path
 
 lm_eval_model = pytest.importorskip("lm_eval.api.model", reason="lm-eval is not installed")
@@ -213,8 +213,8 @@ def test_a_chat_template_holds_the_prompt(make: MakeSubject, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_equals_the_command_line_of_lm_eval_item_by_item(tmp_path: Path) -> None:
     """The same task file, rows and model: every answer and every score."""
+    from cdm_toolkit.evaluation.evaluate import load_subject
     from cdm_toolkit.evaluation.gsm8k import find_problems, write_task
-    from cdm_toolkit.evaluation.run import load_subject
     from cdm_toolkit.evaluation.suites import load_suite
     from cdm_toolkit.hub.students import new_student
 
@@ -287,7 +287,7 @@ def test_without_data_the_error_says_what_to_give(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_the_hub_gave_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from cdm_toolkit.evaluation import data
+    from cdm_toolkit.evaluation import suite_data as data
 
     asked: list[str] = []
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cdm_toolkit.errors import BadOption, BadRow, FileProblem, NoData, UnknownName
+from cdm_toolkit.evaluation.evaluate import Ask, Subject, open_suite
 from cdm_toolkit.evaluation.instruct import rouge_l
-from cdm_toolkit.evaluation.run import Ask, Subject, open_suite
 
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed")
 MakeSubject = Callable[..., Subject]

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from cdm_toolkit.errors import BadOption, FileProblem, NoData
-from cdm_toolkit.evaluation.run import Ask, Subject, open_suite
-from cdm_toolkit.evaluation.store import open_items
+from cdm_toolkit.evaluation.evaluate import Ask, Subject, open_suite
+from cdm_toolkit.evaluation.item_store import open_items
 
 lm_eval_evaluator = pytest.importorskip("lm_eval.evaluator", reason="lm-eval is not installed")
 MakeSubject = Callable[..., Subject]

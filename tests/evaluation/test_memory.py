@@ -10,8 +10,8 @@ import torch
 
 from cdm_toolkit.errors import ModelNotLoaded
 from cdm_toolkit.evaluation import memory
+from cdm_toolkit.evaluation.evaluate import Subject, load_subject
 from cdm_toolkit.evaluation.memory import available_bytes, check_fits, count_parameters
-from cdm_toolkit.evaluation.run import Subject, load_subject
 
 MakeSubject = Callable[..., Subject]
 CPU = torch.device("cpu")

@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdm_toolkit.errors import IsolationMissing
+from cdm_toolkit.evaluation.sandbox import execute as run
 from cdm_toolkit.evaluation.sandbox import isolation as isolation_module
-from cdm_toolkit.evaluation.sandbox import plain, run, seccomp
+from cdm_toolkit.evaluation.sandbox import plain, seccomp
+from cdm_toolkit.evaluation.sandbox.execute import SetupError, run_program, run_programs
 from cdm_toolkit.evaluation.sandbox.isolation import probe, require
 from cdm_toolkit.evaluation.sandbox.records import LAYERS, Isolation, Limits, Outcome, Program
-from cdm_toolkit.evaluation.sandbox.run import SetupError, run_program, run_programs
 
 HOSTILE = Path(__file__).with_name("hostile")
 """Programs in `.txt`, so that nothing collects, imports or runs them by mistake."""
@@ -349,7 +350,8 @@ def test_outcomes_do_not_depend_on_how_many_run_at_once() -> None:
 
 def test_nothing_outlives_whoever_asked() -> None:
     script = """
-from cdm_toolkit.evaluation.sandbox import isolation, run, records
+from cdm_toolkit.evaluation.sandbox import isolation, records
+from cdm_toolkit.evaluation.sandbox import execute as run
 program = records.Program("def solve(x):\\n    import time\\n    time.sleep(600)", "solve", "candidate(1)")
 probe = isolation.probe()
 print("ready", flush=True)

@@ -57,7 +57,7 @@ def test_a_folder_that_is_not_filled_vanishes(tmp_path: Path) -> None:
 
 
 def test_a_model_inherits_nothing_from_the_one_that_it_replaces(tmp_path: Path) -> None:
-    for name in ("chat_template.jinja", "receipt.json", "config.json", "notes.txt", "map.safetensors"):
+    for name in ("chat_template.jinja", "provenance.json", "config.json", "notes.txt", "map.safetensors"):
         (tmp_path / name).write_text("old")
     with model_folder_to_fill(tmp_path) as folder:
         (folder / "config.json").write_text("new")
@@ -117,7 +117,7 @@ def test_a_fingerprint_tells_models_apart_by_content_alone(student: Path, tmp_pa
     own = model_fingerprint(student)
     assert len(own) == 64
     copy = shutil.copytree(student, tmp_path / "copy")
-    (copy / "receipt.json").write_text("{}")
+    (copy / "provenance.json").write_text("{}")
     config = json.loads((copy / "config.json").read_text())
     named = {**dict(reversed(config.items())), "_name_or_path": "x", "transformers_version": "4.0"}
     (copy / "config.json").write_text(json.dumps(named))

@@ -14,7 +14,7 @@ from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import DamagedSource, FileProblem, SourceNotFound
 from cdm_toolkit.hub import resolve as module
 from cdm_toolkit.hub.aliases import ALIASES, Alias, Facts, Wheel, WheelFile
-from cdm_toolkit.hub.cache import publish
+from cdm_toolkit.hub.publish import publish
 from cdm_toolkit.hub.resolve import list_aliases, resolve, wheel_files
 
 ENCODER, MERGES = b'{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}', b"#version: 0.2\na b\n"

@@ -103,8 +103,8 @@ def test_a_size_below_the_vocabulary_is_refused(mistral: Loaded, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fresh_student_has_a_receipt(student: Path, mistral: Loaded) -> None:
-    facts = json.loads((student / "receipt.json").read_text())
+def test_a_fresh_student_has_a_provenance(student: Path, mistral: Loaded) -> None:
+    facts = json.loads((student / "provenance.json").read_text())
     assert (facts["seed"], facts["size"], facts["tokenizer"]) == (3, "3m", "mistral")
     assert facts["fingerprints"] == {"tokenizer": mistral.view.fingerprint}
 
@@ -235,7 +235,7 @@ def test_a_receipt_says_what_it_was_made_of(
     untied: Path, moved: tuple[Path, Transplanted], mistral: Loaded
 ) -> None:
     folder, given = moved
-    facts = json.loads((folder / "receipt.json").read_text())
+    facts = json.loads((folder / "provenance.json").read_text())
     assert facts["fingerprints"]["source model"] == model_fingerprint(untied)
     assert facts["fingerprints"]["tokenizer"] == mistral.view.fingerprint
     assert (facts["source"], facts["tokenizer"], facts["seed"]) == (str(untied), "mistral", 7)

@@ -12,7 +12,7 @@ import pytest
 from cdm_toolkit.tokdiff.view import SpecialToken, TokenizerView
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.neighbours import build_neighbours
-from cdm_toolkit.vocab_map.record import NeighbourTable, VocabMap
+from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap
 
 ToyView = Callable[..., TokenizerView]
 
@@ -67,7 +67,7 @@ def smollm2_to_mistral(
 ) -> tuple[VocabMap, NeighbourTable]:
     """Build what contextual selection needs for two real tokenizers."""
     exact = build_exact(smollm2_view, mistral_view)
-    return exact, build_neighbours(smollm2_view, mistral_view, guards=False, workers=2)
+    return exact, build_neighbours(smollm2_view, mistral_view, match_digits=False, workers=2)
 
 
 @pytest.fixture

@@ -17,10 +17,16 @@ from cdm_toolkit.vocab_map.partners import partner_rows
 NOTHING = float("-inf")
 
 
-def _tables(view_t, view_s, *, theta=0.3, guards=True, width=32):
+def _tables(view_t, view_s, *, max_edit_distance=0.3, match_digits=True, width=32):
     exact = build_exact(view_t, view_s)
-    near = build_neighbours(view_t, view_s, theta=theta, guards=guards)
-    rule = make_rule(view_t, view_s, partner_rows(exact, near, width=width)[0], theta=theta, guards=guards)
+    near = build_neighbours(view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits)
+    rule = make_rule(
+        view_t,
+        view_s,
+        partner_rows(exact, near, width=width)[0],
+        max_edit_distance=max_edit_distance,
+        match_digits=match_digits,
+    )
     return PairTable.from_tables(exact, near, width=width), rule
 
 
@@ -52,7 +58,11 @@ def test_equals_its_twin_ties_and_cut_lists_included(rng, random_view):
         view_t, view_s = random_view(rng, "t", 90), random_view(rng, "s", 70)
         width = rng.choice([2, 4, 32])
         table, rule = _tables(
-            view_t, view_s, theta=rng.choice([0.3, 0.5]), guards=round_ % 2 == 0, width=width
+            view_t,
+            view_s,
+            max_edit_distance=rng.choice([0.3, 0.5]),
+            match_digits=round_ % 2 == 0,
+            width=width,
         )
         teacher = _candidates(rng, view_t.vocab_size, 20, rng.randint(1, 40))
         student = _candidates(rng, view_s.vocab_size, 20, rng.randint(1, 40))
@@ -90,7 +100,7 @@ def test_pairs_are_consistent_and_one_to_one(rng, random_view):
 def test_a_candidate_that_is_turned_down_takes_its_next_choice(toy_view):
     # Both teacher tokens are nearest to `colors`; the nearer gets it, the other goes to `color`.
     view_t, view_s = toy_view("t", [b"colourx", b"colorss"]), toy_view("s", [b"colors", b"color"])
-    table, _ = _tables(view_t, view_s, theta=0.4)
+    table, _ = _tables(view_t, view_s, max_edit_distance=0.4)
     flat = torch.zeros(1, 2)
     pairs = select_pairs(table, torch.tensor([[0, 1]]), flat, torch.tensor([[0, 1]]), flat)
     assert pairs.student_ids.tolist() == [[1, 0]]
@@ -224,7 +234,9 @@ def test_real_candidates_equal_the_twin(smollm2_view, mistral_view, smollm2_to_m
     """Take as candidates the ids of real text and what is near to them, in drawn orders."""
     exact, near = smollm2_to_mistral
     table = PairTable.from_tables(exact, near)
-    rule = make_rule(smollm2_view, mistral_view, partner_rows(exact, near)[0], theta=0.3, guards=False)
+    rule = make_rule(
+        smollm2_view, mistral_view, partner_rows(exact, near)[0], max_edit_distance=0.3, match_digits=False
+    )
     text = "Natalia sold 48 clips, colouring unbelievably."
     source = random.Random(1)
     rows_t, rows_s = [], []
@@ -252,7 +264,9 @@ def test_the_teachers_own_candidates_equal_the_twin(
 
     exact, near = smollm2_to_mistral
     table = PairTable.from_tables(exact, near)
-    rule = make_rule(smollm2_view, mistral_view, partner_rows(exact, near)[0], theta=0.3, guards=False)
+    rule = make_rule(
+        smollm2_view, mistral_view, partner_rows(exact, near)[0], max_edit_distance=0.3, match_digits=False
+    )
     model = load_model("smollm2")
     prefix = torch.from_numpy(build_prefix(smollm2_view, mistral_view).dense())
     to_student = torch.where(prefix >= 0, prefix, mistral_view.vocab_size)

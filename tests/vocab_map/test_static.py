@@ -7,8 +7,8 @@ import pytest
 
 from cdm_toolkit.errors import BadOption, TokenizerMismatch
 from cdm_toolkit.vocab_map.exact import build_exact
-from cdm_toolkit.vocab_map.mined import build_mined
-from cdm_toolkit.vocab_map.mined_reference import mined_reference
+from cdm_toolkit.vocab_map.min_ed import build_min_ed
+from cdm_toolkit.vocab_map.min_ed_reference import min_ed_reference
 from cdm_toolkit.vocab_map.neighbours import build_neighbours
 from cdm_toolkit.vocab_map.neighbours_reference import neighbours_reference
 from cdm_toolkit.vocab_map.possible import build_possible
@@ -20,16 +20,28 @@ def _as_dict(mapping):
     return {i: int(student) for i, student in enumerate(mapping.dense()) if student >= 0}
 
 
-@pytest.mark.parametrize("guards", [True, False])
-@pytest.mark.parametrize("theta", [0.2, 0.3, 0.45])
-def test_neighbours_equal_their_twin_in_both_directions(guards, theta, rng, random_view):
+@pytest.mark.parametrize("match_digits", [True, False])
+@pytest.mark.parametrize("max_edit_distance", [0.2, 0.3, 0.45])
+def test_neighbours_equal_their_twin_in_both_directions(match_digits, max_edit_distance, rng, random_view):
     for _ in range(6):
         view_t, view_s = random_view(rng, "t", 90), random_view(rng, "s", 80)
-        table = build_neighbours(view_t, view_s, theta=theta, guards=guards)
+        table = build_neighbours(
+            view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits
+        )
         ranks = {}
         for way, expected in (
-            (table.t_to_s, neighbours_reference(view_t, view_s, theta=theta, guards=guards)),
-            (table.s_to_t, neighbours_reference(view_s, view_t, theta=theta, guards=guards)),
+            (
+                table.t_to_s,
+                neighbours_reference(
+                    view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits
+                ),
+            ),
+            (
+                table.s_to_t,
+                neighbours_reference(
+                    view_s, view_t, max_edit_distance=max_edit_distance, match_digits=match_digits
+                ),
+            ),
         ):
             for token_id in range(len(way.indptr) - 1):
                 near = expected.get(token_id, [])
@@ -44,12 +56,12 @@ def test_neighbours_equal_their_twin_in_both_directions(guards, theta, rng, rand
         assert [ranks[rank] for rank in sorted(ranks)] == sorted(ranks.values(), key=min)
 
 
-@pytest.mark.parametrize("guards", [True, False])
-def test_mined_equals_its_twin(guards, rng, random_view):
+@pytest.mark.parametrize("match_digits", [True, False])
+def test_mined_equals_its_twin(match_digits, rng, random_view):
     for _ in range(12):
         view_t, view_s = random_view(rng, "t", 90), random_view(rng, "s", 80)
-        mapping = build_mined(view_t, view_s, guards=guards)
-        assert _as_dict(mapping) == mined_reference(view_t, view_s, guards=guards)
+        mapping = build_min_ed(view_t, view_s, match_digits=match_digits)
+        assert _as_dict(mapping) == min_ed_reference(view_t, view_s, match_digits=match_digits)
 
 
 def test_prefix_equals_its_twin(rng, random_view):
@@ -65,10 +77,10 @@ def test_guards_keep_numbers_and_operators_apart(toy_view):
     guarded = build_neighbours(view_t, view_s)
     assert [guarded.t_to_s.row(i) for i in range(3)] == [[], [], []]
     assert [student for student, _ in guarded.t_to_s.row(3)] == [3]
-    free = build_neighbours(view_t, view_s, guards=False)
+    free = build_neighbours(view_t, view_s, match_digits=False)
     assert [student for i in range(4) for student, _ in free.t_to_s.row(i)] == [0, 1, 2, 3]
-    assert build_mined(view_t, view_s).dense().tolist()[:3] == [-1, -1, -1]
-    assert build_mined(view_t, view_s, guards=False).dense().tolist() == [0, 1, 2, 3]
+    assert build_min_ed(view_t, view_s).dense().tolist()[:3] == [-1, -1, -1]
+    assert build_min_ed(view_t, view_s, match_digits=False).dense().tolist() == [0, 1, 2, 3]
 
 
 def test_half_characters_are_compared_by_their_bytes(toy_view):
@@ -87,7 +99,7 @@ def test_blanks_alone_and_special_tokens_have_no_neighbours(toy_view):
     assert [table.t_to_s.row(i) for i in range(2)] == [[], []]
     assert [student for student, _ in table.t_to_s.row(2)] == [2, 3]
     # MinED counts blanks: they are near each other, and changing one is nearer than leaving it out.
-    assert build_mined(view_t, view_s).dense().tolist() == [0, -1, 3]
+    assert build_min_ed(view_t, view_s).dense().tolist() == [0, -1, 3]
 
 
 def test_of_equal_distances_the_one_with_the_same_blanks_is_nearer(toy_view):
@@ -96,13 +108,13 @@ def test_of_equal_distances_the_one_with_the_same_blanks_is_nearer(toy_view):
 
 
 def test_what_has_nothing_in_common_is_no_match(toy_view):
-    assert build_mined(toy_view("t", ["中".encode()]), toy_view("s", [b"!"])).dense().tolist() == [-1]
+    assert build_min_ed(toy_view("t", ["中".encode()]), toy_view("s", [b"!"])).dense().tolist() == [-1]
 
 
 def test_empty_vocabularies_map_to_nothing(toy_view):
     view_t, view_s = toy_view("t", [None]), toy_view("s", [None, None])
     assert build_neighbours(view_t, view_s).t_to_s.row(0) == []
-    assert build_mined(view_t, view_s).dense().tolist() == [-1]
+    assert build_min_ed(view_t, view_s).dense().tolist() == [-1]
     assert build_prefix(view_t, view_s).dense().tolist() == [-1]
 
 
@@ -131,17 +143,17 @@ def test_possible_takes_the_exact_partner_or_all_neighbours(toy_view):
         build_possible(build_exact(view_s, view_t), table)
 
 
-@pytest.mark.parametrize("theta", [0.0, 1.0, -0.3, 2.0, float("nan")])
-def test_theta_outside_0_and_1_is_refused(theta, toy_view):
+@pytest.mark.parametrize("max_edit_distance", [0.0, 1.0, -0.3, 2.0, float("nan")])
+def test_theta_outside_0_and_1_is_refused(max_edit_distance, toy_view):
     view = toy_view("t", [b"x"])
-    with pytest.raises(BadOption, match=r"theta is .*; give a number between 0 and 1"):
-        build_neighbours(view, view, theta=theta)
+    with pytest.raises(BadOption, match=r"max_edit_distance is .*; give a number between 0 and 1"):
+        build_neighbours(view, view, max_edit_distance=max_edit_distance)
 
 
 def test_no_workers_are_refused(toy_view):
     view = toy_view("t", [b"x"])
     with pytest.raises(BadOption, match="workers is 0"):
-        build_mined(view, view, workers=0)
+        build_min_ed(view, view, workers=0)
 
 
 def test_neighbours_of_real_vocabularies_equal_brute_force(smollm2_view, mistral_view, smollm2_to_mistral):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from cdm_toolkit.vocab_map.exact import build_exact
-from cdm_toolkit.vocab_map.mined import build_mined
+from cdm_toolkit.vocab_map.min_ed import build_min_ed
 from cdm_toolkit.vocab_map.neighbours import build_neighbours
 from cdm_toolkit.vocab_map.prefix import build_prefix
 from cdm_toolkit.vocab_map.stats import (
@@ -38,9 +38,9 @@ def test_coverage_by_ids_frequency_and_class(toy_view):
 def test_mass_by_strategy_never_falls_below_the_exact_mass(smollm2_view, mistral_view, smollm2_to_mistral):
     exact, table = smollm2_to_mistral
     reachable = reachable_by_strategy(
-        exact, build_mined(smollm2_view, mistral_view), build_prefix(smollm2_view, mistral_view), table
+        exact, build_min_ed(smollm2_view, mistral_view), build_prefix(smollm2_view, mistral_view), table
     )
-    assert list(reachable) == ["exact", "+mined", "+contextual", "+prefix"]
+    assert list(reachable) == ["exact", "+min-ed", "+contextual", "+prefix"]
     for mask in reachable.values():
         assert (mask >= exact.matched).all()
     logits = np.random.default_rng(0).standard_normal((4, smollm2_view.vocab_size + 128))

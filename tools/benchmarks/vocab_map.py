@@ -26,8 +26,8 @@ from cdm_toolkit.vocab_map.contextual import PairTable, matched_mass, select_pai
 from cdm_toolkit.vocab_map.contextual_reference import make_rule, select_reference
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.keys import token_keys
-from cdm_toolkit.vocab_map.mined import build_mined
-from cdm_toolkit.vocab_map.neighbours import DEFAULT_THETA, build_neighbours, without_partner
+from cdm_toolkit.vocab_map.min_ed import build_min_ed
+from cdm_toolkit.vocab_map.neighbours import DEFAULT_MAX_EDIT_DISTANCE, build_neighbours, without_partner
 from cdm_toolkit.vocab_map.partners import partner_rows
 from cdm_toolkit.vocab_map.prefix import build_prefix
 from cdm_toolkit.vocab_map.stats import mass_on, reachable_by_strategy
@@ -76,10 +76,10 @@ def _tables(view_t: TokenizerView, view_s: TokenizerView, workers: int, rounds: 
     # Compile first: numba keeps what it compiled on disk.
     small = load_view("mistral")
     build_neighbours(small, small, workers=workers)
-    build_mined(small, small, workers=workers)
-    near = once(partial(build_neighbours, view_t, view_s, workers=workers, guards=False)) / 1e3
+    build_min_ed(small, small, workers=workers)
+    near = once(partial(build_neighbours, view_t, view_s, workers=workers, match_digits=False)) / 1e3
     brute = once(partial(_brute_force, view_t, view_s, workers)) / 1e3
-    mined = once(partial(build_mined, view_t, view_s, workers=workers)) / 1e3
+    min_ed = once(partial(build_min_ed, view_t, view_s, workers=workers)) / 1e3
     table = build_neighbours(view_t, view_s, workers=workers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.safetensors"
@@ -90,7 +90,7 @@ def _tables(view_t: TokenizerView, view_s: TokenizerView, workers: int, rounds: 
         Line(f"neighbour table, both directions, {pair}", near, "s", at_most=30),
         Line("the same by rapidfuzz's cdist on all pairs", brute, "s"),
         Line("neighbour table, faster than that", brute / near, "×"),
-        Line(f"MinED of the whole vocabulary, {pair}", mined, "s", at_most=30),
+        Line(f"MinED of the whole vocabulary, {pair}", min_ed, "s", at_most=30),
         Line("neighbour table, read from disk", reload / 1e3, "s", at_most=0.3),
     ]
 
@@ -108,7 +108,7 @@ def _brute_force(view_t: TokenizerView, view_s: TokenizerView, workers: int) -> 
         for start in range(0, len(texts_q), BRUTE_CHUNK):
             part = texts_q[start : start + BRUTE_CHUNK]
             edits = cdist(part, texts_c, scorer=Levenshtein.distance, workers=workers, dtype=np.uint8)
-            limits = DEFAULT_THETA * (np.array([[len(text)] for text in part]) + lengths)
+            limits = DEFAULT_MAX_EDIT_DISTANCE * (np.array([[len(text)] for text in part]) + lengths)
             count += int((edits < limits).sum())
     return count
 
@@ -127,16 +127,24 @@ def _in_context(
 ) -> list[Line]:
     pair = f"{view_t.name} → {view_s.name}"
     exact = build_exact(view_t, view_s)
-    near = load_or_build_neighbours(view_t, view_s, theta=DEFAULT_THETA, workers=options.workers)
-    mined, prefix = build_mined(view_t, view_s, workers=options.workers), build_prefix(view_t, view_s)
-    reachable = reachable_by_strategy(exact, mined, prefix, near)
+    near = load_or_build_neighbours(
+        view_t, view_s, max_edit_distance=DEFAULT_MAX_EDIT_DISTANCE, workers=options.workers
+    )
+    min_ed, prefix = build_min_ed(view_t, view_s, workers=options.workers), build_prefix(view_t, view_s)
+    reachable = reachable_by_strategy(exact, min_ed, prefix, near)
     found = _candidates(options.teacher, view_t, texts, prefix.dense(), view_s.vocab_size, reachable)
     table = PairTable.from_tables(exact, near)
     everything = select_pairs(table, *found.teacher, *found.student)
     at = torch.arange(POSITIONS) % len(found.teacher[0])
     inputs = [column[at] for column in (*found.teacher, *found.student)]
     fast = medians({"select": partial(select_pairs, table, *inputs)}, options.rounds, thread_time)["select"]
-    rule = make_rule(view_t, view_s, partner_rows(exact, near)[0], theta=near.theta, guards=near.guards)
+    rule = make_rule(
+        view_t,
+        view_s,
+        partner_rows(exact, near)[0],
+        max_edit_distance=near.max_edit_distance,
+        match_digits=near.match_digits,
+    )
     some = [column[:TWIN_POSITIONS] for column in inputs]
     by_twin: list[dict[int, int]] = []
     twin = once(lambda: by_twin.extend(_twin(rule, some)), thread_time) * POSITIONS / TWIN_POSITIONS

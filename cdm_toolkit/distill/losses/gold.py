@@ -13,7 +13,7 @@ from cdm_toolkit.distill.losses.reading import group_sums, kd_parts, read_groups
 from cdm_toolkit.distill.losses.record import KdParts, Reading, StudentSees, TeacherSays, TopK
 from cdm_toolkit.distill.losses.static_map import merged, partners_of
 from cdm_toolkit.distill.losses.uld import sorted_l1
-from cdm_toolkit.vocab_map.record import NO_MATCH
+from cdm_toolkit.vocab_map.types import NO_MATCH
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64

@@ -18,7 +18,7 @@ from cdm_toolkit.distill.losses.pick import top_k
 from cdm_toolkit.distill.losses.reading import kd_parts
 from cdm_toolkit.distill.losses.record import KdParts, Reading, StudentSees, TeacherSays, TopK
 from cdm_toolkit.distill.losses.static_map import merged
-from cdm_toolkit.vocab_map.record import NO_MATCH
+from cdm_toolkit.vocab_map.types import NO_MATCH
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64

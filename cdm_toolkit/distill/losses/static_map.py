@@ -10,7 +10,7 @@ import torch
 from cdm_toolkit.distill.losses.buckets import bucket_kl
 from cdm_toolkit.distill.losses.reading import kd_parts, read_groups
 from cdm_toolkit.distill.losses.record import KdParts, Reading, StudentSees, TeacherSays, TopK
-from cdm_toolkit.vocab_map.record import NO_MATCH
+from cdm_toolkit.vocab_map.types import NO_MATCH
 
 if TYPE_CHECKING:
     from jaxtyping import Int64

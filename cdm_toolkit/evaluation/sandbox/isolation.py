@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 
 from cdm_toolkit.errors import IsolationMissing
+from cdm_toolkit.evaluation.sandbox.execute import SetupError, run_program
 from cdm_toolkit.evaluation.sandbox.records import LAYERS, Isolation, Program
-from cdm_toolkit.evaluation.sandbox.run import SetupError, run_program
 
 NAMESPACES = LAYERS[:6]
 TRIAL = Program("def answer(n):\n    return [n]\n", "answer", "assert answer(41) == [41]")

@@ -13,7 +13,7 @@ from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_metho
 from cdm_toolkit.distill.losses.pick import top_k
 from cdm_toolkit.distill.losses.record import TeacherSays
 from cdm_toolkit.vocab_map.contextual import PairTable
-from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable, Sides, single
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, Sides, single
 
 from .twins import TWINS, Group, World, softmax
 
@@ -108,7 +108,11 @@ def pair_table(world: World) -> PairTable:
         return Neighbours(np.zeros(size + 1, np.int64), none, none.astype(np.float32), none)
 
     near = NeighbourTable(
-        **sides, theta=0.3, guards=True, t_to_s=nobody(world.vocab_t), s_to_t=nobody(world.vocab_s)
+        **sides,
+        max_edit_distance=0.3,
+        match_digits=True,
+        t_to_s=nobody(world.vocab_t),
+        s_to_t=nobody(world.vocab_s),
     )
     return PairTable.from_tables(single("exact", sides, np.array(world.partner)), near)
 

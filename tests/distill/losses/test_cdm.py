@@ -14,7 +14,7 @@ from cdm_toolkit.distill.losses.combine import Reader, loss_parts
 from cdm_toolkit.distill.losses.pick import top_k
 from cdm_toolkit.distill.losses.record import LossParts, TeacherSays, TopK, objective
 from cdm_toolkit.vocab_map.contextual import PairTable
-from cdm_toolkit.vocab_map.record import Neighbours, NeighbourTable, Sides, single
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, Sides, single
 
 VOCAB_T, VOCAB_S, K = 14, 16, 5
 SIDES = Sides(name_t="t", name_s="s", fingerprint_t="ft", fingerprint_s="fs", size_t=VOCAB_T, size_s=VOCAB_S)
@@ -37,8 +37,8 @@ def cdm_settings() -> CdmSettings:
     exact = single("exact", SIDES, exact_ids())
     near = NeighbourTable(
         **SIDES,
-        theta=0.3,
-        guards=True,
+        max_edit_distance=0.3,
+        match_digits=True,
         t_to_s=no_neighbours(VOCAB_T),
         s_to_t=no_neighbours(VOCAB_S),
     )

@@ -76,7 +76,7 @@ def hub_rows(data: DataSource) -> DataFile | str:
 def hub_split(data: DataSource, split: str) -> DataFile | str:
     """Give a split of the hub's data as JSONL in the cache folder, or say why there is none."""
     from cdm_toolkit.artifacts.cache import cache_folder
-    from cdm_toolkit.hub.cache import publish
+    from cdm_toolkit.hub.publish import publish
 
     name = f"{str(data.hub).replace('/', '--')}-{data.config or 'default'}-{split}"
     folder = cache_folder() / "data" / name

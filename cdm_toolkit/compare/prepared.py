@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import read_header
 from cdm_toolkit.compare.measure import Heldout, score_model
-from cdm_toolkit.compare.record import Measured, ModelScores
-from cdm_toolkit.compare.store import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
+from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
 from cdm_toolkit.compare.texts import text_rows
+from cdm_toolkit.compare.types import Measured, ModelScores
 from cdm_toolkit.distill.cached_teacher import open_cache
 from cdm_toolkit.distill.config import CANDIDATES
 from cdm_toolkit.distill.reading import Side, read, side_of
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
 from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
-from cdm_toolkit.evaluation.run import Ask, evaluate, open_suite
+from cdm_toolkit.evaluation.evaluate import Ask, evaluate, open_suite
 from cdm_toolkit.hub.models import checked_device, model_fingerprint, model_folder
 from cdm_toolkit.hub.students import new_student, transplant
 from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -119,7 +119,7 @@ def open_shared(folder: StudyFolder) -> Shared:
             start=model_scores(content["start"]),
             counts=content["counts"],
             passed_over=content["passed_over"],
-            fingerprints=content["receipt"]["fingerprints"],
+            fingerprints=content["provenance"]["fingerprints"],
         )
         rows = found.fingerprints[TRAINING_ROWS]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -167,7 +167,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     )
     teacher = ModelScores(*_sides(study, heldout.teacher), suite_scores(study, study.teacher))
     start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
-    made_by = receipt(fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.device)
+    made_by = provenance(fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.device)
     content = {
         "student": _kept(shared, student),
         "cache": cache and _kept(shared, cache),
@@ -175,7 +175,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
         "start": asdict(start),
         "counts": {kind: len(rows) for kind, rows in chosen.items()},
         "passed_over": passed_over,
-        "receipt": dict(made_by),
+        "provenance": dict(made_by),
     }
     write_json(shared / SHARED_FILE, content)
 

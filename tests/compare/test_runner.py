@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-from cdm_toolkit.compare import run as run_module
-from cdm_toolkit.compare import shared as shared_module
+from cdm_toolkit.compare import prepared as shared_module
+from cdm_toolkit.compare import runner as run_module
 from cdm_toolkit.compare.cells import grid
-from cdm_toolkit.compare.record import CellResult
+from cdm_toolkit.compare.prepared import CODE, open_shared, prepare
 from cdm_toolkit.compare.results import put_together, uneven
-from cdm_toolkit.compare.run import (
+from cdm_toolkit.compare.runner import (
     Running,
     cell_config,
     code_fingerprint,
@@ -31,9 +31,9 @@ from cdm_toolkit.compare.run import (
     run_study,
     running_cell,
 )
-from cdm_toolkit.compare.shared import CODE, open_shared, prepare
-from cdm_toolkit.compare.store import CELL_FILE, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.study import StudyConfig, from_file
+from cdm_toolkit.compare.study_folder import CELL_FILE, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.types import CellResult
 from cdm_toolkit.distill.rows import read_rows
 from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import (
@@ -202,7 +202,7 @@ def test_peak_memory_is_this_process_alone() -> None:
     """`getrusage` of a child starts with its parent's, which has models in memory."""
     ballast = bytearray(300 << 20)
     ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
-    line = "from cdm_toolkit.compare.run import peak_memory as p; print(p('cpu'))"
+    line = "from cdm_toolkit.compare.runner import peak_memory as p; print(p('cpu'))"
     own = peak_memory("cpu")
     child = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
     assert own > 300 << 20
@@ -369,8 +369,8 @@ def test_cells_of_other_sources_are_told(study: StudyConfig, copied: StudyFolder
     file = copied.of(grid(study)[1]) / CELL_FILE
     content = json.loads(file.read_text())
     assert "code" not in put_together(study, copied, command="x").facts
-    assert content["receipt"]["fingerprints"][CODE] == code_fingerprint()
-    content["receipt"]["fingerprints"][CODE] = "0123456789"
+    assert content["provenance"]["fingerprints"][CODE] == code_fingerprint()
+    content["provenance"]["fingerprints"][CODE] = "0123456789"
     file.write_text(json.dumps(content))
     told = put_together(study, copied, command="x").facts["code"]
     assert told.startswith("not one version of this toolkit: ")
@@ -415,7 +415,7 @@ def test_a_study_that_was_never_prepared(study: StudyConfig, tmp_path: Path) -> 
 def test_a_cell_of_another_origin_is_told(study: StudyConfig, copied: StudyFolder) -> None:
     file = copied.of(grid(study)[2]) / CELL_FILE
     content = json.loads(file.read_text())
-    content["receipt"]["fingerprints"]["training rows"] = "0"
+    content["provenance"]["fingerprints"]["training rows"] = "0"
     file.write_text(json.dumps(content))
     with pytest.raises(BadArtifact, match=r"another training rows than this study; run it again: --cell 2"):
         put_together(study, copied, command="x")
@@ -450,7 +450,12 @@ def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
     assert result.facts["trained on"] == "sums (6 rows), code (2 rows)"
     assert result.facts["steps"].startswith("3 of 2 rows, ")
     assert result.planned == 4
-    assert result.receipt["fingerprints"].keys() >= {"teacher", "student", "training rows", "held-out rows"}
+    assert result.provenance["fingerprints"].keys() >= {
+        "teacher",
+        "student",
+        "training rows",
+        "held-out rows",
+    }
 
 
 # All cells, in processes of their own
@@ -469,7 +474,7 @@ def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -
     for index in (1, 3):
         stored = copied.read_cell(study, grid(study)[index])
         assert figures(stored.result) == figures(before[index].result), "another process gives the same bits"
-        assert "--cell" in stored.receipt["command"]
+        assert "--cell" in stored.provenance["command"]
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.compare.record import StudyResult
+from cdm_toolkit.compare.types import StudyResult
 from cdm_toolkit.errors import FileProblem
 
 pytest.importorskip("matplotlib", reason="the extra `compare` is not installed")
 
-from cdm_toolkit.compare.page import study_page, write_page
+from cdm_toolkit.compare.study_page import study_page, write_page
 
 Make = Callable[..., StudyResult]
 _VOID = {"meta", "img", "source", "br", "path"}
@@ -146,7 +146,7 @@ def test_everything_from_outside_is_escaped(make_study: Make) -> None:
         about=evil,
         pair=evil,
         facts={evil: evil},
-        receipt={evil: evil},
+        provenance={evil: evil},
         methods=(f"sft {evil}", "cdm"),
         planned=99,
         start=replace(made.start, inside=renamed(made.start.inside), suites={evil: {evil: 0.5}}),

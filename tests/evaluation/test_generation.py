@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
-from cdm_toolkit.evaluation.generate import (
+from cdm_toolkit.evaluation.evaluate import Subject, start_token
+from cdm_toolkit.evaluation.generation import (
     GenerationSettings,
     _top_p,
     as_chat,
@@ -17,7 +18,6 @@ from cdm_toolkit.evaluation.generate import (
     prompt_ids,
     spelled,
 )
-from cdm_toolkit.evaluation.run import Subject, start_token
 
 MakeSubject = Callable[..., Subject]
 PROMPTS = (

@@ -13,8 +13,8 @@ from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import MISSING, Column, by_kind, overview, suites
 from cdm_toolkit.compare.figures import DARK, LIGHT, LINES_AMONG_MARKS, marker_path, pictures, svg
 from cdm_toolkit.compare.palette import Style, styles
-from cdm_toolkit.compare.record import StudyResult
 from cdm_toolkit.compare.summary import Line, MethodSummary, Side, Summary, Verdict, summarize
+from cdm_toolkit.compare.types import StudyResult
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #59636e; --paper: #ffffff; --line: #d0d7de;
@@ -84,7 +84,7 @@ def study_page(result: StudyResult) -> str:
         *_kinds(result, summary, marks),
         *_lines(summary, marks, drawn.get("alphas", "<h2>Over α</h2>")),
         *_settings(summary, marks),
-        _receipt(result.receipt),
+        _provenance(result.provenance),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -328,7 +328,7 @@ def _place(method: MethodSummary) -> str:
     return f"{method.name}: {', '.join(shares)}{', on the front' if method.on_front else ''}"
 
 
-# Settings and receipt
+# Settings and provenance
 
 _OF_A_CELL = ("output", "train.seed")
 """Settings that differ between cells of one method."""
@@ -410,5 +410,5 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _receipt(receipt: Mapping[str, Any]) -> str:
-    return f"<h2>Receipt</h2>\n{_yaml(receipt)}"
+def _provenance(provenance: Mapping[str, Any]) -> str:
+    return f"<h2>Provenance</h2>\n{_yaml(provenance)}"

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 
 
 def test_says_what_made_an_artifact():
-    made = receipt(
+    made = provenance(
         ["cdm", "distill", "--data", "my file"], fingerprints={"teacher": "ab"}, seed=3, device="cpu"
     )
     assert made["command"] == "cdm distill --data 'my file'"
@@ -22,7 +22,7 @@ def test_says_what_made_an_artifact():
 
 def test_imports_neither_torch_nor_transformers():
     code = (
-        "import sys; from cdm_toolkit.artifacts import maps, exports; maps.receipt();"
+        "import sys; from cdm_toolkit.artifacts import maps, exports; maps.provenance();"
         "print({'torch', 'transformers', 'numba', 'pyarrow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The definition of `mined.py`: every student token is tried."""
+"""The definition of `min_ed.py`: every student token is tried."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cdm_toolkit.vocab_map.keys import TokenKey, token_keys
 from cdm_toolkit.vocab_map.neighbours_reference import distance, edits_and_lengths
 
 
-def mined_reference(view_t: TokenizerView, view_s: TokenizerView, *, guards: bool) -> dict[int, int]:
+def min_ed_reference(view_t: TokenizerView, view_s: TokenizerView, *, match_digits: bool) -> dict[int, int]:
     """Map the teacher ids that have a match."""
     best = exact_reference(view_t, view_s)
     students = token_keys(view_s, strip=False)
@@ -17,7 +17,7 @@ def mined_reference(view_t: TokenizerView, view_s: TokenizerView, *, guards: boo
             choices = [
                 (distance(key, other), len(other.data), other.id)
                 for other in students
-                if _something_in_common(key, other) and (not guards or key.guard == other.guard)
+                if _something_in_common(key, other) and (not match_digits or key.guard == other.guard)
             ]
             if choices:
                 best[key.id] = min(choices)[2]

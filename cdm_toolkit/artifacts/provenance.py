@@ -1,4 +1,4 @@
-"""Receipts: what made an artifact."""
+"""Provenance: what made an artifact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cdm_toolkit import __version__
 RECORDED = ("torch", "transformers", "tokenizers", "numpy")
 
 
-class Receipt(TypedDict):
+class Provenance(TypedDict):
     """Say how an artifact was made; `seed` and `device` are None where none had a part in it."""
 
     command: str
@@ -25,18 +25,18 @@ class Receipt(TypedDict):
     device: str | None
 
 
-def receipt(
+def provenance(
     command: Sequence[str] | None = None,
     *,
     fingerprints: Mapping[str, str] | None = None,
     seed: int | None = None,
     device: str | None = None,
-) -> Receipt:
-    """Make a receipt of now; `command` is the words of a command line, by default this process's own.
+) -> Provenance:
+    """Record what made an artifact, now; `command` is the words of a command line, by default this process's own.
 
     `fingerprints` names what went in, such as tokenizers. Time is UTC. Asking for versions imports nothing.
     """
-    return Receipt(
+    return Provenance(
         command=shlex.join(sys.argv if command is None else command),
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={

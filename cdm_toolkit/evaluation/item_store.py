@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cdm_toolkit.errors import BadArtifact, FileProblem
-from cdm_toolkit.evaluation.results import Item
+from cdm_toolkit.evaluation.scores import Item
 
 
 class ItemFile:

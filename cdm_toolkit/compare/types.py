@@ -117,4 +117,4 @@ class StudyResult:
     """Cells of the whole study."""
     facts: Mapping[str, str]
     """What a reader must know: data, steps, tokens, machine, command. In the order to print them."""
-    receipt: Mapping[str, Any]
+    provenance: Mapping[str, Any]

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.settings import make, read_yaml
-from cdm_toolkit.compare.record import Cell, CellResult, Measured, ModelScores, Point, StudyResult
 from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, Point, StudyResult
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
@@ -28,7 +28,7 @@ STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
     "cell.json",
     "log.txt",
 )
-FORMAT, VERSION = "cdm-toolkit study cell", 1
+FORMAT, VERSION = "cdm-toolkit study cell", 2
 FREE = ("name", "about", "default", "methods", "seeds", "alpha", "curves")
 """Settings that may change once cells are there: what is said of them, and which there are. A cell itself tells how
 it was trained."""
@@ -47,11 +47,11 @@ class Stored:
     """Those of its method, defaults included."""
     machine: str
     warnings: tuple[str, ...]
-    receipt: Mapping[str, Any]
+    provenance: Mapping[str, Any]
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        found: Mapping[str, str] = self.receipt["fingerprints"]
+        found: Mapping[str, str] = self.provenance["fingerprints"]
         return found
 
 
@@ -159,7 +159,7 @@ class StudyFolder:
                 raise ValueError("it is of another format")
             result = _cell_result(content["result"])
             warnings, options = tuple(content["warnings"]), dict(content["options"])
-            found = Stored(result, options, content["machine"], warnings, content["receipt"])
+            found = Stored(result, options, content["machine"], warnings, content["provenance"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"it is damaged ({str(error) or type(error).__name__})"
             raise BadArtifact(file, problem, again) from None
@@ -195,7 +195,7 @@ class StudyFolder:
             "options": dict(stored.options),
             "machine": stored.machine,
             "warnings": list(stored.warnings),
-            "receipt": dict(stored.receipt),
+            "provenance": dict(stored.provenance),
         }
         write_json(self.of(stored.result.cell) / CELL_FILE, content)
 

@@ -21,12 +21,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cdm_toolkit.artifacts.receipts import receipt
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.compare.cells import cell_at, grid
-from cdm_toolkit.compare.record import Cell, CellResult, Point
-from cdm_toolkit.compare.shared import CODE, OnStage, Shared, check_origin, prepare, score, uses_cache
-from cdm_toolkit.compare.store import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.prepared import CODE, OnStage, Shared, check_origin, prepare, score, uses_cache
 from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.compare.study_folder import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.types import Cell, CellResult, Point
 from cdm_toolkit.distill.config import DistillConfig, from_mapping
 from cdm_toolkit.errors import Interrupted
 
@@ -145,7 +145,7 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
         settings=config.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
     )
     made_of = {**shared.fingerprints, CODE: code_fingerprint()}
-    made_by = receipt(fingerprints=made_of, seed=cell.seed, device=study.run.device)
+    made_by = provenance(fingerprints=made_of, seed=cell.seed, device=study.run.device)
     options = study.methods[cell.method].options()
     return Stored(result, options, machine(study), trained.warnings, dict(made_by))
 
