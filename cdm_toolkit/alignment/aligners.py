@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -15,7 +16,8 @@ from cdm_toolkit.errors import BadOption, UnknownName
 from cdm_toolkit.tokdiff.spans import TokenSpans
 from cdm_toolkit.tokdiff.view import TokenizerView
 
-ALIGNERS = ("anchored", "bytes", "entropy-dtw", "dtw")
+AlignerName = Literal["anchored", "bytes", "entropy-dtw", "dtw"]
+ALIGNERS: tuple[AlignerName, ...] = get_args(AlignerName)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

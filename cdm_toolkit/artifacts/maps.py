@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.cache import cache_folder
+from cdm_toolkit.artifacts.code import code_fingerprint
 from cdm_toolkit.artifacts.provenance import Provenance, provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -130,7 +131,16 @@ def cached_table(
     view_t: TokenizerView, view_s: TokenizerView, *, max_edit_distance: float, match_digits: bool
 ) -> Path:
     """Say where the cache keeps the table of two tokenizers."""
-    key = json.dumps([VERSION, view_t.fingerprint, view_s.fingerprint, max_edit_distance, match_digits])
+    key = json.dumps(
+        [
+            VERSION,
+            code_fingerprint("tokdiff", "vocab_map"),
+            view_t.fingerprint,
+            view_s.fingerprint,
+            max_edit_distance,
+            match_digits,
+        ]
+    )
     return cache_folder() / "neighbours" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 

@@ -46,7 +46,9 @@ def make(kind: type[Record], settings: Mapping[str, Any], *, source: str) -> Rec
     try:
         return kind.model_validate(dict(settings))
     except ValidationError as error:
-        faults = list(dict.fromkeys(_fault(kind, entry) for entry in error.errors(include_url=False)))
+        faults = list(
+            dict.fromkeys(line for entry in error.errors(include_url=False) for line in _faults(kind, entry))
+        )
         raise BadRunConfig(source, faults) from None
 
 
@@ -101,6 +103,15 @@ def _put(into: Any, keys: Sequence[str], value: Any) -> str | None:
             into[place] = {}
         into = None if last else into[place]
     return None
+
+
+def _faults(kind: type[Settings], entry: Any) -> list[str]:
+    """Give a line for each fault: a validator may raise an error that has several `faults`, each with a `name`."""
+    several = getattr(entry.get("ctx", {}).get("error"), "faults", None)
+    if several is None:
+        return [_fault(kind, entry)]
+    where = "".join(f"{part}." for part in entry["loc"])
+    return [f"{where}{fault}" for fault in several]
 
 
 def _fault(kind: type[Settings], entry: Any) -> str:

@@ -20,7 +20,7 @@ from cdm_toolkit.distill.data import Features, Side, TeacherSide, build_features
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
 from cdm_toolkit.evaluation.bpb import first_scored
-from cdm_toolkit.hub.batches import batches, scored_places
+from cdm_toolkit.batching import batches, scored_places
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cdm_toolkit.distill.data import RowCounts
+from cdm_toolkit.distill.features import RowCounts
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
-from cdm_toolkit.distill.rows import read_rows
 from cdm_toolkit.distill.trainer import training_arguments
 from cdm_toolkit.hub.models import checked_device
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from cdm_toolkit.distill.config import DistillConfig
+    from cdm_toolkit.distill.settings import DistillConfig
     from cdm_toolkit.distill.trainer import DistillTrainer
 
 LOOKED_AT = 100
@@ -33,8 +33,8 @@ arXiv 2205.05198, section 4.1, half of whose 34 bytes; without the attention mat
 
 
 @dataclass(frozen=True, slots=True)
-class LessonPlan:
-    """What a teacher would teach, measured on the first rows with the student as it is."""
+class TeacherPlan:
+    """One teacher's KD and coverage, measured on the first rows with the student as it is."""
 
     name: str
     method: str
@@ -53,7 +53,7 @@ class Plan:
     rows: RowCounts
     steps: int
     steps_an_epoch: int
-    rows_a_step: int
+    rows_per_step: int
     tokens_an_epoch: int
     """The student's, prompts included."""
     labels_an_epoch: int
@@ -63,7 +63,7 @@ class Plan:
     looked_at: int
     ce: float
     """Nats a label over the rows that were looked at."""
-    lessons: tuple[LessonPlan, ...]
+    teachers: tuple[TeacherPlan, ...]
     warnings: tuple[str, ...]
 
 
@@ -76,15 +76,15 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     prepared = prepare(config, read_rows(config.data.path), on_progress)
     with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))
-        ce, lessons, looked_at = _look(prepared, trainer, on_progress)
-    rows_a_step, steps_an_epoch, steps = _steps(config, len(prepared.features), trainer.args.world_size)
+        ce, teachers, looked_at = _look(prepared, trainer, on_progress)
+    rows_per_step, steps_an_epoch, steps = _steps(config, len(prepared.features), trainer.args.world_size)
     lengths, labels = prepared.features.student_lengths, prepared.features.label_counts
     trained = [p for p in prepared.student.parameters() if p.requires_grad]
     return Plan(
         rows=prepared.counts,
         steps=steps,
         steps_an_epoch=steps_an_epoch,
-        rows_a_step=rows_a_step,
+        rows_per_step=rows_per_step,
         tokens_an_epoch=int(lengths.sum()),
         labels_an_epoch=int(labels.sum()),
         parameters=sum(p.numel() for p in prepared.student.parameters()),
@@ -92,8 +92,8 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
         memory=dict(_memory(prepared)),
         looked_at=looked_at,
         ce=ce,
-        lessons=lessons,
-        warnings=(*prepared.warnings, *_low(lessons)),
+        teachers=teachers,
+        warnings=(*prepared.warnings, *_low(teachers)),
     )
 
 
@@ -107,27 +107,26 @@ def _steps(config: DistillConfig, rows: int, processes: int) -> tuple[int, int, 
 
 def _look(
     prepared: Prepared, trainer: DistillTrainer, on_progress: OnProgress
-) -> tuple[float, tuple[LessonPlan, ...], int]:
+) -> tuple[float, tuple[TeacherPlan, ...], int]:
     """Run both models over the first rows, without a gradient."""
     import torch
 
     many, size = min(LOOKED_AT, len(prepared.features)), prepared.config.train.batch_size
     device = torch.device(prepared.config.train.device)
     model = prepared.student.to(device).eval()
-    sums, labels = np.zeros((len(prepared.lessons), 4)), 0
+    sums, labels = np.zeros((len(prepared.objectives), 4)), 0
     ce = 0.0
     for first in range(0, many, size):
         features = [prepared.features[nth] for nth in range(first, min(first + size, many))]
-        batch = trainer._prepare_inputs(prepared.collator(features))  # type: ignore[arg-type]
+        batch = prepared.collator(features).to(device)
         with torch.no_grad():
-            parts = trainer.loss_parts(model, batch)  # type: ignore[arg-type]
-        ce, labels = ce + float(parts.ce), labels + sum(row.labels for row in features)
-        for nth, kd in enumerate(parts.kd):
-            groups = sum(batch["teachers"][nth]["groups"])
-            sums[nth] += [float(kd.kd), float(kd.matched_mass), float(kd.pairs), groups]
+            found = trainer.loss_sums(model, batch)
+        ce, labels = ce + float(found.ce), labels + len(batch.labels)
+        for nth, (kd, side) in enumerate(zip(found.kd, batch.teachers, strict=True)):
+            sums[nth] += [float(kd.kd), float(kd.matched_mass), float(kd.pairs), side.groups]
         on_progress(Progress("look", first + len(features), many))
-    lessons = tuple(
-        LessonPlan(
+    teachers = tuple(
+        TeacherPlan(
             name=teacher.model,
             method=teacher.method,
             weight=teacher.weight,
@@ -138,16 +137,16 @@ def _look(
         )
         for teacher, (kd, mass, pairs, groups) in zip(prepared.config.teachers, sums.tolist(), strict=True)
     )
-    return ce / labels, lessons, many
+    return ce / labels, teachers, many
 
 
-def _low(lessons: tuple[LessonPlan, ...]) -> Iterator[str]:
-    for lesson in lessons:
-        if lesson.aligned_share == 0:
-            yield f"nothing is aligned with {lesson.name}: it teaches nothing"
-        elif 0 < lesson.matched_mass < LOW_MASS:
+def _low(teachers: tuple[TeacherPlan, ...]) -> Iterator[str]:
+    for teacher in teachers:
+        if teacher.aligned_share == 0:
+            yield f"nothing is aligned with {teacher.name}: it teaches nothing"
+        elif 0 < teacher.matched_mass < LOW_MASS:
             yield (
-                f"only {lesson.matched_mass:.0%} of what {lesson.name} predicts has a partner in the student's "
+                f"only {teacher.matched_mass:.0%} of what {teacher.name} predicts has a match in the student's "
                 "vocabulary: the rest teaches little"
             )
 
@@ -166,12 +165,12 @@ def _memory(prepared: Prepared) -> Iterator[tuple[str, int]]:
     kept = 1 if config.train.gradient_checkpointing else ACTIVATIONS
     yield "student activations", kept * mixed * tokens * shape.hidden_size * shape.num_hidden_layers
     yield "student logits and their gradient", 2 * mixed * int(labels.sum()) * shape.vocab_size
-    for lesson, tokenizer in zip(prepared.lessons, prepared.teacher_tokenizers, strict=True):
-        model = getattr(lesson.teacher, "model", None)
+    for objective, tokenizer in zip(prepared.objectives, prepared.teacher_tokenizers, strict=True):
+        model = getattr(objective.teacher, "model", None)
         if model is not None:
-            yield f"teacher {lesson.name}, weights", _bytes(model)
+            yield f"teacher {objective.name}, weights", _bytes(model)
             logits = int(labels.sum()) * tokenizer.view.vocab_size * next(model.parameters()).element_size()
-            yield f"teacher {lesson.name}, logits", logits
+            yield f"teacher {objective.name}, logits", logits
 
 
 def _bytes(model: nn.Module) -> int:

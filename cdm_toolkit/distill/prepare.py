@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cdm_toolkit.distill.collate import Collator, TeacherLayout
-from cdm_toolkit.distill.data import RowCounts, TeacherSide, build_features, side_of, template_notes
-from cdm_toolkit.distill.entropies import ModelEntropies
-from cdm_toolkit.distill.lessons import Rows, build_lesson
-from cdm_toolkit.distill.losses.methods import METHODS
-from cdm_toolkit.distill.rows import Row
-from cdm_toolkit.distill.trainer import DistillTrainer, Lesson, StepLog
+from cdm_toolkit.artifacts.maps import load_or_build_neighbours
+from cdm_toolkit.distill.features import RowCounts, build_features
+from cdm_toolkit.distill.model_entropies import ModelEntropies
+from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, TeacherObjective
 from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain
 from cdm_toolkit.hub.models import (
     check_positions,
@@ -23,14 +20,26 @@ from cdm_toolkit.hub.models import (
     model_folder,
 )
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
+from cdm_toolkit.kd.batch import Collator
+from cdm_toolkit.kd.method import Method, Teacher
+from cdm_toolkit.kd.pair import TokenizerPair
+from cdm_toolkit.kd.rows import Row
+from cdm_toolkit.kd.settings import DEFAULT_TOP_K
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, template_notes, tokenizer_side
+from cdm_toolkit.teachers.cached import Cached, check_rows, open_cache
+from cdm_toolkit.teachers.local import Local
 
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Int64
     from transformers import PreTrainedModel, TrainingArguments
 
-    from cdm_toolkit.distill.config import DistillConfig, TeacherConfig
-    from cdm_toolkit.distill.data import StoredFeatures
+    from cdm_toolkit.distill.feature_store import StoredFeatures
+    from cdm_toolkit.distill.settings import DistillConfig, TeacherConfig
+
+
+PAPERS_OWN = {"positions", "max_edit_distance", "match_digits", "exact_always"}
+"""Settings that only ever belonged to the paper's mapping: who sets one knows which `cdm` is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Prepared:
     features: StoredFeatures
     counts: RowCounts
     collator: Collator
-    lessons: tuple[Lesson, ...]
+    objectives: tuple[TeacherObjective, ...]
     warnings: tuple[str, ...]
 
     def trainer(
@@ -73,10 +82,9 @@ class Prepared:
             self.features,
             self.collator,
             self.student_tokenizer.tokenizer,
-            vocab_s=self.student_tokenizer.view.vocab_size,
-            lessons=self.lessons,
+            objectives=self.objectives,
             alpha=self.config.ce_weight,
-            bucket=self.config.train.bucket,
+            group_by_length=self.config.train.group_by_length,
             on_step=on_step,
             stopping=stopping,
         )
@@ -86,16 +94,18 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
     """Tokenize, align and load. Raises the errors of models and tokenizers, NothingToTrain, BadOption."""
     student_tokenizer = load_tokenizer(config.student)
     tokenizers = tuple(load_tokenizer(teacher.model) for teacher in config.teachers)
-    for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True):
-        _check_method(teacher, tokenizer, student_tokenizer)
+    pairs = tuple(_pair(tokenizer, student_tokenizer, config, on_progress) for tokenizer in tokenizers)
+    for teacher, pair in zip(config.teachers, pairs, strict=True):
+        _check_method(teacher, pair)
     models = _Models(config, on_progress)
+    student_side = tokenizer_side(student_tokenizer.tokenizer, student_tokenizer.view)
     sides = [
-        TeacherSide(side_of(tokenizer), teacher.aligner)
-        for teacher, tokenizer in zip(config.teachers, tokenizers, strict=True)
+        TeacherSide(pair.teacher, teacher.aligner)
+        for pair, teacher in zip(pairs, config.teachers, strict=True)
     ]
     features, counts = build_features(
         rows,
-        side_of(student_tokenizer),
+        student_side,
         sides,
         max_length=config.data.max_length,
         template=config.data.template,
@@ -107,27 +117,7 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
         raise NothingToTrain(config.data.path, str(counts))
     student = models.student
     _check(student, config.student, student_tokenizer, features.student_lengths)
-    lessons = tuple(
-        build_lesson(
-            teacher,
-            tokenizer,
-            student_tokenizer,
-            Rows(nth, features, rows, config.data.template),
-            model=partial(_teacher, models, nth, tokenizer, features),
-            device=config.train.device,
-            workers=config.data.workers,
-            progress=lambda done, total: on_progress(Progress("neighbours", done, total)),
-        )
-        for nth, (teacher, tokenizer) in enumerate(zip(config.teachers, tokenizers, strict=True))
-    )
-    layouts = tuple(
-        TeacherLayout(
-            teacher.positions,
-            tokens=METHODS[teacher.variant].needs_tokens,
-            student_tokens=METHODS[teacher.variant].needs_student_tokens,
-        )
-        for teacher in config.teachers
-    )
+    data = _Data(rows, features, models)
     return Prepared(
         config=config,
         student=_adapted(student, config),
@@ -135,13 +125,57 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
         teacher_tokenizers=tokenizers,
         features=features,
         counts=counts,
-        collator=Collator(layouts),
-        lessons=lessons,
+        collator=Collator(
+            tuple(pair.fingerprints for pair in pairs), tuple((pair.name_t, pair.name_s) for pair in pairs)
+        ),
+        objectives=tuple(
+            _objective(nth, pair, tokenizer, data)
+            for nth, (pair, tokenizer) in enumerate(zip(pairs, tokenizers, strict=True))
+        ),
         warnings=(
-            *_warnings(config, counts, student_tokenizer, tokenizers),
-            *template_notes(side_of(student_tokenizer), sides, config.data.template),
+            *_warnings(config, counts, pairs),
+            *template_notes(student_side, sides, config.data.template),
         ),
     )
+
+
+def _pair(teacher: Loaded, student: Loaded, config: DistillConfig, on_progress: OnProgress) -> TokenizerPair:
+    """Make a pair whose tables of near tokens are kept in the cache folder."""
+    pair = TokenizerPair(teacher.tokenizer, student.tokenizer, names=(teacher.view.name, student.view.name))
+    pair.neighbour_builder = load_or_build_neighbours
+    pair.workers = config.data.workers
+    pair.progress = lambda done, total: on_progress(Progress("neighbours", done, total))
+    return pair
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Data:
+    """What teachers are asked about, and the models that are there to ask."""
+
+    rows: list[Row]
+    features: StoredFeatures
+    models: _Models
+
+
+def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) -> TeacherObjective:
+    """Open the `nth` teacher's cache, or load its model, and build its method for the pair.
+
+    Raises what caches, models and tables raise.
+    """
+    run = data.models.config
+    config, device = run.teachers[nth], run.train.device
+    options, kind = config.method_options, config.method_class
+    teacher: Teacher
+    if config.cache is not None:
+        cache = open_cache(config.cache, pair.teacher, data.rows, run.data.template)
+        check_rows(cache, data.features, nth)
+        if kind.reads_top_k() and options.get("top_k") is None:
+            options["top_k"] = min(DEFAULT_TOP_K, cache.k, pair.vocab_t, pair.vocab_s)
+        teacher = Cached(cache, device=device)
+    else:
+        teacher = Local(_teacher(data.models, nth, tokenizer, data.features), vocab=pair.vocab_t)
+    method: Method[Any, Any] = kind(pair, **options).to(device)
+    return TeacherObjective(config.model, teacher, method, config.weight)
 
 
 class _Models:
@@ -193,17 +227,13 @@ class _Models:
         self.on_progress(Progress("load", done, max(self._many, done)))
 
 
-def _check_method(teacher: TeacherConfig, tokenizer: Loaded, student: Loaded) -> None:
-    """See that a method for one tokenizer gets one, and that no vocabulary is smaller than the candidates."""
-    if METHODS[teacher.method].same_tokenizer and tokenizer.view.fingerprint != student.view.fingerprint:
-        raise BadOption(
-            f"the method of {teacher.model}",
-            teacher.method,
-            f"one for different tokenizers, such as cdm: {tokenizer.view.name} is not {student.view.name}",
-        )
-    smaller = min(student.view.vocab_size, tokenizer.view.vocab_size)
-    if teacher.top_k is not None and teacher.top_k > smaller and METHODS[teacher.variant].needs_top_k:
-        raise BadOption("top_k", teacher.top_k, f"at most {smaller}: the smaller vocabulary has no more ids")
+def _check_method(teacher: TeacherConfig, pair: TokenizerPair) -> None:
+    """See before any model is loaded that the method can be built for the pair."""
+    method = teacher.method_class
+    if method.same_tokenizer and not pair.same_tokenizer:
+        allowed = f"one for different tokenizers, such as spelling: {pair.name_t} is not {pair.name_s}"
+        raise BadOption(f"the method of {teacher.model}", teacher.method, allowed)
+    method.check_top_k(pair, teacher.method_options.get("top_k"))
 
 
 def _check(model: PreTrainedModel, name: str, tokenizer: Loaded, lengths: Int64[np.ndarray, " row"]) -> None:
@@ -257,15 +287,15 @@ def _layers(model: PreTrainedModel) -> Iterator[Any]:
     yield from max(lists, key=len, default=nn.ModuleList())
 
 
-def _warnings(
-    config: DistillConfig, counts: RowCounts, student: Loaded, teachers: tuple[Loaded, ...]
-) -> Iterator[str]:
-    for teacher, tokenizer in zip(config.teachers, teachers, strict=True):
-        if (
-            tokenizer.view.fingerprint == student.view.fingerprint
-            and not METHODS[teacher.method].same_tokenizer
-        ):
+def _warnings(config: DistillConfig, counts: RowCounts, pairs: tuple[TokenizerPair, ...]) -> Iterator[str]:
+    for teacher, pair in zip(config.teachers, pairs, strict=True):
+        if pair.same_tokenizer and not teacher.method_class.same_tokenizer:
             yield f"{teacher.model} and the student have the same tokenizer: kl would do, without a mapping"
+        if teacher.method == "cdm" and not PAPERS_OWN & teacher.method_options.keys():
+            yield (
+                "method cdm is the paper's (arXiv 2502.11104); the mapping by spelling, which was called cdm "
+                "before version 0.2, is method spelling"
+            )
     if counts.unaligned:
         yield f"{counts.unaligned} of {counts.trained} rows could not be aligned; they train by CE alone"
     if counts.cut:

@@ -16,15 +16,16 @@ from safetensors import SafetensorError
 
 from cdm_toolkit.artifacts.atomic import atomic_folder
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.distill.card import model_card
-from cdm_toolkit.distill.config import DistillConfig
-from cdm_toolkit.distill.data import RowCounts
-from cdm_toolkit.distill.output import claim_output, last_checkpoint, remove_run
+from cdm_toolkit.distill.features import RowCounts
+from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.model_card import model_card
+from cdm_toolkit.distill.output_folder import claim_output, last_checkpoint, remove_run
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
-from cdm_toolkit.distill.rows import Row, read_rows
+from cdm_toolkit.distill.settings import DistillConfig
 from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, read_history, training_arguments
 from cdm_toolkit.errors import FileProblem, Interrupted
 from cdm_toolkit.hub.models import checked_device, model_folder_to_fill, save_model
+from cdm_toolkit.kd.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with a loss that looks at a student and its teachers."""
+"""`transformers.Trainer` with the distillation objective of `kd`."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cdm_toolkit.distill.gather import logits_at
-from cdm_toolkit.distill.losses.combine import Reader, loss_parts
-from cdm_toolkit.distill.losses.record import LossParts, Method, TeacherSays, objective
-from cdm_toolkit.distill.order import EpochOrder
-from cdm_toolkit.distill.output import last_checkpoint, seal_checkpoint
+from cdm_toolkit.distill.output_folder import last_checkpoint, seal_checkpoint
+from cdm_toolkit.distill.sampler import LengthGroupedSampler
 from cdm_toolkit.errors import NotFinite
+from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacher, Collator
+from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
+from cdm_toolkit.kd.method import Method, Teacher
+from cdm_toolkit.kd.model_logits import logits_at
+from cdm_toolkit.kd.objective import weighted_loss
+from cdm_toolkit.kd.types import LossSums
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from cdm_toolkit.distill.collate import Batch, Collator, TeacherBatch
-    from cdm_toolkit.distill.config import DistillConfig
-    from cdm_toolkit.distill.data import StoredFeatures
-    from cdm_toolkit.distill.teacher import Teacher
+    from cdm_toolkit.distill.feature_store import StoredFeatures
+    from cdm_toolkit.distill.settings import DistillConfig
+    from cdm_toolkit.kd.aligned_rows import AlignedRow
 
 
 HISTORY = "history.json"
@@ -32,12 +34,12 @@ HISTORY = "history.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
-    """A teacher in a run: where its distributions come from, what is made of them, and how much it weighs."""
+class TeacherObjective:
+    """One teacher's part of the objective: where its signal comes from, the method on it, and its weight."""
 
     name: str
     teacher: Teacher
-    method: Method
+    method: Method[Any, Any]
     weight: float = 1.0
 
 
@@ -46,7 +48,7 @@ class TeacherLog:
     """Means over the groups of one teacher since the log before.
 
     `kd` in nats a group (a distance of probabilities under `uld`); `matched_mass` is the teacher's probability
-    on ids that have a partner, `pairs` their number at a group, `aligned_share` the groups for each label.
+    on ids that have a match, `pairs` their number at a group, `aligned_share` the groups for each label.
     """
 
     name: str
@@ -73,8 +75,22 @@ class StepLog:
     tokens: int
 
 
+class Inputs(TypedDict):
+    """What the Trainer hands from the data loader to the loss: it takes mappings only."""
+
+    batch: AlignedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class _InMapping:
+    collator: Collator
+
+    def __call__(self, rows: Sequence[AlignedRow]) -> Inputs:
+        return Inputs(batch=self.collator(rows))
+
+
 class DistillTrainer(Trainer):
-    """Train a student on what its teachers say; everything else is the Trainer's."""
+    """Train a student on the signals of its teachers; everything else is the Trainer's."""
 
     loss_is_scaled_for_ga = True
 
@@ -86,22 +102,20 @@ class DistillTrainer(Trainer):
         collator: Collator,
         tokenizer: Any,
         *,
-        vocab_s: int,
-        lessons: Sequence[Lesson],
+        objectives: Sequence[TeacherObjective],
         alpha: float,
-        bucket: bool = True,
+        group_by_length: bool = True,
         on_step: Callable[[int, int, StepLog | None], None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Give `on_step` the steps done and to do after each, and the latest log.
 
-        `vocab_s` counts the ids of the student's tokenizer; logits beyond are padding. When `stopping` says
-        so, the run ends after the step at hand, with a checkpoint.
+        When `stopping` gives True, the run ends after the step at hand, with a checkpoint.
         """
         super().__init__(
             model=student,
             args=arguments,
-            data_collator=collator,
+            data_collator=_InMapping(collator),
             train_dataset=features,  # type: ignore[arg-type]
             processing_class=tokenizer,
             callbacks=[
@@ -111,29 +125,29 @@ class DistillTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
-        self.vocab_s, self.lessons, self.alpha, self.bucket = vocab_s, tuple(lessons), alpha, bucket
+        self.objectives, self.alpha, self.group_by_length = tuple(objectives), alpha, group_by_length
         self.history: list[StepLog] = []
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         arguments = self.args
-        return EpochOrder(
+        return LengthGroupedSampler(
             self.train_dataset.lengths,  # type: ignore[union-attr]
-            rows_a_step=arguments.train_batch_size
+            rows_per_step=arguments.train_batch_size
             * arguments.gradient_accumulation_steps
             * arguments.world_size,
             seed=arguments.seed,
-            bucket=self.bucket,
+            group_by_length=self.group_by_length,
             epoch=lambda: int(self.state.epoch or 0),
         )
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor]:
+        self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
+    ) -> tuple[list[Inputs], Tensor]:
         """Take the batches of one optimizer step, and count its labels and groups over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor([_counts(batch) for batch in batches], device=device).sum(0)
+        counts = torch.tensor([_counts(inputs["batch"]) for inputs in batches], device=device).sum(0)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
@@ -141,61 +155,49 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: Inputs,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Give the part of the step's loss that this batch is (`objective`)."""
-        parts = self.loss_parts(model, inputs)
-        own = torch.tensor(_counts(inputs), device=parts.ce.device)
-        tokens, *positions = (own if num_items_in_batch is None else num_items_in_batch).unbind()
-        weights = [lesson.weight for lesson in self.lessons]
-        loss = objective(parts, alpha=self.alpha, weights=weights, tokens=tokens, positions=positions)
-        seen = [part for kd in parts.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
+        """Give the part of the step's loss that this batch is (`weighted_loss`)."""
+        batch = inputs["batch"]
+        sums = self.loss_sums(model, batch)
+        own = torch.tensor(_counts(batch), device=sums.ce.device)
+        labels, *groups = (own if num_items_in_batch is None else num_items_in_batch).unbind()
+        weights = [objective.weight for objective in self.objectives]
+        loss = weighted_loss(sums, alpha=self.alpha, weights=weights, labels=labels, groups=groups)
+        logged = [part for kd in sums.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
         self._sums += torch.stack(
-            [part.detach() for part in (parts.ce, *seen, inputs["attention_mask"].sum(), *own)]
+            [part.detach() for part in (sums.ce, *logged, batch.student["attention_mask"].sum(), *own)]
         )
         # looked at where the host waits for the device anyway: when a line is logged or a checkpoint written
-        self._unseen.append((self.state.global_step + 1, inputs["rows"], _finite(loss, parts, inputs)))
+        self._unseen.append((self.state.global_step + 1, batch.rows, _finite(loss, sums, batch)))
         # gradients are averaged over processes, counts were summed
         loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def loss_parts(self, model: nn.Module, inputs: Batch) -> LossParts:
-        """Run the student and its teachers, and the methods on what they say."""
+    def loss_sums(self, model: nn.Module, batch: AlignedBatch) -> LossSums:
+        """Run the teachers and the student, and the methods on their logits."""
         # the teachers first: their logits are gone before the student keeps anything
-        readers = [
-            self._reader(lesson, batch, inputs)
-            for lesson, batch in zip(self.lessons, inputs["teachers"], strict=True)
+        inputs = [
+            self._inputs(objective, batch, nth, side)
+            for nth, (objective, side) in enumerate(zip(self.objectives, batch.teachers, strict=True))
         ]
         student = _unwrapped(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
-            logits = logits_at(
-                model,
-                student.get_output_embeddings(),
-                inputs["label_at"],
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                **({"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}),
-            )
-        return loss_parts(logits, inputs["labels"], readers)
+            head = student.get_output_embeddings()
+            logits = logits_at(model, head, batch.label_positions, **batch.student)
+        return loss_sums(logits, batch.labels, inputs)
 
-    def _reader(self, lesson: Lesson, batch: TeacherBatch, inputs: Batch) -> Reader | None:
+    def _inputs(
+        self, objective: TeacherObjective, batch: AlignedBatch, nth: int, side: AlignedTeacher
+    ) -> LossInputs | None:
         """Ask a teacher; None where the batch has no group for it."""
-        if "at" not in batch:
+        if side.empty:
             return None
-        says: TeacherSays = lesson.teacher.says(batch, inputs["rows"])
-        token_rows = batch.get("token_rows")
-        return Reader(
-            method=lesson.method,
-            says=says,
-            vocab_s=self.vocab_s,
-            student_rows=batch["student_rows"],
-            student_group=batch.get("student_group"),
-            token_rows=token_rows,
-            token_ids=None if token_rows is None else inputs["labels"].index_select(0, token_rows),
-            token_group=batch.get("token_group"),
-        )
+        method = objective.method
+        signal = objective.teacher.signal(batch.of_teacher(nth), method.signal_request)
+        return LossInputs.of(method, signal, batch, side)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss to what is logged; the closing summary of a run has none."""
@@ -212,13 +214,13 @@ class DistillTrainer(Trainer):
     def _step_log(self, logs: dict[str, float]) -> StepLog:
         sums = self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums
         self._sums = self._no_sums()
-        many = len(self.lessons)
+        many = len(self.objectives)
         ce, *parts = sums.tolist()
         tokens, labels, *groups = parts[3 * many :]
         teachers = []
-        for nth, (lesson, count) in enumerate(zip(self.lessons, groups, strict=True)):
+        for nth, (objective, count) in enumerate(zip(self.objectives, groups, strict=True)):
             kd, mass, pairs = (part / max(count, 1) for part in parts[3 * nth : 3 * nth + 3])
-            teachers.append(TeacherLog(lesson.name, kd, mass, pairs, count / labels))
+            teachers.append(TeacherLog(objective.name, kd, mass, pairs, count / labels))
         return StepLog(
             step=self.state.global_step,
             loss=logs["loss"],
@@ -233,7 +235,7 @@ class DistillTrainer(Trainer):
         """Make the sums of ce, of kd, matched mass and pairs of each teacher, of tokens, labels and groups."""
         device = self.args.device
         kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        return torch.zeros(3 + 4 * len(self.lessons), device=device, dtype=kind)
+        return torch.zeros(3 + 4 * len(self.objectives), device=device, dtype=kind)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint of good weights only, and the checksums of its files when all are there."""
@@ -278,17 +280,17 @@ def _unwrapped(student: Any) -> Any:
     return student
 
 
-def _finite(loss: Tensor, parts: LossParts, batch: Batch) -> Tensor:
+def _finite(loss: Tensor, sums: LossSums, batch: AlignedBatch) -> Tensor:
     """Say whether the loss is finite, and then, for each row, whether its labels' part of it is."""
-    bad = torch.isfinite(parts.label_logprobs).logical_not().to(torch.int32)
-    of_rows = torch.zeros(len(batch["rows"]), dtype=torch.int32, device=bad.device)
-    of_rows = of_rows.index_add(0, batch["label_row"], bad)
+    bad = torch.isfinite(sums.label_logprobs).logical_not().to(torch.int32)
+    of_rows = torch.zeros(len(batch.rows), dtype=torch.int32, device=bad.device)
+    of_rows = of_rows.index_add(0, batch.label_row, bad)
     return torch.cat((torch.isfinite(loss.detach()).unsqueeze(0), of_rows == 0))
 
 
-def _counts(batch: Batch) -> list[int]:
+def _counts(batch: AlignedBatch) -> list[int]:
     """Count the labels of a batch, and the groups of each teacher."""
-    return [len(batch["labels"]), *(sum(teacher["groups"]) for teacher in batch["teachers"])]
+    return [len(batch.labels), *(side.groups for side in batch.teachers)]
 
 
 def read_history(checkpoint: Path) -> list[StepLog]:

@@ -26,7 +26,7 @@ from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint,
 from cdm_toolkit.evaluation.scores import Item, Score, Summary
 from cdm_toolkit.evaluation.suite_data import find_data, read_passages
 from cdm_toolkit.evaluation.suites import SuiteSpec
-from cdm_toolkit.hub.batches import batches, padded, scored_places
+from cdm_toolkit.batching import batches, padded, scored_places
 from cdm_toolkit.tokdiff.changes import changes
 from cdm_toolkit.tokdiff.spans import TokenSpans
 

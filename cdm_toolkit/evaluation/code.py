@@ -38,7 +38,7 @@ from cdm_toolkit.evaluation.sandbox.records import Limits, Outcome, Program
 from cdm_toolkit.evaluation.scores import Item, Summary, mean_score
 from cdm_toolkit.evaluation.suite_data import read_objects
 from cdm_toolkit.evaluation.suites import SuiteSpec
-from cdm_toolkit.hub.batches import batches
+from cdm_toolkit.batching import batches
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 SHOWN_FIELDS = "task_id, prompt, entry_point and test, with or without canonical_solution"

@@ -33,7 +33,7 @@ from cdm_toolkit.evaluation.generation import (
 from cdm_toolkit.evaluation.scores import Item, Score, Summary, mean_score
 from cdm_toolkit.evaluation.suite_data import DataFile, read_objects, source_file
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
-from cdm_toolkit.hub.batches import batches
+from cdm_toolkit.batching import batches
 
 FIELDS = "instruction and output (a text or a list of texts), with or without input"
 PROMPT = (

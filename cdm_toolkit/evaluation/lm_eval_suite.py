@@ -38,7 +38,7 @@ from cdm_toolkit.evaluation.gsm8k import (
 )
 from cdm_toolkit.evaluation.scores import Item, Score, Summary
 from cdm_toolkit.evaluation.suites import SuiteSpec
-from cdm_toolkit.hub.batches import TOKENS_AT_ONCE, batches, scored_places
+from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, scored_places
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""

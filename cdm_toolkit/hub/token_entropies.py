@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cdm_toolkit.hub.batches import batches, padded
+from cdm_toolkit.batching import batches, padded
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Int32

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cdm_toolkit.errors import FileProblem, UnsupportedTokenizer
 from cdm_toolkit.hub.resolve import Resolved, resolve
 from cdm_toolkit.tokdiff.roles import MAP_ROLES
-from cdm_toolkit.tokdiff.view import TokenizerView, make_view
+from cdm_toolkit.tokdiff.view import TokenizerView, make_view, view_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,11 +41,7 @@ def load_tokenizer(name: str) -> Loaded:
     """
     source = resolve(name)
     tokenizer = _fast_tokenizer(name, source.folder)
-    backend = _copied(tokenizer)
-    special_map = {
-        key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-    }
-    return Loaded(make_view(name, backend, special_map), tokenizer, source)
+    return Loaded(view_of(tokenizer, name), tokenizer, source)
 
 
 def _view(name: str, folder: Path) -> TokenizerView:

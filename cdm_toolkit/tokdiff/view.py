@@ -173,6 +173,21 @@ def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None
     )
 
 
+def view_of(tokenizer: Any, name: str) -> TokenizerView:
+    """Make the view of a fast tokenizer of transformers, which shares no state with it.
+
+    Its backend is copied: transformers sets truncation and padding on it at every call. UnsupportedTokenizer for
+    a slow tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    if not getattr(tokenizer, "is_fast", False):
+        fix = "load it with use_fast=True, or use a tokenizer that has a tokenizer.json"
+        raise UnsupportedTokenizer(name, f"{type(tokenizer).__name__} has no fast backend", fix)
+    special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return make_view(name, Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), special)
+
+
 def _report_whole_offsets(backend: Backend, description: Description) -> None:
     """Have blanks counted in: trimmed offsets are wrong behind a dummy prefix that is not at the front."""
     processor = description.get("post_processor")

@@ -1,0 +1,356 @@
+"""Run a teacher over all rows once, and store its log-probabilities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from cdm_toolkit.artifacts.provenance import provenance
+from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.artifacts.teacher_cache import (
+    CachedRow,
+    CacheHeader,
+    CacheWriter,
+    folder_size,
+    missing_shards,
+    read_note,
+    shard_name,
+)
+from cdm_toolkit.batching import padded
+from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.settings import Count, Text
+from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
+from cdm_toolkit.hub.models import (
+    check_positions,
+    check_vocabulary,
+    checked_device,
+    load_model,
+    model_fingerprint,
+    model_folder,
+)
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd.model_logits import logits_at
+from cdm_toolkit.kd.rows import Row, rows_fingerprint
+from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, top_k, values_at
+from cdm_toolkit.kd.tokenized_rows import (
+    TemplateName,
+    TokenizerSide,
+    has_completion,
+    template_fingerprint,
+    tokenize_rows,
+    tokenizer_side,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+    from transformers import PreTrainedModel
+
+
+ROWS_PER_SHARD, WHOLE_ROWS_PER_SHARD = 256, 8
+"""A shard of 256 answers of 150 tokens has 10 MB at k = 64; one of 8 has 240 MB with all of 49,152 ids."""
+
+
+class CacheSettings(Settings):
+    """What to cache, and how."""
+
+    model: Text
+    """The teacher: an alias, a folder or a hub id."""
+    data: Text
+    """JSONL with prompt and completion, question and answer, messages, or text in each row."""
+    output: Text
+    """Folder to write, or to go on with."""
+    k: Annotated[int, Field(ge=0)] = 100
+    """Most likely ids that are kept at each token; 0 keeps the whole vocabulary."""
+    dtype: Literal["float16", "float32"] | None = None
+    """Of log-probabilities on disk; float16, or float32 for the whole vocabulary."""
+    quantised: bool = False
+    """Keep log-probabilities in a few bits each."""
+    max_length: Annotated[int, Field(ge=4)] = 512
+    """Tokens of a row; more are cut."""
+    template: TemplateName = "none"
+    batch_size: Count = 8
+    device: Text = "cpu"
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model's weights."""
+    shard: str = "1/1"
+    """Which of n parts of the work to do, as i/n: for several machines."""
+    limit: Count | None = None
+    """Rows at the front of the file to take; all where it is not set."""
+    rows_per_shard: Count | None = None
+
+    @field_validator("shard")
+    @classmethod
+    def _is_a_part(cls, shard: str) -> str:
+        part, slash, parts = shard.partition("/")
+        if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+            raise ValueError(f"{shard!r} is no part: give i/n with i from 1 to n, such as 1/4")
+        return shard
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CacheSettings:
+        if self.quantised and self.dtype == "float32":
+            raise ValueError("quantised keeps no float32: leave dtype or quantised out")
+        if self.k == 0 and (self.quantised or self.dtype == "float16"):
+            raise ValueError("k 0 keeps the whole vocabulary in float32: leave quantised and dtype out")
+        return self
+
+    @property
+    def part(self) -> tuple[int, int]:
+        part, _, parts = self.shard.partition("/")
+        return int(part), int(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheProgress:
+    """How far the work is: rows of this part, the kept ones among them; `tokens` a second of those made now."""
+
+    rows: int
+    total: int
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheResult:
+    """What `write_cache` has done. `tokens` and `size` (bytes) are of this part, what was there among it."""
+
+    folder: Path
+    header: CacheHeader
+    rows: int
+    tokens: int
+    size: int
+    made: tuple[str, ...]
+    kept: tuple[str, ...]
+    damaged: tuple[str, ...]
+    """Shards that were there, were not whole and were made again; `made` has them too."""
+    missing: int
+    """Shards of the whole cache that are left for other parts."""
+    seconds: float
+    tokens_per_second: float
+
+
+OnProgress = Callable[[CacheProgress], None]
+
+
+def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: None) -> CacheResult:
+    """Run a teacher over all rows, or a part of them, and write its log-probabilities at each token of the completions.
+
+    What the folder has already is checked and kept; a damaged shard is made again. Raises the errors of data, model
+    and tokenizer, BadOption for a `k` or `max_length` that is too large, NothingToTrain, and those of CacheWriter.
+    """
+    began = time.perf_counter()
+    checked_device(settings.device)
+    rows = read_rows(settings.data)[: settings.limit]
+    if not any(has_completion(row, settings.template) for row in rows):
+        raise NothingToTrain(settings.data, f"{len(rows)} rows, all with an empty completion")
+    loaded = load_tokenizer(settings.model)
+    side = tokenizer_side(loaded.tokenizer, loaded.view)
+    header = _header(settings, side, rows)
+    writer = CacheWriter(Path(settings.output), header)
+    work = _Work(settings, side, header, rows, writer, on_progress)
+    part, parts = settings.part
+    work.do(range(part - 1, header.shards, parts))
+    return work.result(time.perf_counter() - began)
+
+
+def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -> CacheHeader:
+    vocab = side.view.vocab_size
+    if settings.k > vocab:
+        raise BadOption(
+            "-k", settings.k, f"at most {vocab}: {settings.model} has no more ids; 0 keeps them all"
+        )
+    whole = settings.k in (0, vocab)
+    if whole and (settings.quantised or settings.dtype == "float16"):
+        raise BadOption("-k", settings.k, f"less than {vocab}: the whole vocabulary is kept in float32")
+    model, data = model_fingerprint(model_folder(settings.model)), rows_fingerprint(rows)
+    named = {"model": model, "tokenizer": side.view.fingerprint, "data": data}
+    return CacheHeader(
+        model=settings.model,
+        model_fingerprint=model,
+        teacher_dtype=settings.teacher_dtype,
+        tokenizer=side.view.name,
+        tokenizer_fingerprint=side.view.fingerprint,
+        vocab=vocab,
+        data=settings.data,
+        data_fingerprint=data,
+        rows=len(rows),
+        limit=settings.limit,
+        template=settings.template,
+        template_fingerprint=template_fingerprint(side, settings.template),
+        k=settings.k or vocab,
+        dtype="float32" if whole else settings.dtype or "float16",
+        quantised=settings.quantised,
+        max_length=settings.max_length,
+        rows_per_shard=settings.rows_per_shard or (WHOLE_ROWS_PER_SHARD if whole else ROWS_PER_SHARD),
+        provenance=dict(provenance(fingerprints=named, device=settings.device)),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _TeacherRow:
+    """A row in the teacher's tokens; position `first` predicts the first token of the completion."""
+
+    number: int
+    ids: Int32[np.ndarray, " time_t"]
+    first: int
+
+    @property
+    def positions(self) -> int:
+        return max(len(self.ids) - 1 - self.first, 0)
+
+
+class _Work:
+    """The part of a cache that this process makes."""
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        side: TokenizerSide,
+        header: CacheHeader,
+        rows: Sequence[Row],
+        writer: CacheWriter,
+        on_progress: OnProgress,
+    ) -> None:
+        self.settings, self.side, self.header, self.rows = settings, side, header, rows
+        self.writer, self.on_progress = writer, on_progress
+        self.states: dict[int, str] = {}
+        self.rows_done = self.tokens_made = 0
+        self.seconds = 0.0
+
+    def do(self, shards: Sequence[int]) -> None:
+        """Make the shards that are not whole; the model is loaded if there are any."""
+        self.states = {index: self.writer.state(index) for index in shards}
+        self.rows_done = sum(len(self._rows(index)) for index in shards if self.states[index] == "whole")
+        self._tell()
+        todo = [index for index in shards if self.states[index] != "whole"]
+        if not todo:
+            return
+        model = load_model(
+            self.settings.model, device=self.settings.device, dtype=self.settings.teacher_dtype
+        )
+        check_vocabulary(model, self.settings.model, self.header.vocab)
+        for index in todo:
+            self.writer.write(index, self._shard(model, index), device=self.settings.device)
+
+    def result(self, seconds: float) -> CacheResult:
+        folder = self.writer.folder
+        names = {index: shard_name(index) for index in self.states}
+        return CacheResult(
+            folder=folder,
+            header=self.header,
+            rows=sum(len(self._rows(index)) for index in self.states),
+            tokens=sum(read_note(folder, self.header, index).positions for index in self.states),
+            size=folder_size(folder, self.states),
+            made=tuple(names[index] for index, state in self.states.items() if state != "whole"),
+            kept=tuple(names[index] for index, state in self.states.items() if state == "whole"),
+            damaged=tuple(names[index] for index, state in self.states.items() if state == "damaged"),
+            missing=len(missing_shards(folder, self.header)),
+            seconds=seconds,
+            tokens_per_second=self.tokens_made / self.seconds if self.seconds else 0.0,
+        )
+
+    def _rows(self, index: int) -> Sequence[Row]:
+        size = self.header.rows_per_shard
+        return self.rows[index * size : (index + 1) * size]
+
+    def _tell(self) -> None:
+        total = sum(len(self._rows(index)) for index in self.states)
+        self.on_progress(CacheProgress(self.rows_done, total, self.tokens_made, self.seconds))
+
+    def _shard(self, model: PreTrainedModel, index: int) -> list[CachedRow]:
+        """Run the model over a shard's rows, those of like length together."""
+        tokenized = _tokenize(self.side, self._rows(index), self.settings.template, self.header.max_length)
+        longest = max(len(row.ids) for row in tokenized)
+        check_positions(model, self.settings.model, longest, option="--max-length")
+        in_order = sorted(tokenized, key=lambda row: len(row.ids))
+        cached: list[CachedRow] = []
+        for at in range(0, len(in_order), self.settings.batch_size):
+            batch = in_order[at : at + self.settings.batch_size]
+            began = time.perf_counter()
+            cached += self._run(model, batch)
+            self.seconds += time.perf_counter() - began
+            self.tokens_made += sum(row.positions for row in batch)
+            self.rows_done += len(batch)
+            self._tell()
+        return sorted(cached, key=lambda row: row.number)
+
+    def _run(self, model: PreTrainedModel, batch: Sequence[_TeacherRow]) -> Iterator[CachedRow]:
+        counts = [row.positions for row in batch]
+        full = [row for row in batch if row.positions]
+        arrays = sparse_teacher_logprobs(
+            model, [(row.ids, row.first) for row in full], vocab=self.header.vocab, k=self.header.k
+        )
+        at = 0
+        for row, count in zip(batch, counts, strict=True):
+            ids, logprobs, tokens = (array[at : at + count] for array in arrays)
+            at += count
+            if not (np.isfinite(tokens).all() and not np.isnan(logprobs).any()):
+                fix = "give --teacher-dtype float32, or check the model"
+                raise BadRow(self.settings.data, row.number, "the teacher's logits are not finite", fix)
+            yield CachedRow(row.number, row.ids, row.first, ids, logprobs, tokens)
+
+
+def _tokenize(
+    side: TokenizerSide, rows: Sequence[Row], template: TemplateName, max_length: int
+) -> list[_TeacherRow]:
+    """Tokenize rows as training does, and cut them; one without a completion has no ids."""
+    full = [row for row in rows if has_completion(row, template)]
+    tokenized = dict(
+        zip((row.number for row in full), tokenize_rows(side, full, template) if full else (), strict=True)
+    )
+    nothing = np.empty(0, np.int32)
+    return [
+        _TeacherRow(row.number, found.ids[:max_length].astype(np.int32), found.label_from - 1)
+        if (found := tokenized.get(row.number))
+        else _TeacherRow(row.number, nothing, 0)
+        for row in rows
+    ]
+
+
+@torch.no_grad()
+def sparse_teacher_logprobs(
+    model: PreTrainedModel, rows: Sequence[tuple[Int32[np.ndarray, " time_t"], int]], *, vocab: int, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Run a teacher over rows together: from position `first` of each to its last but one.
+
+    Gives, for all positions one after the other, ids [position, k] and log-probabilities of the likeliest of the
+    first `vocab` ids, best first, and the log-probability of the token that follows. Where `k` is `vocab` the ids are
+    in their own order.
+    """
+    if not rows:
+        none = np.empty((0, k), np.float32)
+        return none.astype(np.int32), none, none.sum(1)
+    inputs, mask, starts = padded([ids for ids, _ in rows])
+    at = np.concatenate(
+        [start + np.arange(first, len(ids) - 1) for start, (ids, first) in zip(starts, rows, strict=True)]
+    )
+    where = torch.from_numpy(at).to(model.device)
+    read_ids = torch.from_numpy(inputs).to(model.device)
+    logits = logits_at(
+        model,
+        model.get_output_embeddings(),
+        where,
+        input_ids=read_ids,
+        attention_mask=torch.from_numpy(mask).to(model.device),
+    )
+    real = logits.narrow(1, 0, vocab)
+    lse = log_sum_exp(real)
+    every = torch.arange(len(where), device=where.device)
+    tokens = values_at(logits, every, read_ids.flatten()[where + 1]).float() - lse
+    if k == vocab:
+        logprobs = (real.float() - lse[:, None]).cpu().numpy()
+        ids_of_all = np.broadcast_to(np.arange(vocab, dtype=np.int32), logprobs.shape)
+        return ids_of_all, logprobs, tokens.cpu().numpy()
+    top = top_k(logits, k, real=vocab, lse=lse)
+    return top.ids.cpu().numpy().astype(np.int32), top.logprobs.cpu().numpy(), tokens.cpu().numpy()

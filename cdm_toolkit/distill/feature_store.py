@@ -1,0 +1,175 @@
+"""Aligned rows on disk: Arrow files that are mapped into memory, in a folder of the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from cdm_toolkit.errors import BadArtifact
+from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from jaxtyping import Bool, Int8, Int32, Int64
+
+FORMAT = 2
+"""Goes up when the layout of the files changes."""
+HEADER = "header.json"
+TRAINED, EMPTY, TOO_LONG = range(3)
+
+
+def to_table(
+    numbers: Sequence[int], made: Sequence[tuple[int, AlignedRow | None, bool]], teachers: int
+) -> pa.Table:
+    """Lay rows out in columns: for each its number, what became of it, and where it is trained its features."""
+    import pyarrow as pa
+
+    none = AlignedTeacherRow(np.empty(0, np.int32), np.empty((0, 4), np.int32))
+    rows = [
+        features or AlignedRow(0, none.ids, 0, (none,) * teachers) for _outcome, features, _was_cut in made
+    ]
+    columns = {
+        "row": pa.array(numbers, pa.int64()),
+        "outcome": pa.array([outcome for outcome, *_ in made], pa.int8()),
+        "cut": pa.array([was_cut for *_, was_cut in made], pa.bool_()),
+        "label_from": pa.array([row.label_from for row in rows], pa.int32()),
+        "student_ids": _lists([row.student_ids for row in rows]),
+    }
+    for nth in range(teachers):
+        columns[f"teacher_{nth}_ids"] = _lists([row.teachers[nth].ids for row in rows])
+        columns[f"teacher_{nth}_groups"] = _lists([row.teachers[nth].groups.reshape(-1) for row in rows])
+    return pa.table(columns)
+
+
+def _lists(arrays: Sequence[Int32[np.ndarray, " _"]]) -> pa.ListArray:
+    import pyarrow as pa
+
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays), pa.int32()))
+
+
+class _Lists:
+    """A column of lists, each of which is a view into the file."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self.values: list[Int32[np.ndarray, " _"]] = [chunk.values.to_numpy() for chunk in chunks]
+        self.chunk = np.repeat(np.arange(len(chunks), dtype=np.int32), [len(chunk) for chunk in chunks])
+        self.first = np.concatenate([one[:-1] for one in offsets])
+        self.end = np.concatenate([one[1:] for one in offsets])
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, " _"]:
+        part: Int32[np.ndarray, " _"] = self.values[self.chunk[index]][self.first[index] : self.end[index]]
+        return part
+
+    def lengths(self) -> Int64[np.ndarray, " row"]:
+        lengths: Int64[np.ndarray, " row"] = (self.end - self.first).astype(np.int64)
+        return lengths
+
+
+class StoredFeatures(Sequence[AlignedRow]):
+    """The rows of a folder that are trained on, each made when it is asked for; arrays are read-only views."""
+
+    lengths: Int64[np.ndarray, " row"]
+    """Tokens of the longest side of each row."""
+    student_lengths: Int64[np.ndarray, " row"]
+    label_counts: Int64[np.ndarray, " row"]
+    teacher_lengths: list[Int64[np.ndarray, " row"]]
+    """For each teacher."""
+
+    def __init__(self, folder: Path) -> None:
+        """Map the folder's files. Raises BadArtifact where they are not what was written."""
+        self.folder = folder
+        table = _open(folder)
+        self.outcome: Int8[np.ndarray, " read"] = table["outcome"].to_numpy()
+        self.cut: Bool[np.ndarray, " read"] = table["cut"].to_numpy()
+        self._index = np.flatnonzero(self.outcome == TRAINED)
+        self._row, self._label_from = table["row"].to_numpy(), table["label_from"].to_numpy()
+        self._student = _Lists(table["student_ids"])
+        count = sum(name.endswith("_groups") for name in table.column_names)
+        self._teachers = [
+            (_Lists(table[f"teacher_{nth}_ids"]), _Lists(table[f"teacher_{nth}_groups"]))
+            for nth in range(count)
+        ]
+        self.student_lengths = self._student.lengths()[self._index]
+        self.label_counts = self.student_lengths - self._label_from[self._index]
+        self.teacher_lengths = [ids.lengths()[self._index] for ids, _ in self._teachers]
+        self.lengths = np.max([self.student_lengths, *self.teacher_lengths], axis=0)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, nth: int) -> AlignedRow: ...
+    @overload
+    def __getitem__(self, nth: slice) -> list[AlignedRow]: ...
+    def __getitem__(self, nth: int | slice) -> AlignedRow | list[AlignedRow]:
+        if isinstance(nth, slice):
+            return [self[i] for i in range(*nth.indices(len(self)))]
+        index = self._index[nth]
+        return AlignedRow(
+            row=int(self._row[index]),
+            student_ids=self._student[index],
+            label_from=int(self._label_from[index]),
+            teachers=tuple(
+                AlignedTeacherRow(ids[index], groups[index].reshape(-1, 4)) for ids, groups in self._teachers
+            ),
+        )
+
+    def __reduce__(self) -> tuple[type[StoredFeatures], tuple[Path]]:
+        """Go to another process by the name of the folder."""
+        return StoredFeatures, (self.folder,)
+
+    def without_groups(self) -> Bool[np.ndarray, "teacher row"]:
+        """Tell which rows have no groups with which teacher."""
+        lengths = [groups.lengths()[self._index] for _, groups in self._teachers]
+        none: Bool[np.ndarray, "teacher row"] = np.reshape(lengths, (len(lengths), len(self))) == 0
+        return none
+
+
+def write_header(folder: Path, rows: int, provenance: dict[str, Any]) -> None:
+    """Seal a folder of Arrow files: their sizes tell a file that is whole from one that was cut short."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.arrow"))}
+    header = {"format": FORMAT, "rows": rows, "sizes": sizes, "provenance": provenance}
+    (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+
+
+def _open(folder: Path) -> pa.Table:
+    """Map the files of a folder, in order."""
+    import pyarrow as pa
+
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        files = [folder / name for name in sorted(header["sizes"])]
+        for file in files:
+            if file.stat().st_size != header["sizes"][file.name]:
+                raise _damaged(folder, f"{file.name} has another size than was written")
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise _damaged(folder, f"it cannot be read ({error})") from None
+    if header.get("format") != FORMAT or len(table) != header.get("rows"):
+        raise _damaged(folder, "it does not have the rows that were written")
+    return table
+
+
+def _damaged(folder: Path, problem: str) -> BadArtifact:
+    return BadArtifact(folder, problem, "remove the folder; the features are then made anew")
+
+
+def open_or_make(folder: Path, make: Callable[[], None]) -> StoredFeatures:
+    """Open a folder of features; where there is none, or a damaged one, have it made first."""
+    import shutil
+
+    if folder.is_dir():
+        try:
+            return StoredFeatures(folder)
+        except BadArtifact:
+            shutil.rmtree(folder)
+    make()
+    return StoredFeatures(folder)

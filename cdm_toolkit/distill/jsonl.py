@@ -1,0 +1,104 @@
+"""Read and write training rows as JSONL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.errors import BadOption, BadRow, FileProblem, UnknownName
+from cdm_toolkit.kd.rows import FIELDS, Row, RowFault, chat_of, row_of
+from cdm_toolkit.samples import SPLITS, sample_path
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSONL, whole or not at all; a chat is written as a prompt and its completion."""
+    with atomic_write(path) as stream:
+        for row in rows:
+            fields = {"prompt": row.prompt, "completion": row.completion}
+            stream.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                problem = f"it is not JSON ({error.msg}, column {error.colno})"
+                raise BadRow(path, number, problem, "write one JSON object a line") from None
+            except RecursionError:
+                raise BadRow(path, number, "it is nested too deeply", f"give each row {FIELDS}") from None
+
+
+def _read_objects(path: Path) -> list[tuple[int, Any]]:
+    try:
+        found = list(_lines(path))
+    except FileNotFoundError:
+        raise FileProblem(path, "there is no such file") from None
+    except IsADirectoryError:
+        raise FileProblem(path, "it is a folder", "give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise FileProblem(path, f"it is not UTF-8 text (byte {error.start})", "give a JSONL file") from None
+    except OSError as error:
+        raise FileProblem(path, f"it cannot be read ({error.strerror})") from None
+    if not found:
+        raise FileProblem(path, "it has no rows", f"give a JSONL file whose rows have {FIELDS}")
+    return found
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read all rows of a JSONL file; blank lines are skipped, and counted as lines.
+
+    `sample:train` is a split of the word problems that come with the package. Raises FileProblem for a file that
+    is missing, empty or not text, UnknownName for a sample that is not there, and BadRow for the first row that
+    is not as it must be.
+    """
+    rows = []
+    for number, fields in _read_objects(_file(path)):
+        try:
+            rows.append(row_of(number, fields))
+        except RowFault as error:
+            raise BadRow(path, number, *error.args) from None
+    return rows
+
+
+def _file(path: str | Path) -> Path:
+    scheme, _, split = str(path).partition(":")
+    if scheme != "sample":
+        return Path(path)
+    if split not in SPLITS:
+        raise UnknownName("sample", split, SPLITS)
+    return sample_path(split)
+
+
+def parse_messages(text: str) -> list[dict[str, str]]:
+    """Read a chat from JSON: a list of messages with role and content. Raises BadOption."""
+    try:
+        messages = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadOption("the chat", text, f"messages as JSON ({error.msg}, column {error.colno})") from None
+    try:
+        return chat_of(messages)
+    except RowFault as error:
+        problem, fix = error.args
+        raise BadOption("the chat", text, f"messages as JSON: {problem}; {fix}") from None
+
+
+def read_messages(path: str | Path) -> list[list[dict[str, str]]]:
+    """Read the chats of a JSONL file whose rows have messages. Raises as `read_rows`."""
+    chats = []
+    for number, fields in _read_objects(Path(path)):
+        if not isinstance(fields, dict) or "messages" not in fields:
+            raise BadRow(
+                path, number, "it has no messages", 'give {"messages": [{"role": …, "content": …}, …]}'
+            )
+        try:
+            chats.append(chat_of(fields["messages"]))
+        except RowFault as error:
+            raise BadRow(path, number, *error.args) from None
+    return chats

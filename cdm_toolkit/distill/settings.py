@@ -1,0 +1,295 @@
+"""Settings of a run: frozen records, from a run file, flags or Python, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from cdm_toolkit.alignment.aligners import AlignerName
+from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
+from cdm_toolkit.errors import UnknownName
+from cdm_toolkit.kd.method import Method, find_method, methods
+from cdm_toolkit.kd.settings import (
+    DEFAULT_TOP_K,
+    Fault,
+    Faults,
+    MethodSettings,
+    checked,
+    fields_of,
+    unknown_setting,
+)
+from cdm_toolkit.kd.tokenized_rows import TemplateName
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+DEFAULT_METHOD = "spelling"
+"""The method of a teacher that names none."""
+ACROSS_TOKENIZERS = ("aligner", "entropy")
+"""Settings of a teacher that a method for one tokenizer has no use for."""
+
+
+class TeacherConfig(Settings):
+    """A teacher, the method that distills it, and the method's own settings.
+
+    Beside the fields here it takes those of the method's `Settings`; one that the method does not have is a fault.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Text
+    """An alias, a folder or a hub id."""
+    method: Text = DEFAULT_METHOD
+    """Name of a method of `kd`."""
+    weight: Positive = 1.0
+    """Of this teacher's KD among all."""
+    cache: Text | None = None
+    """Folder of cached log-probabilities, in place of the model in memory."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights of the model in memory."""
+    aligner: AlignerName = "anchored"
+    """anchored and bytes: exact groups by bytes. entropy-dtw, dtw: least cost of edit distances."""
+    entropy: Literal["uniform", "models"] = "uniform"
+    """Weights of tokens in entropy-dtw: uniform, or models: the entropies of both models' predictions before
+    training (a pass of each over the data)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _canonical_name(cls, given: Any) -> Any:
+        """Turn an alias of a method into its name; a name that is none is a fault of its own."""
+        if isinstance(given, Mapping) and isinstance(given.get("method"), str):
+            try:
+                return {**given, "method": find_method(given["method"]).name}
+            except UnknownName as error:
+                raise Faults([Fault("method", f"is {given['method']!r}: {error.fix}")]) from None
+        return given
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> TeacherConfig:
+        faults = [*_old_names(self), *self._misplaced()]
+        known = {fault.name for fault in faults}
+        values, others = checked(self.method_class.Settings, self.method_options)
+        faults += [_in_context(fault, self) for fault in others if fault.name not in known]
+        if self.cache and self.method_options.get("positions") == "mean":
+            faults.append(
+                Fault(
+                    "cache", "has no whole logits, which positions mean needs: leave it out, or take boundary"
+                )
+            )
+        if self.entropy == "models" and self.aligner != "entropy-dtw":
+            faults.append(
+                Fault("entropy", f"models is of no use to aligner {self.aligner}, only to entropy-dtw")
+            )
+        if faults:
+            raise Faults(faults)
+        self.__pydantic_extra__.update(values)  # type: ignore[union-attr]
+        return self
+
+    def _misplaced(self) -> list[Fault]:
+        if not self.method_class.same_tokenizer:
+            return []
+        set_here = [name for name in ACROSS_TOKENIZERS if name in self.model_fields_set]
+        return [
+            Fault(name, f"is of no use to {self.method}, which is for one tokenizer") for name in set_here
+        ]
+
+    @property
+    def method_class(self) -> type[Method[Any, Any]]:
+        return find_method(self.method)
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """Give the method's settings that are set."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def method_settings(self) -> MethodSettings:
+        """Give the method's settings, defaults included."""
+        return self.method_class.Settings(**self.method_options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Give all that decides what is taught, defaults included, in values that JSON has."""
+        settings = self.method_settings
+        found = {field.name: getattr(settings, field.name) for field in fields_of(type(settings))}
+        if "top_k" in found:
+            found["top_k"] = found["top_k"] or DEFAULT_TOP_K
+        across = (
+            {}
+            if self.method_class.same_tokenizer
+            else {name: getattr(self, name) for name in ACROSS_TOKENIZERS}
+        )
+        return {"method": self.method} | across | found
+
+
+def _old_names(teacher: TeacherConfig) -> list[Fault]:
+    """Name the method that `mapping` chose before `cdm` and `spelling` were two methods."""
+    mapping = teacher.method_options.get("mapping")
+    if mapping is None:
+        return []
+    wanted = "cdm" if mapping == "near" else "spelling"
+    return [Fault("mapping", f"is gone: give method {wanted}, which is what mapping {mapping} was")]
+
+
+def _in_context(fault: Fault, teacher: TeacherConfig) -> Fault:
+    """Say of an unknown setting whether other methods have it, or which of all settings is meant."""
+    own = [field.name for field in fields_of(teacher.method_class.Settings)]
+    if fault.name in own:
+        return fault
+    if any(fault.name in _setting_names(method) for method in methods().values()):
+        return Fault(fault.name, f"is of no use to {teacher.method}: it has {', '.join(own)}")
+    return Fault(fault.name, unknown_setting(fault.name, [*own, *TeacherConfig.model_fields]))
+
+
+def _setting_names(method: type[Method[Any, Any]]) -> set[str]:
+    return {field.name for field in fields_of(method.Settings)}
+
+
+class DataConfig(Settings):
+    """The rows to train on."""
+
+    path: Text
+    """JSONL with prompt and completion, question and answer, messages, or text in each row; `sample:train` is the
+    package's own."""
+    max_length: Annotated[int, Field(ge=4)] = 512
+    """Tokens of a row on any side; more are cut at a shared boundary."""
+    template: TemplateName = "none"
+    """chat: each side reads a row through its own chat template."""
+    workers: Count = 1
+    """Processes that tokenize and align."""
+
+
+class LoraConfig(Settings):
+    """Train low-rank adapters (arXiv 2106.09685) in place of the weights; they are merged in at the end."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[Text, ...] | Literal["all-linear"] = "all-linear"
+
+
+class TrainConfig(Settings):
+    """How the student is trained; most are `transformers.TrainingArguments` under shorter names."""
+
+    lr: Positive = 2e-5
+    """Learning rate at its highest."""
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: CountOrNone = 0
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    """Optimizer steps; goes before epochs."""
+    batch_size: Count = 8
+    """Rows a batch and device."""
+    grad_accumulation: Count = 1
+    """Batches a step."""
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    group_by_length: bool = True
+    """Batch rows of like length."""
+    seed: CountOrNone = 0
+
+    device: DeviceName = "auto"
+    """auto: a GPU where there is one, else the CPU. cuda is the first GPU that this process sees; several are for
+    `accelerate launch`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision, with weights in float32."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the student's layers with torch.compile."""
+    lora: LoraConfig | None = None
+
+    log_every: Count = 10
+    save_every: CountOrNone = 500
+    """Steps between checkpoints; 0 writes none."""
+    tensorboard: bool = False
+    """Write event files to the output folder's `runs`."""
+
+
+class DistillConfig(Settings):
+    """One run. Without a teacher it is supervised fine-tuning."""
+
+    student: Text
+    """The model to train: an alias, a folder or a hub id."""
+    data: DataConfig
+    output: Text
+    """Folder to write."""
+    teachers: tuple[TeacherConfig, ...] = ()
+    alpha: Share = 0.5
+    """Weight of cross-entropy; KD has the rest. Without a teacher it is not looked at."""
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def ce_weight(self) -> float:
+        return self.alpha if self.teachers else 1.0
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "alpha": 0.9,
+        "teacher": {
+            "method": "cdm",
+            "temperature": 0.8,
+            "top_k": 100,
+            "max_edit_distance": 0.3,
+            "aligner": "entropy-dtw",
+            "entropy": "models",
+            "positions": "mean",
+            "rest_bucket": False,
+            "match_digits": False,
+            "exact_always": False,
+        },
+    }
+}
+"""Settings that go under a run's own: arXiv 2502.11104, section 4.1, for `paper`."""
+
+
+def from_mapping(settings: Mapping[str, Any], *, source: str = "the run") -> DistillConfig:
+    """Make a config of a run file's content. Raises BadRunConfig with all faults at once.
+
+    Beside the record's own names it takes `preset`, whose settings go under the given ones, and a path in place
+    of `data`'s record.
+    """
+    given = dict(settings)
+    preset = given.pop("preset", None)
+    if isinstance(given.get("data"), str):
+        given["data"] = {"path": given["data"]}
+    return make(DistillConfig, _over_preset(given, preset) if preset is not None else given, source=source)
+
+
+def from_file(path: Path, assignments: Sequence[str] = ()) -> DistillConfig:
+    """Make a config of a run file, with assignments such as `train.lr=2e-5` over it."""
+    return from_mapping(with_settings(read_yaml(path), assignments, source="--set"), source=str(path))
+
+
+def _over_preset(given: dict[str, Any], name: Any) -> dict[str, Any]:
+    """Lay a run's settings over a preset's; a teacher takes what its method has a use for."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UnknownName("preset", str(name), list(PRESETS))
+    preset = PRESETS[name]
+    teachers = given.get("teachers")
+    if isinstance(teachers, list):
+        given["teachers"] = [_teacher_over(teacher, preset["teacher"]) for teacher in teachers]
+    return {"alpha": preset["alpha"]} | given
+
+
+def _teacher_over(teacher: Any, preset: Mapping[str, Any]) -> Any:
+    if not isinstance(teacher, Mapping):
+        return teacher  # a fault, which is listed with the others
+    try:
+        method = find_method(str(teacher.get("method", preset["method"])))
+    except UnknownName:
+        return teacher
+    options = {"method", *(field.name for field in fields_of(method.Settings))}
+    options |= set() if method.same_tokenizer else set(ACROSS_TOKENIZERS)
+    under = {name: value for name, value in preset.items() if name in options}
+    if teacher.get("aligner", "entropy-dtw") != "entropy-dtw":
+        under.pop("entropy", None)
+    return under | teacher

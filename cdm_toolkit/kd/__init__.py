@@ -1,0 +1,67 @@
+"""Cross-tokenizer distillation losses: one object per method, for any training loop.
+
+>>> from cdm_toolkit import kd
+>>> list(kd.methods())
+['alm', 'cdm', 'exact', 'gold', 'min-ed', 'prefix', 'spelling', 'uld', 'jsd', 'kl', 'reverse-kl']
+"""
+
+from cdm_toolkit.kd.alm import ALM
+from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacher
+from cdm_toolkit.kd.cdm import CDM
+from cdm_toolkit.kd.divergences import kd_sums
+from cdm_toolkit.kd.exact_match import ExactMatch
+from cdm_toolkit.kd.gold import GOLD
+from cdm_toolkit.kd.jsd import JSD
+from cdm_toolkit.kd.kl import KL
+from cdm_toolkit.kd.method import Method, Teacher, find_method, methods
+from cdm_toolkit.kd.min_ed import MinED
+from cdm_toolkit.kd.objective import Objective, ObjectiveOutput
+from cdm_toolkit.kd.pair import TokenizerPair, collate
+from cdm_toolkit.kd.prefix import Prefix
+from cdm_toolkit.kd.reverse_kl import ReverseKL
+from cdm_toolkit.kd.settings import MethodSettings, setting
+from cdm_toolkit.kd.spelling import Spelling
+from cdm_toolkit.kd.types import (
+    KDSums,
+    LogprobRequest,
+    LossOutput,
+    SignalRequest,
+    StudentLogits,
+    TeacherSignal,
+    TopK,
+)
+from cdm_toolkit.kd.uld import ULD
+
+__all__ = [
+    "ALM",
+    "CDM",
+    "GOLD",
+    "JSD",
+    "KL",
+    "ULD",
+    "AlignedBatch",
+    "AlignedTeacher",
+    "ExactMatch",
+    "KDSums",
+    "LogprobRequest",
+    "LossOutput",
+    "Method",
+    "MethodSettings",
+    "MinED",
+    "Objective",
+    "ObjectiveOutput",
+    "Prefix",
+    "ReverseKL",
+    "SignalRequest",
+    "Spelling",
+    "StudentLogits",
+    "Teacher",
+    "TeacherSignal",
+    "TokenizerPair",
+    "TopK",
+    "collate",
+    "find_method",
+    "kd_sums",
+    "methods",
+    "setting",
+]

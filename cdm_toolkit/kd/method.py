@@ -1,0 +1,239 @@
+"""A distillation method: its settings, the tables it builds of a pair, and its two phases."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cdm_toolkit.errors import BadOption, TokenizerMismatch, UnknownName
+from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacher
+from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
+from cdm_toolkit.kd.pair import TokenizerPair, fingerprint_of
+from cdm_toolkit.kd.plugins import load_plugins
+from cdm_toolkit.kd.settings import DEFAULT_TOP_K, MethodSettings, fields_of
+from cdm_toolkit.kd.teacher_signal import teacher_signal
+from cdm_toolkit.kd.types import (
+    KDSums,
+    LogprobRequest,
+    LossOutput,
+    LossSums,
+    SignalRequest,
+    State,
+    StudentLogits,
+    TeacherSignal,
+)
+
+SettingsT = TypeVar("SettingsT", bound=MethodSettings)
+
+
+class Teacher(Protocol):
+    """Where a signal comes from, other than a model in memory: see `cdm_toolkit.teachers`."""
+
+    def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
+        """Give the signal for a batch of one teacher."""
+
+
+_METHODS: dict[str, type[Method[Any, Any]]] = {}
+
+
+class Method(nn.Module, Generic[SettingsT, State]):
+    """Base of the methods. A subclass with a `name` is registered: commands, run files and studies know it.
+
+    `select` says which student log-probabilities the method wants, `loss` turns them into a divergence: all
+    methods of a step and the labels then share one pass over the logits. Calling the method does both for one
+    teacher. Tables of a pair are buffers, so that `.to(device)` moves them.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """What is compared, in one line."""
+    source: ClassVar[str]
+    """Paper or code that defines it."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    color: ClassVar[str | None] = None
+    """In figures, as #rrggbb; any free colour without it."""
+    marker: ClassVar[str | None] = None
+    """In figures, as matplotlib names it."""
+
+    same_tokenizer: ClassVar[bool] = False
+    """Teacher and student must have one tokenizer."""
+    needs_match: ClassVar[bool] = False
+    """It compares ids that have a match in the other vocabulary: without any it teaches nothing."""
+    reads_teacher_tokens: ClassVar[bool] = False
+    """It reads the log-probabilities of the teacher's tokens in a group."""
+    reads_student_tokens: ClassVar[bool] = False
+    """It reads logits at every student token of a group, not only at its first."""
+
+    settings: SettingsT
+    pair: TokenizerPair
+    top_k: int
+    """Candidates at a group; 1 for a method that reads none."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" not in cls.__dict__:
+            return
+        parameters = [inspect.Parameter("pair", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        parameters += [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
+            for field in fields_of(cls.Settings)
+        ]
+        cls.__signature__ = inspect.Signature(parameters)
+        _METHODS[cls.name] = cls
+
+    def __init__(self, pair: TokenizerPair, **settings: Any) -> None:
+        """Build the method's tables for a pair. `settings` are those of its `Settings`.
+
+        BadRunConfig lists all faults of the settings; BadOption for a `top_k` that the smaller vocabulary cannot
+        fill, and for two tokenizers where the method is for one.
+        """
+        super().__init__()
+        self.pair = pair
+        self.settings = self.Settings.make(settings, source=self.name)  # type: ignore[assignment]
+        if self.same_tokenizer and not pair.same_tokenizer:
+            raise BadOption(
+                "method",
+                self.name,
+                f"one for different tokenizers, such as spelling: {pair.name_t} is not {pair.name_s}",
+            )
+        self.top_k = self.check_top_k(pair, getattr(self.settings, "top_k", None))
+        self.build_tables(pair)
+
+    @classmethod
+    def check_top_k(cls, pair: TokenizerPair, wanted: int | None) -> int:
+        """Give the candidates at a group. BadOption for more than the smaller vocabulary has ids."""
+        if not cls.reads_top_k():
+            return 1
+        smaller = min(pair.vocab_t, pair.vocab_s)
+        if wanted is not None and wanted > smaller:
+            raise BadOption("top_k", wanted, f"at most {smaller}: the smaller vocabulary has no more ids")
+        return min(wanted or DEFAULT_TOP_K, smaller)
+
+    @classmethod
+    def reads_top_k(cls) -> bool:
+        """Say whether the method has a `top_k`."""
+        return any(field.name == "top_k" for field in fields_of(cls.Settings))
+
+    @property
+    def mean_logits(self) -> bool:
+        """Whether the mean of a group's logits stands for it."""
+        return getattr(self.settings, "positions", "boundary") == "mean"
+
+    @property
+    def signal_request(self) -> SignalRequest:
+        """What the method needs of a teacher."""
+        return SignalRequest(self.top_k, self.reads_teacher_tokens, self.mean_logits)
+
+    def build_tables(self, pair: TokenizerPair) -> None:
+        """Register tables of the pair as buffers; a method without any leaves this out."""
+
+    def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[State]:
+        """Choose the student log-probabilities that the loss compares. Nothing here carries a gradient."""
+        raise NotImplementedError
+
+    def loss(
+        self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[State], signal: TeacherSignal
+    ) -> KDSums:
+        """Sum the divergence over groups; `logprobs` are the requested ones, differentiable."""
+        raise NotImplementedError
+
+    def signal(self, teacher: Teacher | nn.Module, batch: AlignedBatch) -> TeacherSignal:
+        """Ask a teacher about a batch: a causal model of transformers, or an object of `cdm_toolkit.teachers`.
+
+        A model is run without gradients, in evaluation mode, on the device where it lies.
+        """
+        side = self._side(batch)
+        if isinstance(teacher, nn.Module):
+            return teacher_signal(teacher, side, self.signal_request, vocab=self.pair.vocab_t)
+        return teacher.signal(batch, self.signal_request)
+
+    def forward(
+        self,
+        logits: Float[Tensor, "batch time_s vocab"] | Float[Tensor, "label vocab"],
+        signal: TeacherSignal,
+        batch: AlignedBatch,
+    ) -> LossOutput:
+        """Compute cross-entropy and KD of a batch of one teacher.
+
+        `logits` are the student's, whole ([batch, time, vocab], as `student(**batch.student).logits`) or at the
+        labels alone (`batch.student_logits_at(student)`). Raises TokenizerMismatch for a batch of another pair,
+        BadOption for logits or a signal that do not fit.
+        """
+        side = self._side(batch)
+        self._check_signal(signal)
+        at_labels = batch.at_labels(logits, vocab=self.pair.vocab_s)
+        inputs = None if side.empty else LossInputs.of(self, signal, batch, side)
+        sums = loss_sums(at_labels, batch.labels, [inputs])
+        return output_of(sums, labels=len(batch.labels), groups=side.groups)
+
+    def _side(self, batch: AlignedBatch) -> AlignedTeacher:
+        if len(batch.teachers) != 1:
+            raise BadOption(
+                "the number of teachers in the batch",
+                len(batch.teachers),
+                "a batch of one pair, or take `kd.Objective`, which is for several",
+            )
+        (side,) = batch.teachers
+        if side.pair != self.pair.fingerprints:
+            built_for = (f"{self.pair.name_t} and {self.pair.name_s}", self.pair.fingerprint)
+            given = (f"{side.names[0]} and {side.names[1]}", fingerprint_of(side.pair))
+            raise TokenizerMismatch(
+                f"the method {self.name}",
+                "pair",
+                built_for,
+                given,
+                "collate the batch with the method's own pair",
+            )
+        return side
+
+    def _check_signal(self, signal: TeacherSignal) -> None:
+        k = signal.top.ids.shape[-1]
+        if k != self.top_k:
+            raise BadOption(
+                "the signal's top_k",
+                k,
+                f"{self.top_k}, which {self.name} was built with, or build it with top_k={k}",
+            )
+        if self.reads_teacher_tokens and signal.token_logprobs is None:
+            raise BadOption(
+                "the signal's token_logprobs", None, f"those of the groups' tokens, which {self.name} reads"
+            )
+
+
+def output_of(sums: LossSums, *, labels: int, groups: int) -> LossOutput:
+    """Turn the sums of one teacher into means."""
+    (kd,) = sums.kd
+    return LossOutput(
+        ce=sums.ce / max(labels, 1),
+        kd=kd.kd / max(groups, 1),
+        matched_mass=kd.matched_mass.detach() / max(groups, 1),
+        pairs=kd.pairs.detach() / max(groups, 1),
+        labels=labels,
+        groups=groups,
+        sums=sums,
+    )
+
+
+def methods() -> dict[str, type[Method[Any, Any]]]:
+    """List all methods by name, those for one tokenizer last: the toolkit's, and those of plugins (`kd.plugins`)."""
+    load_plugins()
+    return dict(sorted(_METHODS.items(), key=lambda item: (item[1].same_tokenizer, item[0])))
+
+
+def find_method(name: str) -> type[Method[Any, Any]]:
+    """Find a method by its name or an alias; `_` and `-` are one. UnknownName, with the nearest."""
+    known, wanted = methods(), name.replace("_", "-")
+    for method in known.values():
+        if wanted == method.name or wanted in method.aliases:
+            return method
+    raise UnknownName("method", name, list(known))
+
+
+def as_buffer(ids: Any) -> Tensor:
+    """Make a table of ids: int64 on the CPU."""
+    return torch.as_tensor(ids, dtype=torch.int64)

@@ -1,0 +1,106 @@
+"""What is minimised: cross-entropy and the KD of one teacher or several, weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cdm_toolkit.errors import BadOption
+from cdm_toolkit.kd.batch import AlignedBatch
+from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
+from cdm_toolkit.kd.method import Method
+from cdm_toolkit.kd.types import LossSums, TeacherSignal
+
+
+def weighted_loss(
+    sums: LossSums,
+    *,
+    alpha: float,
+    weights: Sequence[float],
+    labels: Tensor | float,
+    groups: Sequence[Tensor | float],
+) -> Float[Tensor, ""]:
+    """Combine the sums of a batch: alpha CE / labels + (1 − alpha) Σ weight KD / groups, over teachers.
+
+    `labels` and `groups` count the labels and each teacher's groups of the *whole* optimizer step, all its
+    batches and processes: the losses of the parts of a step then add up to the loss of the step. A group
+    without a pair counts: how many pairs a group has is known only after the forward pass.
+    """
+
+    def mean(total: Tensor, count: Tensor | float) -> Tensor:
+        return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+    loss = alpha * mean(sums.ce, labels)
+    for weight, kd, count in zip(weights, sums.kd, groups, strict=True):
+        loss = loss + (1 - alpha) * weight * mean(kd.kd, count)
+    return loss
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ObjectiveOutput:
+    """`loss` is what to minimise; `ce` and each teacher's `kd` are the means that it is made of."""
+
+    loss: Float[Tensor, ""]
+    ce: Float[Tensor, ""]
+    kd: tuple[Float[Tensor, ""], ...]
+    sums: LossSums
+
+
+class Objective(nn.Module):
+    """Cross-entropy and the methods of several teachers, in one pass over the student's logits.
+
+    loss = alpha CE + (1 − alpha) Σ weight KD, over teachers. The batch comes from `kd.collate` with the pairs of
+    the methods, in their order.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method[Any, Any]],
+        *,
+        alpha: float = 0.5,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Weigh all teachers alike unless `weights` are given. BadOption for an alpha outside 0 to 1."""
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise BadOption("alpha", alpha, "a number from 0 to 1")
+        self.alpha = alpha
+        self.methods = nn.ModuleList(methods)
+        self.weights = [1.0 / max(len(methods), 1)] * len(methods) if weights is None else list(weights)
+        if len(self.weights) != len(self.methods):
+            raise BadOption("weights", self.weights, f"one for each of {len(self.methods)} methods")
+
+    def signals(self, teachers: Sequence[Any], batch: AlignedBatch) -> list[TeacherSignal | None]:
+        """Ask each teacher about its side of the batch; None where the batch has no group for it."""
+        return [
+            None if side.empty else method.signal(teacher, batch.of_teacher(nth))
+            for nth, (method, teacher, side) in enumerate(
+                zip(self._methods(), teachers, batch.teachers, strict=True)
+            )
+        ]
+
+    def forward(
+        self, logits: Tensor, signals: Sequence[TeacherSignal | None], batch: AlignedBatch
+    ) -> ObjectiveOutput:
+        """Compute the objective; `logits` are whole or at the labels, as a single method takes them."""
+        at_labels = batch.at_labels(logits)
+        inputs = [
+            None if signal is None else LossInputs.of(method, signal, batch, side)
+            for method, signal, side in zip(self._methods(), signals, batch.teachers, strict=True)
+        ]
+        sums = loss_sums(at_labels, batch.labels, inputs)
+        labels, groups = len(batch.labels), [side.groups for side in batch.teachers]
+        return ObjectiveOutput(
+            loss=weighted_loss(sums, alpha=self.alpha, weights=self.weights, labels=labels, groups=groups),
+            ce=sums.ce / max(labels, 1),
+            kd=tuple(kd.kd / max(count, 1) for kd, count in zip(sums.kd, groups, strict=True)),
+            sums=sums,
+        )
+
+    def _methods(self) -> list[Method[Any, Any]]:
+        return list(self.methods)  # type: ignore[arg-type]

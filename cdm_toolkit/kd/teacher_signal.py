@@ -1,0 +1,60 @@
+"""The signal of a teacher that is a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from cdm_toolkit.kd.batch import AlignedTeacher
+from cdm_toolkit.kd.model_logits import logits_at
+from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, top_k, values_at
+from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
+
+
+@torch.no_grad()
+def teacher_signal(
+    model: nn.Module, side: AlignedTeacher, request: SignalRequest, *, vocab: int
+) -> TeacherSignal:
+    """Run a teacher over its side of a batch; of its logits the first `vocab` belong to ids of its tokenizer.
+
+    Only the logits that the request needs are made; they are reduced to top-k log-probabilities at once. A model
+    in training mode is in evaluation mode for the call.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with _evaluating(model):
+        logits = logits_at(model, head, _positions(side, request), **side.inputs)
+    if not request.token_logprobs and not request.mean_logits:
+        return TeacherSignal(top_k(logits, request.top_k, real=vocab))
+    group = side.token_group
+    every = torch.arange(len(group), device=group.device)
+    if request.mean_logits:
+        means = mean_logits(logits, every, group, side.groups)
+        top = top_k(means, request.top_k, real=vocab)
+    else:
+        top = top_k(logits, request.top_k, real=vocab, rows=side.group_first)
+    if not request.token_logprobs:
+        return TeacherSignal(top)
+    real = logits.narrow(1, 0, vocab)
+    chosen = values_at(logits, every, side.next_ids).to(top.logprobs.dtype) - log_sum_exp(real)
+    return TeacherSignal(top, chosen, group)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _positions(side: AlignedTeacher, request: SignalRequest) -> Int64[Tensor, " position"]:
+    whole = request.token_logprobs or request.mean_logits
+    return side.token_positions if whole else side.group_positions

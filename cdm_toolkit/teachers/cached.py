@@ -1,0 +1,119 @@
+"""Teacher backed by a cache of log-probabilities: no model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cdm_toolkit.artifacts.teacher_cache import CachedRow, TeacherCache, read_header
+from cdm_toolkit.errors import BadArtifact, BadOption
+from cdm_toolkit.kd.aligned_rows import AlignedRow
+from cdm_toolkit.kd.batch import AlignedBatch
+from cdm_toolkit.kd.rows import Row, rows_fingerprint
+from cdm_toolkit.kd.tokenized_rows import TemplateName, TokenizerSide, template_fingerprint
+from cdm_toolkit.kd.types import SignalRequest, TeacherSignal, TopK
+
+
+def open_cache(
+    folder: str | Path, side: TokenizerSide, rows: Sequence[Row], template: TemplateName
+) -> TeacherCache:
+    """Open a cache for a run that reads `rows` with the teacher's `side`; the cache may stop short of the last row.
+
+    Raises as `TeacherCache.open`.
+    """
+    count = read_header(Path(folder)).rows
+    return TeacherCache.open(
+        folder,
+        side.view,
+        data_fingerprint=rows_fingerprint(rows[:count]),
+        template_fingerprint=template_fingerprint(side, template),
+    )
+
+
+def check_rows(cache: TeacherCache, rows: Sequence[AlignedRow], nth: int) -> None:
+    """See that what the run's `nth` teacher reads of each row begins what the cache has of it.
+
+    BadArtifact for the first row that does not, or is not there.
+    """
+    for row in rows:
+        ids, there = row.teachers[nth].ids, cache.token_ids(row.row)
+        if len(ids) > len(there):
+            problem = f"row {row.row} has {len(there)} tokens there, and the run reads {len(ids)}"
+            fix = f"lower `max_length` to {cache.header.max_length}, or make another cache with a longer one"
+            raise BadArtifact(cache.folder, problem, fix)
+        differs = np.flatnonzero(there[: len(ids)] != ids)
+        if len(differs):
+            at = int(differs[0])
+            problem = (
+                f"row {row.row} reads otherwise: its token {at + 1} is {there[at]} there and {ids[at]} now"
+            )
+            raise BadArtifact(cache.folder, problem, "make another cache of this data with `write_cache`")
+
+
+class Cached:
+    """Log-probabilities that `write_cache` has stored, in place of a model."""
+
+    def __init__(self, cache: TeacherCache, *, device: str | torch.device = "cpu") -> None:
+        self.cache, self.device = cache, torch.device(device)
+
+    def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
+        """Look up the positions of a batch, by the numbers of its rows.
+
+        BadOption for a `top_k` larger than the cache has, and for mean logits, which no cache holds.
+        """
+        self._check(request)
+        (side,) = batch.teachers
+        positions, group = side.row_positions.cpu().numpy(), side.token_group.cpu().numpy()
+        first = side.group_first.cpu().numpy()
+        tops: list[tuple[Tensor, Tensor]] = []
+        tokens: list[np.ndarray] = []
+        end = 0
+        for number, count in zip(batch.rows, side.tokens_per_row, strict=True):
+            begin, end = end, end + count
+            if not count:
+                continue
+            row = self.cache.row(number)
+            at = self._offsets(row, positions[begin:end])
+            tops.append(self._top(row, at[first[(first >= begin) & (first < end)] - begin], request.top_k))
+            tokens.append(row.token_logprobs[at])
+        ids, logprobs = (torch.cat(each).to(self.device) for each in zip(*tops, strict=True))
+        top = TopK(ids, logprobs)
+        if not request.token_logprobs:
+            return TeacherSignal(top)
+        token_logprobs = torch.from_numpy(np.concatenate(tokens)).to(self.device)
+        return TeacherSignal(top, token_logprobs, torch.from_numpy(group).to(self.device))
+
+    def _check(self, request: SignalRequest) -> None:
+        if request.mean_logits:
+            raise BadOption("positions", "mean", "boundary: a cache has no whole logits to average")
+        if request.top_k > self.cache.k:
+            allowed = (
+                f"at most {self.cache.k}: {self.cache.folder} has no more; or make another cache with "
+                f"k {request.top_k}"
+            )
+            raise BadOption("top_k", request.top_k, allowed)
+
+    def _offsets(self, row: CachedRow, positions: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
+        """Turn positions in the row's tokens into offsets in the cache."""
+        at = positions - row.first
+        if at.min() < 0 or at.max() >= len(row.token_logprobs):
+            problem = f"row {row.number} has positions {row.first} to {len(row.token_ids) - 2} there"
+            fix = "make another cache of this data with `write_cache`"
+            raise BadArtifact(
+                self.cache.folder,
+                f"{problem}, the run asks for {positions.min()} to {positions.max()}",
+                fix,
+            )
+        return at
+
+    def _top(self, row: CachedRow, at: Int[np.ndarray, " group"], k: int) -> tuple[Tensor, Tensor]:
+        if self.cache.header.form == "whole":
+            best = torch.from_numpy(row.logprobs[at]).topk(k, dim=-1)
+            return best.indices, best.values
+        ids, logprobs = row.ids[at, :k], row.logprobs[at, :k]
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(np.ascontiguousarray(logprobs))

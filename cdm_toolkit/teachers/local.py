@@ -1,0 +1,23 @@
+"""Teacher that is a model in memory."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cdm_toolkit.kd.batch import AlignedBatch
+from cdm_toolkit.kd.teacher_signal import teacher_signal
+from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
+
+
+class Local:
+    """A frozen causal model of transformers, run at each step."""
+
+    def __init__(self, model: nn.Module, *, vocab: int) -> None:
+        """Freeze `model`; of its logits the first `vocab` belong to ids of its tokenizer."""
+        self.model = model.eval().requires_grad_(False)
+        self.vocab = vocab
+
+    def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
+        """Run the model over the batch, and reduce its logits to the top k that the request asks for."""
+        (side,) = batch.teachers
+        return teacher_signal(self.model, side, request, vocab=self.vocab)
