@@ -158,7 +158,7 @@ def export(
 
 def read_corpus(file: Path) -> list[str]:
     """Read the texts of a corpus: the rows of a JSONL file, else the lines of a text file."""
-    from cdm_toolkit.distill.rows import read_rows
+    from cdm_toolkit.distill.jsonl import read_rows
     from cdm_toolkit.errors import FileProblem
 
     if file.suffix in (".jsonl", ".json"):
@@ -219,13 +219,12 @@ def _aligned_texts(
 
 
 def _aligned_chats(t1: str, t2: str, text: str | None, file: Path | None) -> list[TextAlignment]:
-    from cdm_toolkit.distill.rows import parse_messages, read_messages
-    from cdm_toolkit.hub.chat import align_chat
-    from cdm_toolkit.hub.tokenizers import load_tokenizer
+    from cdm_toolkit.distill.jsonl import parse_messages, read_messages
+    from cdm_toolkit.kd.pair import TokenizerPair
 
     chats = read_messages(file) if file else [parse_messages(text or "")]
-    loaded_t, loaded_s = load_tokenizer(t1), load_tokenizer(t2)
-    return [align_chat(loaded_t, loaded_s, messages) for messages in chats]
+    pair = TokenizerPair.from_names(t1, t2)
+    return [pair.align_chat(messages) for messages in chats]
 
 
 def _summary(aligned: TextAlignment) -> str:

@@ -14,7 +14,7 @@ import typer
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
-    from cdm_toolkit.distill.config import DistillConfig
+    from cdm_toolkit.distill.settings import DistillConfig
     from cdm_toolkit.distill.plan import Plan
     from cdm_toolkit.distill.prepare import Progress
     from cdm_toolkit.distill.run import RunResult
@@ -183,7 +183,7 @@ def _config(
 ) -> DistillConfig:
     """Lay options over a run file, and assignments over both."""
     from cdm_toolkit.artifacts.settings import read_yaml, with_settings
-    from cdm_toolkit.distill.config import from_mapping
+    from cdm_toolkit.distill.settings import from_mapping
     from cdm_toolkit.distill.recipes import find_run_file
     from cdm_toolkit.errors import BadRunConfig
 

@@ -11,7 +11,7 @@ from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
     from cdm_toolkit.artifacts.teacher_cache import CacheHeader
-    from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheResult
+    from cdm_toolkit.distill.cache_teacher import CacheProgress, CacheResult
 
 app = typer.Typer(no_args_is_help=True, help="Run a teacher once, and keep what it says.")
 
@@ -65,7 +65,7 @@ def cache(
     """
     from cdm_toolkit.artifacts.settings import make
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
+    from cdm_toolkit.distill.cache_teacher import CacheSettings, write_cache
     from cdm_toolkit.errors import Interrupted
 
     said = {

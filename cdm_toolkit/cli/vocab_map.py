@@ -306,7 +306,7 @@ def _mass(
     device: str,
 ) -> dict[str, float]:
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.distill.mass import mass_by_strategy
+    from cdm_toolkit.distill.coverage import mass_by_strategy
     from cdm_toolkit.errors import TokenizerMismatch
     from cdm_toolkit.hub.models import load_model
     from cdm_toolkit.hub.tokenizers import load_view

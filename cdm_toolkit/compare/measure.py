@@ -1,4 +1,4 @@
-"""Held-out text, and models on it: bits of its bytes, and the divergence from a teacher that has spoken once."""
+"""Held-out text, and models on it: bits of its bytes, and the divergence from a teacher's cached log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.provenance import provenance
+from cdm_toolkit.batching import batches, scored_places
 from cdm_toolkit.compare.types import Measured
-from cdm_toolkit.distill.collate import Collator, TeacherLayout
-from cdm_toolkit.distill.data import Features, Side, TeacherSide, build_features, side_of
-from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
+from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
 from cdm_toolkit.evaluation.bpb import first_scored
-from cdm_toolkit.batching import batches, scored_places
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -29,26 +29,27 @@ from cdm_toolkit.hub.models import (
     model_folder,
 )
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
+from cdm_toolkit.kd.aligned_rows import AlignedRow
+from cdm_toolkit.kd.batch import AlignedBatch, Collator
+from cdm_toolkit.kd.exact_match import ExactMatch
+from cdm_toolkit.kd.loss_sums import loss_sums
+from cdm_toolkit.kd.pair import TokenizerPair
+from cdm_toolkit.kd.rows import Row, rows_fingerprint
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, tokenizer_side
+from cdm_toolkit.teachers.cached import Cached, check_rows, open_cache
 from cdm_toolkit.tokdiff.changes import changes
-from cdm_toolkit.vocab_map.exact import build_exact
 
 if TYPE_CHECKING:
-    import torch
-    from jaxtyping import Bool
+    from jaxtyping import Bool, Float64
     from transformers import PreTrainedModel
 
-    from cdm_toolkit.distill.cached_teacher import CachedTeacher
-    from cdm_toolkit.distill.collate import Batch, TeacherBatch
-    from cdm_toolkit.distill.losses.combine import Reader
-    from cdm_toolkit.distill.losses.record import Method
     from cdm_toolkit.tokdiff.spans import TokenSpans
-    from cdm_toolkit.tokdiff.view import TokenizerView
 
 FORMAT: Literal["cdm-toolkit held-out text"] = "cdm-toolkit held-out text"
 VERSION: Literal[2] = 2
 HEADER_FILE, ROWS_FILE, CACHE_FOLDER = "heldout.json", "rows.jsonl", "teacher-cache"
 TOP_K = 100
-"""Likeliest ids of the teacher that the divergence looks at one by one; all others are one outcome."""
+"""Most likely ids of the teacher that the divergence compares one by one; all others are one outcome."""
 UNCUT = 1 << 30
 """A longest row that none reaches: bits are of the bytes of the whole row."""
 
@@ -82,7 +83,7 @@ class _Header(BaseModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Heldout:
-    """Text to measure on, with what the teacher says about it. It is made once, and opened for each model."""
+    """Text to measure on, with the teacher's log-probabilities. It is made once, and opened for each model."""
 
     folder: Path
     rows: Mapping[str, tuple[Row, ...]]
@@ -103,7 +104,7 @@ class Heldout:
         device: str = "cpu",
         on_row: OnRow = lambda _done, _total: None,
     ) -> Heldout:
-        """Measure the teacher on rows of several kinds, keep what it says at each token, and write all to a folder.
+        """Measure the teacher on rows of several kinds, cache its log-probabilities, and write all to a folder.
 
         Without `divergence` nothing is kept but its bits. What is there already, made of the same rows and weights, is
         taken as it is; half of it is gone on with. Raises BadRow for a row without a completion, BadArtifact for a
@@ -127,7 +128,7 @@ class Heldout:
         bits_only = Heldout(folder, rows, {}, teacher, None)
         measured = score_model(teacher, bits_only, batch_size=batch_size, device=device, on_row=on_row)
         if header.top_k is not None:
-            _let_speak(folder, header, batch_size or 8, device)
+            _cache_teacher(folder, header, batch_size or 8, device)
         scores = {kind: asdict(of_kind) for kind, of_kind in measured.items()}
         made_by = provenance(fingerprints={"model": header.model_fingerprint}, device=device)
         _write_header(folder, header.model_copy(update={"scores": scores, "provenance": dict(made_by)}))
@@ -198,9 +199,9 @@ def _same(folder: Path, header: _Header) -> Heldout:
     return Heldout.open(folder)
 
 
-def _let_speak(folder: Path, header: _Header, batch_size: int, device: str) -> None:
+def _cache_teacher(folder: Path, header: _Header, batch_size: int, device: str) -> None:
     """Keep the teacher's top k at each token of the completions, in full precision."""
-    from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
+    from cdm_toolkit.distill.cache_teacher import CacheSettings, write_cache
 
     settings = CacheSettings(
         model=header.teacher,
@@ -238,14 +239,13 @@ def score_model(
     """
     name = str(model)
     tokenizer = load_tokenizer(name)
-    teacher = None if heldout.top_k is None else side_of(load_tokenizer(heldout.teacher_name))
-    texts = _texts(heldout, tokenizer, teacher)
+    pair = None if heldout.top_k is None else _pair(heldout.teacher_name, tokenizer)
+    texts = _texts(heldout, tokenizer, pair)
     loaded = load_model(name, device=device)
     check_vocabulary(loaded, name, tokenizer.view.vocab_size)
-    longest = max(len(text.features.student_ids) for text in texts)
+    longest = max(len(text.row.student_ids) for text in texts)
     check_positions(loaded, name, longest, option="the tokens of the longest held-out row")
-    ask = None if teacher is None else _Ask.of(heldout, teacher, tokenizer.view, texts, device)
-    scorer = _Scorer(name, loaded, ask)
+    scorer = _Scorer(name, loaded, None if pair is None else _Divergence.of(heldout, pair, texts, device))
     parts: dict[str, list[Measured]] = {kind: [] for kind in heldout.rows}
     done = 0
     for kind, batch in _batches(heldout, texts, batch_size, loaded):
@@ -255,11 +255,16 @@ def score_model(
     return {kind: Measured.sum(of_kind) for kind, of_kind in parts.items()}
 
 
+def _pair(teacher: str, student: Loaded) -> TokenizerPair:
+    loaded = load_tokenizer(teacher)
+    return TokenizerPair(loaded.tokenizer, student.tokenizer, names=(teacher, student.view.name))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Text:
-    """A row as the model reads it, from the token on that first spells a byte of the completion."""
+    """A row in the model's tokens; labels begin at the token that first spells a byte of the completion."""
 
-    features: Features
+    row: AlignedRow
     ended: bool
     """Its last token is the end of text, which spells no byte."""
     scored_bytes: int
@@ -267,12 +272,12 @@ class _Text:
     """What a first token without context costs."""
 
 
-def _texts(heldout: Heldout, tokenizer: Loaded, teacher: Side | None) -> list[_Text]:
+def _texts(heldout: Heldout, tokenizer: Loaded, pair: TokenizerPair | None) -> list[_Text]:
     rows = [row for of_kind in heldout.rows.values() for row in of_kind]
-    side = side_of(tokenizer)
-    sides = [] if teacher is None else [TeacherSide(teacher, "bytes")]
-    features, _ = build_features(rows, side, sides, max_length=UNCUT)
-    by_row = {of_row.row: of_row for of_row in features}
+    side = tokenizer_side(tokenizer.tokenizer, tokenizer.view)
+    sides = [] if pair is None else [TeacherSide(pair.teacher, "bytes")]
+    aligned, _ = build_features(rows, side, sides, max_length=UNCUT)
+    by_row = {of_row.row: of_row for of_row in aligned}
     spans = side.view.encode_batch([row.text for row in rows])
     file = heldout.folder / ROWS_FILE
     return [
@@ -281,23 +286,23 @@ def _texts(heldout: Heldout, tokenizer: Loaded, teacher: Side | None) -> list[_T
     ]
 
 
-def _text(file: Path, row: Row, features: Features | None, spans: TokenSpans, side: Side) -> _Text:
+def _text(file: Path, row: Row, aligned: AlignedRow | None, spans: TokenSpans, side: TokenizerSide) -> _Text:
     name = side.view.name
     if changed := changes(spans):
         problem = (
             f"{name} reads {changed[0].spelled!r} where it has {changed[0].text!r}: its bits would be too few"
         )
         raise BadRow(file, row.number, problem, _LEAVE_OUT)
-    if features is None:
+    if aligned is None:
         raise BadRow(
             file, row.number, f"{name} has no token in its completion that follows another", _LEAVE_OUT
         )
-    if not all(len(teacher.groups) for teacher in features.teachers):
+    if not all(len(teacher.groups) for teacher in aligned.teachers):
         problem = f"{name} has no boundary in it that the teacher shares"
         raise BadRow(file, row.number, problem, f"{_LEAVE_OUT}, or measure no divergence")
     first = first_scored(spans, row.completion_start)
     return _Text(
-        features=replace(features, label_from=max(side.shift + first, 1)),
+        row=replace(aligned, label_from=max(side.shift + first, 1)),
         ended=side.eos is not None,
         scored_bytes=len(row.completion.encode()),
         free_bits=0.0 if side.shift + first else math.log2(side.view.vocab_size),
@@ -311,97 +316,68 @@ def _batches(
     heldout: Heldout, texts: Sequence[_Text], size: int | None, model: PreTrainedModel
 ) -> Iterator[tuple[str, list[_Text]]]:
     """Put the rows of a kind together that have like lengths."""
-    places = scored_places(model.get_input_embeddings().weight.shape[0])
+    positions = scored_places(model.get_input_embeddings().weight.shape[0])
     left = iter(texts)
     for kind, rows in heldout.rows.items():
         of_kind = [next(left) for _ in rows]
-        lengths = [len(text.features.student_ids) for text in of_kind]
-        for batch in batches(lengths, size, tokens=places):
-            yield kind, [of_kind[place] for place in batch]
+        lengths = [len(text.row.student_ids) for text in of_kind]
+        for batch in batches(lengths, size, tokens=positions):
+            yield kind, [of_kind[index] for index in batch]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Ask:
-    """What the teacher has said, and the map to the ids of the model that is compared with it."""
+class _Divergence:
+    """KL from the teacher's cached log-probabilities, over ids with the same bytes."""
 
-    teacher: CachedTeacher
-    method: Method
-    vocab_s: int
+    teacher: Cached
+    method: ExactMatch
 
     @staticmethod
-    def of(
-        heldout: Heldout, teacher: Side, student: TokenizerView, texts: Sequence[_Text], device: str
-    ) -> _Ask:
-        import torch
-
-        from cdm_toolkit.distill.cached_teacher import CachedTeacher, check_rows, open_cache
-        from cdm_toolkit.distill.losses.methods import Ingredients, build_method
-
+    def of(heldout: Heldout, pair: TokenizerPair, texts: Sequence[_Text], device: str) -> _Divergence:
         rows = [row for of_kind in heldout.rows.values() for row in of_kind]
-        cache = open_cache(heldout.folder / CACHE_FOLDER, teacher, rows, "none")
-        check_rows(cache, [text.features for text in texts], 0)
-        partner = torch.from_numpy(build_exact(teacher.view, student).dense()).to(device)
-        made_of = Ingredients(teacher.view.vocab_size, student.vocab_size, partner)
-        said = CachedTeacher(cache, k=cache.k, device=device)
-        return _Ask(said, build_method("em", made_of), student.vocab_size)
-
-    def reader(self, batch: TeacherBatch, rows: Sequence[int]) -> Reader:
-        from cdm_toolkit.distill.losses.combine import Reader
-
-        return Reader(self.method, self.teacher.says(batch, rows), self.vocab_s, batch["student_rows"])
+        cache = open_cache(heldout.folder / CACHE_FOLDER, pair.teacher, rows, "none")
+        check_rows(cache, [text.row for text in texts], 0)
+        method = ExactMatch(pair).to(device)
+        method.top_k = cache.k  # all that is there, also where the student's vocabulary is smaller
+        return _Divergence(Cached(cache, device=device), method)
 
 
 class _Scorer:
-    """A loaded model, measured batch by batch; without `ask` its divergence is 0 over no boundaries."""
+    """A loaded model, measured batch by batch; without `divergence` that is 0 over no boundaries."""
 
-    def __init__(self, name: str, model: PreTrainedModel, ask: _Ask | None) -> None:
-        self.name, self.model, self.ask = name, model, ask
-        self.collator = Collator((TeacherLayout(),) if ask else ())
+    def __init__(self, name: str, model: PreTrainedModel, divergence: _Divergence | None) -> None:
+        self.name, self.model, self.divergence = name, model, divergence
+        pairs = () if divergence is None else (divergence.method.pair.fingerprints,)
+        self.collator = Collator(pairs)
 
+    @torch.inference_mode()
     def measure(self, texts: Sequence[_Text]) -> Measured:
-        import torch
-
-        from cdm_toolkit.distill.losses.combine import loss_parts
-
-        batch = self.collator([text.features for text in texts])
-        with torch.inference_mode():
-            parts = loss_parts(
-                self._logits(batch), batch["labels"].to(self.model.device), self._readers(batch)
-            )
-        nats = -parts.label_logprobs.cpu().double().numpy()
+        batch = self.collator([text.row for text in texts]).to(self.model.device)
+        logits = batch.student_logits_at(self.model)
+        nats, divergence, groups = self._sums(logits, batch)
         bits = float(nats[_scored(texts)].sum()) / math.log(2) + sum(text.free_bits for text in texts)
-        divergence = sum(float(kd.kd) for kd in parts.kd)
         if not math.isfinite(bits + divergence):
             raise CdmError(
                 f"{self.name} gives held-out text a likelihood that is not a number",
                 fix="its weights hold NaN or infinity: take an earlier checkpoint, or a lower learning rate",
             )
-        groups = sum(len(teacher.groups) for text in texts for teacher in text.features.teachers)
         return Measured(bits, sum(text.scored_bytes for text in texts), divergence, groups)
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        from cdm_toolkit.distill.gather import logits_at
-
-        device = self.model.device
-        return logits_at(
-            self.model,
-            self.model.get_output_embeddings(),
-            batch["label_at"].to(device),
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-        )
-
-    def _readers(self, batch: Batch) -> list[Reader]:
-        if self.ask is None:
-            return []
-        (teacher,) = batch["teachers"]
-        moved = teacher | {"student_rows": teacher["student_rows"].to(self.model.device)}
-        return [self.ask.reader(moved, batch["rows"])]
+    def _sums(
+        self, logits: torch.Tensor, batch: AlignedBatch
+    ) -> tuple[Float64[np.ndarray, " label"], float, int]:
+        """Give −log p of each label, and the divergence over the groups with their number."""
+        if self.divergence is None:
+            sums = loss_sums(logits, batch.labels)
+            return -sums.label_logprobs.cpu().double().numpy(), 0.0, 0
+        signal = self.divergence.method.signal(self.divergence.teacher, batch)
+        out = self.divergence.method(logits, signal, batch)
+        return -out.sums.label_logprobs.cpu().double().numpy(), float(out.sums.kd[0].kd), out.groups
 
 
 def _scored(texts: Sequence[_Text]) -> Bool[np.ndarray, " label"]:
     """Mark the labels of a batch that spell bytes."""
-    labels = np.array([text.features.labels for text in texts])
+    labels = np.array([text.row.labels for text in texts])
     scored = np.ones(labels.sum(), bool)
     scored[labels.cumsum()[[text.ended for text in texts]] - 1] = False
     return scored

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from cdm_toolkit.kd.method import methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +25,10 @@ class Style:
         return self.fill != self.edge
 
 
-# Okabe and Ito's palette without its yellow and black, which are lost on white and on dark paper, and three that stay
-# apart from it and from each other for colour-blind readers. All can be seen on white and on #0d1117.
-_FIXED: Mapping[str, tuple[str, str]] = {
-    "sft": ("#6b6b6b", "s"),
-    "em": ("#56b4e9", "^"),
-    "mined": ("#e69f00", "v"),
-    "prefix": ("#b20030", "<"),
-    "uld": ("#cc79a7", "D"),
-    "gold": ("#7e39e6", "P"),
-    "alm": ("#009e73", "X"),
-    "paper": ("#d55e00", "p"),
-    "cdm": ("#0072b2", "o"),
-}
+# Methods bring their own colours: Okabe and Ito's palette without its yellow and black, which are lost on white and on
+# dark paper, and some that stay apart from it and from each other for colour-blind readers. All can be seen on white
+# and on #0d1117.
+_SFT = ("#6b6b6b", "s")
 _OTHERS = (
     ("#804620", ">"),
     ("#8a8a00", "h"),
@@ -49,13 +42,13 @@ _LIGHTER = 0.5
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """Give each method its style. A variant, such as `cdm k=20`, has its family's colour in a lighter shade.
+    """Give each method its style. A variant, such as `uld k=20`, has its family's colour in a lighter shade.
 
-    The methods of the toolkit have fixed colours, others one by their order: give all names of a study, so that
+    Methods with a colour of their own keep it, others get one by their order: give all names of a study, so that
     one is drawn the same when others have not been run.
     """
     distinct = list(dict.fromkeys(names))
-    families = dict(_FIXED)
+    families = _of_methods()
     unknown = [family for family in dict.fromkeys(map(family_of, distinct)) if family not in families]
     families.update((family, _OTHERS[i % len(_OTHERS)]) for i, family in enumerate(unknown))
     seen: Counter[str] = Counter()
@@ -69,6 +62,12 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
             found[name] = Style(_lighter(colour), colour, others[seen[family_of(name)] % len(others)])
             seen[family_of(name)] += 1
     return found
+
+
+def _of_methods() -> dict[str, tuple[str, str]]:
+    """Give the colours and markers that the methods of the toolkit and of plugins have."""
+    own = {name: (method.color, method.marker or "o") for name, method in methods().items() if method.color}
+    return {"sft": _SFT} | own
 
 
 def family_of(name: str) -> str:

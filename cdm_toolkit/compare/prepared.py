@@ -15,16 +15,17 @@ from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
 from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.compare.types import Measured, ModelScores
-from cdm_toolkit.distill.cached_teacher import open_cache
-from cdm_toolkit.distill.config import CANDIDATES
-from cdm_toolkit.distill.reading import Side, read, side_of
-from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
-from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheSettings, write_cache
+from cdm_toolkit.distill.cache_teacher import CacheProgress, CacheSettings, write_cache
+from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask, evaluate, open_suite
 from cdm_toolkit.hub.models import checked_device, model_fingerprint, model_folder
 from cdm_toolkit.hub.students import new_student, transplant
 from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd.rows import Row, rows_fingerprint
+from cdm_toolkit.kd.settings import DEFAULT_TOP_K
+from cdm_toolkit.kd.tokenized_rows import TokenizerSide, tokenize_rows, tokenizer_side
+from cdm_toolkit.teachers.cached import open_cache
 
 TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, HELDOUT_FOLDER = (
     "train.jsonl",
@@ -244,7 +245,7 @@ def _chosen(
     study: StudyConfig, student: str, read_by_kind: Mapping[str, Sequence[Row]]
 ) -> tuple[dict[str, list[Row]], int]:
     """Take the first rows of each kind that no model would have to cut; gives also how many were passed over."""
-    sides = [side_of(load_tokenizer(name)) for name in (study.teacher, student)]
+    sides = [_side(name) for name in (study.teacher, student)]
     chosen: dict[str, list[Row]] = {}
     passed_over = 0
     for kind, rows in read_by_kind.items():
@@ -267,13 +268,20 @@ def _chosen(
     return chosen, passed_over
 
 
-def _fitted(rows: Sequence[Row], sides: Sequence[Side], max_length: int) -> Iterator[tuple[Row, bool]]:
+def _fitted(
+    rows: Sequence[Row], sides: Sequence[TokenizerSide], max_length: int
+) -> Iterator[tuple[Row, bool]]:
     """Say of each row whether all sides can read it whole and have something to learn in it."""
     for at in range(0, len(rows), FITTED_AT_ONCE):
         some = rows[at : at + FITTED_AT_ONCE]
-        for row, *readings in zip(some, *(read(side, some, "none") for side in sides), strict=True):
-            fits = (each.label_from < len(each.ids) <= max_length for each in readings)
+        for row, *tokenized in zip(some, *(tokenize_rows(side, some, "none") for side in sides), strict=True):
+            fits = (each.label_from < len(each.ids) <= max_length for each in tokenized)
             yield row, bool(row.completion) and all(fits)
+
+
+def _side(name: str) -> TokenizerSide:
+    loaded = load_tokenizer(name)
+    return tokenizer_side(loaded.tokenizer, loaded.view)
 
 
 def _check_held_out(train: Sequence[Row], heldout: Mapping[str, Sequence[Row]]) -> None:
@@ -344,7 +352,7 @@ def _wanted_k(study: StudyConfig) -> int | None:
     asked = [teacher.get("top_k") or 1 for teacher in teachers if uses_cache(teacher)]
     if not asked or study.teacher_cache is not None:
         return max(asked, default=None)
-    return min(max(CANDIDATES, *asked), load_tokenizer(study.teacher).view.vocab_size)
+    return min(max(DEFAULT_TOP_K, *asked), load_tokenizer(study.teacher).view.vocab_size)
 
 
 def uses_cache(teacher: Mapping[str, object]) -> bool:
@@ -359,7 +367,7 @@ def _check_cache(study: StudyConfig, shared: Path, top_k: int) -> None:
     """
     assert study.teacher_cache is not None
     rows = read_rows(shared / TRAIN_FILE)
-    open_cache(study.teacher_cache, side_of(load_tokenizer(study.teacher)), rows, "none")
+    open_cache(study.teacher_cache, _side(study.teacher), rows, "none")
     header = read_header(Path(study.teacher_cache))
     now = model_fingerprint(model_folder(study.teacher))
     if header.model_fingerprint != now:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -21,16 +20,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from cdm_toolkit.artifacts.code import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.compare.cells import cell_at, grid
 from cdm_toolkit.compare.prepared import CODE, OnStage, Shared, check_origin, prepare, score, uses_cache
 from cdm_toolkit.compare.study import StudyConfig
 from cdm_toolkit.compare.study_folder import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import Cell, CellResult, Point
-from cdm_toolkit.distill.config import DistillConfig, from_mapping
+from cdm_toolkit.compare.worker import CellTask
+from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 from cdm_toolkit.errors import Interrupted
 
 PROGRESS_FILE, MODEL_FOLDER, SCRATCH = "progress.json", "model", ".scratch"
+TRAINED_BY = ("tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
+"""Sources that training depends on."""
 LINES_OF_LOG = 20
 """How many lines a cell logs, where the study does not say how often."""
 _BEGUN = ("start", 0, 1)
@@ -84,7 +87,7 @@ def cell_config(study: StudyConfig, shared: Shared, cell: Cell, output: Path) ->
     """Write down the run of a cell."""
     teacher, _ = study.methods[cell.method].resolved()
     train = {"log_every": max(1, study.steps // LINES_OF_LOG)} | study.run.model_dump(exclude_unset=True)
-    train |= {"max_steps": study.steps, "seed": cell.seed, "save_every": 0, "bucket": False}
+    train |= {"max_steps": study.steps, "seed": cell.seed, "save_every": 0, "group_by_length": False}
     run: dict[str, Any] = {
         "student": shared.student,
         "data": {"path": str(shared.train), "max_length": study.max_length},
@@ -144,20 +147,10 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
         curve=tuple(_point(log) for log in trained.losses),
         settings=config.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
     )
-    made_of = {**shared.fingerprints, CODE: code_fingerprint()}
+    made_of = {**shared.fingerprints, CODE: code_fingerprint(*TRAINED_BY)}
     made_by = provenance(fingerprints=made_of, seed=cell.seed, device=study.run.device)
     options = study.methods[cell.method].options()
     return Stored(result, options, machine(study), trained.warnings, dict(made_by))
-
-
-def code_fingerprint() -> str:
-    """Hash the sources that training depends on."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for part in ("tokdiff", "alignment", "vocab_map", "distill"):
-        for file in sorted((package / part).rglob("*.py")):
-            digest.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _point(log: Any) -> Point:
@@ -315,12 +308,11 @@ def _start(
     """Start a cell; it is in a group of its own, so that Ctrl-C reaches this process alone."""
     place = folder.of(cell)
     place.mkdir(parents=True, exist_ok=True)
-    words = ["compare", str(study), "-o", str(folder.path), "--cell", cell.name]
-    words += ["--keep-models"] if keep_models else []
+    task = CellTask(str(study), str(folder.path), cell.name, keep_models)
     threads = str(number_of_threads)
     with (place / LOG_FILE).open("ab" if is_held(place) else "wb") as log:  # another process may write there
         process = subprocess.Popen(
-            [sys.executable, "-m", "cdm_toolkit.cli", *words],
+            task.command(),
             env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -344,10 +336,10 @@ def _why(child: _Child) -> str:
     """Say why a process ended without a result: its last word, or the signal that ended it."""
     if child.process.returncode < 0:
         number = -child.process.returncode
-        killed = " (perhaps for want of memory: fewer --workers)" if number == signal.SIGKILL else ""
+        killed = " (perhaps for want of memory: fewer `workers`)" if number == signal.SIGKILL else ""
         return f"ended by signal {number}{killed}"
     lines = child.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("cdm: ").removeprefix("error: ") if lines else "it said nothing"
+    return lines[-1] if lines else "it said nothing"
 
 
 def _read_progress(cell: Cell, file: Path) -> Running | None:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
 from cdm_toolkit.artifacts.shipped import given_file, shipped_folder
-from cdm_toolkit.distill.config import (
+from cdm_toolkit.distill.settings import (
     PRESETS,
     Count,
     CountOrNone,
@@ -25,6 +25,7 @@ from cdm_toolkit.distill.config import (
     from_mapping,
 )
 from cdm_toolkit.errors import BadRunConfig, UnknownName
+from cdm_toolkit.kd.settings import Fault, Faults
 
 MEASURES = ("bits-per-byte", "divergence", "time", "memory")
 """What can be asked for; all but the divergence cost nothing, and are always there."""
@@ -38,7 +39,7 @@ _OWNED: Mapping[str, str] = {
     "seed": "seeds",
     "save_every": "no checkpoints",
     "tensorboard": "no event files",
-    "bucket": "one order of rows for all methods",
+    "group_by_length": "one order of rows for all methods",
 }
 """Settings of training that the study itself decides, and what it has for them."""
 
@@ -112,8 +113,10 @@ class SuiteConfig(Settings):
     """Run programs that a model writes, in a sandbox."""
 
 
-class _Entry(Settings):
-    """An entry of a study's methods: a teacher's settings without the teacher, and these."""
+class MethodConfig(Settings):
+    """An entry of a study's methods: `method`, its settings and those of its alignment, and the fields here."""
+
+    model_config = ConfigDict(extra="allow")
 
     preset: Text | None = None
     """Settings that go under the entry's own: paper."""
@@ -135,30 +138,29 @@ class _Entry(Settings):
         return given
 
     @model_validator(mode="after")
-    def _is_a_method(self) -> _Entry:
+    def _is_a_method(self) -> MethodConfig:
         given = self._given()
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(_not_known("preset", self.preset, PRESETS))
         if not self.has_teacher:
             if given:
-                raise ValueError(f"{', '.join(given)} is of a method: name it, such as method: cdm")
+                raise ValueError(f"{', '.join(given)} is of a method: name it, such as method: spelling")
             if self.alpha is not None:
                 raise ValueError("alpha has no use without a method: all is cross-entropy")
             return self
         try:
             self.resolved()
         except BadRunConfig as error:
-            fault = error.what.partition(": ")[2]
-            raise ValueError(fault.removeprefix("teachers.0: ").removeprefix("teachers.0.")) from None
+            raise Faults([_without_teacher(fault) for fault in error.faults]) from None
         return self
 
     @property
     def has_teacher(self) -> bool:
         """Whether it is more than supervised fine-tuning."""
-        return self.preset is not None or "method" in self.model_fields_set
+        return self.preset is not None or "method" in (self.model_extra or {})
 
     def _given(self) -> dict[str, Any]:
-        return self.model_dump(exclude_unset=True, exclude={"preset", "alpha", "seeds"})
+        return dict(self.model_extra or {})
 
     def resolved(self) -> tuple[dict[str, Any], float | None]:
         """Give the teacher's settings with the preset under them, without a model, and the entry's own alpha.
@@ -185,22 +187,14 @@ class _Entry(Settings):
         return TeacherConfig.model_validate({"model": "-"} | teacher).options if teacher else {}
 
 
-_OF_ALL = {"model", "weight", "cache", "dtype"}
-"""Settings of a teacher that are no method's: there is one teacher, which has spoken once for all cells."""
+def _without_teacher(fault: str) -> Fault:
+    """Take the run's name for an entry's setting off a fault."""
+    name, _, problem = fault.removeprefix("teachers.0.").partition(" ")
+    return Fault(name, problem)
 
-if TYPE_CHECKING:
-    MethodConfig = _Entry
-else:
-    MethodConfig = create_model(
-        "MethodConfig",
-        __base__=_Entry,
-        __module__=__name__,
-        **{
-            name: (field.annotation, field)
-            for name, field in TeacherConfig.model_fields.items()
-            if name not in _OF_ALL
-        },
-    )
+
+_OF_ALL = {"model", "weight", "cache", "dtype"}
+"""Settings of a teacher that are no method's: all cells share one teacher and its cached log-probabilities."""
 
 
 class StudyConfig(Settings):

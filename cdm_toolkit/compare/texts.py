@@ -15,8 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from cdm_toolkit.distill.rows import Row, read_rows
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.errors import BadOption, FileProblem, UnknownName
+from cdm_toolkit.kd.rows import Row
 
 Split = Literal["train", "heldout"]
 

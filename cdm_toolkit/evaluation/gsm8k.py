@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from cdm_toolkit.distill.rows import Row, read_rows
+from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.errors import BadRow, FileProblem, NoData
 from cdm_toolkit.evaluation.evaluate import Ask
 from cdm_toolkit.evaluation.suite_data import DataFile, find_data, hub_split
