@@ -19,7 +19,7 @@ from cdm_toolkit.distill.cache_teacher import CacheProgress, CacheSettings, writ
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask, evaluate, open_suite
-from cdm_toolkit.hub.models import checked_device, model_fingerprint, model_folder
+from cdm_toolkit.hub.models import model_fingerprint, model_folder
 from cdm_toolkit.hub.students import new_student, transplant
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.rows import Row, rows_fingerprint
@@ -74,7 +74,7 @@ def prepare(
 
     Raises the errors of data, models, tokenizers, suites and caches, and BadArtifact where what was made has changed.
     """
-    checked_device(study.run.device)
+    _ = study.run.torch_device  # a device that is not here is told before anything is read
     if shared := _ready(study, folder):
         return shared
     with only_one(folder.shared, "prepares this study", say):
@@ -163,12 +163,12 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
         heldout_rows,
         study.teacher,
         divergence="divergence" in study.measures,
-        device=study.run.device,
+        device=study.run.torch_device,
         on_row=lambda done, total: on_stage("measuring the teacher", done, total),
     )
     teacher = ModelScores(*_sides(study, heldout.teacher), suite_scores(study, study.teacher))
     start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
-    made_by = provenance(fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.device)
+    made_by = provenance(fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device)
     content = {
         "student": _kept(shared, student),
         "cache": cache and _kept(shared, cache),
@@ -333,7 +333,7 @@ def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
         k=k,
         dtype="float32",  # so that a method loses nothing by it that the model in memory would give
         max_length=study.max_length,
-        device=study.run.device,
+        device=study.run.torch_device,
     )
 
     def tell(progress: CacheProgress) -> None:
@@ -388,7 +388,7 @@ def score(
     study: StudyConfig, model: str, heldout: Heldout, on_row: Callable[[int, int], None]
 ) -> ModelScores:
     """Measure a model on all held-out text and suites. Raises the errors of both."""
-    measured = score_model(model, heldout, device=study.run.device, on_row=on_row)
+    measured = score_model(model, heldout, device=study.run.torch_device, on_row=on_row)
     return ModelScores(*_sides(study, measured), suite_scores(study, model))
 
 
@@ -404,7 +404,7 @@ def suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:
     return {
         name: {
             each.metric: each.value
-            for result in evaluate(name, [model], ask=_ask(suite), device=study.run.device).results
+            for result in evaluate(name, [model], ask=_ask(suite), device=study.run.torch_device).results
             for each in result.scores
         }
         for name, suite in study.suites.items()

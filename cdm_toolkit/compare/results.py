@@ -37,7 +37,7 @@ def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> St
         methods=tuple(study.methods),
         planned=len(grid(study)),
         facts=_facts(study, shared, cells, command),
-        provenance=dict(provenance(fingerprints=shared.fingerprints, device=study.run.device)),
+        provenance=dict(provenance(fingerprints=shared.fingerprints, device=study.run.torch_device)),
     )
 
 

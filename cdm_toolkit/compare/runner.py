@@ -135,7 +135,7 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
     shutil.rmtree(scratch, ignore_errors=True)
     config = cell_config(study, shared, cell, scratch)
     trained = run(config, on_progress=lambda at: follower(at.stage, at.done, at.total))
-    step_seconds, memory = follower.step_seconds, peak_memory(study.run.device)
+    step_seconds, memory = follower.step_seconds, peak_memory(study.run.torch_device)
     scores = score(study, str(scratch), shared.heldout, lambda done, total: follower("measure", done, total))
     result = CellResult(
         cell=cell,
@@ -148,7 +148,7 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
         settings=config.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
     )
     made_of = {**shared.fingerprints, CODE: code_fingerprint(*TRAINED_BY)}
-    made_by = provenance(fingerprints=made_of, seed=cell.seed, device=study.run.device)
+    made_by = provenance(fingerprints=made_of, seed=cell.seed, device=study.run.torch_device)
     options = study.methods[cell.method].options()
     return Stored(result, options, machine(study), trained.warnings, dict(made_by))
 
@@ -183,7 +183,7 @@ def machine(study: StudyConfig) -> str:
     """Name what a cell runs on."""
     import torch
 
-    device = torch.cuda.get_device_name() if study.run.device == "cuda" else study.run.device
+    device = torch.cuda.get_device_name() if study.run.torch_device == "cuda" else study.run.torch_device
     threads = f"{study.threads} thread{'s' if study.threads > 1 else ''} a cell"
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads}, {device}, "

@@ -30,10 +30,10 @@ from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
-    checked_device,
     load_model,
     model_fingerprint,
     model_folder,
+    resolve_device,
 )
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.model_logits import logits_at
@@ -76,7 +76,8 @@ class CacheSettings(Settings):
     """Tokens of a row; more are cut."""
     template: TemplateName = "none"
     batch_size: Count = 8
-    device: Text = "cpu"
+    device: Text = "auto"
+    """auto: a GPU where there is one, else the CPU."""
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the model's weights."""
     shard: str = "1/1"
@@ -100,6 +101,11 @@ class CacheSettings(Settings):
         if self.k == 0 and (self.quantised or self.dtype == "float16"):
             raise ValueError("k 0 keeps the whole vocabulary in float32: leave quantised and dtype out")
         return self
+
+    @property
+    def torch_device(self) -> str:
+        """Name the device that `device` stands for on this machine. BadOption for one that is not here."""
+        return str(resolve_device(self.device))
 
     @property
     def part(self) -> tuple[int, int]:
@@ -150,7 +156,7 @@ def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: 
     and tokenizer, BadOption for a `k` or `max_length` that is too large, NothingToTrain, and those of CacheWriter.
     """
     began = time.perf_counter()
-    checked_device(settings.device)
+    _ = settings.torch_device  # a device that is not here is told before anything is read
     rows = read_rows(settings.data)[: settings.limit]
     if not any(has_completion(row, settings.template) for row in rows):
         raise NothingToTrain(settings.data, f"{len(rows)} rows, all with an empty completion")
@@ -193,7 +199,7 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
         quantised=settings.quantised,
         max_length=settings.max_length,
         rows_per_shard=settings.rows_per_shard or (WHOLE_ROWS_PER_SHARD if whole else ROWS_PER_SHARD),
-        provenance=dict(provenance(fingerprints=named, device=settings.device)),
+        provenance=dict(provenance(fingerprints=named, device=settings.torch_device)),
     )
 
 
@@ -237,11 +243,11 @@ class _Work:
         if not todo:
             return
         model = load_model(
-            self.settings.model, device=self.settings.device, dtype=self.settings.teacher_dtype
+            self.settings.model, device=self.settings.torch_device, dtype=self.settings.teacher_dtype
         )
         check_vocabulary(model, self.settings.model, self.header.vocab)
         for index in todo:
-            self.writer.write(index, self._shard(model, index), device=self.settings.device)
+            self.writer.write(index, self._shard(model, index), device=self.settings.torch_device)
 
     def result(self, seconds: float) -> CacheResult:
         folder = self.writer.folder

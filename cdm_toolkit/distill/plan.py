@@ -15,7 +15,6 @@ from cdm_toolkit.distill.features import RowCounts
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.trainer import training_arguments
-from cdm_toolkit.hub.models import checked_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +71,7 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
 
     Raises what `run` raises before its first step.
     """
-    checked_device(config.train.device)
+    _ = config.train.torch_device  # a device that is not here is told before anything is read
     prepared = prepare(config, read_rows(config.data.path), on_progress)
     with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))
@@ -112,7 +111,7 @@ def _look(
     import torch
 
     many, size = min(LOOKED_AT, len(prepared.features)), prepared.config.train.batch_size
-    device = torch.device(prepared.config.train.device)
+    device = torch.device(prepared.config.train.torch_device)
     model = prepared.student.to(device).eval()
     sums, labels = np.zeros((len(prepared.objectives), 4)), 0
     ce = 0.0

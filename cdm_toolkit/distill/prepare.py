@@ -163,7 +163,7 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
     Raises what caches, models and tables raise.
     """
     run = data.models.config
-    config, device = run.teachers[nth], run.train.device
+    config, device = run.teachers[nth], run.train.torch_device
     options, kind = config.method_options, config.method_class
     teacher: Teacher
     if config.cache is not None:
@@ -190,7 +190,7 @@ class _Models:
     @property
     def student(self) -> PreTrainedModel:
         if self._student is None:
-            self._student = load_model(self.config.student, device=self.config.train.device)
+            self._student = load_model(self.config.student, device=self.config.train.torch_device)
             self._tell()
         return self._student
 
@@ -198,7 +198,7 @@ class _Models:
         if nth not in self._teachers:
             teacher = self.config.teachers[nth]
             self._teachers[nth] = load_model(
-                teacher.model, device=self.config.train.device, dtype=teacher.dtype
+                teacher.model, device=self.config.train.torch_device, dtype=teacher.dtype
             )
             self._tell()
         return self._teachers[nth]

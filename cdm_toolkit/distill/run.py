@@ -24,7 +24,7 @@ from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.settings import DistillConfig
 from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, read_history, training_arguments
 from cdm_toolkit.errors import FileProblem, Interrupted
-from cdm_toolkit.hub.models import checked_device, model_folder_to_fill, save_model
+from cdm_toolkit.hub.models import model_folder_to_fill, save_model
 from cdm_toolkit.kd.rows import Row
 
 
@@ -60,7 +60,7 @@ def run(
     errors of settings, data and models, NothingToTrain, NotFinite.
     """
     began = time.perf_counter()
-    checked_device(config.train.device)
+    _ = config.train.torch_device  # a device that is not here is told before anything is read
     rows = read_rows(config.data.path)
     output = Path(config.output)
     made = not output.exists()
@@ -134,7 +134,7 @@ def _main_process_first(config: DistillConfig) -> AbstractContextManager[None]:
         return nullcontext()
     from accelerate import PartialState
 
-    return PartialState(cpu=config.train.device == "cpu").main_process_first()  # type: ignore[no-any-return]
+    return PartialState(cpu=config.train.torch_device == "cpu").main_process_first()  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def _provenance(prepared: Prepared, result: RunResult) -> dict[str, Any]:
     fingerprints = {"student tokenizer": prepared.student_tokenizer.view.fingerprint}
     for nth, tokenizer in enumerate(prepared.teacher_tokenizers):
         fingerprints[f"tokenizer of teacher {nth}"] = tokenizer.view.fingerprint
-    made_by = provenance(fingerprints=fingerprints, seed=config.train.seed, device=config.train.device)
+    made_by = provenance(fingerprints=fingerprints, seed=config.train.seed, device=config.train.torch_device)
     figures = {"steps": result.steps, "tokens": result.tokens, "seconds": round(result.seconds, 1)}
     return {
         **made_by,

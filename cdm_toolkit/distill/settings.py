@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from cdm_toolkit.alignment.aligners import AlignerName
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
 from cdm_toolkit.errors import UnknownName
+from cdm_toolkit.hub.models import resolve_device
 from cdm_toolkit.kd.method import Method, find_method, methods
 from cdm_toolkit.kd.settings import (
     DEFAULT_TOP_K,
@@ -211,6 +212,11 @@ class TrainConfig(Settings):
     """Steps between checkpoints; 0 writes none."""
     tensorboard: bool = False
     """Write event files to the output folder's `runs`."""
+
+    @property
+    def torch_device(self) -> str:
+        """Name the device that `device` stands for on this machine. BadOption for one that is not here."""
+        return str(resolve_device(self.device))
 
 
 class DistillConfig(Settings):

@@ -332,7 +332,7 @@ def training_arguments(config: DistillConfig, output: Path) -> TrainingArguments
         seed=train.seed,
         bf16=train.dtype == "bfloat16",
         activation_checkpointing=train.gradient_checkpointing,
-        use_cpu=train.device == "cpu",
+        use_cpu=train.torch_device == "cpu",
         save_strategy="steps" if saves else "no",
         save_steps=train.save_every if saves else 500,
         save_total_limit=2,
@@ -343,7 +343,7 @@ def training_arguments(config: DistillConfig, output: Path) -> TrainingArguments
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
-        dataloader_pin_memory=train.device == "cuda",
+        dataloader_pin_memory=train.torch_device == "cuda",
     )
     # One process drives one device: several go by `accelerate launch`. DataParallel would split the flat
     # positions.
