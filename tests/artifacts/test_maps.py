@@ -109,7 +109,7 @@ def test_a_truncated_file_is_refused(keep, mapping, smollm2_view, mistral_view, 
     path = tmp_path / "m.safetensors"
     save_map(path, mapping)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(BadArtifact, match=r"damaged.*; build it again with: cdm vocab-map build"):
+    with pytest.raises(BadArtifact, match=r"damaged.*; write it again with `export_map`"):
         load_map(path, smollm2_view, mistral_view)
 
 

@@ -286,7 +286,7 @@ def test_a_truncated_shard_is_named(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     said = refusal(folder)
     assert "shard-00002.safetensors: it is damaged" in said
-    assert "--shard 2/3" in said
+    assert "shard='2/3'" in said
 
 
 def test_an_altered_shard_is_named_when_it_is_read(folder: Path) -> None:
@@ -302,13 +302,13 @@ def test_an_altered_shard_is_named_when_it_is_read(folder: Path) -> None:
         TeacherCache.open(folder).verify()
 
 
-def test_a_missing_shard_is_named_with_its_command(folder: Path) -> None:
+def test_a_missing_shard_is_named_with_its_call(folder: Path) -> None:
     for suffix in ("safetensors", "json"):
         (folder / f"shard-00003.{suffix}").unlink()
         said = refusal(folder)
         assert "shard-00003" in said
-        assert f"cdm teacher cache --model teacher --data rows.jsonl --output {folder}" in said
-        assert "--shard 3/3" in said
+        assert f"`write_cache(CacheSettings(model='teacher', data='rows.jsonl', output='{folder}'" in said
+        assert "shard='3/3'))`" in said
 
 
 def test_a_shard_of_another_cache_is_named(folder: Path, tmp_path: Path) -> None:

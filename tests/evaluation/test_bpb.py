@@ -202,7 +202,7 @@ def test_a_lossy_tokenizer_is_said(make: MakeSubject) -> None:
 
 
 def test_the_suite_refuses_what_it_cannot_score(tmp_path: Path) -> None:
-    with pytest.raises(NoData, match=r"no data for the suite 'bpb', tried --data: not given; .* --data FILE"):
+    with pytest.raises(NoData, match=r"no data for the suite 'bpb', tried `data`: not given; .* as `data`"):
         open_suite("bpb")
     with pytest.raises(FileProblem, match="no such file"):
         open_suite("bpb", Ask(data=tmp_path / "none.jsonl"))

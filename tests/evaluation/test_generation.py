@@ -169,7 +169,7 @@ def test_a_prompt_begins_with_the_start_token_once(make: MakeSubject) -> None:
 def test_a_chat_template_is_the_models_own(make: MakeSubject) -> None:
     subject = make()
     with pytest.raises(
-        UnsupportedTokenizer, match="it has no chat template; score it without --chat-template"
+        UnsupportedTokenizer, match="it has no chat template; score it without `chat_template`"
     ):
         as_chat(subject, "hi")
     subject.tokenizer.chat_template = (

@@ -148,7 +148,7 @@ def test_without_data_all_places_are_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        NoData, match=r"--data: not given; dolly \(MiniLLM/dolly on the hub: .*; unni \(.*--data"
+        NoData, match=r"`data`: not given; dolly \(MiniLLM/dolly on the hub: .*; unni \(.*as `data`"
     ):
         open_suite("instruct")
 
