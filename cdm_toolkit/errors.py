@@ -75,7 +75,7 @@ class SourceNotFound(CdmError):
         super().__init__(
             f"cannot find {name!r}",
             got=f"tried {'; '.join(tried)}",
-            fix=f"give the path of a local folder that holds {needs}, or a name that `list_aliases` gives",
+            fix=f"give the path of a local folder that holds {needs}, or one of the names that `list_aliases` gives",
         )
 
 
@@ -225,7 +225,7 @@ class NotFinite(CdmError):
         super().__init__(
             f"{what} is not finite at step {step}",
             got=kept,
-            fix="lower the learning rate, or check that row's data",
+            fix="lower the learning rate, or check the data of that step",
         )
 
 
@@ -263,7 +263,7 @@ class CodeNotAllowed(CdmError):
     def __init__(self, suite: str, programs: int, isolation: str) -> None:
         super().__init__(
             f"the suite {suite!r} runs {programs} programs that a model writes",
-            got=f"each in a process of its own behind: {isolation}",
+            got=f"each in a process of its own, isolated by: {isolation}",
             fix="allow it with `allow_code_execution=True`",
         )
 

@@ -44,7 +44,7 @@ EXAMPLES: list[tuple[str, CdmError]] = [
     ("align report", errors.FileProblem("data.jsonl", "there is no such file")),
     (
         "distill",
-        errors.BadRow("data.jsonl", 7, "has neither of the field sets", "give prompt and completion"),
+        errors.BadRow("data.jsonl", 7, "it has question, not answer", "give each row question and answer"),
     ),
     ("distill", errors.OutputExists("out", can_resume=True)),
     (

@@ -22,7 +22,7 @@ COMMANDS = {
 }
 """What does in a terminal what a function does in Python."""
 
-_QUOTED = re.compile(r"`([^`]+)`")
+_QUOTED = re.compile(r"`([a-z_][^`]*)`")
 # Typer carries click inside or beside it, by version: a command has no type that both know.
 _running: ContextVar[Any] = ContextVar("running", default=None)
 

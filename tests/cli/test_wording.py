@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cdm_toolkit
+from cdm_toolkit.artifacts.teacher_cache import CacheHeader
 from cdm_toolkit.cli import main, wording
 from cdm_toolkit.cli.wording import in_terminal
 
@@ -86,9 +87,22 @@ def test_every_function_is_public_and_its_command_exists() -> None:
 
 
 def test_a_call_that_makes_a_shard_is_a_command_that_parses(cdm, tmp_path: Path) -> None:
-    from tests.artifacts.test_teacher_cache import header
-
-    made = header(data=str(tmp_path / "none.jsonl"), limit=3, quantised=True)
+    data = str(tmp_path / "none.jsonl")
+    made = CacheHeader.model_construct(
+        model="smollm2",
+        data=data,
+        vocab=100,
+        k=5,
+        dtype="float16",
+        quantised=True,
+        max_length=64,
+        template="none",
+        teacher_dtype="float32",
+        rows_per_shard=4,
+        limit=3,
+    )
     line = said_by("teacher info", f"`{made.call(tmp_path / 'a folder', '2/3')}`")
+    assert "--shard 2/3" in line
     answer = cdm(*shlex.split(line)[1:])
-    assert "none.jsonl: there is no such file" in answer.err or "No such file" in answer.err
+    assert answer.status == 2
+    assert "none.jsonl: no such file" in answer.err.lower()

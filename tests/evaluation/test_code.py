@@ -180,7 +180,8 @@ def test_pass_at_k_is_the_share_of_choices() -> None:
 
 def test_nothing_runs_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        CodeNotAllowed, match=r"runs 164 programs .* behind: .*; allow it with `allow_code_execution=True`"
+        CodeNotAllowed,
+        match=r"runs 164 programs .* isolated by: .*; allow it with `allow_code_execution=True`",
     ):
         open_suite("code")
     weak = Isolation(
