@@ -101,7 +101,7 @@ class CacheHeader(BaseModel):
     def call(self, folder: Path, shard: str | None = None) -> str:
         """Write the call that makes this cache, or one of its shards."""
         same = ("dtype", "quantised", "max_length", "template", "teacher_dtype", "rows_per_shard", "limit")
-        settings = {"model": self.model, "data": self.data, "output": str(folder)}
+        settings: dict[str, Any] = {"model": self.model, "data": self.data, "output": str(folder)}
         settings |= {
             "k": 0 if self.form == "whole" else self.k,
             **{name: getattr(self, name) for name in same},
