@@ -369,13 +369,13 @@ def test_made_for_something_else(folder: Path, smollm2_view: Any) -> None:
 def test_another_cache_in_the_same_folder_is_refused_with_the_difference(folder: Path) -> None:
     CacheWriter(folder, header(model="the same by another name", provenance=dict(provenance([]))))
     changes = {
-        "-k is 20 there and 10 now": {"k": 10},
+        "`k` is 20 there and 10 now": {"k": 10},
         "the model is teacher (mmmmmmmm…) there and other (oooooooo…) now": {
             "model": "other",
             "model_fingerprint": "o" * 64,
         },
         "the data is rows.jsonl": {"data_fingerprint": "e" * 64},
-        "--quantised is False there and True now": {"quantised": True},
+        "`quantised` is False there and True now": {"quantised": True},
     }
     for words, change in changes.items():
         with pytest.raises(BadArtifact) as caught:

@@ -105,4 +105,4 @@ def test_a_call_that_makes_a_shard_is_a_command_that_parses(cdm, tmp_path: Path)
     assert "--shard 2/3" in line
     answer = cdm(*shlex.split(line)[1:])
     assert answer.status == 2
-    assert "none.jsonl: no such file" in answer.err.lower()
+    assert "none.jsonl: there is no such file" in answer.err
