@@ -213,7 +213,7 @@ def test_bad_data_is_named_with_its_row(tmp_path: Path) -> None:
     with pytest.raises(FileProblem):
         open_suite("code", Ask(**ALLOWED, data=tmp_path / "none.jsonl"))
     name = suite_file(tmp_path / "bad.yaml", "preload: [no_such_module]")
-    with pytest.raises(BadOption, match="preload is 'no_such_module'; give modules that are installed"):
+    with pytest.raises(BadOption, match="`preload` is 'no_such_module'; give modules that are installed"):
         open_suite(name, Ask(**ALLOWED))
 
 

@@ -136,8 +136,8 @@ def test_a_folder_has_the_sets_as_dskd_does(tmp_path: Path, rows: Path) -> None:
     for ask, error, said in (
         (Ask(data=tmp_path, tasks=("dolly", "unni")), NoData, "unni .*no such file"),
         (Ask(data=tmp_path, tasks=("dollies",)), UnknownName, "did you mean dolly"),
-        (Ask(data=rows, tasks=("dolly",)), BadOption, "no --tasks where --data is one file"),
-        (Ask(data=rows, fewshot_data=rows), BadOption, "no --fewshot-data"),
+        (Ask(data=rows, tasks=("dolly",)), BadOption, "no `tasks` where `data` is one file"),
+        (Ask(data=rows, fewshot_data=rows), BadOption, "no `fewshot_data`"),
     ):
         with pytest.raises(error, match=said):
             open_suite("instruct", ask)

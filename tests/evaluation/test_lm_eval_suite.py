@@ -88,9 +88,9 @@ def test_a_task_that_is_out_of_reach_is_no_data(monkeypatch: pytest.MonkeyPatch)
 def test_what_makes_no_sense_is_refused(task_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     for ask, said in (
-        (Ask(tasks=(TASK,), include_path=task_folder, data=rows), "no --data: colours has data of its own"),
-        (Ask(tasks=(TASK,), include_path=task_folder, fewshot_data=rows), "no --fewshot-data"),
-        (Ask(data=rows, include_path=task_folder), "no --include-path"),
+        (Ask(tasks=(TASK,), include_path=task_folder, data=rows), "no `data`: colours has data of its own"),
+        (Ask(tasks=(TASK,), include_path=task_folder, fewshot_data=rows), "no `fewshot_data`"),
+        (Ask(data=rows, include_path=task_folder), "no `include_path`"),
     ):
         with pytest.raises(BadOption, match=said):
             open_suite("math", ask)
