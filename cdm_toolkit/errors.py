@@ -1,15 +1,22 @@
 """Every error that a person can meet.
 
-Each says what is wrong, what was got, and how to mend it, in one line. The command line prints that line
-on stderr and exits with 2; a traceback is a bug. `tests/errors.golden.txt` holds one example of each, to be
-read as prose.
+Each says what is wrong, what was got, and how to mend it, in one line. Settings and functions are named as in
+Python, in backticks; `cli.wording` makes options and commands of them. The command line prints that line on
+stderr and exits with 2; a traceback is a bug. `tests/errors.golden.txt` holds one example of each, to be read as
+prose.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+
+
+def _named(option: str) -> str:
+    """Put the name of a setting in backticks; other words for what was given stay as they are."""
+    return f"`{option}`" if re.fullmatch(r"[a-z]\w*(\.\w+)*", option) else option
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -39,14 +46,14 @@ class BadOption(CdmError):
     """An option is outside what it can be."""
 
     def __init__(self, option: str, value: object, allowed: str) -> None:
-        super().__init__(f"{option} is {value!r}", fix=f"give {allowed}")
+        super().__init__(f"{_named(option)} is {value!r}", fix=f"give {allowed}")
 
 
 class TwoWays(CdmError):
     """Two options are given that ask for different things."""
 
     def __init__(self, option: str, other: str) -> None:
-        super().__init__(f"{option} and {other} do not go together", fix="give one of them")
+        super().__init__(f"{_named(option)} and {_named(other)} do not go together", fix="give one of them")
 
 
 class UnknownName(CdmError):
@@ -68,7 +75,7 @@ class SourceNotFound(CdmError):
         super().__init__(
             f"cannot find {name!r}",
             got=f"tried {'; '.join(tried)}",
-            fix=f"give the path of a local folder that holds {needs}, or cdm models list shows what can be named",
+            fix=f"give the path of a local folder that holds {needs}, or one of the names that `list_aliases` gives",
         )
 
 
@@ -127,10 +134,11 @@ class OutputExists(CdmError):
     """An output folder holds something already."""
 
     def __init__(self, path: str | Path, *, can_resume: bool = False) -> None:
-        ways = "--overwrite to replace it" + (
-            ", --resume to go on from its last checkpoint" if can_resume else ""
+        resume = ", `resume` to go on from its last checkpoint" if can_resume else ""
+        super().__init__(
+            f"the output {path} exists and is not empty",
+            fix=f"give `overwrite` to replace it{resume}, or another `output`",
         )
-        super().__init__(f"the output {path} exists and is not empty", fix=f"{ways}, or another --output")
 
 
 class BadArtifact(CdmError):
@@ -181,7 +189,7 @@ class DoesNotSpell(CdmError):
         super().__init__(
             f"the ids of {tokenizer} do not spell the text",
             got=f"token {position} ({token}) stands where the text has {expected!r}",
-            fix="encode the text with this tokenizer, or choose --aligner dtw, which aligns any two sequences",
+            fix="encode the text with this tokenizer, or choose `aligner='dtw'`, which aligns any two sequences",
         )
 
 
@@ -206,7 +214,7 @@ class NothingToTrain(CdmError):
         super().__init__(
             f"{path}: no row can be trained on",
             got=counts,
-            fix="raise --max-length, or check the data's fields",
+            fix="raise `max_length`, or check the data's fields",
         )
 
 
@@ -217,7 +225,7 @@ class NotFinite(CdmError):
         super().__init__(
             f"{what} is not finite at step {step}",
             got=kept,
-            fix="lower the learning rate, or check that row's data",
+            fix="lower the learning rate, or check the data of that step",
         )
 
 
@@ -245,7 +253,7 @@ class NoData(CdmError):
         super().__init__(
             f"no data for the suite {suite!r}",
             got=f"tried {'; '.join(tried)}",
-            fix=fix or f"give a JSONL file with {fields}: --data FILE",
+            fix=fix or f"give a JSONL file with {fields} as `data`",
         )
 
 
@@ -255,8 +263,8 @@ class CodeNotAllowed(CdmError):
     def __init__(self, suite: str, programs: int, isolation: str) -> None:
         super().__init__(
             f"the suite {suite!r} runs {programs} programs that a model writes",
-            got=f"each in a process of its own behind: {isolation}",
-            fix="allow it with --allow-code-execution",
+            got=f"each in a process of its own, isolated by: {isolation}",
+            fix="allow it with `allow_code_execution=True`",
         )
 
 

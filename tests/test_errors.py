@@ -1,4 +1,4 @@
-"""Every error, printed once into a page that a person can read as prose."""
+"""Every error, printed once into a page that a person can read as prose: as Python and a terminal say it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 from cdm_toolkit import errors
+from cdm_toolkit.cli import wording
 from cdm_toolkit.errors import CdmError
 
 GOLDEN = Path(__file__).with_name("errors.golden.txt")
@@ -14,64 +15,118 @@ GOLDEN = Path(__file__).with_name("errors.golden.txt")
 LLAMA3 = ("llama3", "9f3c51d2aa")
 QWEN2 = ("qwen2", "1b77e0c4bb")
 
-EXAMPLES: list[CdmError] = [
-    errors.BadOption("--max-edit-distance", 1.5, "a number above 0 and below 1"),
-    errors.TwoWays("--overwrite", "--resume"),
-    errors.UnknownName("aligner", "byte", ["bytes", "dtw", "entropy-dtw", "anchored"]),
-    errors.SourceNotFound(
-        "gemma2",
-        ["local folder: there is none of this name", "cache: not there", "hub: HF_HUB_OFFLINE is set"],
-        needs="tokenizer.json",
+EXAMPLES: list[tuple[str, CdmError]] = [
+    (
+        "vocab-map build",
+        errors.BadOption("max_edit_distance", 1.5, "a number between 0 and 1, such as 0.3"),
     ),
-    errors.DamagedSource("qwen2", "qwen.tiktoken", "b2b1b8dfb5cc5f02", "0000aaaa0000aaaa"),
-    errors.UnsupportedTokenizer("my-tokenizer", "it has no fast backend"),
-    errors.ModelNotLoaded("out/student", "config.json is missing", "give a folder that holds a model"),
-    errors.MissingExtra("lm-eval", "eval", "the suite 'math'"),
-    errors.FileProblem("data.jsonl", "there is no such file"),
-    errors.BadRow("data.jsonl", 7, "has neither of the field sets", "give prompt and completion"),
-    errors.OutputExists("out", can_resume=True),
-    errors.BadArtifact("map.safetensors", "it ends too early", "build it again: cdm vocab-map build"),
-    errors.TokenizerMismatch(
-        "the mapping", "teacher", LLAMA3, QWEN2, "rebuild it: cdm vocab-map build --t1 qwen2"
+    ("distill", errors.TwoWays("overwrite", "resume")),
+    ("align show", errors.UnknownName("aligner", "byte", ["bytes", "dtw", "entropy-dtw", "anchored"])),
+    (
+        "tokenizer info",
+        errors.SourceNotFound(
+            "gemma2",
+            ["local folder: there is none of this name", "cache: not there", "hub: HF_HUB_OFFLINE is set"],
+            needs="tokenizer.json",
+        ),
     ),
-    errors.BadText("has a lone surrogate at character 3 (U+D800)", "save it as UTF-8 without surrogates"),
-    errors.UnknownTokenId("llama3", 130000, 128256),
-    errors.DoesNotSpell("llama3", 12, "'foo'", b"bar"),
-    errors.BadRunConfig("run.yaml", ["train.lr is -1: give a number above 0", "methd: did you mean method?"]),
-    errors.NothingToTrain("data.jsonl", "12 rows: 12 too long"),
-    errors.NotFinite("the loss", 41, "the checkpoint of step 40 is kept in out/checkpoint-40"),
-    errors.Interrupted(
-        "the run", "step 40 of 200 is kept in out/checkpoint-40", "cdm distill run.yaml --resume"
+    ("models fetch", errors.DamagedSource("qwen2", "qwen.tiktoken", "b2b1b8dfb5cc5f02", "0000aaaa0000aaaa")),
+    ("tokenizer info", errors.UnsupportedTokenizer("my-tokenizer", "it has no fast backend")),
+    (
+        "generate",
+        errors.ModelNotLoaded(
+            "out/student",
+            "it needs 34.0 GiB of memory in float32, 9.1 GiB are available on cuda",
+            "end other programs, choose another `device`, or take a smaller model",
+        ),
     ),
-    errors.VocabularyTooSmall("out/student", 32000, 128256),
-    errors.NoData("math", ["openai/gsm8k on the hub: HF_HUB_OFFLINE is set"], "question and answer"),
-    errors.CodeNotAllowed("code", 164, "user, mount, pid, resource limits"),
-    errors.IsolationMissing("user, mount, pid", "unshare: Operation not permitted"),
+    ("eval", errors.MissingExtra("lm-eval", "eval", "the suite 'math'")),
+    ("align report", errors.FileProblem("data.jsonl", "there is no such file")),
+    (
+        "distill",
+        errors.BadRow("data.jsonl", 7, "it has question, not answer", "give each row question and answer"),
+    ),
+    ("distill", errors.OutputExists("out", can_resume=True)),
+    (
+        "vocab-map stats",
+        errors.BadArtifact(
+            "table.safetensors", "it ends too early", "build it again with `build_neighbours`"
+        ),
+    ),
+    (
+        "vocab-map stats",
+        errors.TokenizerMismatch(
+            "the neighbour table",
+            "teacher",
+            LLAMA3,
+            QWEN2,
+            "build it again with `build_neighbours(load_view('qwen2'), load_view('mistral'))`",
+        ),
+    ),
+    (
+        "align show",
+        errors.BadText("has a lone surrogate at character 3 (U+D800)", "save it as UTF-8 without surrogates"),
+    ),
+    ("vocab-map show", errors.UnknownTokenId("llama3", 130000, 128256)),
+    ("align show", errors.DoesNotSpell("llama3", 12, "'foo'", b"bar")),
+    (
+        "distill",
+        errors.BadRunConfig(
+            "run.yaml", ["train.lr is -1: give a number above 0", "methd: did you mean method?"]
+        ),
+    ),
+    ("distill", errors.NothingToTrain("data.jsonl", "12 rows: 12 too long")),
+    (
+        "distill",
+        errors.NotFinite("the loss", 41, "the checkpoint of step 40 is kept in out/checkpoint-40"),
+    ),
+    (
+        "distill",
+        errors.Interrupted(
+            "the run", "step 40 of 200 is kept in out/checkpoint-40", "the same run with `resume`"
+        ),
+    ),
+    ("eval", errors.VocabularyTooSmall("out/student", 32000, 128256)),
+    (
+        "eval",
+        errors.NoData("math", ["openai/gsm8k on the hub: HF_HUB_OFFLINE is set"], "question and answer"),
+    ),
+    ("eval", errors.CodeNotAllowed("code", 164, "user, mount, pid, resource limits")),
+    ("eval", errors.IsolationMissing("user, mount, pid", "unshare: Operation not permitted")),
 ]
+"""An example of each error, with a command that can meet it."""
 
 
 def test_every_error_has_an_example() -> None:
     kinds = {
         kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, CdmError)
     } - {CdmError}
-    assert kinds == {type(example) for example in EXAMPLES}
+    assert kinds == {type(example) for _, example in EXAMPLES}
+
+
+def _shown(command: str, example: CdmError) -> str:
+    """Give the library's line, and below it the command's where that differs."""
+    wording.start(command.split())
+    said, shown = str(example), wording.in_terminal(str(example))
+    terminal = "" if shown == said else f"    cdm {command}: {shown}\n"
+    return f"{type(example).__name__}: {said}\n{terminal}"
 
 
 def test_errors_read_as_the_golden_page() -> None:
-    page = "".join(f"{type(example).__name__}: {example}\n" for example in EXAMPLES)
+    page = "".join(_shown(*example) for example in EXAMPLES)
     assert page == GOLDEN.read_text(encoding="utf-8"), (
         "read the new page as prose, then write it to the golden file"
     )
 
 
 def test_each_error_is_one_line_with_a_fix() -> None:
-    for example in EXAMPLES:
+    for _, example in EXAMPLES:
         assert "\n" not in str(example)
         assert example.fix, f"{type(example).__name__} does not say how to mend it"
 
 
 def test_errors_come_out_of_other_processes_whole() -> None:
-    for example in EXAMPLES:
+    for _, example in EXAMPLES:
         copy = pickle.loads(pickle.dumps(example))
         assert (type(copy), str(copy)) == (type(example), str(example))
         assert (copy.what, copy.got, copy.fix) == (example.what, example.got, example.fix)

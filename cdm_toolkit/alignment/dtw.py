@@ -82,7 +82,7 @@ def warp(
     """
     n, m = len(strings.of_t), len(strings.of_s)
     if n * m > _MOST_CELLS:
-        raise BadOption("the aligner", "dtw", f"anchored, which needs no {n} × {m} table, or shorter texts")
+        raise BadOption("aligner", "dtw", f"anchored, which needs no {n} × {m} table, or shorter texts")
     tokens_t, tokens_s = np.arange(len(strings.t.whole)), np.arange(len(strings.s.whole))
     distance = kernels.distances(strings.t, tokens_t, strings.s, tokens_s, strings.scratch)
     steps, cost = kernels.fill_steps(distance, strings.of_t, strings.of_s, weight_t, weight_s)

@@ -38,6 +38,10 @@ TABLE_FORMAT = "cdm-toolkit neighbour table"
 # Raised whenever a file's layout or the meaning of what is in it changes.
 VERSION = 2
 HEADER = "cdm_toolkit"
+AGAIN = {
+    MAP_FORMAT: "write it again with `export_map`",
+    TABLE_FORMAT: "build it again with `build_neighbours`",
+}
 
 Made = TypeVar("Made")
 
@@ -55,7 +59,7 @@ def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> 
     TokenizerMismatch where it was built for other tokenizers.
     """
     arrays, header = _load(path, MAP_FORMAT)
-    mapping = _made(path, lambda: VocabMap(**{**_record(VocabMap, header), **arrays}))
+    mapping = _made(path, MAP_FORMAT, lambda: VocabMap(**{**_record(VocabMap, header), **arrays}))
     check_sides(f"the mapping {path}", mapping, sides(view_t, view_s))
     return mapping
 
@@ -81,6 +85,7 @@ def load_table(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -
 
     table = _made(
         path,
+        TABLE_FORMAT,
         lambda: NeighbourTable(**_record(NeighbourTable, header), t_to_s=way("t_to_s"), s_to_t=way("s_to_t")),
     )
     check_sides(f"the neighbour table {path}", table, sides(view_t, view_s))
@@ -171,11 +176,9 @@ def _save(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
 
 
 def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    again = "build it again with: cdm vocab-map build"
+    again = AGAIN[kind]
     if not Path(path).is_file():
-        raise FileProblem(
-            path, "there is no such file", "check the path, or make it with: cdm vocab-map build"
-        )
+        raise FileProblem(path, "there is no such file", f"check the path, or {again}")
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "null"))
@@ -194,12 +197,12 @@ def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return arrays, header
 
 
-def _made(path: str | Path, make: Callable[[], Made]) -> Made:
+def _made(path: str | Path, kind: str, make: Callable[[], Made]) -> Made:
     try:
         return make()
     except (KeyError, TypeError) as error:
         problem = f"its contents are not complete ({error})"
-        raise BadArtifact(path, problem, "build it again with: cdm vocab-map build") from None
+        raise BadArtifact(path, problem, AGAIN[kind]) from None
 
 
 def _record(of: type[VocabMap] | type[NeighbourTable], header: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -99,30 +98,31 @@ class CacheHeader(BaseModel):
         kind, _, of = name.partition("_")
         return f"{getattr(self, kind)} ({value[:8]}…)" if of == "fingerprint" else str(value)
 
-    def command(self, folder: Path, shard: str | None = None) -> str:
-        """Give the command that makes this cache, or one of its shards."""
-        words = ["--model", self.model, "--data", self.data, "--output", str(folder)]
-        words += ["-k", "0" if self.form == "whole" else str(self.k), "--dtype", self.dtype]
-        words += ["--quantised"] if self.quantised else []
-        words += ["--max-length", str(self.max_length), "--template", self.template]
-        words += ["--teacher-dtype", self.teacher_dtype, "--rows-per-shard", str(self.rows_per_shard)]
-        words += [] if self.limit is None else ["--limit", str(self.limit)]
-        words += [] if shard is None else ["--shard", shard]
-        return shlex.join(["cdm", "teacher", "cache", *words])
+    def call(self, folder: Path, shard: str | None = None) -> str:
+        """Write the call that makes this cache, or one of its shards."""
+        same = ("dtype", "quantised", "max_length", "template", "teacher_dtype", "rows_per_shard", "limit")
+        settings: dict[str, Any] = {"model": self.model, "data": self.data, "output": str(folder)}
+        settings |= {
+            "k": 0 if self.form == "whole" else self.k,
+            **{name: getattr(self, name) for name in same},
+        }
+        settings |= {"shard": shard}
+        said = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+        return f"write_cache(CacheSettings({', '.join(said)}))"
 
 
 _FACTS = {
     "model_fingerprint": "the model",
-    "teacher_dtype": "--teacher-dtype",
+    "teacher_dtype": "`teacher_dtype`",
     "tokenizer_fingerprint": "the tokenizer",
     "data_fingerprint": "the data",
     "rows": "the count of rows",
-    "template_fingerprint": "--template",
-    "k": "-k",
-    "dtype": "--dtype",
-    "quantised": "--quantised",
-    "max_length": "--max-length",
-    "rows_per_shard": "--rows-per-shard",
+    "template_fingerprint": "`template`",
+    "k": "`k`",
+    "dtype": "`dtype`",
+    "quantised": "`quantised`",
+    "max_length": "`max_length`",
+    "rows_per_shard": "`rows_per_shard`",
 }
 """What makes two caches the same, with the words for it."""
 
@@ -198,13 +198,13 @@ class CacheWriter:
         self.folder, self.header = folder, header
         if not (folder / HEADER_FILE).is_file():
             if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-                fix = "give a new or an empty folder as --output"
+                fix = "give a new or an empty folder as `output`"
                 raise FileProblem(folder, "it is not empty, and holds no teacher cache", fix)
             _write(folder / HEADER_FILE, _as_json(header))
         elif differences := read_header(folder).differences(header):
             if any(folder.glob("shard-*")):
                 problem = f"it holds another cache: {'; '.join(differences)}"
-                raise BadArtifact(folder, problem, "give another --output, or the settings of the one there")
+                raise BadArtifact(folder, problem, "give another `output`, or the settings of the one there")
             _write(folder / HEADER_FILE, _as_json(header))  # no shard was made of the one that is there
 
     def state(self, index: int) -> Literal["missing", "whole", "damaged"]:
@@ -266,9 +266,9 @@ def read_header(folder: Path) -> CacheHeader:
     """Read a cache's header. Raises FileProblem where there is none, BadArtifact where it cannot be used."""
     path = folder / HEADER_FILE
     if not path.is_file():
-        raise FileProblem(folder, "there is no teacher cache here", "make one with: cdm teacher cache")
+        raise FileProblem(folder, "there is no teacher cache here", "make one with `write_cache`")
     found = _json(path)
-    again = "make the cache again, in another folder, with: cdm teacher cache"
+    again = "make the cache again, in another folder, with `write_cache`"
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise BadArtifact(path, f"this is no {FORMAT}", again)
     if found.get("version") != VERSION:
@@ -310,7 +310,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        fix = "make it again with: cdm teacher cache, as before"
+        fix = "make it again with `write_cache`, as before"
         raise BadArtifact(path, f"it is damaged ({error})", fix) from None
 
 
@@ -324,7 +324,7 @@ def _record(kind: type[Read], path: Path, found: Any, fix: str) -> Read:
 
 
 def _make_again(folder: Path, header: CacheHeader, index: int) -> str:
-    return f"make it with: {header.command(folder, f'{index + 1}/{header.shards}')}"
+    return f"make it with `{header.call(folder, f'{index + 1}/{header.shards}')}`"
 
 
 class _Shard:
@@ -399,14 +399,14 @@ class TeacherCache:
     ) -> TeacherCache:
         """Open a cache, and see that it was made for this tokenizer, these rows and this template where given.
 
-        FileProblem where there is none. BadArtifact where a shard is missing or damaged, and says which command
+        FileProblem where there is none. BadArtifact where a shard is missing or damaged, and says which call
         makes it; or where data or template differ. TokenizerMismatch.
         """
         folder = Path(folder)
         header = read_header(folder)
         if view is not None and view.fingerprint != header.tokenizer_fingerprint:
             built_for = (header.tokenizer, header.tokenizer_fingerprint)
-            fix = f"give the teacher of the cache, {header.model}, or make another cache: cdm teacher cache"
+            fix = f"give the teacher of the cache, {header.model}, or make another cache with `write_cache`"
             raise TokenizerMismatch(
                 f"the cache {folder}", "teacher", built_for, (view.name, view.fingerprint), fix
             )
@@ -465,7 +465,7 @@ class TeacherCache:
         index = bisect_right(self._first_rows, number) - 1
         shard = self._shard(index) if index >= 0 else None
         if shard is None or (at := shard.find(number)) is None:
-            fix = "give the data that it was made of, or make another: cdm teacher cache"
+            fix = "give the data that it was made of, or make another with `write_cache`"
             raise BadArtifact(self.folder, f"it has no row {number}, but {self.header.rows:,} others", fix)
         return shard, at
 
@@ -486,7 +486,7 @@ def _check_same(folder: Path, header: CacheHeader, what: str, given: str | None)
     there = getattr(header, f"{what}_fingerprint")
     if given is not None and given != there:
         problem = f"its {what} is {getattr(header, what)} ({there[:8]}…), not the one given ({given[:8]}…)"
-        raise BadArtifact(folder, problem, f"give the same {what}, or make another cache: cdm teacher cache")
+        raise BadArtifact(folder, problem, f"give the same {what}, or make another cache with `write_cache`")
 
 
 def missing_shards(folder: Path, header: CacheHeader) -> list[int]:
@@ -501,4 +501,4 @@ def _check_complete(folder: Path, header: CacheHeader) -> None:
     names = ", ".join(shard_name(index) for index in missing[:3]) + (", …" if len(missing) > 3 else "")
     one = f"{missing[0] + 1}/{header.shards}" if len(missing) == 1 else None
     problem = f"{len(missing)} of {header.shards} shards are missing ({names})"
-    raise BadArtifact(folder, problem, f"make them with: {header.command(folder, one)}")
+    raise BadArtifact(folder, problem, f"make them with `{header.call(folder, one)}`")

@@ -149,10 +149,12 @@ def _progress() -> Iterator[Follow]:
 
 
 def _as_json(done: Evaluation) -> dict[str, object]:
+    from cdm_toolkit.cli.wording import in_terminal
+
     return {
         "results": [asdict(result) for result in done.results],
         "paper": {spec.name: spec.paper.model_dump(mode="json") for spec in done.suites if spec.paper},
-        "skipped": [asdict(each) for each in done.skipped],
+        "skipped": [{"suite": each.suite, "reason": in_terminal(each.reason)} for each in done.skipped],
     }
 
 

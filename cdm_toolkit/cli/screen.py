@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cdm_toolkit.cli.wording import in_terminal
+
 PLAIN_WIDTH = 120
 """Columns to fill where the output is no terminal, so that a table in a file is whole."""
 
@@ -44,8 +46,8 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print one warning."""
-    err().print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)
+    """Print one warning, the library's in the words of the command that runs."""
+    err().print(f"note: {in_terminal(message)}", style="yellow", markup=False, soft_wrap=True)
 
 
 def this_command(*without: str) -> str:

@@ -221,14 +221,14 @@ def _item(task: Task, completion: str, sample: int, outcome: Outcome) -> Item:
 
 
 def _dataset(settings: CodeSettings, ask: Ask) -> str:
-    """Choose the data set, which `--tasks` may name."""
+    """Choose the data set, which `tasks` may name."""
     if not ask.tasks:
         return settings.dataset
     shown = " ".join(ask.tasks)
     if ask.data is not None:
-        raise BadOption("--tasks", shown, "no --tasks where --data is a file")
+        raise BadOption("tasks", shown, "no `tasks` where `data` is a file")
     if len(ask.tasks) > 1:
-        raise BadOption("--tasks", shown, f"one of {', '.join(STOP)}")
+        raise BadOption("tasks", shown, f"one of {', '.join(STOP)}")
     if shown not in STOP:
         raise UnknownName("data set", shown, tuple(STOP))
     return shown

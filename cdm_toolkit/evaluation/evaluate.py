@@ -124,24 +124,24 @@ Follow = Callable[[str, str], Progress]
 """Given a suite's name and a model's, return what to call while the one scores the other."""
 
 
-def open_suite(name: str, ask: Ask = Ask()) -> Suite:
+def open_suite(suite: str, ask: Ask = Ask()) -> Suite:
     """Find a suite by name or path and its data, before any model loads.
 
     Raises UnknownName, BadRunConfig, BadOption, NoData, BadRow, FileProblem or MissingExtra.
     """
-    return _open(load_suite(name), ask).suite
+    return _open(load_suite(suite), ask).suite
 
 
-def open_suites(name: str, ask: Ask = Ask()) -> tuple[list[Opened], list[Skipped]]:
+def open_suites(suite: str, ask: Ask = Ask()) -> tuple[list[Opened], list[Skipped]]:
     """Find one suite, or all that have what they need: those that have not are given with the reason.
 
     Raises as `open_suite`, and NoData where none of all can be opened.
     """
-    if name != ALL:
-        return [_open(load_suite(name), ask)], []
-    for option, value in (("--data", ask.data), ("--tasks", ask.tasks)):
+    if suite != ALL:
+        return [_open(load_suite(suite), ask)], []
+    for option, value in (("data", ask.data), ("tasks", ask.tasks)):
         if value:
-            raise BadOption("--suite", name, f"one suite: {option} belongs to one")
+            raise BadOption("suite", suite, f"one suite: `{option}` belongs to one")
     opened, skipped = [], []
     for each in suite_names():
         try:
@@ -149,17 +149,13 @@ def open_suites(name: str, ask: Ask = Ask()) -> tuple[list[Opened], list[Skipped
         except CdmError as error:
             skipped.append(Skipped(each, str(error)))
     if not opened:
-        raise NoData(name, [f"{left.suite}: {left.reason}" for left in skipped], "rows, for one suite")
+        raise NoData(suite, [f"{left.suite}: {left.reason}" for left in skipped], "rows, for one suite")
     return opened, skipped
 
 
 def _open(spec: SuiteSpec, ask: Ask) -> Opened:
-    for option, value in (
-        ("--limit", ask.limit),
-        ("--batch-size", ask.batch_size),
-        ("--workers", ask.workers),
-    ):
-        if value is not None and value < 1:
+    for option in ("limit", "batch_size", "workers"):
+        if (value := getattr(ask, option)) is not None and value < 1:
             raise BadOption(option, value, "a number of at least 1")
     suite: Suite = adapter_class(spec.adapter, spec.path)(spec, ask)
     return Opened(spec, suite)
@@ -170,12 +166,11 @@ def refuse(spec: SuiteSpec, ask: Ask, *options: str) -> None:
     for option in options:
         if value := getattr(ask, option):
             shown = " ".join(value) if isinstance(value, tuple) else str(value)
-            name = f"--{option.replace('_', '-')}"
-            raise BadOption(name, shown, f"no {name}: the suite {spec.name!r} has no use for it")
+            raise BadOption(option, shown, f"no `{option}`: the suite {spec.name!r} has no use for it")
 
 
 def evaluate(
-    name: str,
+    suite: str,
     models: Sequence[str],
     *,
     ask: Ask = Ask(),
@@ -183,7 +178,7 @@ def evaluate(
     output: Path | None = None,
     overwrite: bool = False,
     follow: Follow | None = None,
-    go_on: str = "the same command",
+    go_on: str = "the same call",
 ) -> Evaluation:
     """Score models side by side on one suite or `all`, one model after the other in memory.
 
@@ -191,7 +186,7 @@ def evaluate(
     kept there are not scored again. Raises as `open_suites`, `open_items` and `load_subject`, and Interrupted,
     which names `go_on`, where a run that keeps its items is stopped.
     """
-    opened, skipped = open_suites(name, ask)
+    opened, skipped = open_suites(suite, ask)
     names = list(dict.fromkeys(models))
     prints = model_fingerprints(names) if output else {}
     results = []

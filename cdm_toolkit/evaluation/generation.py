@@ -88,7 +88,7 @@ def as_chat(subject: Subject, prompt: str) -> str:
     """Put a prompt into the model's own chat template. Raises UnsupportedTokenizer where it has none."""
     if not getattr(subject.tokenizer, "chat_template", None):
         raise UnsupportedTokenizer(
-            subject.name, "it has no chat template", "score it without --chat-template"
+            subject.name, "it has no chat template", "score it without `chat_template`"
         )
     chat = [{"role": "user", "content": prompt}]
     return str(subject.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))

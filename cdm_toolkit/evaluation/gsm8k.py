@@ -69,7 +69,7 @@ def check_shots(problems: Problems, count: int, given: Path | None) -> None:
         raise FileProblem(
             given or problems.shots_source,
             f"it has {len(problems.shots)} rows besides the scored ones, the suite needs {count} examples",
-            "give another --fewshot-data",
+            "give another `fewshot_data`",
         )
 
 

@@ -219,7 +219,7 @@ def _instruction(path: Path, number: int, fields: Any, settings: InstructSetting
 def _find_sets(spec: SuiteSpec, ask: Ask) -> tuple[dict[str, tuple[DataFile, int | None]], list[str]]:
     """Find the data sets that are asked for, and say which are out of reach where not all are.
 
-    `--data` is a file, which is then the one set, or a folder that has the sets' files.
+    `data` is a file, which is then the one set, or a folder that has the sets' files.
     """
     sets = spec.settings.sets or {spec.name: InstructionSet(**spec.data.model_dump())}
     for name in ask.tasks:
@@ -227,7 +227,7 @@ def _find_sets(spec: SuiteSpec, ask: Ask) -> tuple[dict[str, tuple[DataFile, int
             raise UnknownName("data set", name, tuple(sets))
     if ask.data is not None and not ask.data.is_dir():
         if ask.tasks:
-            raise BadOption("--tasks", " ".join(ask.tasks), "no --tasks where --data is one file")
+            raise BadOption("tasks", " ".join(ask.tasks), "no `tasks` where `data` is one file")
         return {ask.data.stem: (DataFile(ask.data, str(ask.data)), None)}, []
     tried = {name: _find_set(spec, sets[name], ask.data) for name in ask.tasks or sets}
     found = {name: (file, sets[name].first) for name, file in tried.items() if isinstance(file, DataFile)}
@@ -235,7 +235,7 @@ def _find_sets(spec: SuiteSpec, ask: Ask) -> tuple[dict[str, tuple[DataFile, int
         f"{name} ({'; '.join(file) or 'no source'})" for name, file in tried.items() if isinstance(file, list)
     ]
     if not found or (missing and ask.tasks):
-        raise NoData(spec.name, missing if ask.data else ["--data: not given", *missing], FIELDS)
+        raise NoData(spec.name, missing if ask.data else ["`data`: not given", *missing], FIELDS)
     return found, missing
 
 

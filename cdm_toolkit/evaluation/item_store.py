@@ -80,12 +80,12 @@ def _locked(path: Path) -> BinaryIO:
         stream = path.open("a+b", buffering=0)
     except OSError as error:
         why = f"it cannot be written ({error.strerror or error})"
-        raise FileProblem(path, why, "choose an --output that you may write to") from None
+        raise FileProblem(path, why, "choose an `output` that you may write to") from None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         stream.close()
-        raise FileProblem(path, "another run writes to it", "wait for it, or name another --output") from None
+        raise FileProblem(path, "another run writes to it", "wait for it, or name another `output`") from None
     except OSError:
         pass  # some network file systems have no locks
     return stream
@@ -110,7 +110,7 @@ def _item(path: Path, number: int, line: bytes) -> Item:
         return Item(**json.loads(line))
     except (ValueError, TypeError):
         problem = f"line {number} is no finished item"
-        raise BadArtifact(path, problem, "remove that line, or start anew with --overwrite") from None
+        raise BadArtifact(path, problem, "remove that line, or start anew with `overwrite`") from None
 
 
 def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
@@ -119,14 +119,14 @@ def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
         names = [*run, *(name for name in before if name not in run)]
     except (ValueError, TypeError, KeyError):
         problem = "its first line does not say which run it is of"
-        raise BadArtifact(path, problem, "name another --output, or start anew with --overwrite") from None
+        raise BadArtifact(path, problem, "name another `output`, or start anew with `overwrite`") from None
     differ = [
         f"{name} was {_short(before.get(name))}, is {_short(run.get(name))}"
         for name in names
         if before.get(name) != run.get(name)
     ]
     if differ:
-        fix = "run it as before to go on, name another --output, or start anew with --overwrite"
+        fix = "run it as before to go on, name another `output`, or start anew with `overwrite`"
         raise BadArtifact(path, f"it is of another run: {', '.join(differ)}", fix)
 
 

@@ -77,7 +77,7 @@ class LmEval:
         ours = [name for name in names if name in TASK_FILES]
         theirs = [name for name in names if name not in TASK_FILES]
         if theirs and ask.data is not None:
-            raise BadOption("--data", str(ask.data), f"no --data: {', '.join(theirs)} has data of its own")
+            raise BadOption("data", str(ask.data), f"no `data`: {', '.join(theirs)} has data of its own")
         if not theirs:
             refuse(spec, ask, "include_path")
         if DRAWS_EXAMPLES not in ours:
@@ -96,7 +96,7 @@ class LmEval:
     def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
         if self._ask.chat_template and not subject.tokenizer.chat_template:
             raise UnsupportedTokenizer(
-                subject.name, "it has no chat template", "score it without --chat-template"
+                subject.name, "it has no chat template", "score it without `chat_template`"
             )
         with quiet_lm_eval():
             yield from self.answer(wrap_model(subject), keys)
@@ -179,11 +179,11 @@ class LmEval:
                     self._spec.name,
                     [f"the tasks {', '.join(names)}: {why}"],
                     "",
-                    fix="fetch it where there is a network, or write a task on local files: --include-path",
+                    fix="fetch it where there is a network, or give a folder of tasks on local files as `include_path`",
                 ) from None
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
-                raise BadOption("--tasks", name, "a task that runs no code of the model's: --suite code does")
+                raise BadOption("tasks", name, "a task that runs no code of the model's: `suite='code'` does")
             if self._settings.fewshot is not None:
                 task.set_config(key="num_fewshot", value=self._settings.fewshot)
         return loaded
@@ -287,7 +287,7 @@ def _task_manager(names: Sequence[str], folder: Path | None) -> Any:
     for name in names:
         if name not in manager.all_tasks:
             near = ", ".join(get_close_matches(name, manager.all_tasks, n=3)) or "arc_easy, hellaswag"
-            raise BadOption("--tasks", name, f"a task that lm-eval has, such as {near}")
+            raise BadOption("tasks", name, f"a task that lm-eval has, such as {near}")
     return manager
 
 

@@ -33,7 +33,7 @@ def check_fits(name: str, folder: Path, device: torch.device) -> None:
         raise ModelNotLoaded(
             name,
             f"it needs {_gib(needed)} of memory in float32, {_gib(left)} are available on {device}",
-            "end other programs, choose another --device, or take a smaller model",
+            "end other programs, choose another `device`, or take a smaller model",
         )
 
 

@@ -38,7 +38,7 @@ def find_data(spec: SuiteSpec, given: Path | None, fields: str = FIELDS) -> Data
     found = source_file(spec.data, spec.path.parent)
     if isinstance(found, DataFile):
         return found
-    raise NoData(spec.name, ["--data: not given", *found], f"rows that have {fields}")
+    raise NoData(spec.name, ["`data`: not given", *found], f"rows that have {fields}")
 
 
 def source_file(data: DataSource, folder: Path) -> DataFile | list[str]:

@@ -12,7 +12,7 @@ from cdm_toolkit.errors import UnsupportedTokenizer
 Messages = Sequence[Mapping[str, str]]
 Piece = tuple[int, int]
 
-_WITHOUT = "go without it: align without --chat, or train with template none"
+_WITHOUT = "go without it: align plain texts with `align_text`, or train with `template='none'`"
 
 
 @dataclass(frozen=True, slots=True)

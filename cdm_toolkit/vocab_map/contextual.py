@@ -112,7 +112,7 @@ def matched_mass(
 
 def check_top_k(table: PairTable, top_k: int) -> None:
     """Refuse a top-k that a vocabulary cannot fill: BadOption."""
-    _check_top_k("top-k", top_k, min(table.size_t, table.size_s))
+    _check_top_k("top_k", top_k, min(table.size_t, table.size_s))
 
 
 def _check_top_k(option: str, top_k: int, size: int) -> None:

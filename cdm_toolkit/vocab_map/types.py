@@ -151,7 +151,8 @@ def check_same_sides(mapping: VocabMap, table: NeighbourTable) -> None:
 
 def check_sides(what: str, built: VocabMap | NeighbourTable, wanted: Sides) -> None:
     """Refuse what was built for other tokenizers than the wanted ones: TokenizerMismatch."""
-    fix = f"rebuild it with: cdm vocab-map build --t1 {wanted['name_t']} --t2 {wanted['name_s']}"
+    views = ", ".join(f"load_view({name!r})" for name in (wanted["name_t"], wanted["name_s"]))
+    fix = f"build it again with `build_neighbours({views})`"
     for side, built_for, given in (
         ("teacher", (built.name_t, built.fingerprint_t), (wanted["name_t"], wanted["fingerprint_t"])),
         ("student", (built.name_s, built.fingerprint_s), (wanted["name_s"], wanted["fingerprint_s"])),

@@ -104,7 +104,7 @@ def test_nothing_aligns_with_nothing(write):
 
 @pytest.mark.parametrize("aligner", ["bytes", "anchored"])
 def test_spans_of_two_texts_are_refused(write, aligner):
-    with pytest.raises(DoesNotSpell, match=r"token 1 \(X\) stands where the text has b'b'.*--aligner dtw"):
+    with pytest.raises(DoesNotSpell, match=r"token 1 \(X\) stands where the text has b'b'.*`aligner='dtw'`"):
         align(write(b"ab").token(0, 2).spans(), write(b"aX").token(0, 1).token(1, 2).spans(), aligner=aligner)
     with pytest.raises(DoesNotSpell):
         align(write(b"ab").token(0, 2).spans(), write(b"").spans(), aligner=aligner)

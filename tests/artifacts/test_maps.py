@@ -99,7 +99,7 @@ def test_other_tokenizers_are_refused_with_the_command_to_rebuild(
         load_map(path, smollm2_view, smollm2_view)
     assert "was built for mistral (" in str(caught.value)
     assert "as student, the student given is smollm2" in str(caught.value)
-    assert str(caught.value).endswith("rebuild it with: cdm vocab-map build --t1 smollm2 --t2 smollm2")
+    assert str(caught.value).endswith("`build_neighbours(load_view('smollm2'), load_view('smollm2'))`")
     with pytest.raises(TokenizerMismatch, match="as teacher"):
         load_map(path, mistral_view, smollm2_view)
 
@@ -109,7 +109,7 @@ def test_a_truncated_file_is_refused(keep, mapping, smollm2_view, mistral_view, 
     path = tmp_path / "m.safetensors"
     save_map(path, mapping)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(BadArtifact, match=r"damaged.*; build it again with: cdm vocab-map build"):
+    with pytest.raises(BadArtifact, match=r"damaged.*; write it again with `export_map`"):
         load_map(path, smollm2_view, mistral_view)
 
 

@@ -286,7 +286,7 @@ def test_a_truncated_shard_is_named(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
     said = refusal(folder)
     assert "shard-00002.safetensors: it is damaged" in said
-    assert "--shard 2/3" in said
+    assert "shard='2/3'" in said
 
 
 def test_an_altered_shard_is_named_when_it_is_read(folder: Path) -> None:
@@ -302,13 +302,13 @@ def test_an_altered_shard_is_named_when_it_is_read(folder: Path) -> None:
         TeacherCache.open(folder).verify()
 
 
-def test_a_missing_shard_is_named_with_its_command(folder: Path) -> None:
+def test_a_missing_shard_is_named_with_its_call(folder: Path) -> None:
     for suffix in ("safetensors", "json"):
         (folder / f"shard-00003.{suffix}").unlink()
         said = refusal(folder)
         assert "shard-00003" in said
-        assert f"cdm teacher cache --model teacher --data rows.jsonl --output {folder}" in said
-        assert "--shard 3/3" in said
+        assert f"`write_cache(CacheSettings(model='teacher', data='rows.jsonl', output='{folder}'" in said
+        assert "shard='3/3'))`" in said
 
 
 def test_a_shard_of_another_cache_is_named(folder: Path, tmp_path: Path) -> None:
@@ -369,13 +369,13 @@ def test_made_for_something_else(folder: Path, smollm2_view: Any) -> None:
 def test_another_cache_in_the_same_folder_is_refused_with_the_difference(folder: Path) -> None:
     CacheWriter(folder, header(model="the same by another name", provenance=dict(provenance([]))))
     changes = {
-        "-k is 20 there and 10 now": {"k": 10},
+        "`k` is 20 there and 10 now": {"k": 10},
         "the model is teacher (mmmmmmmm…) there and other (oooooooo…) now": {
             "model": "other",
             "model_fingerprint": "o" * 64,
         },
         "the data is rows.jsonl": {"data_fingerprint": "e" * 64},
-        "--quantised is False there and True now": {"quantised": True},
+        "`quantised` is False there and True now": {"quantised": True},
     }
     for words, change in changes.items():
         with pytest.raises(BadArtifact) as caught:

@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_written(cdm, rows: Path, place: str) -> None:
 def test_options_out_of_range(cdm, rows: Path, tmp_path: Path) -> None:
     refused(cdm("align", "show", "text", *PAIR, "--aligner", "byte"), "aligner", "did you mean bytes?")
     refused(cdm("align", "show", *PAIR), "--file")
-    refused(cdm("vocab-map", "build", *PAIR, "--max-edit-distance", "1.5"), "max_edit_distance", "1.5")
+    refused(cdm("vocab-map", "build", *PAIR, "--max-edit-distance", "1.5"), "--max-edit-distance is 1.5")
     refused(cdm("vocab-map", "export", *PAIR, "-o", tmp_path / "map.xml"), "format", "xml")
     refused(
         cdm("vocab-map", "export", *PAIR, "-o", tmp_path / "m.json", "--strategy", "exakt"),
@@ -137,7 +137,12 @@ def test_all_faults_of_a_run_at_once(cdm, rows: Path, tmp_path: Path) -> None:
 
 
 def test_no_data_within_reach(cdm) -> None:
-    refused(cdm("eval", "--suite", "math", "--model", "smollm2"), "no data", "--data FILE")
+    refused(
+        cdm("eval", "--suite", "math", "--model", "smollm2"),
+        "no data",
+        "tried --data: not given",
+        "question and answer as --data",
+    )
 
 
 def test_a_device_that_is_not_here(cdm, rows: Path) -> None:

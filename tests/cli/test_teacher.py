@@ -120,7 +120,7 @@ def test_data_without_rows(cdm, words: list[str], data: Path) -> None:
 
 def test_another_cache_in_the_folder(cdm, words: list[str]) -> None:
     assert cdm(*words).status == 0
-    refused(cdm(*words, "-k", "32"), "it holds another cache: -k is 100 there and 32 now")
+    refused(cdm(*words, "-k", "32"), "it holds another cache: --top-k is 100 there and 32 now")
     refused(cdm(*words, "--limit", "3"), "the data is", "the count of rows is 12 there and 3 now")
 
 

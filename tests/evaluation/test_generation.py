@@ -152,7 +152,7 @@ def test_no_more_is_written_than_asked_for_or_than_there_are_positions(make: Mak
         assert generate_batch(subject, [prompt], GenerationSettings(20)) != [""]
         assert len(steps) <= 20
         steps.clear()
-    with pytest.raises(BadOption, match="max_new_tokens is 32; give less than the 32 positions of tiny"):
+    with pytest.raises(BadOption, match="`max_new_tokens` is 32; give less than the 32 positions of tiny"):
         generate_batch(subject, ["a"], GenerationSettings(32))
 
 
@@ -169,7 +169,7 @@ def test_a_prompt_begins_with_the_start_token_once(make: MakeSubject) -> None:
 def test_a_chat_template_is_the_models_own(make: MakeSubject) -> None:
     subject = make()
     with pytest.raises(
-        UnsupportedTokenizer, match="it has no chat template; score it without --chat-template"
+        UnsupportedTokenizer, match="it has no chat template; score it without `chat_template`"
     ):
         as_chat(subject, "hi")
     subject.tokenizer.chat_template = (

@@ -200,7 +200,7 @@ def test_chains_of_thought_are_scored_beside(tmp_path: Path) -> None:
 def test_a_chat_template_holds_the_prompt(make: MakeSubject, tmp_path: Path) -> None:
     chatty = make()
     suite = open_suite(short_suite(tmp_path), Ask(limit=1, chat_template=True))
-    with pytest.raises(UnsupportedTokenizer, match="no chat template; score it without --chat-template"):
+    with pytest.raises(UnsupportedTokenizer, match="no chat template; score it without `chat_template`"):
         next(iter(suite.score(chatty, suite.contents.keys)))
     chatty.tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
@@ -281,7 +281,7 @@ def test_without_data_the_error_says_what_to_give(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("CDM_CACHE", str(tmp_path))
     with pytest.raises(
-        NoData, match=r"tried --data: not given; openai/gsm8k on the hub: .*question and answer: --data"
+        NoData, match=r"tried `data`: not given; openai/gsm8k on the hub: .*question and answer as `data`"
     ):
         open_suite("math")
 

@@ -136,8 +136,8 @@ def test_a_folder_has_the_sets_as_dskd_does(tmp_path: Path, rows: Path) -> None:
     for ask, error, said in (
         (Ask(data=tmp_path, tasks=("dolly", "unni")), NoData, "unni .*no such file"),
         (Ask(data=tmp_path, tasks=("dollies",)), UnknownName, "did you mean dolly"),
-        (Ask(data=rows, tasks=("dolly",)), BadOption, "no --tasks where --data is one file"),
-        (Ask(data=rows, fewshot_data=rows), BadOption, "no --fewshot-data"),
+        (Ask(data=rows, tasks=("dolly",)), BadOption, "no `tasks` where `data` is one file"),
+        (Ask(data=rows, fewshot_data=rows), BadOption, "no `fewshot_data`"),
     ):
         with pytest.raises(error, match=said):
             open_suite("instruct", ask)
@@ -148,7 +148,7 @@ def test_without_data_all_places_are_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        NoData, match=r"--data: not given; dolly \(MiniLLM/dolly on the hub: .*; unni \(.*--data"
+        NoData, match=r"`data`: not given; dolly \(MiniLLM/dolly on the hub: .*; unni \(.*as `data`"
     ):
         open_suite("instruct")
 

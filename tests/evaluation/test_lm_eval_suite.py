@@ -80,7 +80,7 @@ def test_a_task_that_is_out_of_reach_is_no_data(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        NoData, match=r"no data for the suite 'math', tried the tasks arc_easy: .*--include-path"
+        NoData, match=r"no data for the suite 'math', tried the tasks arc_easy: .*`include_path`"
     ):
         open_suite("math", Ask(tasks=("arc_easy",)))
 
@@ -88,9 +88,9 @@ def test_a_task_that_is_out_of_reach_is_no_data(monkeypatch: pytest.MonkeyPatch)
 def test_what_makes_no_sense_is_refused(task_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     for ask, said in (
-        (Ask(tasks=(TASK,), include_path=task_folder, data=rows), "no --data: colours has data of its own"),
-        (Ask(tasks=(TASK,), include_path=task_folder, fewshot_data=rows), "no --fewshot-data"),
-        (Ask(data=rows, include_path=task_folder), "no --include-path"),
+        (Ask(tasks=(TASK,), include_path=task_folder, data=rows), "no `data`: colours has data of its own"),
+        (Ask(tasks=(TASK,), include_path=task_folder, fewshot_data=rows), "no `fewshot_data`"),
+        (Ask(data=rows, include_path=task_folder), "no `include_path`"),
     ):
         with pytest.raises(BadOption, match=said):
             open_suite("math", ask)
@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_refused(task_folder: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_an_unknown_task_is_answered_with_the_nearest() -> None:
     with pytest.raises(
-        BadOption, match="--tasks is 'arc_eazy'; give a task that lm-eval has, such as arc_easy"
+        BadOption, match="`tasks` is 'arc_eazy'; give a task that lm-eval has, such as arc_easy"
     ):
         open_suite("math", Ask(tasks=("arc_eazy",)))
 

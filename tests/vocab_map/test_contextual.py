@@ -217,7 +217,7 @@ def test_more_candidates_than_ids_are_refused(toy_view):
     view_t, view_s = toy_view("t", [b"x", b"y"]), toy_view("s", [b"x", b"y", b"z"])
     table, _ = _tables(view_t, view_s)
     check_top_k(table, 2)
-    with pytest.raises(BadOption, match="top-k is 3; give a number from 1 to 2"):
+    with pytest.raises(BadOption, match="`top_k` is 3; give a number from 1 to 2"):
         check_top_k(table, 3)
     ids, flat = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3)
     with pytest.raises(BadOption, match="the teacher's candidates is 3"):

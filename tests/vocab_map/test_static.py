@@ -146,13 +146,13 @@ def test_possible_takes_the_exact_partner_or_all_neighbours(toy_view):
 @pytest.mark.parametrize("max_edit_distance", [0.0, 1.0, -0.3, 2.0, float("nan")])
 def test_theta_outside_0_and_1_is_refused(max_edit_distance, toy_view):
     view = toy_view("t", [b"x"])
-    with pytest.raises(BadOption, match=r"max_edit_distance is .*; give a number between 0 and 1"):
+    with pytest.raises(BadOption, match=r"`max_edit_distance` is .*; give a number between 0 and 1"):
         build_neighbours(view, view, max_edit_distance=max_edit_distance)
 
 
 def test_no_workers_are_refused(toy_view):
     view = toy_view("t", [b"x"])
-    with pytest.raises(BadOption, match="workers is 0"):
+    with pytest.raises(BadOption, match="`workers` is 0"):
         build_min_ed(view, view, workers=0)
 
 
