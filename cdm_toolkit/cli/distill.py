@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
-    from cdm_toolkit.distill.settings import DistillConfig
     from cdm_toolkit.distill.plan import Plan
     from cdm_toolkit.distill.prepare import Progress
     from cdm_toolkit.distill.run import RunResult
+    from cdm_toolkit.distill.settings import DistillConfig
     from cdm_toolkit.distill.trainer import StepLog
 
 _RUN, _KD, _TRAIN = "The run", "Distillation (of the first teacher)", "Training"
@@ -61,19 +62,19 @@ def distill(
     ] = None,
     method: Annotated[
         str | None,
-        _option("cdm, em, mined, prefix, uld, alm, gold, kl, reverse-kl, jsd; sft for none.", _KD, "cdm"),
+        _option("What is learned from the teacher; sft: nothing.", _KD, "spelling"),
     ] = None,
     alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD, "0.5")] = None,
     temperature: Annotated[float | None, _option("Of both distributions.", _KD, "1.0")] = None,
     top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD, "100")] = None,
     max_edit_distance: Annotated[
         float | None,
-        _option("With teachers.0.mapping=near: edit distance below this part of both lengths.", _KD, "0.3"),
+        _option("Of cdm: near ids have an edit distance below this share of both lengths.", _KD, "0.3"),
     ] = None,
     positions: Annotated[
         str | None,
         _option(
-            "boundary: shared context. mean: the paper's (cdm: with teachers.0.mapping=near).",
+            "boundary: logits at the shared boundary. mean: the mean over a group, as in the paper.",
             _KD,
             "boundary",
         ),
@@ -95,7 +96,7 @@ def distill(
     ] = None,
     lora_rank: Annotated[int | None, _option("Train adapters of this rank.", _TRAIN)] = None,
     seed: Annotated[int | None, _option("Seed of all that is random.", _TRAIN, "0")] = None,
-    device: Annotated[str | None, _option("cpu, cuda or mps.", _TRAIN, "cpu")] = None,
+    device: Annotated[str | None, _option("auto (a GPU where there is one), cpu, cuda or mps.", _TRAIN, "auto")] = None,
     workers: Annotated[int | None, _option("Processes of the data step.", _TRAIN, "1")] = None,
     log_every: Annotated[int | None, _option("Steps between two lines of the log.", _TRAIN, "10")] = None,
     save_every: Annotated[
@@ -159,6 +160,7 @@ def distill(
         "train.tensorboard": tensorboard,
     }
     config = _config(run_file, said, assignments or [], without_teachers=method == "sft")
+    screen.say_device(config.train.torch_device)
     with _TrainingScreen(as_json) as shown:
         if dry_run:
             planned = plan(config, on_progress=shown.follow)
@@ -183,8 +185,8 @@ def _config(
 ) -> DistillConfig:
     """Lay options over a run file, and assignments over both."""
     from cdm_toolkit.artifacts.settings import read_yaml, with_settings
-    from cdm_toolkit.distill.settings import from_mapping
     from cdm_toolkit.distill.recipes import find_run_file
+    from cdm_toolkit.distill.settings import from_mapping
     from cdm_toolkit.errors import BadRunConfig
 
     content: dict[str, Any] = {}
@@ -210,6 +212,19 @@ def _config(
     except BadRunConfig as error:
         faults = [_in_options(fault, said) for fault in error.faults]
         raise BadRunConfig("the command line", faults) from None
+
+
+class DistillCommand(TyperCommand):
+    """A command whose help lists the methods, which are looked up when it is shown."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from cdm_toolkit.cli.method_names import method_summaries
+
+        for parameter in self.params:
+            if parameter.name == "method":
+                listed = [f"{name}: {summary}" for name, summary in method_summaries().items()]
+                parameter.help = "\n".join(["What is learned from the teacher.", *listed, "sft: nothing"])  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
 
 
 _NAMED_OTHERWISE = {
@@ -315,7 +330,7 @@ def _print_result(result: RunResult, as_json: bool) -> None:
     shown.add_row("CE, nats a token", f"{first.ce:.4f} → {last.ce:.4f}")
     for before, after in zip(first.teachers, last.teachers, strict=True):
         of = "" if len(last.teachers) == 1 else f" on {after.name}"
-        shown.add_row(f"KD{of}, a position", f"{before.kd:.4f} → {after.kd:.4f}")
+        shown.add_row(f"KD{of}, a group", f"{before.kd:.4f} → {after.kd:.4f}")
         if after.pairs:
             shown.add_row(f"matched mass{of}", f"{after.matched_mass:.1%}")
         shown.add_row(f"aligned share{of}", f"{after.aligned_share:.1%} of the student's labels")
@@ -336,18 +351,18 @@ def _print_plan(config: DistillConfig, planned: Plan, as_json: bool) -> None:
         shown.add_row("trained", f"{planned.trained_parameters / 1e6:,.2f} M parameters")
     shown.add_row("rows", str(planned.rows))
     shown.add_row(
-        "steps", f"{planned.steps:,} of {planned.rows_a_step} rows ({planned.steps_an_epoch:,} an epoch)"
+        "steps", f"{planned.steps:,} of {planned.rows_per_step} rows ({planned.steps_an_epoch:,} an epoch)"
     )
     shown.add_row(
         "tokens", f"{planned.tokens_an_epoch:,} an epoch, {planned.labels_an_epoch:,} of them trained on"
     )
     shown.add_row("CE, nats a token", f"{planned.ce:.4f} on {planned.looked_at} rows")
-    for lesson in planned.lessons:
-        parts = [f"{lesson.method}, weight {lesson.weight:g}", f"KD {lesson.kd:.4f}"]
-        if lesson.pairs:
-            parts.append(f"matched mass {lesson.matched_mass:.1%}, {lesson.pairs:.0f} pairs a position")
-        parts.append(f"{lesson.aligned_share:.1%} of the labels aligned")
-        shown.add_row(f"teacher {lesson.name}", "; ".join(parts))
+    for teacher in planned.teachers:
+        parts = [f"{teacher.method}, weight {teacher.weight:g}", f"KD {teacher.kd:.4f}"]
+        if teacher.pairs:
+            parts.append(f"matched mass {teacher.matched_mass:.1%}, {teacher.pairs:.0f} pairs a group")
+        parts.append(f"{teacher.aligned_share:.1%} of the labels aligned")
+        shown.add_row(f"teacher {teacher.name}", "; ".join(parts))
     for name, size in planned.memory.items():
         shown.add_row(name, f"{size / 2**20:,.0f} MiB")
     shown.add_row("in all, estimated", f"{sum(planned.memory.values()) / 2**30:,.1f} GiB")

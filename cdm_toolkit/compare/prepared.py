@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ FITTED_AT_ONCE = 64
 """Rows that are tokenized together to see whether they are short enough."""
 _MADE_HERE = "shared:"
 """Before the name of what was made in the folder `shared`."""
-_AGAIN = "start the study anew: --overwrite"
+_AGAIN = "start the study anew with `overwrite`"
 
 OnStage = Callable[[str, int, int], None]
 """Called with what is prepared, how much of it is done, and how much there is."""
@@ -229,7 +228,7 @@ def _check_files(study: StudyConfig) -> None:
     missing = {name: path for name, path in every.items() if ":" not in path and not Path(path).is_file()}
     if missing:
         paths = ", ".join(dict.fromkeys(missing.values()))
-        fix = "give the places: " + " ".join(f"--set {shlex.quote(f'{name}.path')}=FILE" for name in missing)
+        fix = "give the places: " + ", ".join(f"`{name}.path`" for name in missing)
         raise FileProblem(paths, f"no such file, which {' and '.join(missing)} name", fix)
 
 
@@ -378,7 +377,7 @@ def _check_cache(study: StudyConfig, shared: Path, top_k: int) -> None:
         )
     if header.k < top_k:
         problem = f"it has {header.k} ids at a token, and a method looks at {top_k}"
-        raise BadArtifact(study.teacher_cache, problem, f"make another one: cdm teacher cache -k {top_k}")
+        raise BadArtifact(study.teacher_cache, problem, f"make another one with `write_cache` and k {top_k}")
 
 
 # Scores

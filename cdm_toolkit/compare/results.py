@@ -48,7 +48,7 @@ def _check_origin(folder: StudyFolder, shared: Shared, stored: Stored) -> None:
     ]
     if differs:
         problem = f"it was made with another {' and '.join(differs)} than this study"
-        raise BadArtifact(folder.of(cell), problem, f"run it again: --cell {cell.index} --overwrite")
+        raise BadArtifact(folder.of(cell), problem, f"run it again with `cell={cell.index}` and `overwrite`")
 
 
 def uneven(cells: Sequence[CellResult]) -> list[str]:

@@ -364,4 +364,4 @@ def from_file(name: str, assignments: Sequence[str] = ()) -> StudyConfig:
     """
     path = find_study(name)
     content = {"name": path.stem} | read_yaml(path)
-    return make(StudyConfig, with_settings(content, assignments, source="--set"), source=str(path))
+    return make(StudyConfig, with_settings(content, assignments, source="the assignments"), source=str(path))

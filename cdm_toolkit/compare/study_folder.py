@@ -87,7 +87,7 @@ class StudyFolder:
             elif not self.study_file.is_file():
                 if any(not file.name.startswith(".") for file in self.path.iterdir()):
                     problem = "it is not empty, and holds no study"
-                    raise FileProblem(self.path, problem, "give another --output")
+                    raise FileProblem(self.path, problem, "give another `output`")
                 self._write_study(study)
             elif self._has_made_nothing() and _differences(self.read_study(), study):
                 self._clear()
@@ -106,7 +106,7 @@ class StudyFolder:
         """See that no other study has taken the folder. Raises BadArtifact, FileProblem."""
         if self.study_file.is_file() and (differences := _differences(self.read_study(), study)):
             problem = f"it holds another study: {differences}"
-            fix = "give another --output, or --overwrite without --cell to start anew"
+            fix = "give another `output`, or `overwrite` without `cell` to start anew"
             raise BadArtifact(self.path, problem, fix)
 
     def _write_study(self, study: StudyConfig) -> None:
@@ -135,7 +135,7 @@ class StudyFolder:
         for place in (self.shared, *sorted(self.path.glob("cells/*"))):
             if is_held(place):
                 problem = f"another process is at work in {place.relative_to(self.path)}"
-                raise BadArtifact(self.path, problem, "end that first, or give another --output")
+                raise BadArtifact(self.path, problem, "end that first, or give another `output`")
         for folder in (self.path / "cells", self.shared):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.path / RESULTS_FILE, self.path / PAGE_FILE, *self.path.glob("*.png")):
@@ -152,7 +152,7 @@ class StudyFolder:
         file = self.of(cell) / CELL_FILE
         if not file.is_file():
             return None
-        again = f"run it again: --cell {cell.index} --overwrite"
+        again = f"run it again with `cell={cell.index}` and `overwrite`"
         try:
             content = json.loads(file.read_bytes())
             if (content["format"], content["version"]) != (FORMAT, VERSION):
@@ -181,7 +181,7 @@ class StudyFolder:
                 faults.append(fault)
         if len(faults) > 1:
             problem = f"{len(faults)} cells cannot be used; the first: {faults[0].what}"
-            raise BadArtifact(self.path, problem, f"see all with --list, {faults[0].fix}")
+            raise BadArtifact(self.path, problem, f"see all with `list_cells`, {faults[0].fix}")
         if faults:
             raise faults[0]
         return found

@@ -362,7 +362,7 @@ def _settings(summary: Summary, marks: Mapping[str, str]) -> Iterator[str]:
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give each setting by its dotted name, as `--set` has it."""
+    """Give each setting by its dotted name, as assignments have it."""
     if isinstance(value, Mapping) and value:
         items = [(str(key), each) for key, each in value.items()]
     elif isinstance(value, list | tuple) and value and not all(isinstance(each, str | int) for each in value):

@@ -174,11 +174,11 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
     vocab = side.view.vocab_size
     if settings.k > vocab:
         raise BadOption(
-            "-k", settings.k, f"at most {vocab}: {settings.model} has no more ids; 0 keeps them all"
+            "k", settings.k, f"at most {vocab}: {settings.model} has no more ids; 0 keeps them all"
         )
     whole = settings.k in (0, vocab)
     if whole and (settings.quantised or settings.dtype == "float16"):
-        raise BadOption("-k", settings.k, f"less than {vocab}: the whole vocabulary is kept in float32")
+        raise BadOption("k", settings.k, f"less than {vocab}: the whole vocabulary is kept in float32")
     model, data = model_fingerprint(model_folder(settings.model)), rows_fingerprint(rows)
     named = {"model": model, "tokenizer": side.view.fingerprint, "data": data}
     return CacheHeader(
@@ -278,7 +278,7 @@ class _Work:
         """Run the model over a shard's rows, those of like length together."""
         tokenized = _tokenize(self.side, self._rows(index), self.settings.template, self.header.max_length)
         longest = max(len(row.ids) for row in tokenized)
-        check_positions(model, self.settings.model, longest, option="--max-length")
+        check_positions(model, self.settings.model, longest, option="max_length")
         in_order = sorted(tokenized, key=lambda row: len(row.ids))
         cached: list[CachedRow] = []
         for at in range(0, len(in_order), self.settings.batch_size):
@@ -302,7 +302,7 @@ class _Work:
             ids, logprobs, tokens = (array[at : at + count] for array in arrays)
             at += count
             if not (np.isfinite(tokens).all() and not np.isnan(logprobs).any()):
-                fix = "give --teacher-dtype float32, or check the model"
+                fix = "give `teacher_dtype='float32'`, or check the model"
                 raise BadRow(self.settings.data, row.number, "the teacher's logits are not finite", fix)
             yield CachedRow(row.number, row.ids, row.first, ids, logprobs, tokens)
 

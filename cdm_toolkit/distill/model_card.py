@@ -43,7 +43,7 @@ def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[
         *(f"| {name} | {value} |" for name, value in figures),
         "",
         "Losses are means over the last logged steps of training data, not a measure of quality. `provenance.json` has"
-        " versions, fingerprints and every logged step. To repeat the run, `cdm distill run.yaml` with:",
+        " versions, fingerprints and every logged step. The run file that repeats the run:",
         "",
         "```yaml",
         yaml.safe_dump(

@@ -30,7 +30,7 @@ def seal_checkpoint(checkpoint: Path) -> None:
 
 def check_seal(checkpoint: Path) -> None:
     """See that each file of a checkpoint is as it was written. Raises BadArtifact with the first that is not."""
-    fix = f"remove {checkpoint} and resume from the one before, or start the run without --resume"
+    fix = f"remove {checkpoint} and resume from the one before, or start the run without `resume`"
     try:
         sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -68,7 +68,7 @@ def claim_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
     if resume:
         if checkpoint is None:
             raise FileProblem(
-                output, "it has no whole checkpoint to resume from", "start the run without --resume"
+                output, "it has no whole checkpoint to resume from", "start the run without `resume`"
             )
         check_seal(checkpoint)
         return checkpoint

@@ -21,12 +21,12 @@ from jaxtyping import Float64
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.batching import batches, padded, scored_places
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, VocabularyTooSmall
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse, start_token
 from cdm_toolkit.evaluation.scores import Item, Score, Summary
 from cdm_toolkit.evaluation.suite_data import find_data, read_passages
 from cdm_toolkit.evaluation.suites import SuiteSpec
-from cdm_toolkit.batching import batches, padded, scored_places
 from cdm_toolkit.tokdiff.changes import changes
 from cdm_toolkit.tokdiff.spans import TokenSpans
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.batching import batches
 from cdm_toolkit.errors import BadOption, BadRow, CodeNotAllowed, FileProblem, MissingExtra, UnknownName
 from cdm_toolkit.evaluation.evalplus import READERS, read_plus
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
@@ -38,7 +39,6 @@ from cdm_toolkit.evaluation.sandbox.records import Limits, Outcome, Program
 from cdm_toolkit.evaluation.scores import Item, Summary, mean_score
 from cdm_toolkit.evaluation.suite_data import read_objects
 from cdm_toolkit.evaluation.suites import SuiteSpec
-from cdm_toolkit.batching import batches
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 SHOWN_FIELDS = "task_id, prompt, entry_point and test, with or without canonical_solution"

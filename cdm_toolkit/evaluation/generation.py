@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdm_toolkit.kd.rows import Row
+from cdm_toolkit.batching import batches, padded
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
 from cdm_toolkit.evaluation.evaluate import Subject, start_token
-from cdm_toolkit.batching import batches, padded
+from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 
 from cdm_toolkit.distill.jsonl import read_rows
-from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.errors import BadRow, FileProblem, NoData
 from cdm_toolkit.evaluation.evaluate import Ask
 from cdm_toolkit.evaluation.suite_data import DataFile, find_data, hub_split
 from cdm_toolkit.evaluation.suites import SuiteSpec
+from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.samples import sample_path
 
 TASK_FILES: Mapping[str, str] = MappingProxyType(

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.batching import batches
 from cdm_toolkit.errors import BadOption, BadRow, MissingExtra, NoData, UnknownName
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.generation import (
@@ -33,7 +34,6 @@ from cdm_toolkit.evaluation.generation import (
 from cdm_toolkit.evaluation.scores import Item, Score, Summary, mean_score
 from cdm_toolkit.evaluation.suite_data import DataFile, read_objects, source_file
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
-from cdm_toolkit.batching import batches
 
 FIELDS = "instruction and output (a text or a list of texts), with or without input"
 PROMPT = (

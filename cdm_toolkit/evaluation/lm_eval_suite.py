@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, scored_places
 from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, NoData, UnsupportedTokenizer
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.gsm8k import (
@@ -38,7 +39,6 @@ from cdm_toolkit.evaluation.gsm8k import (
 )
 from cdm_toolkit.evaluation.scores import Item, Score, Summary
 from cdm_toolkit.evaluation.suites import SuiteSpec
-from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, scored_places
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cdm_toolkit.distill.jsonl import read_rows
-from cdm_toolkit.kd.rows import FIELDS, Row
 from cdm_toolkit.errors import BadRow, FileProblem, MissingExtra, NoData
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
+from cdm_toolkit.kd.rows import FIELDS, Row
 from cdm_toolkit.samples import sample_path
 
 PROBE_SECONDS = 10

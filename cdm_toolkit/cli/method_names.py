@@ -1,0 +1,46 @@
+"""Names of the methods for help texts, read from their class bodies: importing them brings torch, which takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+
+def method_summaries() -> dict[str, str]:
+    """Give the one-line summary of each method by name: those of the toolkit, then those of plugins."""
+    own = sorted((Path(__file__).parents[1] / "kd").glob("*.py"))
+    return dict(found for file in (*own, *_plugins()) for found in _methods_in(file))
+
+
+def _plugins() -> Iterator[Path]:
+    """List the files that `kd.plugins` would import."""
+    for entry in entry_points(group="cdm_toolkit.methods"):
+        spec = importlib.util.find_spec(entry.module)
+        if spec is not None and spec.origin is not None:
+            yield Path(spec.origin)
+    for file in filter(None, os.environ.get("CDM_METHODS", "").split(os.pathsep)):
+        yield Path(file)
+
+
+def _methods_in(file: Path) -> Iterator[tuple[str, str]]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return  # a help text is no place for a plugin's faults: running a command tells them
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            texts = dict(_texts(node))
+            if "name" in texts and "summary" in texts:
+                yield texts["name"], texts["summary"]
+
+
+def _texts(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for line in node.body:
+        if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant):
+            for target in line.targets:
+                if isinstance(target, ast.Name) and isinstance(line.value.value, str):
+                    yield target.id, line.value.value
