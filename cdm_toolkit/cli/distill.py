@@ -223,7 +223,7 @@ class DistillCommand(TyperCommand):
         for parameter in self.params:
             if parameter.name == "method":
                 listed = [f"{name}: {summary}" for name, summary in method_summaries().items()]
-                parameter.help = "\n".join(["What is learned from the teacher.", *listed, "sft: nothing"])  # type: ignore[attr-defined]
+                parameter.help = "What is learned from the teacher. " + "; ".join([*listed, "sft: nothing"])  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
 
 
