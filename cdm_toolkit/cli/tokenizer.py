@@ -73,8 +73,10 @@ def info(
 
 @app.command("diff")
 def compare(
-    a: Annotated[str, typer.Argument(help="An alias, a folder or a hub id.")],
-    b: Annotated[str, typer.Argument(help="Another.")],
+    first: Annotated[str | None, typer.Argument(help="First tokenizer, instead of --t1.")] = None,
+    second: Annotated[str | None, typer.Argument(help="Second tokenizer, instead of --t2.")] = None,
+    t1: options.FirstTokenizerIfGiven = None,
+    t2: options.SecondTokenizerIfGiven = None,
     corpus: Annotated[
         Path | None, typer.Option(help="JSONL or text file: compare also how the two cut its texts.")
     ] = None,
@@ -83,13 +85,14 @@ def compare(
 ) -> None:
     """Compare two tokenizers: shared ids by bytes, moved ids, special tokens by role, longest tokens.
 
-    Example: cdm tokenizer diff llama3 qwen2 --corpus gsm8k_test.jsonl
+    Example: cdm tokenizer diff --t1 llama3 --t2 qwen2 --corpus gsm8k_test.jsonl
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align import read_corpus, run_report
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.tokdiff.diff import diff
 
+    a, b = _two_tokenizers((first, second), (t1, t2))
     view_a, view_b = load_view(a), load_view(b)
     found = diff(view_a, view_b)
     measured = (
@@ -101,6 +104,22 @@ def compare(
     _print_diff(view_a, view_b, found)
     if measured:
         print_statistics(a, b, measured)
+
+
+def _two_tokenizers(
+    by_position: tuple[str | None, str | None], by_option: tuple[str | None, str | None]
+) -> tuple[str, str]:
+    """Take the names of two tokenizers, which are given by position or as --t1 and --t2, in one way only."""
+    given = [pair for pair in (by_position, by_option) if any(name is not None for name in pair)]
+    match given:
+        case [(str(a), str(b))]:
+            return a, b
+        case [_, _]:
+            raise typer.BadParameter(
+                "name the tokenizers as --t1 and --t2 or by position, and not both ways."
+            )
+        case _:
+            raise typer.BadParameter("name two tokenizers: --t1 and --t2.")
 
 
 def _facts(side: Side) -> list[tuple[str, str]]:
