@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,6 @@ from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.aligners import TextAlignment
-    from cdm_toolkit.hub.corpus import CorpusReport
     from cdm_toolkit.tokdiff.spans import TokenSpans
 
 ENTROPIES = ("uniform", "models")
@@ -63,6 +61,7 @@ def show(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import alignment_page, alignment_svg, write_page
     from cdm_toolkit.cli.rows import draw_rows
+    from cdm_toolkit.cli.corpus_file import read_corpus
 
     if (text is None) == (file is None):
         raise typer.BadParameter("give a text, or --file, and not both.")
@@ -111,8 +110,9 @@ def report(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import write_page
 
+    from cdm_toolkit.cli.corpus_file import read_corpus
     texts = read_corpus(file)
-    found = run_report(t1, t2, texts, aligner=aligner, workers=workers)
+    found = rendering.run_report(t1, t2, texts, aligner=aligner, workers=workers)
     if html:
         write_page(html, rendering.report_page(found, texts, source=str(file), worst=worst))
         screen.say(f"wrote {html}")
@@ -139,6 +139,7 @@ def export(
     from cdm_toolkit.artifacts.alignments import write_alignments
     from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.corpus import align_corpus
+    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.hub.tokenizers import load_view
 
     texts = read_corpus(file)
@@ -154,40 +155,6 @@ def export(
             overwrite=overwrite,
         )
     screen.out().print(f"{written}: {len(texts):,} texts", markup=False, soft_wrap=True)
-
-
-def read_corpus(file: Path) -> list[str]:
-    """Read the texts of a corpus: the rows of a JSONL file, else the lines of a text file."""
-    from cdm_toolkit.distill.rows import read_rows
-    from cdm_toolkit.errors import FileProblem
-
-    if file.suffix in (".jsonl", ".json"):
-        return [row.text for row in read_rows(file)]
-    try:
-        content = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FileProblem(file, f"is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
-    lines = content.removesuffix("\n").split("\n")
-    if not any(lines):
-        raise FileProblem(file, "is empty", "give a file with one text a line")
-    return lines
-
-
-def run_report(t1: str, t2: str, texts: Sequence[str], *, aligner: str, workers: int) -> CorpusReport:
-    """Report on a corpus under a progress bar."""
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.hub import corpus
-
-    with screen.progress() as bar:
-        task = bar.add_task("aligning", total=len(texts), note="")
-        return corpus.report(
-            t1,
-            t2,
-            texts,
-            aligner=aligner,
-            workers=workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
 
 
 def _aligned_texts(

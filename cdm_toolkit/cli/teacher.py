@@ -10,7 +10,7 @@ import typer
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
-    from cdm_toolkit.artifacts.teacher_cache import CacheHeader
+    from cdm_toolkit.artifacts.teacher_header import CacheHeader
     from cdm_toolkit.distill.teacher_cache import CacheProgress, CacheResult
 
 app = typer.Typer(no_args_is_help=True, help="Run a teacher once, and keep what it says.")

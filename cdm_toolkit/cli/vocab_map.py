@@ -210,8 +210,8 @@ def stats(
     Example: cdm vocab-map stats --t1 smollm2 --t2 mistral --teacher smollm2 --data rows.jsonl
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.align import read_corpus
     from cdm_toolkit.cli.align_page import write_page
+    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.vocab_map.stats import coverage_by_frequency
 
