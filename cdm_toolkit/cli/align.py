@@ -44,6 +44,7 @@ def show(
             help="What weighs tokens in DTW: uniform, or models (both sides are models and read the text)."
         ),
     ] = "uniform",
+    device: options.Device = "auto",
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -60,8 +61,8 @@ def show(
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import alignment_page, alignment_svg, write_page
-    from cdm_toolkit.cli.rows import draw_rows
     from cdm_toolkit.cli.corpus_file import read_corpus
+    from cdm_toolkit.cli.rows import draw_rows
 
     if (text is None) == (file is None):
         raise typer.BadParameter("give a text, or --file, and not both.")
@@ -70,7 +71,7 @@ def show(
     else:
         texts = read_corpus(file) if file else [text or ""]
         aligned = _aligned_texts(
-            t1, t2, texts, aligner=aligner, special_tokens=special_tokens, entropy=entropy
+            t1, t2, texts, aligner=aligner, special_tokens=special_tokens, entropy=entropy, device=device
         )
     if svg and len(aligned) != 1:
         raise typer.BadParameter(f"a picture holds one text, and the file has {len(aligned)}; use --html.")
@@ -109,8 +110,8 @@ def report(
     from cdm_toolkit.cli import report as rendering
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import write_page
-
     from cdm_toolkit.cli.corpus_file import read_corpus
+
     texts = read_corpus(file)
     found = rendering.run_report(t1, t2, texts, aligner=aligner, workers=workers)
     if html:
@@ -138,8 +139,8 @@ def export(
     """
     from cdm_toolkit.artifacts.alignments import write_alignments
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.hub.corpus import align_corpus
     from cdm_toolkit.cli.corpus_file import read_corpus
+    from cdm_toolkit.hub.corpus import align_corpus
     from cdm_toolkit.hub.tokenizers import load_view
 
     texts = read_corpus(file)
@@ -158,7 +159,7 @@ def export(
 
 
 def _aligned_texts(
-    t1: str, t2: str, texts: list[str], *, aligner: str, special_tokens: bool, entropy: str
+    t1: str, t2: str, texts: list[str], *, aligner: str, special_tokens: bool, entropy: str, device: str
 ) -> list[TextAlignment]:
     from cdm_toolkit.alignment.aligners import TextAlignment, align, align_text, require_known
     from cdm_toolkit.errors import UnknownName
@@ -173,10 +174,13 @@ def _aligned_texts(
             align_text(view_t, view_s, text, aligner=aligner, add_special_tokens=special_tokens)
             for text in texts
         ]
-    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.models import load_model, resolve_device
     from cdm_toolkit.hub.token_entropies import token_entropies
 
-    model_t, model_s = load_model(t1), load_model(t2)
+    device = str(resolve_device(device))
+    model_t, model_s = load_model(t1, device=device), load_model(t2, device=device)
+    screen.say_device(device)
     aligned = []
     for text in texts:
         t, s = (view.encode(text, add_special_tokens=special_tokens) for view in (view_t, view_s))

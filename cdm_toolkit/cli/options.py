@@ -14,7 +14,10 @@ SecondTokenizer = Annotated[str, _T2]
 FirstTokenizerIfGiven = Annotated[str | None, _T1]
 SecondTokenizerIfGiven = Annotated[str | None, _T2]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, or cuda:1 and so on.")]
+Device = Annotated[
+    str,
+    typer.Option(help="Where the model runs: auto (cuda if it is here, else mps, else cpu), cpu, cuda:1, …"),
+]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

@@ -42,6 +42,11 @@ def say(message: str) -> None:
     """Print one line of chatter."""
     err().print(message, style="dim", markup=False, soft_wrap=True)
 
+def say_device(device: str) -> None:
+    """Say which device a model runs on: it is chosen where --device is auto."""
+    say(f"device: {device}")
+
+
 
 def warn(message: str) -> None:
     """Print one warning."""

@@ -200,7 +200,7 @@ def stats(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL or text file that the teacher reads.")] = None,
     limit: Annotated[int, typer.Option(help="Rows of --data that the teacher reads.", min=1)] = 50,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     html: Annotated[Path | None, typer.Option(help="Write the figures as a page for a browser.")] = None,
     workers: options.Workers = 2,
     as_json: options.AsJson = False,
@@ -308,7 +308,7 @@ def _mass(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.mass import mass_by_strategy
     from cdm_toolkit.errors import TokenizerMismatch
-    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.hub.models import load_model, resolve_device
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.vocab_map.stats import reachable_by_strategy
 
@@ -338,7 +338,9 @@ def _mass(
     model = load_model(teacher, device=device)
     with screen.progress() as bar:
         task = bar.add_task(f"{teacher} reads", total=len(texts), note="")
+    device = str(resolve_device(device))
         return mass_by_strategy(
+    screen.say_device(device)
             model,
             view_t,
             texts,

@@ -186,17 +186,19 @@ def evaluate(
     go_on: str = "the same command",
 ) -> Evaluation:
     """Score models side by side on one suite or `all`, one model after the other in memory.
+    on_load: Callable[[], None] = lambda: None,
 
     With `output`, each finished item is kept in `output/<suite>/<model>.jsonl`, and those that an earlier run
-    kept there are not scored again. Raises as `open_suites`, `open_items` and `load_subject`, and Interrupted,
-    which names `go_on`, where a run that keeps its items is stopped.
+    kept there are not scored again. `on_load` is called whenever a model was loaded. Raises as `open_suites`,
+    `open_items` and `load_subject`, and Interrupted, which names `go_on`, where a run that keeps its items is
+    stopped.
     """
     opened, skipped = open_suites(name, ask)
     names = list(dict.fromkeys(models))
     prints = model_fingerprints(names) if output else {}
     results = []
     for model in names:
-        subject = _Once(model, device)
+        subject = _Once(model, device, on_load)
         for each in opened:
             settings = _settings(each, ask, device) | {"model": prints.get(model, "")}
             path = output / each.spec.name / f"{file_name(model)}.jsonl" if output else None
@@ -352,8 +354,8 @@ def tokenizer_source(name: str) -> str:
 class _Once:
     """Load a model the first time that it is asked for."""
 
-    def __init__(self, name: str, device: str) -> None:
-        self._name, self._device = name, device
+    def __init__(self, name: str, device: str, on_load: Callable[[], None]) -> None:
+        self._name, self._device, self._on_load = name, device, on_load
         self._subject: Subject | None = None
 
     def __call__(self) -> Subject:
@@ -362,6 +364,7 @@ class _Once:
         return self._subject
 
 
+            self._on_load()
 def model_fingerprints(names: Sequence[str]) -> dict[str, str]:
     """Hash all that decides what models answer: weights, configuration, tokenizer and chat template."""
     from cdm_toolkit.hub.models import model_fingerprint, model_folder

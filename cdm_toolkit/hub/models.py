@@ -96,6 +96,20 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     return model.eval()
 
 
+def resolve_device(name: str) -> torch.device:
+    """Choose the device that a name stands for: `auto` takes CUDA where torch sees it, else Metal, else the CPU.
+
+    Raises BadOption where another name stands for no device that is here.
+    """
+    import torch
+
+    if name != "auto":
+        return checked_device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def checked_device(device: str) -> torch.device:
     """Parse the name of a device, and see that it is here: there is no falling back to another."""
     import torch
