@@ -10,6 +10,9 @@ import typer
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int64
+
     from cdm_toolkit.tokdiff.view import TokenizerView
     from cdm_toolkit.vocab_map.stats import Coverage
     from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap
@@ -274,7 +277,7 @@ def find_token(view: TokenizerView, token: str) -> int:
     raise BadOption("the token", token, f"an id or one token of {view.name}, which cuts this into {cut}")
 
 
-def token_counts(view: TokenizerView, texts: list[str]) -> Any:
+def token_counts(view: TokenizerView, texts: list[str]) -> Int64[np.ndarray, " vocab"]:
     """Count how often each id stands in texts."""
     import numpy as np
 
@@ -335,18 +338,19 @@ def _mass(
     table = neighbours(
         view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits, workers=workers
     )
+    device = str(resolve_device(device))
     model = load_model(teacher, device=device)
+    screen.say_device(device)
     with screen.progress() as bar:
         task = bar.add_task(f"{teacher} reads", total=len(texts), note="")
-    device = str(resolve_device(device))
-        return mass_by_strategy(
-    screen.say_device(device)
+        mass: dict[str, float] = mass_by_strategy(
             model,
             view_t,
             texts,
             reachable_by_strategy(**maps, table=table),
             on_text=lambda done: bar.update(task, completed=done),
         )
+    return mass
 
 
 def _stats_record(

