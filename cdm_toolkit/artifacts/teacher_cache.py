@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
+from jaxtyping import Float32, Int32
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -27,11 +28,7 @@ from cdm_toolkit.artifacts.teacher_forms import pack_candidates, unpack_candidat
 from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, VERSION, CacheHeader
 from cdm_toolkit.artifacts.teacher_packing import id_bits, pack, unpack
 from cdm_toolkit.errors import BadArtifact, FileProblem, TokenizerMismatch
-
-if TYPE_CHECKING:
-    from jaxtyping import Float32, Int32
-
-    from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.view import TokenizerView
 
 OPEN_SHARDS, DECODED_ROWS = 32, 64
 """How many a reader keeps at hand."""
