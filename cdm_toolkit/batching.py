@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 Padding = Literal["right", "left"]
 TOKENS_AT_ONCE = 8192
@@ -55,7 +53,7 @@ def batches(lengths: Sequence[int], size: int | None = None, *, tokens: int | No
 
 
 def padded(
-    sequences: Sequence[Sequence[int]], pad: int = 0, padding: Padding = "right"
+    sequences: Sequence[Sequence[int] | Int[np.ndarray, " _"]], pad: int = 0, padding: Padding = "right"
 ) -> tuple[Int64[np.ndarray, "batch time"], Int64[np.ndarray, "batch time"], Int64[np.ndarray, " batch"]]:
     """Pad sequences to one length; gives ids, mask, and where each sequence begins in batch × time.
 

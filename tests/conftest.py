@@ -13,7 +13,11 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["cdm_toolkit.tokdiff", "cdm_toolkit.alignment", "cdm_toolkit.vocab_map"], "beartype.beartype"
+    [
+        *("cdm_toolkit.tokdiff", "cdm_toolkit.alignment", "cdm_toolkit.vocab_map", "cdm_toolkit.artifacts"),
+        "cdm_toolkit.hub.batches",  # the others name torch and transformers, which they import when they run
+    ],
+    "beartype.beartype",
 )
 
 settings.register_profile("cdm", deadline=None, derandomize=True)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from cdm_toolkit.errors import DoesNotSpell
 from cdm_toolkit.tokdiff.spans import TokenSpans
-from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.vocabulary import Vocabulary
 
 # Opens and closes the stand-in for a token that spells no bytes; never a byte of UTF-8.
 _NOT_TEXT = b"\xff"
@@ -25,7 +25,7 @@ class Side:
     holds their ends in bytes.
     """
 
-    view: TokenizerView
+    view: Vocabulary
     text: bytes
     ids: Int[np.ndarray, " time"]
     start: Int[np.ndarray, " time"]
@@ -72,7 +72,7 @@ class Side:
         return b"".join(self.spelled(t0, t1)) == b"".join(s.spelled(s0, s1))
 
 
-def token_string(view: TokenizerView, token_id: int) -> bytes:
+def token_string(view: Vocabulary, token_id: int) -> bytes:
     """Give a token's bytes, a special token's content: what edit distances are taken of."""
     if token_id in view.special:
         return view.special[token_id].content.encode()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
+from cdm_toolkit.artifacts.teacher_header import CacheHeader
 from cdm_toolkit.artifacts.teacher_packing import (
     HEAD,
     TAIL_BITS,
@@ -22,12 +23,7 @@ from cdm_toolkit.artifacts.teacher_packing import (
     with_rest,
 )
 
-if TYPE_CHECKING:
-    from jaxtyping import Float32, Int32
-
-    from cdm_toolkit.artifacts.teacher_cache import CacheHeader
-
-    Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
 
 
 def pack_candidates(
@@ -86,8 +82,8 @@ def _unpack_quantised(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, 
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
 
 
-_Pack = Callable[["CacheHeader", np.ndarray, np.ndarray], "Arrays"]
-_Unpack = Callable[["CacheHeader", "Arrays"], tuple[np.ndarray, np.ndarray]]
+_Pack = Callable[[CacheHeader, np.ndarray, np.ndarray], Arrays]
+_Unpack = Callable[[CacheHeader, Arrays], tuple[np.ndarray, np.ndarray]]
 _FORMS: Mapping[str, tuple[_Pack, _Unpack]] = {
     "whole": (_pack_whole, _unpack_whole),
     "plain": (_pack_plain, _unpack_plain),

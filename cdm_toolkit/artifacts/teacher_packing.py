@@ -6,16 +6,14 @@ All functions take many positions at once. `teacher_packing_reference` states th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float16, Float32, Integer, UInt8
 
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float16, Float32, Integer, UInt8
-
-    Bits = UInt8[np.ndarray, "position bit"]
-    Bytes = UInt8[np.ndarray, "position byte"]
-    Ids = Integer[np.ndarray, "position count"]
+Bits = UInt8[np.ndarray, "position bit"]
+Bytes = UInt8[np.ndarray, "position byte"]
+Ids = Integer[np.ndarray, "position count"]
 
 HEAD = 8
 """Candidates that keep their rank and 8 bits: on real positions they hold nearly all of the probability."""

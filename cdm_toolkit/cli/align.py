@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,6 @@ from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.aligners import TextAlignment
-    from cdm_toolkit.hub.corpus import CorpusReport
     from cdm_toolkit.tokdiff.spans import TokenSpans
 
 ENTROPIES = ("uniform", "models")
@@ -46,6 +44,7 @@ def show(
             help="What weighs tokens in DTW: uniform, or models (both sides are models and read the text)."
         ),
     ] = "uniform",
+    device: options.Device = "auto",
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -62,6 +61,7 @@ def show(
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import alignment_page, alignment_svg, write_page
+    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.cli.rows import draw_rows
 
     if (text is None) == (file is None):
@@ -71,7 +71,7 @@ def show(
     else:
         texts = read_corpus(file) if file else [text or ""]
         aligned = _aligned_texts(
-            t1, t2, texts, aligner=aligner, special_tokens=special_tokens, entropy=entropy
+            t1, t2, texts, aligner=aligner, special_tokens=special_tokens, entropy=entropy, device=device
         )
     if svg and len(aligned) != 1:
         raise typer.BadParameter(f"a picture holds one text, and the file has {len(aligned)}; use --html.")
@@ -110,9 +110,10 @@ def report(
     from cdm_toolkit.cli import report as rendering
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import write_page
+    from cdm_toolkit.cli.corpus_file import read_corpus
 
     texts = read_corpus(file)
-    found = run_report(t1, t2, texts, aligner=aligner, workers=workers)
+    found = rendering.run_report(t1, t2, texts, aligner=aligner, workers=workers)
     if html:
         write_page(html, rendering.report_page(found, texts, source=str(file), worst=worst))
         screen.say(f"wrote {html}")
@@ -138,6 +139,7 @@ def export(
     """
     from cdm_toolkit.artifacts.alignments import write_alignments
     from cdm_toolkit.cli import screen
+    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.hub.corpus import align_corpus
     from cdm_toolkit.hub.tokenizers import load_view
 
@@ -156,42 +158,8 @@ def export(
     screen.out().print(f"{written}: {len(texts):,} texts", markup=False, soft_wrap=True)
 
 
-def read_corpus(file: Path) -> list[str]:
-    """Read the texts of a corpus: the rows of a JSONL file, else the lines of a text file."""
-    from cdm_toolkit.distill.jsonl import read_rows
-    from cdm_toolkit.errors import FileProblem
-
-    if file.suffix in (".jsonl", ".json"):
-        return [row.text for row in read_rows(file)]
-    try:
-        content = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FileProblem(file, f"is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
-    lines = content.removesuffix("\n").split("\n")
-    if not any(lines):
-        raise FileProblem(file, "is empty", "give a file with one text a line")
-    return lines
-
-
-def run_report(t1: str, t2: str, texts: Sequence[str], *, aligner: str, workers: int) -> CorpusReport:
-    """Report on a corpus under a progress bar."""
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.hub import corpus
-
-    with screen.progress() as bar:
-        task = bar.add_task("aligning", total=len(texts), note="")
-        return corpus.report(
-            t1,
-            t2,
-            texts,
-            aligner=aligner,
-            workers=workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-
-
 def _aligned_texts(
-    t1: str, t2: str, texts: list[str], *, aligner: str, special_tokens: bool, entropy: str
+    t1: str, t2: str, texts: list[str], *, aligner: str, special_tokens: bool, entropy: str, device: str
 ) -> list[TextAlignment]:
     from cdm_toolkit.alignment.aligners import TextAlignment, align, align_text, require_known
     from cdm_toolkit.errors import UnknownName
@@ -206,10 +174,13 @@ def _aligned_texts(
             align_text(view_t, view_s, text, aligner=aligner, add_special_tokens=special_tokens)
             for text in texts
         ]
-    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.cli import screen
+    from cdm_toolkit.hub.models import load_model, resolve_device
     from cdm_toolkit.hub.token_entropies import token_entropies
 
-    model_t, model_s = load_model(t1), load_model(t2)
+    device = str(resolve_device(device))
+    model_t, model_s = load_model(t1, device=device), load_model(t2, device=device)
+    screen.say_device(device)
     aligned = []
     for text in texts:
         t, s = (view.encode(text, add_special_tokens=special_tokens) for view in (view_t, view_s))

@@ -96,7 +96,9 @@ def distill(
     ] = None,
     lora_rank: Annotated[int | None, _option("Train adapters of this rank.", _TRAIN)] = None,
     seed: Annotated[int | None, _option("Seed of all that is random.", _TRAIN, "0")] = None,
-    device: Annotated[str | None, _option("auto (a GPU where there is one), cpu, cuda or mps.", _TRAIN, "auto")] = None,
+    device: Annotated[
+        str | None, _option("auto (a GPU where there is one), cpu, cuda or mps.", _TRAIN, "auto")
+    ] = None,
     workers: Annotated[int | None, _option("Processes of the data step.", _TRAIN, "1")] = None,
     log_every: Annotated[int | None, _option("Steps between two lines of the log.", _TRAIN, "10")] = None,
     save_every: Annotated[

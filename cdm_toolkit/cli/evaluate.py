@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,7 +64,7 @@ def evaluate(
         bool, typer.Option("--require-isolation", help="Refuse to run them where the sandbox lacks a wall.")
     ] = False,
     workers: options.Workers = 1,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
     """Score models side by side on a suite.
@@ -78,6 +79,7 @@ def evaluate(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.evaluation.evaluate import Ask
     from cdm_toolkit.evaluation.evaluate import evaluate as score
+    from cdm_toolkit.hub.models import resolve_device
 
     ask = Ask(
         data=data,
@@ -91,6 +93,7 @@ def evaluate(
         allow_code_execution=allow_code_execution,
         require_isolation=require_isolation,
     )
+    device = str(resolve_device(device))
     with _progress() as follow:
         done = score(
             suite,
@@ -100,10 +103,11 @@ def evaluate(
             output=output,
             overwrite=overwrite,
             follow=follow,
+            on_load=cache(lambda: screen.say_device(device)),  # once, however many models
             go_on=screen.this_command("--overwrite"),
         )
     if as_json:
-        screen.print_json(_as_json(done))
+        screen.print_json({**_as_json(done), "device": device})
         return
     _print(done, output)
 

@@ -13,7 +13,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Annotated[str, typer.Option(help="An alias, a folder or a hub id.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at the most.")] = 128,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a prompt greedily, to read what a model has learned.
@@ -24,12 +24,15 @@ def generate(
     from cdm_toolkit.errors import BadOption
     from cdm_toolkit.evaluation.evaluate import load_subject
     from cdm_toolkit.evaluation.generation import generate as write
+    from cdm_toolkit.hub.models import resolve_device
 
     if max_new_tokens < 1:
         raise BadOption("--max-new-tokens", max_new_tokens, "a number of at least 1")
+    device = str(resolve_device(device))
     subject = load_subject(model, device)
+    screen.say_device(device)
     answer = write(subject.model, subject.tokenizer, prompt, max_new_tokens=max_new_tokens)
     if as_json:
-        screen.print_json({"model": model, "prompt": prompt, "answer": answer})
+        screen.print_json({"model": model, "prompt": prompt, "device": device, "answer": answer})
         return
     screen.out().print(answer, markup=False, soft_wrap=True)

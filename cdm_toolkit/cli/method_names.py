@@ -1,4 +1,4 @@
-"""Names of the methods for help texts, read from their class bodies: importing them brings torch, which takes seconds."""
+"""Names of the methods for help texts, read from their class bodies: importing them brings torch (seconds)."""
 
 from __future__ import annotations
 

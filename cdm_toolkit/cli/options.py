@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-FirstTokenizer = Annotated[
-    str, typer.Option("--t1", help="First tokenizer: an alias (cdm models list), a folder or a hub id.")
-]
-SecondTokenizer = Annotated[str, typer.Option("--t2", help="Second tokenizer, likewise.")]
+_T1 = typer.Option("--t1", help="First tokenizer: an alias (cdm models list), a folder or a hub id.")
+_T2 = typer.Option("--t2", help="Second tokenizer, likewise.")
+FirstTokenizer = Annotated[str, _T1]
+SecondTokenizer = Annotated[str, _T2]
+FirstTokenizerIfGiven = Annotated[str | None, _T1]
+SecondTokenizerIfGiven = Annotated[str | None, _T2]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, or cuda:1 and so on.")]
+Device = Annotated[
+    str,
+    typer.Option(help="Where the model runs: auto (cuda if it is here, else mps, else cpu), cpu, cuda:1, …"),
+]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

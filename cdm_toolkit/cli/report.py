@@ -1,4 +1,4 @@
-"""The report of `cdm align report`: on a terminal, as data, as a page."""
+"""How two tokenizers cut a corpus: measured, on a terminal, as data, as a page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cdm_toolkit.alignment.statistics import PairStatistics, Tally
+from cdm_toolkit.cli import screen
 from cdm_toolkit.cli.visible import visible
+from cdm_toolkit.hub import corpus
 from cdm_toolkit.hub.corpus import CorpusReport, TextReport
 from cdm_toolkit.tokdiff.changes import Change
 
@@ -14,11 +17,22 @@ SHOWN = 70  # characters of a text, and changes of a tokenizer, that a report qu
 CHANGES = 5
 
 
+def run_report(t1: str, t2: str, texts: Sequence[str], *, aligner: str, workers: int) -> CorpusReport:
+    """Report on a corpus under a progress bar."""
+    with screen.progress() as bar:
+        task = bar.add_task("aligning", total=len(texts), note="")
+        return corpus.report(
+            t1,
+            t2,
+            texts,
+            aligner=aligner,
+            workers=workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
 def print_report(found: CorpusReport, texts: Sequence[str], *, worst: int) -> None:
     """Print the report as tables."""
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.tokenizer import print_statistics
-
     console = screen.out()
     print_statistics(*found.names, found.total)
     console.print(_verdict(found), markup=False, soft_wrap=True)
@@ -30,6 +44,23 @@ def print_report(found: CorpusReport, texts: Sequence[str], *, worst: int) -> No
         for row in rows:
             shown.add_row(*row)
         console.print(shown, markup=False)
+
+
+def print_statistics(name_a: str, name_b: str, measured: PairStatistics) -> None:
+    """Print how two tokenizers cut a corpus, by class of text."""
+    figures = ("bytes", f"B/token {name_a}", f"B/token {name_b}", "1-1", "1-n", "n-1", "n-m")
+    shown = screen.table(
+        f"{measured.texts:,} texts, boundaries agree {measured.agreement:.1%}",
+        "class",
+        *figures,
+        right=figures,
+    )
+    rows: list[tuple[str, Tally]] = sorted(measured.classes.items(), key=lambda item: -item[1].bytes)
+    for name, tally in [*rows, ("all", measured.total)]:
+        per_a, per_b = tally.bytes_per_token
+        shares = [f"{tally.share(kind):.1%}" for kind in ("1-1", "1-n", "n-1", "n-m")]
+        shown.add_row(name, f"{tally.bytes:,}", f"{per_a:.2f}", f"{per_b:.2f}", *shares)
+    screen.out().print(shown)
 
 
 _WORST = ("row", "groups not exact", "boundaries agree", "tokens", "text")
@@ -86,7 +117,6 @@ def _quoted(text: str) -> str:
 
 def report_record(found: CorpusReport, *, worst: int) -> dict[str, Any]:
     """Return the report as plain data. Bytes are in hexadecimal."""
-    from cdm_toolkit.cli.tokenizer import statistics_record
 
     def change(row: int, changed: Change) -> dict[str, Any]:
         return {"row": row, **asdict(changed), "text": changed.text.hex(), "spelled": changed.spelled.hex()}
@@ -104,6 +134,28 @@ def report_record(found: CorpusReport, *, worst: int) -> dict[str, Any]:
         **statistics_record(found.total),
         "changes": {"t1": [change(*each) for each in changes_t], "t2": [change(*each) for each in changes_s]},
         "worst": [text(each) for each in found.worst(worst)],
+    }
+
+
+def statistics_record(measured: PairStatistics) -> dict[str, Any]:
+    """Return statistics as plain data."""
+
+    def tally(counts: Tally) -> dict[str, Any]:
+        return {
+            "bytes": counts.bytes,
+            "tokens": [counts.tokens_t, counts.tokens_s],
+            "bytes_per_token": list(counts.bytes_per_token),
+            "kinds": dict(counts.kinds),
+        }
+
+    return {
+        "texts": measured.texts,
+        "agreement": measured.agreement,
+        "boundaries": [measured.boundaries_t, measured.boundaries_s],
+        "shared_boundaries": measured.shared,
+        "inexact_groups": measured.inexact,
+        "total": tally(measured.total),
+        "classes": {name: tally(counts) for name, counts in measured.classes.items()},
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -45,6 +44,11 @@ def say(message: str) -> None:
     err().print(message, style="dim", markup=False, soft_wrap=True)
 
 
+def say_device(device: str) -> None:
+    """Say which device a model runs on: it is chosen where --device is auto."""
+    say(f"device: {device}")
+
+
 def warn(message: str) -> None:
     """Print one warning, the library's in the words of the command that runs."""
     err().print(f"note: {in_terminal(message)}", style="yellow", markup=False, soft_wrap=True)
@@ -55,7 +59,7 @@ def this_command(*without: str) -> str:
     return shlex.join(["cdm", *(word for word in sys.argv[1:] if word not in without)])
 
 
-def print_json(answer: Any) -> None:
+def print_json(answer: object) -> None:
     """Print an answer as JSON, on one line, in UTF-8."""
     print(json.dumps(answer, ensure_ascii=False))  # noqa: T201
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
-    from cdm_toolkit.artifacts.teacher_cache import CacheHeader
+    from cdm_toolkit.artifacts.teacher_header import CacheHeader
     from cdm_toolkit.distill.cache_teacher import CacheProgress, CacheResult
 
 app = typer.Typer(no_args_is_help=True, help="Run a teacher once, and keep what it says.")
@@ -44,7 +45,7 @@ def cache(
         str, typer.Option(help="none, or chat: read rows through the chat template.")
     ] = "none",
     batch_size: Annotated[int, typer.Option(help="Rows that the model reads at once.")] = 8,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     teacher_dtype: Annotated[
         str, typer.Option(help="Of the model's weights: float32, bfloat16, float16.")
     ] = "float32",
@@ -67,7 +68,9 @@ def cache(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.cache_teacher import CacheSettings, write_cache
     from cdm_toolkit.errors import Interrupted
+    from cdm_toolkit.hub.models import resolve_device
 
+    device = str(resolve_device(device))
     said = {
         "model": model,
         "data": str(data),
@@ -88,7 +91,11 @@ def cache(
     with screen.progress() as bar:
         task = bar.add_task("asking the teacher", total=None, note="")
 
+        say_device = functools.cache(lambda: screen.say_device(device))  # once, when the model has begun
+
         def follow(progress: CacheProgress) -> None:
+            if progress.tokens:
+                say_device()
             note = f"{progress.tokens_per_second:,.0f} tokens/s" if progress.tokens else ""
             bar.update(task, completed=progress.rows, total=progress.total, note=note)
 

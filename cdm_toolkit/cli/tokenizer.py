@@ -10,7 +10,7 @@ import typer
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
-    from cdm_toolkit.alignment.statistics import PairStatistics, Tally
+    from cdm_toolkit.alignment.statistics import PairStatistics
     from cdm_toolkit.tokdiff.diff import Side, TokenizerDiff
     from cdm_toolkit.tokdiff.view import TokenizerView
 
@@ -73,8 +73,10 @@ def info(
 
 @app.command("diff")
 def compare(
-    a: Annotated[str, typer.Argument(help="An alias, a folder or a hub id.")],
-    b: Annotated[str, typer.Argument(help="Another.")],
+    first: Annotated[str | None, typer.Argument(help="First tokenizer, instead of --t1.")] = None,
+    second: Annotated[str | None, typer.Argument(help="Second tokenizer, instead of --t2.")] = None,
+    t1: options.FirstTokenizerIfGiven = None,
+    t2: options.SecondTokenizerIfGiven = None,
     corpus: Annotated[
         Path | None, typer.Option(help="JSONL or text file: compare also how the two cut its texts.")
     ] = None,
@@ -83,13 +85,15 @@ def compare(
 ) -> None:
     """Compare two tokenizers: shared ids by bytes, moved ids, special tokens by role, longest tokens.
 
-    Example: cdm tokenizer diff llama3 qwen2 --corpus gsm8k_test.jsonl
+    Example: cdm tokenizer diff --t1 llama3 --t2 qwen2 --corpus gsm8k_test.jsonl
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.align import read_corpus, run_report
+    from cdm_toolkit.cli.corpus_file import read_corpus
+    from cdm_toolkit.cli.report import print_statistics, run_report
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.tokdiff.diff import diff
 
+    a, b = _two_tokenizers((first, second), (t1, t2))
     view_a, view_b = load_view(a), load_view(b)
     found = diff(view_a, view_b)
     measured = (
@@ -101,6 +105,22 @@ def compare(
     _print_diff(view_a, view_b, found)
     if measured:
         print_statistics(a, b, measured)
+
+
+def _two_tokenizers(
+    by_position: tuple[str | None, str | None], by_option: tuple[str | None, str | None]
+) -> tuple[str, str]:
+    """Take the names of two tokenizers, which are given by position or as --t1 and --t2, in one way only."""
+    given = [pair for pair in (by_position, by_option) if any(name is not None for name in pair)]
+    match given:
+        case [(str(a), str(b))]:
+            return a, b
+        case [_, _]:
+            raise typer.BadParameter(
+                "name the tokenizers as --t1 and --t2 or by position, and not both ways."
+            )
+        case _:
+            raise typer.BadParameter("name two tokenizers: --t1 and --t2.")
 
 
 def _facts(side: Side) -> list[tuple[str, str]]:
@@ -156,25 +176,6 @@ def _print_diff(view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDi
     )
 
 
-def print_statistics(name_a: str, name_b: str, measured: PairStatistics) -> None:
-    """Print how two tokenizers cut a corpus, by class of text."""
-    from cdm_toolkit.cli import screen
-
-    figures = ("bytes", f"B/token {name_a}", f"B/token {name_b}", "1-1", "1-n", "n-1", "n-m")
-    shown = screen.table(
-        f"{measured.texts:,} texts, boundaries agree {measured.agreement:.1%}",
-        "class",
-        *figures,
-        right=figures,
-    )
-    rows: list[tuple[str, Tally]] = sorted(measured.classes.items(), key=lambda item: -item[1].bytes)
-    for name, tally in [*rows, ("all", measured.total)]:
-        per_a, per_b = tally.bytes_per_token
-        shares = [f"{tally.share(kind):.1%}" for kind in ("1-1", "1-n", "n-1", "n-m")]
-        shown.add_row(name, f"{tally.bytes:,}", f"{per_a:.2f}", f"{per_b:.2f}", *shares)
-    screen.out().print(shown)
-
-
 def _side_record(view: TokenizerView, side: Side) -> dict[str, Any]:
     return {
         "name": side.name,
@@ -195,6 +196,8 @@ def _side_record(view: TokenizerView, side: Side) -> dict[str, Any]:
 def _diff_record(
     view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDiff, measured: PairStatistics | None
 ) -> dict[str, Any]:
+    from cdm_toolkit.cli.report import statistics_record
+
     return {
         "same": found.same,
         "a": _side_record(view_a, found.a) | {"only_here": found.a.only_here},
@@ -203,25 +206,3 @@ def _diff_record(
         "moved": len(found.moved),
         "roles_of_one": list(found.roles_of_one),
     } | ({"corpus": statistics_record(measured)} if measured else {})
-
-
-def statistics_record(measured: PairStatistics) -> dict[str, Any]:
-    """Return statistics as plain data."""
-
-    def tally(counts: Tally) -> dict[str, Any]:
-        return {
-            "bytes": counts.bytes,
-            "tokens": [counts.tokens_t, counts.tokens_s],
-            "bytes_per_token": list(counts.bytes_per_token),
-            "kinds": dict(counts.kinds),
-        }
-
-    return {
-        "texts": measured.texts,
-        "agreement": measured.agreement,
-        "boundaries": [measured.boundaries_t, measured.boundaries_s],
-        "shared_boundaries": measured.shared,
-        "inexact_groups": measured.inexact,
-        "total": tally(measured.total),
-        "classes": {name: tally(counts) for name, counts in measured.classes.items()},
-    }

@@ -6,7 +6,7 @@ import unicodedata
 
 from rich.cells import cell_len
 
-from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.vocabulary import Vocabulary
 
 _MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\0": "␀", "\xa0": "⍽"}
 # Joiners and variation selectors have no width of their own and would vanish, or glue to a frame.
@@ -39,7 +39,7 @@ def _mark(character: str) -> str:
     return "␣" if category == "Zs" else character
 
 
-def token_label(view: TokenizerView, token_id: int) -> str:
+def token_label(view: Vocabulary, token_id: int) -> str:
     """Return what a viewer shows for an id: its bytes made visible, or a special token's name."""
     data = view.token_bytes[token_id]
     if data is not None:

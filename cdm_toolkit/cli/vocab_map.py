@@ -10,6 +10,9 @@ import typer
 from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int64
+
     from cdm_toolkit.tokdiff.view import TokenizerView
     from cdm_toolkit.vocab_map.stats import Coverage
     from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap
@@ -200,7 +203,7 @@ def stats(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL or text file that the teacher reads.")] = None,
     limit: Annotated[int, typer.Option(help="Rows of --data that the teacher reads.", min=1)] = 50,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     html: Annotated[Path | None, typer.Option(help="Write the figures as a page for a browser.")] = None,
     workers: options.Workers = 2,
     as_json: options.AsJson = False,
@@ -210,8 +213,8 @@ def stats(
     Example: cdm vocab-map stats --t1 smollm2 --t2 mistral --teacher smollm2 --data rows.jsonl
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.align import read_corpus
     from cdm_toolkit.cli.align_page import write_page
+    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.vocab_map.stats import coverage_by_frequency
 
@@ -274,7 +277,7 @@ def find_token(view: TokenizerView, token: str) -> int:
     raise BadOption("the token", token, f"an id or one token of {view.name}, which cuts this into {cut}")
 
 
-def token_counts(view: TokenizerView, texts: list[str]) -> Any:
+def token_counts(view: TokenizerView, texts: list[str]) -> Int64[np.ndarray, " vocab"]:
     """Count how often each id stands in texts."""
     import numpy as np
 
@@ -308,7 +311,7 @@ def _mass(
     from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.coverage import mass_by_strategy
     from cdm_toolkit.errors import TokenizerMismatch
-    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.hub.models import load_model, resolve_device
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.vocab_map.stats import reachable_by_strategy
 
@@ -335,16 +338,19 @@ def _mass(
     table = neighbours(
         view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits, workers=workers
     )
+    device = str(resolve_device(device))
     model = load_model(teacher, device=device)
+    screen.say_device(device)
     with screen.progress() as bar:
         task = bar.add_task(f"{teacher} reads", total=len(texts), note="")
-        return mass_by_strategy(
+        mass: dict[str, float] = mass_by_strategy(
             model,
             view_t,
             texts,
             reachable_by_strategy(**maps, table=table),
             on_text=lambda done: bar.update(task, completed=done),
         )
+    return mass
 
 
 def _stats_record(

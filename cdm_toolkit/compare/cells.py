@@ -27,7 +27,9 @@ def cell_at(study: StudyConfig, which: int | str) -> Cell:
     for cell in cells:
         if str(which) in (str(cell.index), cell.name):
             return cell
-    raise BadOption("cell", which, f"0 to {len(cells) - 1}, or a cell's name: `list_cells` shows what each is")
+    raise BadOption(
+        "cell", which, f"0 to {len(cells) - 1}, or a cell's name: `list_cells` shows what each is"
+    )
 
 
 def _own(study: StudyConfig) -> Iterator[tuple[str, float, int, bool]]:

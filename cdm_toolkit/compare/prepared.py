@@ -167,7 +167,9 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     )
     teacher = ModelScores(*_sides(study, heldout.teacher), suite_scores(study, study.teacher))
     start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
-    made_by = provenance(fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device)
+    made_by = provenance(
+        fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device
+    )
     content = {
         "student": _kept(shared, student),
         "cache": cache and _kept(shared, cache),

@@ -70,7 +70,9 @@ def run(
         return _run(config, rows, output, checkpoint, overwrite, go_on, on_progress, began)
     except (OSError, SafetensorError) as error:  # of a checkpoint: models and data raise their own
         why = getattr(error, "strerror", None) or str(error)
-        raise FileProblem(output, f"it cannot be written ({why})", "make room, then go on with `resume`") from error
+        raise FileProblem(
+            output, f"it cannot be written ({why})", "make room, then go on with `resume`"
+        ) from error
     finally:
         if made and output.is_dir() and not any(output.iterdir()):
             output.rmdir()

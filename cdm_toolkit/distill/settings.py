@@ -272,7 +272,9 @@ def from_mapping(settings: Mapping[str, Any], *, source: str = "the run") -> Dis
 
 def from_file(path: Path, assignments: Sequence[str] = ()) -> DistillConfig:
     """Make a config of a run file, with assignments such as `train.lr=2e-5` over it."""
-    return from_mapping(with_settings(read_yaml(path), assignments, source="the assignments"), source=str(path))
+    return from_mapping(
+        with_settings(read_yaml(path), assignments, source="the assignments"), source=str(path)
+    )
 
 
 def _over_preset(given: dict[str, Any], name: Any) -> dict[str, Any]:

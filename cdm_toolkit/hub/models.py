@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from safetensors import SafetensorError
 
@@ -33,7 +33,7 @@ from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DTYPES = ("float32", "bfloat16", "float16")
 log = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ def _convert(name: str, gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _gguf_tokenizer(name: str, gguf: Path) -> Any:
+def _gguf_tokenizer(name: str, gguf: Path) -> PreTrainedTokenizerFast:
     """Take the tokenizer that the name has; that of the GGUF file itself where it has none."""
     try:
         return load_tokenizer(name).tokenizer

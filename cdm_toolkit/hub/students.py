@@ -103,7 +103,7 @@ def student_shape(vocab: int, parameters: int) -> Shape:
     return min(shapes, key=misfit)
 
 
-def student_config(tokenizer: Any, vocab: int, shape: Shape) -> LlamaConfig:
+def student_config(tokenizer: PreTrainedTokenizerFast, vocab: int, shape: Shape) -> LlamaConfig:
     """Describe a Llama-architecture model for a tokenizer's vocabulary and special tokens."""
     from transformers import LlamaConfig
 

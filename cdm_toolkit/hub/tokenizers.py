@@ -13,6 +13,7 @@ from cdm_toolkit.tokdiff.roles import MAP_ROLES
 from cdm_toolkit.tokdiff.view import TokenizerView, make_view, view_of
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 
@@ -86,7 +87,7 @@ def _fast_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _copied(tokenizer: PreTrainedTokenizerFast) -> Any:
+def _copied(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Copy the backend: transformers sets truncation and padding on its own at every call."""
     from tokenizers import Tokenizer
 

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from cdm_toolkit.tokdiff.token_bytes import Scheme
-from cdm_toolkit.tokdiff.view import SpecialToken, TokenizerView
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.vocabulary import SpecialToken
 
 LONGEST = 10
 """Longest tokens that are listed of each side."""

@@ -11,20 +11,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 from unicodedata import category
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from cdm_toolkit.errors import DoesNotSpell
-
-if TYPE_CHECKING:  # the two records name each other
-    from cdm_toolkit.tokdiff.view import Encoding, TokenizerView
+from cdm_toolkit.tokdiff.vocabulary import Vocabulary
 
 Positions = Int64[np.ndarray, " time"]
 Flags = Bool[np.ndarray, " time"]
 Placed = tuple[Positions, Positions, Flags]
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """What is read of a `tokenizers.Encoding`; offsets are in characters."""
+
+    @property
+    def ids(self) -> list[int]: ...
+    @property
+    def offsets(self) -> list[tuple[int, int]]: ...
+    @property
+    def special_tokens_mask(self) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +46,7 @@ class TokenSpans:
     dropped by the tokenizer.
     """
 
-    view: TokenizerView
+    view: Vocabulary
     text_bytes: bytes
     ids: Int32[np.ndarray, " time"]
     start: Positions
@@ -51,7 +61,7 @@ class TokenSpans:
         return len(self.ids)
 
 
-def span_tokens(view: TokenizerView, text: str, text_bytes: bytes, encoding: Encoding) -> TokenSpans:
+def span_tokens(view: Vocabulary, text: str, text_bytes: bytes, encoding: Encoding) -> TokenSpans:
     """Place the tokens of an encoding in its text."""
     ids, added = encoding.ids, encoding.special_tokens_mask
     pieces = _pieces(view, ids, added)
@@ -61,26 +71,29 @@ def span_tokens(view: TokenizerView, text: str, text_bytes: bytes, encoding: Enc
     return _record(view, text_bytes, ids, found)
 
 
-def span_ids(view: TokenizerView, text: str, text_bytes: bytes, ids: list[int]) -> TokenSpans:
-    """Place given ids, for which there are no offsets.
+def span_ids(view: Vocabulary, text_bytes: bytes, ids: list[int]) -> TokenSpans | None:
+    """Place given ids, for which there are no offsets; None where they do not spell the text.
 
-    They must spell the text, special tokens counting or not, or be what the tokenizer makes of it.
-    Raises DoesNotSpell.
+    Special tokens count or do not, or only those at its ends do not.
     """
     special = view.is_special[ids].tolist() if ids else []
-    outer = [all(special[: i + 1]) or all(special[i:]) for i in range(len(ids))] if any(special) else special
-    for added in ([False] * len(ids), outer, special):
+    for added in ([False] * len(ids), _outer(special), special):
         found = _running_sum(view, _pieces(view, ids, added), text_bytes)
         if found is not None:
             return _record(view, text_bytes, ids, found)
-    for add_special_tokens in (False, True):
-        encoding = view.backend.encode(text, add_special_tokens=add_special_tokens)
-        if encoding.ids == ids:
-            return span_tokens(view, text, text_bytes, encoding)
-    raise _mismatch(view, text_bytes, ids, _pieces(view, ids, outer))
+    return None
 
 
-def _mismatch(view: TokenizerView, text_bytes: bytes, ids: list[int], pieces: list[bytes]) -> DoesNotSpell:
+def _outer(special: list[bool]) -> list[bool]:
+    """Mark the special tokens that no other token stands before, or none after."""
+    if not any(special):
+        return special
+    return [all(special[: i + 1]) or all(special[i:]) for i in range(len(special))]
+
+
+def does_not_spell(view: Vocabulary, text_bytes: bytes, ids: list[int]) -> DoesNotSpell:
+    """Make the error that says which of the ids is the first that does not spell the text."""
+    pieces = _pieces(view, ids, _outer(view.is_special[ids].tolist() if ids else []))
     at = 0
     for position, (token_id, piece) in enumerate(zip(ids, pieces, strict=True)):
         if not at:
@@ -94,19 +107,19 @@ def _mismatch(view: TokenizerView, text_bytes: bytes, ids: list[int], pieces: li
     return DoesNotSpell(view.name, len(ids), "after the last", text_bytes[at : at + 16])
 
 
-def _record(view: TokenizerView, text_bytes: bytes, ids: list[int], placed: Placed) -> TokenSpans:
+def _record(view: Vocabulary, text_bytes: bytes, ids: list[int], placed: Placed) -> TokenSpans:
     start, end, exact = placed
     id_array = np.array(ids, np.int32)
     return TokenSpans(view, text_bytes, id_array, start, end, view.is_special[id_array] & exact, exact)
 
 
-def _pieces(view: TokenizerView, ids: list[int], added: Sequence[int]) -> list[bytes]:
+def _pieces(view: Vocabulary, ids: list[int], added: Sequence[int]) -> list[bytes]:
     """Look the tokens' bytes up; special tokens that were added to the text have none."""
     pieces = list(map(view.literals.__getitem__, ids))
     return [b"" if a else p for p, a in zip(pieces, added, strict=True)] if any(added) else pieces
 
 
-def _running_sum(view: TokenizerView, pieces: list[bytes], text_bytes: bytes) -> Placed | None:
+def _running_sum(view: Vocabulary, pieces: list[bytes], text_bytes: bytes) -> Placed | None:
     """Place tokens that spell the text one after the other; None where they do not spell it."""
     spelled, dummy_prefix, dropped = b"".join(pieces), view.scheme.dummy_prefix, view.dropped_bytes
     kept = text_bytes.translate(None, dropped) if dropped else text_bytes

@@ -12,24 +12,12 @@ from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool
 
 from cdm_toolkit.errors import BadText, UnknownTokenId, UnsupportedTokenizer
 from cdm_toolkit.tokdiff.roles import roles_of
-from cdm_toolkit.tokdiff.spans import TokenSpans, span_ids, span_tokens
-from cdm_toolkit.tokdiff.token_bytes import Description, Scheme, parts, scheme_of, token_bytes, vocabulary
-
-
-@runtime_checkable
-class Encoding(Protocol):
-    """What is read of a `tokenizers.Encoding`; offsets are in characters."""
-
-    @property
-    def ids(self) -> list[int]: ...
-    @property
-    def offsets(self) -> list[tuple[int, int]]: ...
-    @property
-    def special_tokens_mask(self) -> list[int]: ...
+from cdm_toolkit.tokdiff.spans import TokenSpans, does_not_spell, span_ids, span_tokens
+from cdm_toolkit.tokdiff.token_bytes import Description, parts, scheme_of, token_bytes, vocabulary
+from cdm_toolkit.tokdiff.vocabulary import SpecialToken, Vocabulary
 
 
 @runtime_checkable
@@ -46,39 +34,11 @@ class Backend(Protocol):
     def no_padding(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SpecialToken:
-    """Hold a special token; `role` is the primary one of its `roles`, None where none is known."""
-
-    id: int
-    content: str
-    role: str | None
-    roles: frozenset[str] = frozenset()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenizerView:
+class TokenizerView(Vocabulary):
     """Hold a tokenizer's vocabulary as bytes, and encode texts into spans."""
 
-    name: str
-    family: str
-    token_bytes: tuple[bytes | None, ...] = field(repr=False)
-    """Index: id. None for special tokens and for ids that no token has."""
-    special: Mapping[int, SpecialToken] = field(repr=False)
-    fingerprint: str
-    """sha256 of whatever changes bytes, ids, roles or splitting; neither name nor truncation nor padding."""
-    backend: Backend = field(repr=False)
-    scheme: Scheme
-    literals: tuple[bytes, ...] = field(repr=False)
-    """What each id looks like in a text: as `token_bytes`, with the content of special tokens."""
-    is_special: Bool[np.ndarray, " vocab"] = field(repr=False)
-    dropped_bytes: bytes = b""
-    """What a byte-level vocabulary has no token for: the tokenizer leaves it out of a text without a word."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Count the ids, unused ones among them."""
-        return len(self.token_bytes)
+    backend: Backend = field(repr=False, kw_only=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> TokenSpans:
         """Tokenize a text. Raises BadText for a text with lone surrogates."""
@@ -102,13 +62,17 @@ class TokenizerView:
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
                 raise UnknownTokenId(self.name, int(token_id), self.vocab_size)
-        return span_ids(self, text, text_bytes, [int(token_id) for token_id in ids])
+        given = [int(token_id) for token_id in ids]
+        spans = span_ids(self, text_bytes, given)
+        return self._reencoded(text, text_bytes, given) if spans is None else spans
 
-    def token_text(self, token_id: int) -> str:
-        """Show a token: its text, with bytes that are no text as `\\xe2`; the content of a special token."""
-        if not 0 <= token_id < self.vocab_size:
-            raise UnknownTokenId(self.name, token_id, self.vocab_size)
-        return self.literals[token_id].decode("utf-8", errors="backslashreplace")
+    def _reencoded(self, text: str, text_bytes: bytes, ids: list[int]) -> TokenSpans:
+        """Place ids that do not spell the text, but are what the tokenizer makes of it."""
+        for add_special_tokens in (False, True):
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            if encoding.ids == ids:
+                return span_tokens(self, text, text_bytes, encoding)
+        raise does_not_spell(self, text_bytes, ids)
 
 
 def utf8(text: str) -> bytes:

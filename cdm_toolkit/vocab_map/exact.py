@@ -10,7 +10,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int64
 
-from cdm_toolkit.tokdiff.view import SpecialToken, TokenizerView
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.vocabulary import SpecialToken
 from cdm_toolkit.vocab_map.types import NO_MATCH, VocabMap, sides, single
 
 Key = TypeVar("Key", bound=Hashable)

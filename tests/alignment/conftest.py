@@ -10,7 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from cdm_toolkit.tokdiff.spans import TokenSpans
-from cdm_toolkit.tokdiff.view import SpecialToken, TokenizerView
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.vocabulary import SpecialToken
 
 ROLES = ("bos", "eos", "turn_start", "turn_end", "header_start")
 

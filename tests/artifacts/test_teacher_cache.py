@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from cdm_toolkit.artifacts import atomic
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.artifacts.teacher_cache import CachedRow, CacheHeader, CacheWriter, TeacherCache
+from cdm_toolkit.artifacts.teacher_cache import CachedRow, CacheWriter, TeacherCache
+from cdm_toolkit.artifacts.teacher_header import CacheHeader
 from cdm_toolkit.artifacts.teacher_packing import (
     HEAD,
     id_bits,

@@ -46,6 +46,16 @@ def test_rows_read_without_colour(cdm) -> None:
     assert "all exact" in lines[-1]
 
 
+def test_the_entropies_of_models_are_asked_for_on_a_device(cdm, small_models: Path) -> None:
+    pair = ("--t1", small_models / "teacher", "--t2", small_models / "student")
+    command = ("align", "show", "Tokens, entropies", *pair, "--aligner", "entropy-dtw", "--json")
+    answer = cdm(*command, "--entropy", "models", "--device", "cpu")
+    assert answer.err == "device: cpu\n"
+    assert json.loads(answer.out)["groups"]
+    assert cdm(*command).err == ""
+    assert cdm(*command, "--entropy", "models", "--device", "warp").status == 2
+
+
 def test_a_file_gives_one_object_a_line(cdm, tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("first\r\nsecond line\n\n", encoding="utf-8", newline="")

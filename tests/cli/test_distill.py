@@ -14,9 +14,9 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from cdm_toolkit.distill.config import from_file
 
 from cdm_toolkit.cli.distill import distill
-from cdm_toolkit.distill.config import from_file
 from cdm_toolkit.distill.recipes import list_recipes
 
 RUN: dict[str, Any] = {

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from cdm_toolkit.hub.models import resolve_device
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,7 +67,7 @@ def test_the_readmes_adapter_beside_its_suite(cdm, suite: Path, student: str) ->
     assert any("Big †" in line and "0.5" in line for line in lines)
     assert "† Doe 2025, table 1" in answer.out
     assert "0.0000 ± 0.0000" in answer.out
-    assert answer.err == ""
+    assert answer.err == f"device: {resolve_device('auto')}\n"
 
 
 def test_items_are_kept_and_gone_on_from(cdm, suite: Path, student: str, tmp_path: Path) -> None:
@@ -76,6 +79,8 @@ def test_items_are_kept_and_gone_on_from(cdm, suite: Path, student: str, tmp_pat
     assert (first["results"][0]["resumed"], again["results"][0]["resumed"]) == (0, 3)
     assert first["paper"]["exact"]["figures"]["Big"] == {"right": 0.5}
     assert first["skipped"] == []
+    assert first["device"] == json.loads((out / "provenance.json").read_text())["device"]
+    assert first["device"] == str(resolve_device("auto"))
     (path,) = out.glob("exact/*.jsonl")
     items = [json.loads(line) for line in path.read_text().splitlines()][1:]
     assert [item["prompt"] for item in items] == ["0 + 1 =", "1 + 1 =", "2 + 1 ="]
@@ -103,9 +108,17 @@ def test_a_stopped_run_says_how_to_go_on(
     suite.with_name("exact.py").write_text(broken)
     answer = cdm(*command, "--overwrite")
     assert answer.status == 130
-    assert answer.err.strip().startswith("cdm: the evaluation was stopped, 2 items are in ")
-    assert answer.err.strip().endswith(f"go on with: cdm {' '.join(command)}")
+    said = answer.err.strip().splitlines()[-1]
+    assert said.startswith("cdm: the evaluation was stopped, 2 items are in ")
+    assert said.endswith(f"go on with: cdm {' '.join(command)}")
     assert cdm("eval", "--suite", suite, "--model", student).status == 130
+
+
+def test_the_device_is_said_once(cdm, suite: Path, student: str) -> None:
+    """However many models a command loads."""
+    copied = shutil.copytree(student, suite.parent / "copied")
+    answer = cdm("eval", "--suite", suite, "--model", student, "--model", copied, "--device", "cpu")
+    assert answer.err == "device: cpu\n"
 
 
 def test_the_list_has_every_suite(cdm) -> None:
@@ -141,6 +154,6 @@ def test_a_model_that_does_not_fit(cdm, student: str, rows: Path, monkeypatch: p
     from cdm_toolkit.evaluation import memory
 
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
-    answer = cdm("eval", "--suite", "bpb", "--data", rows, "--model", student)
+    answer = cdm("eval", "--suite", "bpb", "--data", rows, "--model", student, "--device", "cpu")
     assert answer.status == 2
     assert "of memory in float32, 0.0 GiB are available on cpu" in answer.err

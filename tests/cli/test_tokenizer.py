@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 
 def test_info_names_family_and_roles(cdm) -> None:
     record = json.loads(cdm("tokenizer", "info", "qwen2", "--json").out)
@@ -22,6 +24,29 @@ def test_diff_counts_shared_and_moved_ids(cdm) -> None:
     same = json.loads(cdm("tokenizer", "diff", "gpt2", "gpt2", "--json").out)
     assert same["same"] is True
     assert same["moved"] == same["a"]["only_here"] == same["b"]["only_here"] == 0
+
+
+def test_diff_takes_t1_and_t2(cdm) -> None:
+    by_option = cdm("tokenizer", "diff", "--t1", "gpt2", "--t2", "qwen2", "--json")
+    assert by_option.out == cdm("tokenizer", "diff", "gpt2", "qwen2", "--json").out
+    assert json.loads(by_option.out)["a"]["name"] == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("names", "fix"),
+    [
+        ((), "two tokenizers"),
+        (("gpt2",), "two tokenizers"),
+        (("--t2", "gpt2"), "two tokenizers"),
+        (("gpt2", "--t2", "qwen2"), "not both ways"),
+        (("gpt2", "qwen2", "--t1", "gpt2", "--t2", "qwen2"), "not both ways"),
+    ],
+)
+def test_diff_wants_two_tokenizers_named_in_one_way(cdm, names: tuple[str, ...], fix: str) -> None:
+    answer = cdm("tokenizer", "diff", *names)
+    assert (answer.status, answer.out) == (2, "")
+    assert len(answer.err.strip().splitlines()) == 1
+    assert fix in answer.err
 
 
 def test_diff_over_a_corpus_counts_by_class(cdm, tmp_path: Path) -> None:

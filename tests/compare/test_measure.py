@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cdm_toolkit.distill.rows import Message, Row
 
 from cdm_toolkit.compare import measure
 from cdm_toolkit.compare.measure import Heldout, score_model
 from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.compare.types import Measured
-from cdm_toolkit.distill.rows import Message, Row
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem, SourceNotFound
 from cdm_toolkit.evaluation.bpb import Passage, passage_bits
 from cdm_toolkit.evaluation.evaluate import Subject

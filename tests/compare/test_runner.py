@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
+from cdm_toolkit.distill.rows import read_rows
+from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
 
 from cdm_toolkit.compare import prepared as shared_module
 from cdm_toolkit.compare import runner as run_module
@@ -34,8 +36,6 @@ from cdm_toolkit.compare.runner import (
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.compare.study_folder import CELL_FILE, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import CellResult
-from cdm_toolkit.distill.rows import read_rows
-from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,

@@ -10,12 +10,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from cdm_toolkit.distill.rows import Row, read_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdm_toolkit.compare import texts
 from cdm_toolkit.compare.texts import KINDS, LEAST, MOST, Split, cut_at_blank_lines, text_rows
-from cdm_toolkit.distill.rows import Row, read_rows
 from cdm_toolkit.errors import BadOption, FileProblem, UnknownName
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")

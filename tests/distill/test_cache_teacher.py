@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
-from cdm_toolkit.distill import teacher_cache as module
 from cdm_toolkit.distill.cached_teacher import CachedTeacher, check_rows, open_cache
 from cdm_toolkit.distill.collate import Collator, TeacherLayout
 from cdm_toolkit.distill.data import build_features
@@ -21,6 +18,9 @@ from cdm_toolkit.distill.reading import TeacherSide, side_of
 from cdm_toolkit.distill.rows import read_rows
 from cdm_toolkit.distill.teacher import OnlineTeacher
 from cdm_toolkit.distill.teacher_cache import CacheResult, CacheSettings, write_cache
+
+from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
+from cdm_toolkit.distill import teacher_cache as module
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain, TokenizerMismatch
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cdm_toolkit.distill import data
 from cdm_toolkit.distill.data import Features, RowCounts, Side, TeacherSide, build_features, template_notes
 from cdm_toolkit.distill.rows import Message, Row
-from cdm_toolkit.errors import BadArtifact, BadOption, UnsupportedTokenizer
 from cdm_toolkit.hub.chat import ChatTemplate
+
+from cdm_toolkit.distill import data
+from cdm_toolkit.errors import BadArtifact, BadOption, UnsupportedTokenizer
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 PAIRS = [("smollm2", "mistral"), ("mistral", "smollm2"), ("gpt2", "mistral"), ("smollm2", "smollm2")]
@@ -608,8 +608,9 @@ def test_entropies_are_of_what_the_models_read(
 def test_real_entropies_weigh_the_papers_alignment(
     real_view, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cdm_toolkit.alignment import aligners
     from cdm_toolkit.distill.entropies import ModelEntropies
+
+    from cdm_toolkit.alignment import aligners
     from cdm_toolkit.hub.models import load_model
 
     weighed: list[list[int]] = []

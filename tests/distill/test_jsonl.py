@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from cdm_toolkit.distill.rows import Message, Row, read_rows
+
 from cdm_toolkit.errors import BadRow, FileProblem
 
 

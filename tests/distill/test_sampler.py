@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cdm_toolkit.distill.order import EpochOrder, epoch_order
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cdm_toolkit.distill.order import EpochOrder, epoch_order
 
 
 @given(

@@ -25,6 +25,7 @@ from cdm_toolkit.hub.models import (
     load_model,
     model_fingerprint,
     model_folder_to_fill,
+    resolve_device,
 )
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
@@ -88,6 +89,26 @@ def test_devices_and_dtypes(student: Path) -> None:
     if torch.version.cuda is None:
         with pytest.raises(BadOption, match="CPU build of torch"):
             load_model(str(student), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "metal", "taken"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_takes_the_best_device_that_is_here(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, metal: bool, taken: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: metal)
+    assert resolve_device("auto") == torch.device(taken)
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_a_named_device_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1", "mps", "gpu", ""):
+        with pytest.raises(BadOption, match="device"):
+            resolve_device(device)
 
 
 def test_a_model_is_loaded_as_it_is_stored(student: Path, tmp_path: Path) -> None:

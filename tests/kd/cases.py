@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from cdm_toolkit.distill.losses.combine import Reader
 from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
 from cdm_toolkit.distill.losses.pick import top_k
 from cdm_toolkit.distill.losses.record import TeacherSays
+from torch import Tensor
+
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, Sides, single
 

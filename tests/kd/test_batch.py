@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from cdm_toolkit.distill.collate import Collator, TeacherBatch, TeacherLayout
 from cdm_toolkit.distill.data import Features, TeacherFeatures
+
 from cdm_toolkit.batching import Padding
 
 

@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-
 from cdm_toolkit.distill.losses.cdm import CdmSettings, cdm
 from cdm_toolkit.distill.losses.combine import Reader, loss_parts
 from cdm_toolkit.distill.losses.pick import top_k
 from cdm_toolkit.distill.losses.record import LossParts, TeacherSays, TopK, objective
+
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, Sides, single
 

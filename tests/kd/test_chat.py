@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from cdm_toolkit.hub.chat import ChatTemplate, chat_template, render
 
 from cdm_toolkit.errors import UnsupportedTokenizer
-from cdm_toolkit.hub.chat import ChatTemplate, chat_template, render
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 
 CHAT = [

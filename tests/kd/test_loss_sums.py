@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from cdm_toolkit.distill.losses import pick
 from cdm_toolkit.distill.losses.combine import loss_parts
 from cdm_toolkit.distill.losses.pick import mean_logits

@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from cdm_toolkit.distill.losses import spelled
 from cdm_toolkit.distill.losses.combine import Reader, loss_parts
 from cdm_toolkit.distill.losses.gold import GoldSettings, gold
@@ -25,6 +22,9 @@ from cdm_toolkit.distill.losses.record import (
     TopK,
     objective,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.vocab_map.contextual import PairTable
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from cdm_toolkit.distill.losses.alm import binary_kl, log1mexp
 from cdm_toolkit.distill.losses.buckets import generalised_jsd
 from cdm_toolkit.distill.losses.combine import loss_parts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from cdm_toolkit.distill.losses import pick
 from cdm_toolkit.distill.losses.pick import log_probs, log_sum_exp, top_k
 

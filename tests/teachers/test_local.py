@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from cdm_toolkit.distill.collate import Collator, TeacherBatch, TeacherLayout
 from cdm_toolkit.distill.config import Positions
 from cdm_toolkit.distill.data import Features, TeacherSide, build_features, side_of
 from cdm_toolkit.distill.losses.record import TeacherSays
 from cdm_toolkit.distill.rows import read_rows
 from cdm_toolkit.distill.teacher import OnlineTeacher
+
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cdm_toolkit.tokdiff.view import SpecialToken, TokenizerView
+from cdm_toolkit.tokdiff.view import TokenizerView
+from cdm_toolkit.tokdiff.vocabulary import SpecialToken
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.neighbours import build_neighbours
 from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap

@@ -22,6 +22,13 @@ if __name__ == "__main__" and sys.argv[2]:
 import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from cdm_toolkit.distill.collate import Batch, Collator, TeacherLayout
+from cdm_toolkit.distill.config import CANDIDATES
+from cdm_toolkit.distill.data import Features, TeacherFeatures
+from cdm_toolkit.distill.losses.gold import GoldSettings, gold
+from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, MethodSpec, build_method
+from cdm_toolkit.distill.losses.record import Method
+from cdm_toolkit.distill.teacher import OnlineTeacher
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -35,13 +42,6 @@ from transformers import (
 )
 
 from benchmarks._live import Held, LiveBytes
-from cdm_toolkit.distill.collate import Batch, Collator, TeacherLayout
-from cdm_toolkit.distill.config import CANDIDATES
-from cdm_toolkit.distill.data import Features, TeacherFeatures
-from cdm_toolkit.distill.losses.gold import GoldSettings, gold
-from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, MethodSpec, build_method
-from cdm_toolkit.distill.losses.record import Method
-from cdm_toolkit.distill.teacher import OnlineTeacher
 from cdm_toolkit.distill.trainer import DistillTrainer, Lesson
 from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.vocab_map.contextual import PairTable

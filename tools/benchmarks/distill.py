@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-
-from benchmarks._report import Line, Report, medians, once
 from cdm_toolkit.distill.config import from_mapping
 from cdm_toolkit.distill.data import Features, side_of
 from cdm_toolkit.distill.fit import fit, pairs
 from cdm_toolkit.distill.gather import logits_at
 from cdm_toolkit.distill.losses import spelled
 from cdm_toolkit.distill.losses.methods import METHODS
-from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.reading import Side, read
 from cdm_toolkit.distill.rows import Row, read_rows
 from cdm_toolkit.distill.teacher import OnlineTeacher
+from torch import Tensor, nn
+
+from benchmarks._report import Line, Report, medians, once
+from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student

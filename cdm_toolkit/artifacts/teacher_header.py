@@ -1,0 +1,100 @@
+"""The header of a teacher cache: what it was made of, and what makes two caches the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+FORMAT: Literal["cdm-toolkit teacher cache"] = "cdm-toolkit teacher cache"
+VERSION: Literal[2] = 2
+HEADER_FILE = "cache.json"
+
+
+class CacheHeader(BaseModel):
+    """What a cache was made of, and how; `k` is the whole vocabulary's size where no id is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    format: Literal["cdm-toolkit teacher cache"] = FORMAT
+    version: Literal[2] = VERSION
+    model: str
+    model_fingerprint: str
+    teacher_dtype: str
+    """Of the model's weights when it was run."""
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab: int
+    data: str
+    data_fingerprint: str
+    rows: int
+    limit: int | None
+    """Rows at the front of the file that were taken; None for all."""
+    template: Literal["none", "chat"]
+    template_fingerprint: str
+    """Of what stands around a text: the ids, or the chat template."""
+    k: int
+    dtype: Literal["float16", "float32"]
+    """Of the log-probabilities on disk."""
+    quantised: bool
+    max_length: int
+    rows_per_shard: int
+    provenance: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.rows_per_shard)
+
+    @property
+    def form(self) -> str:
+        return "whole" if self.k == self.vocab else "quantised" if self.quantised else "plain"
+
+    @property
+    def digest(self) -> str:
+        """Give the sha256 of what makes two caches the same; names, paths and provenance do not."""
+        facts = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in _FACTS}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: CacheHeader) -> list[str]:
+        """Say in which facts another header is not the same."""
+        return [
+            f"{words} is {self._shown(name)} there and {other._shown(name)} now"
+            for name, words in _FACTS.items()
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    def _shown(self, name: str) -> str:
+        value = getattr(self, name)
+        kind, _, of = name.partition("_")
+        return f"{getattr(self, kind)} ({value[:8]}…)" if of == "fingerprint" else str(value)
+
+    def call(self, folder: Path, shard: str | None = None) -> str:
+        """Write the call that makes this cache, or one of its shards."""
+        same = ("dtype", "quantised", "max_length", "template", "teacher_dtype", "rows_per_shard", "limit")
+        settings: dict[str, Any] = {"model": self.model, "data": self.data, "output": str(folder)}
+        settings |= {
+            "k": 0 if self.form == "whole" else self.k,
+            **{name: getattr(self, name) for name in same},
+        }
+        settings |= {"shard": shard}
+        said = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
+        return f"write_cache(CacheSettings({', '.join(said)}))"
+
+
+_FACTS = {
+    "model_fingerprint": "the model",
+    "teacher_dtype": "`teacher_dtype`",
+    "tokenizer_fingerprint": "the tokenizer",
+    "data_fingerprint": "the data",
+    "rows": "the count of rows",
+    "template_fingerprint": "`template`",
+    "k": "`k`",
+    "dtype": "`dtype`",
+    "quantised": "`quantised`",
+    "max_length": "`max_length`",
+    "rows_per_shard": "`rows_per_shard`",
+}
+"""What makes two caches the same, with the words for it."""
