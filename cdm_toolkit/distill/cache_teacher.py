@@ -16,13 +16,13 @@ from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.artifacts.teacher_cache import (
     CachedRow,
-    CacheHeader,
     CacheWriter,
     folder_size,
     missing_shards,
     read_note,
     shard_name,
 )
+from cdm_toolkit.artifacts.teacher_header import CacheHeader
 from cdm_toolkit.batching import padded
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.settings import Count, Text

@@ -300,4 +300,4 @@ def _teacher_over(teacher: Any, preset: Mapping[str, Any]) -> Any:
     under = {name: value for name, value in preset.items() if name in options}
     if teacher.get("aligner", "entropy-dtw") != "entropy-dtw":
         under.pop("entropy", None)
-    return under | teacher
+    return under | dict(teacher)

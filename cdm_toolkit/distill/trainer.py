@@ -116,7 +116,7 @@ class DistillTrainer(Trainer):
             model=student,
             args=arguments,
             data_collator=_InMapping(collator),
-            train_dataset=features,  # type: ignore[arg-type]
+            train_dataset=features,
             processing_class=tokenizer,
             callbacks=[
                 _AfterStep(
@@ -133,7 +133,7 @@ class DistillTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         arguments = self.args
         return LengthGroupedSampler(
-            self.train_dataset.lengths,  # type: ignore[union-attr]
+            self.train_dataset.lengths,
             rows_per_step=arguments.train_batch_size
             * arguments.gradient_accumulation_steps
             * arguments.world_size,

@@ -55,6 +55,8 @@ class Method(nn.Module, Generic[SettingsT, State]):
     """Paper or code that defines it."""
     aliases: ClassVar[tuple[str, ...]] = ()
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    __signature__: ClassVar[inspect.Signature]
+    """Of the constructor, with the settings by name: what `help` and editors show."""
     color: ClassVar[str | None] = None
     """In figures, as #rrggbb; any free colour without it."""
     marker: ClassVar[str | None] = None

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -142,7 +141,6 @@ class MethodSettings:
         return cls(**values)
 
 
-@cache
 def fields_of(settings: type[MethodSettings]) -> tuple[Field, ...]:
     """List the settings of a method."""
     kinds = get_type_hints(settings)
