@@ -161,5 +161,5 @@ def sparse_logprobs(
 
     The logits are saved for the backward pass as they are: no float32 copy, no softmax.
     """
-    picked: Tensor = _SparseLogprobs.apply(logits, lse, rows, ids)
+    picked: Tensor = _SparseLogprobs.apply(logits, lse, rows, ids)  # type: ignore[no-untyped-call]
     return picked
