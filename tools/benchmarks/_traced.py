@@ -11,10 +11,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 if __name__ == "__main__" and sys.argv[2]:
     ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
@@ -22,13 +23,6 @@ if __name__ == "__main__" and sys.argv[2]:
 import numpy as np
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from cdm_toolkit.distill.collate import Batch, Collator, TeacherLayout
-from cdm_toolkit.distill.config import CANDIDATES
-from cdm_toolkit.distill.data import Features, TeacherFeatures
-from cdm_toolkit.distill.losses.gold import GoldSettings, gold
-from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, MethodSpec, build_method
-from cdm_toolkit.distill.losses.record import Method
-from cdm_toolkit.distill.teacher import OnlineTeacher
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -42,9 +36,11 @@ from transformers import (
 )
 
 from benchmarks._live import Held, LiveBytes
-from cdm_toolkit.distill.trainer import DistillTrainer, Lesson
-from cdm_toolkit.errors import UnknownName
-from cdm_toolkit.vocab_map.contextual import PairTable
+from cdm_toolkit import kd
+from cdm_toolkit.distill.trainer import DistillTrainer, TeacherObjective
+from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
+from cdm_toolkit.kd.batch import AlignedBatch, Collator
+from cdm_toolkit.teachers import Local
 from cdm_toolkit.vocab_map.partners import WIDTH
 from cdm_toolkit.vocab_map.spelling import LONGEST
 
@@ -95,9 +91,9 @@ class Traced:
 class TrainerStep(DistillTrainer):
     """The trainer's loss, without what `transformers.Trainer` sets up around it."""
 
-    def __init__(self, lessons: Sequence[Lesson], *, mixed: bool) -> None:
-        self.lessons, self.vocab_s = tuple(lessons), VOCAB_S
-        self.alpha = 0.5 if lessons else 1.0
+    def __init__(self, objectives: Sequence[TeacherObjective], *, mixed: bool) -> None:
+        self.objectives = tuple(objectives)
+        self.alpha = 0.5 if objectives else 1.0
         self.args: Any = SimpleNamespace(device=torch.device("cuda"))
         self.state: Any = SimpleNamespace(global_step=0)
         self.accelerator: Any = SimpleNamespace(
@@ -177,49 +173,61 @@ def _as_accelerate_does(student: Any) -> None:
     student.forward = convert_outputs_to_fp32(cast)
 
 
-def full_batch(sizes: Sizes, spec: MethodSpec | None) -> Batch:
+def full_batch(sizes: Sizes) -> AlignedBatch:
     """Make a batch in which each token but the first of a row is a label, and a group of one token a side."""
     at = np.arange(1, sizes.length, dtype=np.int32)
-    teacher = TeacherFeatures(np.zeros(sizes.length, np.int32), np.stack((at, at + 1, at, at + 1), axis=1))
-    rows = [Features(row, np.zeros(sizes.length, np.int32), 1, (teacher,)) for row in range(sizes.batch)]
-    layout = TeacherLayout()
-    if spec is not None:
-        layout = TeacherLayout(tokens=spec.needs_tokens, student_tokens=spec.needs_student_tokens)
-    return Collator((layout,))(rows)
+    teacher = AlignedTeacherRow(np.zeros(sizes.length, np.int32), np.stack((at, at + 1, at, at + 1), axis=1))
+    rows = [AlignedRow(row, np.zeros(sizes.length, np.int32), 1, (teacher,)) for row in range(sizes.batch)]
+    return Collator((("t", "s"),))(rows)
 
 
-def on_cuda(value: Any, mode: FakeTensorMode) -> Any:
-    """Move a batch as `transformers.Trainer` does; what is no tensor stays."""
-    if isinstance(value, Tensor):
-        return mode.from_tensor(value).to("cuda")
-    if isinstance(value, Mapping):
-        return {name: on_cuda(part, mode) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(on_cuda(part, mode) for part in value)
-    return value
+def on_cuda(batch: AlignedBatch, mode: FakeTensorMode) -> AlignedBatch:
+    """Move a batch to the fake device."""
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return mode.from_tensor(value).to("cuda")
+        if isinstance(value, Mapping):
+            return {name: fake(part) for name, part in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            parts = {field.name: fake(getattr(value, field.name)) for field in fields(value)}
+            return replace(value, **parts)
+        return tuple(fake(part) for part in value) if isinstance(value, tuple) else value
+
+    moved: AlignedBatch = fake(batch)
+    return moved
 
 
-def method(name: str, sizes: Sizes) -> Method:
-    """Make a method of tables with the sizes of real ones."""
+TABLES: Mapping[str, Callable[[int], Mapping[str, Any]]] = {
+    "spelling": lambda vocab_t: {"spelling": (vocab_t, LONGEST), "beginning": (VOCAB_S,)},
+    "cdm": lambda vocab_t: {
+        "partner_ids": (vocab_t + 1, WIDTH),
+        "partner_keys": (vocab_t + 1, WIDTH),
+        "exact": (vocab_t,),
+    },
+    "exact": lambda vocab_t: {"partner": (vocab_t,)},
+    "min-ed": lambda vocab_t: {"partner": (vocab_t,)},
+    "prefix": lambda vocab_t: {"partner": (vocab_t,)},
+    "gold": lambda vocab_t: {"partner": (vocab_t,), "claimed": (VOCAB_S,)},
+}
+"""Shapes of the tables of each method."""
+DTYPES = {"partner_keys": torch.int32, "claimed": torch.bool}
 
-    def ids(*shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.long, device="cuda")
 
+def method(name: str, sizes: Sizes) -> kd.Method[Any, Any]:
+    """Make a method whose tables have the sizes of real ones."""
     vocab_t = sizes.vocab_t[0]
-    if name == "gold":  # by hand: its weights are numbers, which only real tables have
-        claimed = ids(VOCAB_S).bool()
-        return partial(gold, settings=GoldSettings(ids(vocab_t), claimed, CANDIDATES, 0.7, 0.3))
-    table = PairTable(ids(vocab_t + 1, WIDTH), ids(vocab_t + 1, WIDTH).int(), VOCAB_S)
-    given = Ingredients(
-        vocab_t,
-        VOCAB_S,
-        partner=ids(vocab_t),
-        pairs=table,
-        spelling=ids(vocab_t, LONGEST),
-        beginning=ids(VOCAB_S),
-        top_k=CANDIDATES,
+    kind = kd.find_method(name)
+    pair: Any = SimpleNamespace(
+        vocab_t=vocab_t, vocab_s=VOCAB_S, name_t="t", name_s="s", same_tokenizer=sizes.same_tokenizer
     )
-    return build_method(name, given)
+    with patch.object(kind, "build_tables", lambda self, pair: None):
+        made = kind(pair)
+    for table, shape in TABLES.get(name, lambda _: {})(vocab_t).items():
+        zeros = torch.zeros(*shape, dtype=DTYPES.get(table, torch.long), device="cuda")
+        made.register_buffer(table, zeros, persistent=False)
+    made.matched_weight = 0.7  # of gold, which only real tables have
+    return made
 
 
 def traced(name: str, sizes: Sizes) -> Traced:
@@ -227,20 +235,17 @@ def traced(name: str, sizes: Sizes) -> Traced:
 
     A tensor on another device and a look at values on the device raise here what FakeTensorMode raises.
     """
-    if name not in {OURS, THEIRS, *METHODS}:
-        raise UnknownName("method", name, [*METHODS])
-    spec = METHODS.get(name)
-    made = full_batch(sizes, spec)
+    plain = name in (OURS, THEIRS)
+    made = full_batch(sizes)
     live = LiveBytes("cuda")
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, live:
         with torch.device("cuda"):
             teacher, student = models(sizes)
-        k = 1 if spec is None or not spec.needs_top_k else CANDIDATES
-        asked = OnlineTeacher(teacher, vocab_t=sizes.vocab_t[0], k=k)
-        lessons = [] if spec is None else [Lesson("teacher", asked, method(name, sizes))]
-        loss = _loss(name, TrainerStep(lessons, mixed=sizes.mixed), asked, student)
+        local = Local(teacher, vocab=sizes.vocab_t[0])
+        objectives = [] if plain else [TeacherObjective("teacher", local, method(name, sizes))]
+        loss = _loss(name, TrainerStep(objectives, mixed=sizes.mixed), local, student)
         batch = on_cuda(made, mode)
-        counts = torch.tensor([sizes.labels] * (1 + len(lessons)), device="cuda")
+        counts = torch.tensor([sizes.labels] * (1 + len(objectives)), device="cuda")
         optimizer = torch.optim.AdamW(student.parameters(), fused=True)
         for _ in range(2):
             live.start()
@@ -259,23 +264,23 @@ def traced(name: str, sizes: Sizes) -> Traced:
 
 
 def _loss(
-    name: str, trainer: TrainerStep, teacher: OnlineTeacher, student: PreTrainedModel
-) -> Callable[[Any, Tensor], Tensor]:
+    name: str, trainer: TrainerStep, teacher: Local, student: PreTrainedModel
+) -> Callable[[AlignedBatch, Tensor], Tensor]:
     """Give the loss of a step: a method's, or one of SFT after the teacher was run for nothing."""
 
-    def of_method(batch: Any, counts: Tensor) -> Tensor:
-        loss: Tensor = trainer.compute_loss(student, batch, num_items_in_batch=counts)
+    def of_method(batch: AlignedBatch, counts: Tensor) -> Tensor:
+        loss: Tensor = trainer.compute_loss(student, {"batch": batch}, num_items_in_batch=counts)
         return loss
 
-    def after_teacher(batch: Any, counts: Tensor) -> Tensor:
-        teacher.says(batch["teachers"][0], batch["rows"])
+    def after_teacher(batch: AlignedBatch, counts: Tensor) -> Tensor:
+        teacher.signal(batch, kd.SignalRequest(top_k=1))
         if name == OURS:
-            return of_method(batch | {"teachers": ()}, counts)
-        ids = batch["input_ids"]
+            return of_method(replace(batch, teachers=()), counts)
+        ids = batch.student["input_ids"]
         loss: Tensor = student(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
 
-    return of_method if trainer.lessons else after_teacher
+    return of_method if trainer.objectives else after_teacher
 
 
 def register_attention() -> None:

@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from cdm_toolkit.distill.config import from_mapping
-from cdm_toolkit.distill.data import Features, side_of
-from cdm_toolkit.distill.fit import fit, pairs
-from cdm_toolkit.distill.gather import logits_at
-from cdm_toolkit.distill.losses import spelled
-from cdm_toolkit.distill.losses.methods import METHODS
-from cdm_toolkit.distill.reading import Side, read
-from cdm_toolkit.distill.rows import Row, read_rows
-from cdm_toolkit.distill.teacher import OnlineTeacher
-from torch import Tensor, nn
 
-from benchmarks._report import Line, Report, medians, once
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import prepare
+from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd import spelling
+from cdm_toolkit.kd.aligned_rows import AlignedRow, align_groups, truncate_aligned
+from cdm_toolkit.kd.batch import AlignedBatch
+from cdm_toolkit.kd.method import find_method
+from cdm_toolkit.kd.model_logits import logits_at
+from cdm_toolkit.kd.rows import Row
+from cdm_toolkit.kd.tokenized_rows import TokenizerSide, tokenize_rows, tokenizer_side
+from cdm_toolkit.teachers import Local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,18 +38,18 @@ if TYPE_CHECKING:
 SAMPLE = Path(__file__).resolve().parents[2] / "cdm_toolkit" / "samples" / "word_problems_train.jsonl"
 TEACHER = "smollm2"
 STUDENTS = {
-    "mistral": ("sft", "cdm", "cdm-near", "em", "mined", "prefix", "uld", "alm", "gold"),
+    "mistral": ("sft", "spelling", "cdm", "exact", "min-ed", "prefix", "uld", "alm", "gold"),
     TEACHER: ("sft", "kl"),
 }
 """The tokenizers of the students, and what is timed on each."""
 CELLS = ((1, 128), (4, 256), (16, 128), (2, 1024), (8, 512))
 """Rows, and tokens of the longest side of each."""
 STEP = 1.10
-"""cdm, at most."""
+"""spelling, at most."""
 LEVEL = 1.01
-"""cdm against uld, at most: what two steps differ by that do the same."""
+"""spelling against uld, at most: what two steps differ by that do the same."""
 SHARE = 3.0
-"""Alignment and mapping, at most, in % of cdm's step."""
+"""Alignment and mapping, at most, in % of spelling's step."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -64,14 +63,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     torch.set_num_threads(1)
     rows, teacher = read_rows(options.data), load_model(TEACHER)
-    side_t, lines = side_of(load_tokenizer(TEACHER)), []
+    side_t, lines = _side(TEACHER), []
     with tempfile.TemporaryDirectory() as folder:
         for tokenizer, names in STUDENTS.items():
             student = Path(folder) / tokenizer
             new_student(tokenizer, options.size, student)
             steps = {name: Step.of(name, student, rows[:1]) for name in names}
             for count, length in CELLS:
-                cell = Cell.of(rows, count, length, side_t, side_of(load_tokenizer(tokenizer)))
+                cell = Cell.of(rows, count, length, side_t, _side(tokenizer))
                 lines += _lines(cell, steps, teacher, options.rounds)
     facts = {
         "models": f"{TEACHER} → fresh students of {options.size} parameters with the tokenizers of "
@@ -88,35 +87,43 @@ class Cell:
     """Rows of one size as features, and the parts of the data step that make them."""
 
     name: str
-    features: list[Features]
+    rows: list[AlignedRow]
     data_step: Callable[[], object]
     align: Callable[[], object]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], count: int, length: int, teacher: Side, student: Side) -> Cell:
+    def of(
+        cls, rows: Sequence[Row], count: int, length: int, teacher: TokenizerSide, student: TokenizerSide
+    ) -> Cell:
         """Join rows until each has more than `length` tokens of the student's; the data step cuts them."""
         source = cycle(rows)
         joined = [_joined(source, nth, length, student) for nth in range(count)]
 
-        def readings() -> list[Any]:
-            return list(zip(read(teacher, joined, "none"), read(student, joined, "none"), strict=True))
+        def tokenized() -> list[Any]:
+            sides = (tokenize_rows(side, joined, "none") for side in (teacher, student))
+            return list(zip(*sides, strict=True))
 
-        def data_step() -> list[Features]:
+        def data_step() -> list[AlignedRow]:
             return [
-                fit(nth, s, [(t, pairs(t, s, "anchored"))], length)[0]
-                for nth, (t, s) in enumerate(readings())
+                truncate_aligned(nth, s, [(t, align_groups(t, s))], length)[0]
+                for nth, (t, s) in enumerate(tokenized())
             ]
 
-        there = readings()
+        there = tokenized()
         return cls(
             f"{student.view.name}, {count} × {length:,}",
             data_step(),
             data_step,
-            lambda: [pairs(t, s, "anchored") for t, s in there],
+            lambda: [align_groups(t, s) for t, s in there],
         )
 
 
-def _joined(source: Iterator[Row], number: int, length: int, side: Side) -> Row:
+def _side(name: str) -> TokenizerSide:
+    loaded = load_tokenizer(name)
+    return tokenizer_side(loaded.tokenizer, loaded.view)
+
+
+def _joined(source: Iterator[Row], number: int, length: int, side: TokenizerSide) -> Row:
     text = ""
     while len(side.view.encode(text)) <= length:
         row = next(source)
@@ -124,8 +131,8 @@ def _joined(source: Iterator[Row], number: int, length: int, side: Side) -> Row:
     return Row(number, "", text)
 
 
-class Said(nn.Module):
-    """A teacher's model whose logits are there already."""
+class Computed(nn.Module):
+    """A teacher's model whose logits are computed already."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -134,51 +141,55 @@ class Said(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return nn.Identity()
 
-    def forward(self, **_: Any) -> Said:
+    def forward(self, **_: Any) -> Computed:
         return self
 
 
 class Step:
     """One optimizer step of a method, on the trainer that a run would have."""
 
-    def __init__(self, trainer: DistillTrainer, *, needs_tokens: bool, k: int, vocab_t: int) -> None:
-        self.trainer, self.needs_tokens, self.k, self.vocab_t = trainer, needs_tokens, k, vocab_t
+    def __init__(self, trainer: DistillTrainer, *, reads_tokens: bool, vocab_t: int) -> None:
+        self.trainer, self.reads_tokens, self.vocab_t = trainer, reads_tokens, vocab_t
         self.parameters = [*trainer.model.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, fused=True)
-        self.batch: Any = None
+        self.batch: AlignedBatch | None = None
 
     @classmethod
     def of(cls, name: str, student: Path, rows: list[Row]) -> Step:
         """Prepare a run; `rows` are only there so that it has some."""
         output = student.with_name(f"{student.name}-{name}")
-        method = {"method": "cdm", "mapping": "near"} if name == "cdm-near" else {"method": name}
-        teachers = [] if name == "sft" else [{"model": TEACHER} | method]
+        teachers = [] if name == "sft" else [{"model": TEACHER, "method": name}]
         config = from_mapping(
-            {"student": str(student), "data": "sample:train", "output": str(output), "teachers": teachers}
+            {
+                "student": str(student),
+                "data": "sample:train",
+                "output": str(output),
+                "teachers": teachers,
+                "train": {"device": "cpu"},
+            }
         )
         prepared = prepare(config, rows, lambda _: None)
         trainer = prepared.trainer(training_arguments(config, output))
-        spec = METHODS.get(name)
         return cls(
             trainer,
-            needs_tokens=spec is not None and spec.needs_tokens,
-            k=config.teachers[0].candidates if spec is not None and spec.needs_top_k else 1,
+            reads_tokens=name != "sft" and find_method(name).reads_teacher_tokens,
             vocab_t=load_tokenizer(TEACHER).view.vocab_size,
         )
 
-    def look_at(self, cell: Cell) -> Any:
-        """Take a cell's batch; gives what it asks of the teacher."""
-        self.batch: Any = self.trainer.data_collator(cell.features)
-        return self.batch["teachers"][0] if self.trainer.lessons else None
+    def look_at(self, cell: Cell) -> AlignedBatch | None:
+        """Take a cell's batch; gives it where a teacher is asked."""
+        self.batch = self.trainer.data_collator(cell.rows)["batch"]
+        return self.batch if self.trainer.objectives else None
 
     def hear(self, logits: Tensor) -> None:
-        """Take what the teacher's model says; to make it small stays a part of the step."""
-        model: Any = Said(logits)
-        teacher = OnlineTeacher(model, vocab_t=self.vocab_t, k=self.k)
-        self.trainer.lessons = tuple(replace(lesson, teacher=teacher) for lesson in self.trainer.lessons)
+        """Take the logits of the teacher's model; to reduce them stays a part of the step."""
+        teacher = Local(Computed(logits), vocab=self.vocab_t)
+        objectives = self.trainer.objectives
+        self.trainer.objectives = tuple(replace(objective, teacher=teacher) for objective in objectives)
 
     def __call__(self) -> None:
-        self.trainer.compute_loss(self.trainer.model, self.batch).backward()
+        inputs: Any = {"batch": self.batch}
+        self.trainer.compute_loss(self.trainer.model, inputs).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -204,24 +215,24 @@ def _timed(call: Callable[[], object]) -> Taken:
 def _lines(cell: Cell, steps: Mapping[str, Step], teacher: PreTrainedModel, rounds: int) -> Iterator[Line]:
     forward = _ask(cell, steps, teacher)
     taken, mapping = _in_turns(steps, rounds)
-    whole = {name: taken[name] + forward[step.needs_tokens] for name, step in steps.items()}
+    whole = {name: taken[name] + forward[step.reads_tokens] for name, step in steps.items()}
     base = whole["sft"]
     yield Line(f"{cell.name}: a step of SFT", taken["sft"].processor)
     yield Line(f"{cell.name}: the teacher's forward pass", forward[False].processor)
     for name in steps:
         if name != "sft":
-            at_most = STEP if name == "cdm" else None
+            at_most = STEP if name == "spelling" else None
             yield Line(f"{cell.name}: {name}", whole[name].processor / base.processor, "×", at_most)
-    if "cdm" not in steps:
+    if "spelling" not in steps:
         return
-    own, uld = whole["cdm"], whole["uld"]
-    yield Line(f"{cell.name}: cdm by the clock on the wall", own.wall / base.wall, "×")
-    alone = taken["cdm"].processor
-    yield Line(f"{cell.name}: cdm against SFT, without the teacher", alone / taken["sft"].processor, "×")
-    yield Line(f"{cell.name}: cdm against uld", own.processor / uld.processor, "×", LEVEL)
+    own, uld = whole["spelling"], whole["uld"]
+    yield Line(f"{cell.name}: spelling by the clock on the wall", own.wall / base.wall, "×")
+    alone = taken["spelling"].processor
+    yield Line(f"{cell.name}: spelling against SFT, without the teacher", alone / taken["sft"].processor, "×")
+    yield Line(f"{cell.name}: spelling against uld", own.processor / uld.processor, "×", LEVEL)
     data = medians({"align": cell.align, "all": cell.data_step}, rounds, thread_time)
     for what, part in (("alignment", data["align"]), ("mapping", mapping), ("the data step", data["all"])):
-        yield Line(f"{cell.name}: {what}, of cdm's step", 100 * part / own.processor, "%")
+        yield Line(f"{cell.name}: {what}, of spelling's step", 100 * part / own.processor, "%")
     both = 100 * (data["align"] + mapping) / own.processor
     yield Line(f"{cell.name}: alignment and mapping", both, "%", SHARE)
 
@@ -231,15 +242,15 @@ def _ask(cell: Cell, steps: Mapping[str, Step], teacher: PreTrainedModel) -> dic
 
     Each is the shorter of two: no medians, which would take longer than all the steps.
     """
-    asked = {step.needs_tokens: asks for step in steps.values() if (asks := step.look_at(cell)) is not None}
+    asked = {step.reads_tokens: asks for step in steps.values() if (asks := step.look_at(cell)) is not None}
     logits: dict[bool, Tensor] = {}
 
     def ask(tokens: bool) -> None:
-        logits[tokens] = _logits(teacher, asked[tokens])
+        logits[tokens] = _logits(teacher, asked[tokens], tokens)
 
     every = [{tokens: _timed(partial(ask, tokens)) for tokens in asked} for _ in range(2)]
     for step in steps.values():
-        step.hear(logits[step.needs_tokens])
+        step.hear(logits[step.reads_tokens])
     return {
         tokens: Taken(min(one[tokens].processor for one in every), min(one[tokens].wall for one in every))
         for tokens in asked
@@ -247,13 +258,14 @@ def _ask(cell: Cell, steps: Mapping[str, Step], teacher: PreTrainedModel) -> dic
 
 
 @torch.no_grad()
-def _logits(teacher: PreTrainedModel, asked: Any) -> Tensor:
-    inputs = {name: asked[name] for name in ("input_ids", "attention_mask")}
-    return logits_at(teacher, teacher.get_output_embeddings(), asked["at"], **inputs)
+def _logits(teacher: PreTrainedModel, batch: AlignedBatch, tokens: bool) -> Tensor:
+    (side,) = batch.teachers
+    positions = side.token_positions if tokens else side.group_positions
+    return logits_at(teacher, teacher.get_output_embeddings(), positions, **side.inputs)
 
 
 def _in_turns(steps: Mapping[str, Step], rounds: int) -> tuple[dict[str, Taken], float]:
-    """Take steps in turns, after one untimed step of each; gives their times, and that of cdm's mapping."""
+    """Take steps in turns, after one untimed step of each; gives their times, and that of spelling's mapping."""
     mapping: list[float] = []
 
     def timed(part: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,8 +276,8 @@ def _in_turns(steps: Mapping[str, Step], rounds: int) -> tuple[dict[str, Taken],
 
         return run
 
-    parts = {name: timed(getattr(spelled, name)) for name in ("_places", "_next_tokens", "merged", "_longer")}
-    with patch.multiple(spelled, **parts):
+    names = ("_positions", "_next_tokens", "merged", "_longer")
+    with patch.multiple(spelling, **{name: timed(getattr(spelling, name)) for name in names}):
         for step in steps.values():
             step()
         mapping.clear()

@@ -17,7 +17,7 @@ from benchmarks._report import Line, Report
 HERE = Path(__file__).resolve().parent
 THEIRS = "sft of transformers"
 """The loss that a model of transformers makes of its labels."""
-STEPS = ("sft", THEIRS, "cdm", "em", "mined", "prefix", "uld", "alm", "gold")
+STEPS = ("sft", THEIRS, "spelling", "cdm", "exact", "min-ed", "prefix", "uld", "alm", "gold")
 SHARED = ("sft", "kl")
 """Of one tokenizer: the teacher then has the student's vocabulary."""
 AT_MOST = 1.15
@@ -41,11 +41,11 @@ def run(options: argparse.Namespace) -> Report:
         library = device_library(Path(folder))
         across = trace({"steps": STEPS} | full, library)
         shared = trace({"steps": SHARED, "same_tokenizer": True} | full, library)
-        shallow = trace({"steps": ("sft", "cdm", "gold"), "layers_t": 1, "layers_s": 1} | sizes, library)
-        single = trace({"steps": ("sft", "cdm"), "mixed": False} | full, library)
+        shallow = trace({"steps": ("sft", "spelling", "gold"), "layers_t": 1, "layers_s": 1} | sizes, library)
+        single = trace({"steps": ("sft", "spelling"), "mixed": False} | full, library)
     lines = [
         *_against("two tokenizers", across),
-        *_largest(next(step for step in across if step["step"] == "cdm")),
+        *_largest(next(step for step in across if step["step"] == "spelling")),
         *_against("one tokenizer", shared),
         *_against("1 layer each", shallow),
         _copies([*across, *shared, *shallow]),
