@@ -43,7 +43,7 @@ def table(result: StudyResult) -> RenderableType:
 
 _LEGEND = (
     "Means over seeds ± standard deviation, best in bold; in, out: text of the kinds trained on, other text. Share: of "
-    "the gap between start and teacher that is closed. Bits: per byte. KL: from the teacher, nats. ◆: on the front, no "
+    "the gap between start and teacher that is closed. Bits: per byte. KL: from the teacher, nats. ◆: on the Pareto front, no "
     "other method is as good on both sides and better on one."
 )
 
@@ -63,7 +63,7 @@ class _Detail:
     without: frozenset[str]
     """Groups of columns that are left out."""
     spreads: Literal["all", "score", "none"]
-    """Which columns have their deviation."""
+    """Which columns have their std."""
 
 
 _BITS, _ALL_BUT_SHARES = frozenset({"bits per byte"}), frozenset({"bits per byte", "KL, nats", "cost"})

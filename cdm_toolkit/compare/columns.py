@@ -24,16 +24,16 @@ class Column:
     teacher: float | None = None
     digits: int = 3
     spreads: bool = True
-    """Whether its deviation is worth the room."""
+    """Whether its std is worth the room."""
 
     def written(self, method: MethodSummary, *, spread: bool = True) -> str:
-        """Write a method's figure, with its deviation where `spread` allows it and there is one."""
+        """Write a method's figure, with its std where `spread` allows it and there is one."""
         mean = self.read(method)
         if mean is None:
             return MISSING
-        if mean.deviation is None or not (spread and self.spreads):
+        if mean.std is None or not (spread and self.spreads):
             return self._number(mean.value)
-        return f"{self._number(mean.value)} ± {self._number(mean.deviation)}"
+        return f"{self._number(mean.value)} ± {self._number(mean.std)}"
 
     def end(self, value: float | None) -> str:
         """Write the figure of the start or of the teacher."""
@@ -112,7 +112,7 @@ def suites(result: StudyResult) -> tuple[Column, ...]:
 
 def mebibytes(size: Mean) -> Mean:
     """Convert a mean of bytes to MiB."""
-    return Mean(size.value / 2**20, None if size.deviation is None else size.deviation / 2**20, size.runs)
+    return Mean(size.value / 2**20, None if size.std is None else size.std / 2**20, size.runs)
 
 
 _Read = Callable[[MethodSummary], Score]

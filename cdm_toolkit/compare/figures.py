@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import mebibytes
-from cdm_toolkit.compare.labels import Place, Room
+from cdm_toolkit.compare.labels import XY, Room
 from cdm_toolkit.compare.palette import Style, styles
 from cdm_toolkit.compare.summary import (
     SIDES,
@@ -200,20 +200,18 @@ class _Scale:
         return self.gap.start - bits if share is None else share
 
 
-def _place_of(run: Run, scales: Sequence[_Scale]) -> Place:
+def _xy_of(run: Run, scales: Sequence[_Scale]) -> XY:
     x, y = (scale.of(run) for scale in scales)
     return x, y
 
 
-def _deviation_bars(
-    methods: Sequence[MethodSummary], scales: Sequence[_Scale]
-) -> Iterator[tuple[Place, Place]]:
+def _std_bars(methods: Sequence[MethodSummary], scales: Sequence[_Scale]) -> Iterator[tuple[XY, XY]]:
     """Give the two ends of each bar."""
     for method in methods:
         x, y = (Mean.of([scale.of(run) for run in method.runs]) for scale in scales)
-        if x.deviation is not None and y.deviation is not None:
-            yield (x.value - x.deviation, y.value), (x.value + x.deviation, y.value)
-            yield (x.value, y.value - y.deviation), (x.value, y.value + y.deviation)
+        if x.std is not None and y.std is not None:
+            yield (x.value - x.std, y.value), (x.value + x.std, y.value)
+            yield (x.value, y.value - y.std), (x.value, y.value + y.std)
 
 
 def _trade_off(
@@ -229,15 +227,15 @@ def _trade_off(
     axes = figure.add_subplot()
     title = "Up and to the right is better" + ("" if methods else ": over α, one seed")
     _dress(axes, theme, title=title, x=scales[0].label, y=scales[1].label)
-    places = [_place_of(run, scales) for run in _all_runs(methods, lines)]
-    _view(axes, [*chain(*_deviation_bars(methods, scales)), *places])
+    points = [_xy_of(run, scales) for run in _all_runs(methods, lines)]
+    _view(axes, [*chain(*_std_bars(methods, scales)), *points])
     _ends(axes, scales, theme)
     if methods:
         _front_line(axes, methods, scales, theme)
     for line in lines:
         _alpha_line(axes, line, scales, found[line.method])
     for method in reversed(methods):  # the best on top
-        _place(axes, method, scales, found[method.name])
+        _draw_mark(axes, method, scales, found[method.name])
     handles = [_mark(found[method.name], _named(method)) for method in methods]
     handles += [] if methods else [_mark(found[line.method], line.method, line=True) for line in lines]
     _legend(figure, [*handles, *_reading(methods, lines, theme)], theme)
@@ -247,7 +245,7 @@ def _trade_off(
 
 
 def _named(method: MethodSummary) -> str:
-    return f"{method.name}  (front)" if method.on_front else method.name
+    return f"{method.name}  (Pareto front)" if method.on_front else method.name
 
 
 def _all_runs(methods: Sequence[MethodSummary], lines: Sequence[Line]) -> Iterator[Run]:
@@ -257,14 +255,14 @@ def _all_runs(methods: Sequence[MethodSummary], lines: Sequence[Line]) -> Iterat
         yield from line.points
 
 
-def _view(axes: Axes, points: Sequence[Place]) -> None:
+def _view(axes: Axes, points: Sequence[XY]) -> None:
     """Set what is in view: all points, with room around them."""
     xs, ys = zip(*points, strict=True)
     axes.set_xlim(_with_room(xs))
     axes.set_ylim(_with_room(ys))
 
 
-def _with_room(values: Sequence[float]) -> Place:
+def _with_room(values: Sequence[float]) -> XY:
     low, high = min(values), max(values)
     room = _INSET * (high - low) or 0.05
     return low - room, high + room
@@ -283,8 +281,8 @@ def _ends(axes: Axes, scales: Sequence[_Scale], theme: Theme) -> None:
         if across and up:
             axes.plot(at, at, marker="+", markersize=12, markeredgewidth=2, color=theme.ink)
         if across or up:
-            place = (at if across else left, at if up else low)
-            axes.annotate(name, place, (6, 5), textcoords="offset points", color=theme.faint, fontsize=_SMALL)
+            xy = (at if across else left, at if up else low)
+            axes.annotate(name, xy, (6, 5), textcoords="offset points", color=theme.faint, fontsize=_SMALL)
 
 
 def _front_line(axes: Axes, methods: Sequence[MethodSummary], scales: Sequence[_Scale], theme: Theme) -> None:
@@ -296,7 +294,7 @@ def _front_line(axes: Axes, methods: Sequence[MethodSummary], scales: Sequence[_
     axes.step(xs, ys, where="pre", color=theme.faint, linewidth=1.3, linestyle=(0, (5, 3)), zorder=1.5)
 
 
-def _center(method: MethodSummary, scales: Sequence[_Scale]) -> Place:
+def _center(method: MethodSummary, scales: Sequence[_Scale]) -> XY:
     x, y = (fmean(scale.of(run) for run in method.runs) for scale in scales)
     return x, y
 
@@ -315,15 +313,15 @@ def _alpha_line(axes: Axes, line: Line, scales: Sequence[_Scale], style: Style) 
     )
 
 
-def _place(axes: Axes, method: MethodSummary, scales: Sequence[_Scale], style: Style) -> None:
+def _draw_mark(axes: Axes, method: MethodSummary, scales: Sequence[_Scale], style: Style) -> None:
     xs, ys = ([scale.of(run) for run in method.runs] for scale in scales)
     if len(xs) > 1:
         axes.plot(xs, ys, ".", color=style.edge, markersize=8, alpha=0.6, markeredgewidth=0, zorder=2.5)
     axes.errorbar(
         fmean(xs),
         fmean(ys),
-        xerr=Mean.of(xs).deviation,
-        yerr=Mean.of(ys).deviation,
+        xerr=Mean.of(xs).std,
+        yerr=Mean.of(ys).std,
         color=style.edge,
         elinewidth=1.3,
         capsize=2.5,
@@ -346,9 +344,9 @@ def _reading(methods: Sequence[MethodSummary], lines: Sequence[Line], theme: The
     several = any(len(method.runs) > 1 for method in methods)
     return [
         Line2D([], [], linestyle="", label=""),
-        Line2D([], [], color=faint, linestyle=(0, (5, 3)), linewidth=1.3, label="front"),
+        Line2D([], [], color=faint, linestyle=(0, (5, 3)), linewidth=1.3, label="Pareto front"),
         *([Line2D([], [], color=faint, marker=".", linestyle="", label="one seed")] if several else []),
-        *([Line2D([], [], color=faint, marker="|", markersize=9, label="± deviation")] if several else []),
+        *([Line2D([], [], color=faint, marker="|", markersize=9, label="± std")] if several else []),
         *([Line2D([], [], color=faint, marker="o", markersize=5, label="over alpha")] if lines else []),
     ]
 
@@ -365,11 +363,11 @@ def _labels(
     """Write each method's name beside its mark and each alpha beside its point of a line."""
     point = figure.dpi / 72
     room = Room((axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1))
-    courses = [[_place_of(run, scales) for run in line.points] for line in lines]
-    for begin, end in chain(_deviation_bars(methods, scales), *map(pairwise, courses)):
+    courses = [[_xy_of(run, scales) for run in line.points] for line in lines]
+    for begin, end in chain(_std_bars(methods, scales), *map(pairwise, courses)):
         room.take_line(_pixels(axes, begin), _pixels(axes, end), 2 * point)
     for run in _all_runs(methods, lines):
-        room.take(_pixels(axes, _place_of(run, scales)), 3 * point)
+        room.take(_pixels(axes, _xy_of(run, scales)), 3 * point)
     centers = {method.name: _center(method, scales) for method in methods}
     for center in centers.values():
         room.take(_pixels(axes, center), 9 * point)
@@ -377,17 +375,17 @@ def _labels(
         _label(axes, center, name, _TEXT, 13 * point, room, theme, theme.ink)
     for line in lines:
         for run in line.points:
-            place, text, colour = _place_of(run, scales), f"α {run.alpha:g}", found[line.method].edge
-            _label(axes, place, text, _SMALL, 7 * point, room, theme, colour)
+            xy, text, colour = _xy_of(run, scales), f"α {run.alpha:g}", found[line.method].edge
+            _label(axes, xy, text, _SMALL, 7 * point, room, theme, colour)
 
 
-def _pixels(axes: Axes, place: Place) -> Place:
-    x, y = axes.transData.transform(place)
+def _pixels(axes: Axes, xy: XY) -> XY:
+    x, y = axes.transData.transform(xy)
     return float(x), float(y)
 
 
 def _label(
-    axes: Axes, at: Place, text: str, size: float, away: float, room: Room, theme: Theme, colour: str
+    axes: Axes, at: XY, text: str, size: float, away: float, room: Room, theme: Theme, colour: str
 ) -> None:
     """Write a text beside a point, where there is room."""
     from matplotlib.patheffects import withStroke
@@ -466,14 +464,14 @@ def _bars_of(
     axes: Axes, panel: _Panel, method: MethodSummary, height: int, style: Style, theme: Theme
 ) -> None:
     thick = 0.72 / len(panel.bars)
-    for place, read in enumerate(panel.bars):
+    for index, read in enumerate(panel.bars):
         mean = read(method)
         if mean is None:
             continue
-        y = height + thick * ((len(panel.bars) - 1) / 2 - place)
-        colour = style.fill if place == 0 else _blend(style.fill, theme.paper)
+        y = height + thick * ((len(panel.bars) - 1) / 2 - index)
+        colour = style.fill if index == 0 else _blend(style.fill, theme.paper)
         axes.barh(y, mean.value, thick, color=colour, edgecolor=style.edge, linewidth=0.8)
-        axes.errorbar(mean.value, y, xerr=mean.deviation, color=theme.ink, elinewidth=1, capsize=2)
+        axes.errorbar(mean.value, y, xerr=mean.std, color=theme.ink, elinewidth=1, capsize=2)
         if len(panel.bars) == 1:
             _value(axes, mean, y, panel.write, theme)
     center = panel.center(method)
@@ -481,7 +479,7 @@ def _bars_of(
         axes.errorbar(
             center.value,
             height,
-            xerr=center.deviation,
+            xerr=center.std,
             color=theme.ink,
             marker="D",
             markersize=6,
@@ -495,7 +493,7 @@ def _bars_of(
 def _value(axes: Axes, mean: Mean, y: float, write: str, theme: Theme) -> None:
     axes.annotate(
         write.format(mean.value),
-        (mean.value + (mean.deviation or 0.0), y),
+        (mean.value + (mean.std or 0.0), y),
         (5, 0),
         textcoords="offset points",
         va="center",

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Place = tuple[float, float]
+XY = tuple[float, float]
 """Across and up."""
 Box = tuple[float, float, float, float]
 """Left, low, right, high."""
@@ -23,25 +23,25 @@ _OUTSIDE = 3.0
 
 
 class Room:
-    """What is taken of a frame, and the places that are still free in it."""
+    """What is taken of a frame, and the positions that are still free in it."""
 
     def __init__(self, frame: Box) -> None:
         self._frame = np.array([frame])
         self._taken: list[Box] = []
 
-    def take(self, center: Place, radius: float) -> None:
+    def take(self, center: XY, radius: float) -> None:
         """Take a square."""
         x, y = center
         self._taken.append((x - radius, y - radius, x + radius, y + radius))
 
-    def take_line(self, begin: Place, end: Place, radius: float) -> None:
+    def take_line(self, begin: XY, end: XY, radius: float) -> None:
         """Take all along a line."""
         pieces = 1 + int(max(abs(begin[0] - end[0]), abs(begin[1] - end[1])) / _BETWEEN)
         for xy in np.linspace(begin, end, pieces + 1).tolist():
             self.take((xy[0], xy[1]), radius)
 
-    def label(self, at: Place, width: float, height: float, *, away: float) -> Place:
-        """Take a place for a label `away` or a little more from a point, and return its center."""
+    def label(self, at: XY, width: float, height: float, *, away: float) -> XY:
+        """Take a position for a label `away` or a little more from a point, and return its center."""
         boxes = [
             _around(at, width, height, away + farther, way) for farther in _FARTHER for way in _DIRECTIONS
         ]
@@ -54,7 +54,7 @@ class Room:
         return _overlap(box, np.array(self._taken).reshape(-1, 4)) + _OUTSIDE * outside
 
 
-def _around(at: Place, width: float, height: float, away: float, way: tuple[float, float]) -> Box:
+def _around(at: XY, width: float, height: float, away: float, way: tuple[float, float]) -> Box:
     x, y = at[0] + way[0] * (away + width / 2), at[1] + way[1] * (away + height / 2)
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 

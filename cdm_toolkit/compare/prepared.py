@@ -129,9 +129,9 @@ def open_shared(folder: StudyFolder) -> Shared:
     return found
 
 
-def _kept(shared: Path, place: str) -> str:
-    """Write a place down so that what was made in the folder `shared` is found wherever that is copied to."""
-    return f"{_MADE_HERE}{Path(place).name}" if Path(place).parent == shared else place
+def _kept(shared: Path, path: str) -> str:
+    """Write a path so that what was made in the folder `shared` is found wherever that is copied to."""
+    return f"{_MADE_HERE}{Path(path).name}" if Path(path).parent == shared else path
 
 
 def _found(shared: Path, kept: str) -> str:
@@ -224,13 +224,13 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
 
 
 def _check_files(study: StudyConfig) -> None:
-    """Say of all files that are not there which settings give their places."""
+    """Say of all files that are not there which settings give their paths."""
     sides = (("train", study.train), ("inside", study.inside), ("outside", study.outside))
     every = {f"{side}.{kind}": text.path for side, texts in sides for kind, text in texts.items()}
     missing = {name: path for name, path in every.items() if ":" not in path and not Path(path).is_file()}
     if missing:
         paths = ", ".join(dict.fromkeys(missing.values()))
-        fix = "give the places: " + ", ".join(f"`{name}.path`" for name in missing)
+        fix = "give the paths: " + ", ".join(f"`{name}.path`" for name in missing)
         raise FileProblem(paths, f"no such file, which {' and '.join(missing)} name", fix)
 
 

@@ -306,11 +306,13 @@ def _start(
     folder: StudyFolder, study: Path, number_of_threads: int, cell: Cell, *, keep_models: bool
 ) -> _Child:
     """Start a cell; it is in a group of its own, so that Ctrl-C reaches this process alone."""
-    place = folder.of(cell)
-    place.mkdir(parents=True, exist_ok=True)
+    cell_folder = folder.of(cell)
+    cell_folder.mkdir(parents=True, exist_ok=True)
     task = CellTask(str(study), str(folder.path), cell.name, keep_models)
     threads = str(number_of_threads)
-    with (place / LOG_FILE).open("ab" if is_held(place) else "wb") as log:  # another process may write there
+    with (cell_folder / LOG_FILE).open(
+        "ab" if is_held(cell_folder) else "wb"
+    ) as log:  # another process may write there
         process = subprocess.Popen(
             task.command(),
             env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
@@ -319,7 +321,7 @@ def _start(
             stderr=log,
             start_new_session=True,
         )
-    return _Child(cell, process, place / LOG_FILE, place / PROGRESS_FILE, Running(cell, *_BEGUN))
+    return _Child(cell, process, cell_folder / LOG_FILE, cell_folder / PROGRESS_FILE, Running(cell, *_BEGUN))
 
 
 def _end(folder: StudyFolder, child: _Child) -> None:

@@ -214,7 +214,7 @@ class StudyConfig(Settings):
     """Text of other kinds."""
     max_length: Annotated[int, Field(ge=4)] = 512
     """Tokens of a row to train on, on any side: a longer one is passed over, since methods would cut it in
-    different places."""
+    different positions."""
     steps: Count
     seeds: Seeds = (0,)
     run: TrainConfig = TrainConfig()

@@ -132,9 +132,9 @@ class StudyFolder:
 
     def _clear(self) -> None:
         """Remove what a study has written. BadArtifact while some process is at work there."""
-        for place in (self.shared, *sorted(self.path.glob("cells/*"))):
-            if is_held(place):
-                problem = f"another process is at work in {place.relative_to(self.path)}"
+        for part in (self.shared, *sorted(self.path.glob("cells/*"))):
+            if is_held(part):
+                problem = f"another process is at work in {part.relative_to(self.path)}"
                 raise BadArtifact(self.path, problem, "end that first, or give another `output`")
         for folder in (self.path / "cells", self.shared):
             shutil.rmtree(folder, ignore_errors=True)
@@ -291,7 +291,7 @@ def only_one(folder: Path, waiting: str, say: Say = lambda _: None) -> Iterator[
             say(f"waiting for another process that {waiting}")
             lock.acquire()
     except OSError as error:
-        fix = "name a place in a folder that you may write to"
+        fix = "name a folder that you may write to"
         raise FileProblem(folder, f"it cannot be written ({error.strerror or error})", fix) from None
     try:
         yield

@@ -149,7 +149,7 @@ def _tables(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> 
     yield "<h2>Methods</h2>"
     yield _method_table(summary.methods, overview(result, summary), marks, details=True)
     yield (
-        '<p class="faint">Means over seeds ± standard deviation; the best figure of a column is bold. ◆: on the front, '
+        '<p class="faint">Means over seeds ± standard deviation; the best figure of a column is bold. ◆: on the Pareto front, '
         "no other method is as good on both sides and better on one. Share of the gap: 0 at the start, 1 at the "
         "teacher. KL in nats a shared boundary of tokens.</p>"
     )
@@ -261,7 +261,7 @@ _CAPTIONS = {
         "Trade-off",
         "Share of the gap between start (0) and teacher (1) that each method closes: on text of the kinds trained on, "
         "and on other text. Large marks are means, bars ± one standard deviation, dots single seeds. The dashed "
-        "line is the front.",
+        "line is the Pareto front.",
     ),
     "alphas": (
         "Over α",
@@ -316,16 +316,16 @@ def _alt(name: str, summary: Summary) -> str:
     if name == "alphas":
         lines = ", ".join(line.method for line in summary.lines)
         return f"Lines over α in the same plane, for {lines}: their points are in the table below."
-    places = "; ".join(_place(method) for method in summary.methods)
-    return f"Methods by what they gain inside and outside the domain. {places}."
+    points = "; ".join(_described(method) for method in summary.methods)
+    return f"Methods by what they gain inside and outside the domain. {points}."
 
 
-def _place(method: MethodSummary) -> str:
+def _described(method: MethodSummary) -> str:
     shares = [
         f"{side} no gap" if score.share is None else f"{side} {score.share.value:.3f}"
         for side, score in method.sides.items()
     ]
-    return f"{method.name}: {', '.join(shares)}{', on the front' if method.on_front else ''}"
+    return f"{method.name}: {', '.join(shares)}{', on the Pareto front' if method.on_front else ''}"
 
 
 # Settings and provenance

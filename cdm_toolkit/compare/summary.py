@@ -14,8 +14,8 @@ from cdm_toolkit.compare.types import CellResult, Measured, ModelScores, StudyRe
 Side = Literal["inside", "outside"]
 SIDES: tuple[Side, ...] = ("inside", "outside")
 
-_CHANCE, _MOST_CHANCE = 0.05, 0.25
-"""A difference that chance gives more often than the first is told with how often, than the second not believed."""
+_P_TOLD, _LARGEST_P = 0.05, 0.25
+"""Above the first a verdict comes with its p-value, above the second there is none."""
 _SEEDS = {0: "no seed in common", 1: "one seed in common"}
 _Key = TypeVar("_Key")
 
@@ -25,7 +25,7 @@ class Mean:
     """A mean over runs of different seeds."""
 
     value: float
-    deviation: float | None
+    std: float | None
     """Standard deviation of one run (n − 1); None for a single run."""
     runs: int
 
@@ -34,8 +34,8 @@ class Mean:
         return Mean(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
     def written(self, digits: int = 3) -> str:
-        """Write it for a person, with its deviation where it has one."""
-        spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        """Write it for a person, with its std where it has one."""
+        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
         return f"{self.value:.{digits}f}{spread}"
 
 
@@ -122,30 +122,30 @@ class Verdict:
     """How the default stands to another method, by the mean of the shares; above 0: the default closes more.
 
     Methods that share two seeds or more are compared seed by seed: a seed fixes the order of the rows for both, so
-    that its luck cancels out, and the deviation is that of these paired differences. That is sound whether or not the
-    runs of a seed go together; pooling is not, where they do. With fewer seeds in common the deviation is that of a
+    that its luck cancels out, and the std is that of these paired differences. That is sound whether or not the
+    runs of a seed go together; pooling is not, where they do. With fewer seeds in common the std is that of a
     difference of two independent runs, √2 times the pooled one, which is too wide rather than too narrow; a method with
     one run is taken to spread as the other does. The difference is that at the common seed, else that of the means.
 
-    A method beats another where the difference exceeds this deviation. With few seeds chance alone does that too:
-    `chance` says how often, the two-sided probability of such a difference between equal methods, by Student's t. It
+    A method beats another where the difference exceeds this std. With few seeds equal methods differ so much too:
+    `p_value` is the two-sided probability of such a difference between equal methods, by Student's t. It
     must not be above one time in four, which with three common seeds it never is, with fewer it may.
     """
 
     default: str
     other: str
     difference: float
-    deviation: float | None
+    std: float | None
     """None without two runs of either method."""
     common: int
     """Seeds that both have."""
-    chance: float | None
+    p_value: float | None
 
     @property
     def told_apart(self) -> bool:
-        if self.deviation is None or self.chance is None:
+        if self.std is None or self.p_value is None:
             return False
-        return abs(self.difference) > self.deviation and self.chance <= _MOST_CHANCE
+        return abs(self.difference) > self.std and self.p_value <= _LARGEST_P
 
     @property
     def ahead(self) -> bool:
@@ -159,10 +159,10 @@ class Verdict:
     def text(self) -> str:
         """The verdict as a sentence."""
         size = f"{abs(self.difference):.3f}"
-        if self.deviation is None:
+        if self.std is None:
             side = "ahead" if self.difference > 0 else "behind"
             return f"{self.default} and {self.other} cannot be told apart by one seed ({size} {side})"
-        size = f"{size} ± {self.deviation:.3f} ({_SEEDS.get(self.common, f'{self.common} seeds')})"
+        size = f"{size} ± {self.std:.3f} ({_SEEDS.get(self.common, f'{self.common} seeds')})"
         if not self.told_apart:
             return f"{self.default} and {self.other} cannot be told apart: {size}"
         verb = "beats" if self.ahead else "is behind"
@@ -170,9 +170,9 @@ class Verdict:
 
     @property
     def _caution(self) -> str:
-        if self.chance is None or self.chance <= _CHANCE:
+        if self.p_value is None or self.p_value <= _P_TOLD:
             return ""
-        return f"; chance alone gives as much one time in {1 / self.chance:.0f}"
+        return f"; p = {self.p_value:.2f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,20 +282,20 @@ def _mean_bits(runs: Sequence[Run]) -> tuple[float, ...]:
     return tuple(fmean(run.bits_per_byte[side] for run in runs) for side in runs[0].bits_per_byte)
 
 
-def _front(places: Mapping[str, Sequence[float]]) -> set[str]:
+def _front(points: Mapping[str, Sequence[float]]) -> set[str]:
     """Name the methods that no other one is as good as on each side and better than on one.
 
     By bits per byte, which order methods as shares of the gap do and are defined where these are not.
     """
 
     def is_dominated(name: str) -> bool:
-        own = tuple(places[name])
+        own = tuple(points[name])
         return any(
             tuple(other) != own and all(b <= a for a, b in zip(own, other, strict=True))
-            for other in places.values()
+            for other in points.values()
         )
 
-    return {name for name in places if not is_dominated(name)}
+    return {name for name in points if not is_dominated(name)}
 
 
 def _method(
@@ -394,17 +394,17 @@ def compare(default: str, scores: Mapping[int, float], other: str, others: Mappi
     common = [seed for seed in scores if seed in others]
     differences = [scores[seed] - others[seed] for seed in common]
     if len(common) > 1:
-        mean, deviation = fmean(differences), stdev(differences)
-        chance = _chance(mean, deviation / sqrt(len(common)), len(common) - 1)
-        return Verdict(default, other, mean, deviation, len(common), chance)
+        mean, std = fmean(differences), stdev(differences)
+        p_value = _p_value(mean, std / sqrt(len(common)), len(common) - 1)
+        return Verdict(default, other, mean, std, len(common), p_value)
     mean = differences[0] if common else fmean(scores.values()) - fmean(others.values())
     freedom = len(scores) + len(others) - 2
     if freedom == 0:
         return Verdict(default, other, mean, None, len(common), None)
     pooled = sqrt((_squares(scores.values()) + _squares(others.values())) / freedom)
     runs = (1, 1) if common else (len(scores), len(others))
-    chance = _chance(mean, pooled * sqrt(1 / runs[0] + 1 / runs[1]), freedom)
-    return Verdict(default, other, mean, sqrt(2) * pooled, len(common), chance)
+    p_value = _p_value(mean, pooled * sqrt(1 / runs[0] + 1 / runs[1]), freedom)
+    return Verdict(default, other, mean, sqrt(2) * pooled, len(common), p_value)
 
 
 def _squares(values: Iterable[float]) -> float:
@@ -412,7 +412,7 @@ def _squares(values: Iterable[float]) -> float:
     return sum((value - fmean(found)) ** 2 for value in found)
 
 
-def _chance(difference: float, error: float, freedom: int) -> float:
+def _p_value(difference: float, error: float, freedom: int) -> float:
     """Return the two-sided probability under Student's t of so many standard errors or more.
 
     Exact for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).

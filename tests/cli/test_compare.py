@@ -22,8 +22,8 @@ STUDY: dict[str, Any] = {
     "max_length": 400,
     "steps": 2,
     "run": {"lr": 1e-3, "batch_size": 2},
-    "default": "em",
-    "methods": {"sft": {}, "em": {"method": "em", "top_k": 20}},
+    "default": "exact",
+    "methods": {"sft": {}, "exact": {"method": "exact", "top_k": 20}},
 }
 
 
@@ -67,7 +67,7 @@ def test_cells_are_listed_before_anything_is_run(cdm, study: Path, tmp_path: Pat
     assert answer.status == 0
     assert "0 of 4 cells are done" in answer.err
     listed = json.loads(cdm("compare", study, "-o", tmp_path / "out", "--list", "--json").out)
-    assert [each["method"] for each in listed] == ["sft", "em"]
+    assert [each["method"] for each in listed] == ["sft", "exact"]
     assert {each["state"] for each in listed} == {""}
     assert not (tmp_path / "out").exists()
 
@@ -82,7 +82,7 @@ def test_what_is_done_is_listed(cdm, study: Path, output: Path) -> None:
 def test_a_finished_study_is_drawn(cdm, study: Path, output: Path) -> None:
     answer = cdm("compare", study, "-o", output)
     assert answer.status == 0, answer.err
-    for word in ("small: ", "sft", "em", "teacher", "report.html", "trade-off.png", "results.json"):
+    for word in ("small: ", "sft", "exact", "teacher", "report.html", "trade-off.png", "results.json"):
         assert word in answer.out
     page = (output / "report.html").read_text(encoding="utf-8")
     assert f"cdm compare {study} -o {output}" in page
@@ -101,7 +101,7 @@ def test_a_report_of_a_part(cdm, study: Path, output: Path) -> None:
 
 def test_a_cell_alone(cdm, study: Path, output: Path) -> None:
     answer = cdm("compare", study, "-o", output, "--cell", 1, "--json")
-    assert json.loads(answer.out)["cell"]["method"] == "em"
+    assert json.loads(answer.out)["cell"]["method"] == "exact"
     answer = cdm("compare", study, "-o", output, "--cell", 1)
     assert answer.out.startswith("cell 1 (em, seed 0): 2 steps of ")
     assert answer.out.strip().endswith(f"put together with: cdm compare {study} -o {output} --report")
@@ -113,7 +113,7 @@ def test_a_study_may_grow(cdm, study: Path, output: Path) -> None:
     listed = json.loads(cdm("compare", study, "-o", output, *more).out)
     assert [(each["method"], each["state"]) for each in listed] == [
         ("sft", "done"),
-        ("em", "done"),
+        ("exact", "done"),
         ("more", ""),
     ]
     changed = ("compare", study, "-o", output, "--set", "methods.em.top_k=5")
@@ -209,4 +209,4 @@ def test_a_study_with_a_cell_that_fails(cdm, study: Path, output: Path) -> None:
     assert last.endswith("--set 'methods.kl={method: kl}' --cell 2")
     assert "cell 0 (sft, seed 0) is done" in answer.err
     assert "note: 2 of 3 cells are measured" in answer.out
-    assert "em" in answer.out
+    assert "exact" in answer.out

@@ -22,7 +22,7 @@ def cell(index: int, method: str, share: float, seed: int) -> CellResult:
     return CellResult(Cell(index, method, 0.5, seed), measured, 60, 9000, 1.25, 1500 * 2**20, (), {})
 
 
-def study(names: Sequence[str] = ("sft", "em", "cdm", "cdm k=20")) -> StudyResult:
+def study(names: Sequence[str] = ("sft", "exact", "spelling", "spelling k=20")) -> StudyResult:
     cells = [
         cell(3 * i + seed, name, 0.3 + 0.1 * i, seed) for i, name in enumerate(names) for seed in range(3)
     ]
@@ -30,7 +30,7 @@ def study(names: Sequence[str] = ("sft", "em", "cdm", "cdm k=20")) -> StudyResul
         "tiny",
         "",
         "teacher → student",
-        "cdm",
+        "spelling",
         scores(1),
         scores(0),
         tuple(cells),
@@ -82,16 +82,16 @@ def test_no_line_is_wider_than_the_terminal_and_no_figure_is_cut(width: int) -> 
 
 def test_the_best_method_comes_first_and_the_front_is_marked() -> None:
     lines = [line for line in shown(study(), 100) if line.startswith((" ● ", " ○ "))]
-    assert [line.split("  ")[0].strip() for line in lines] == ["○ cdm k=20 ◆", "● cdm", "● em", "● sft"]
+    assert [line.split("  ")[0].strip() for line in lines] == ["○ spelling k=20 ◆", "● cdm", "● em", "● sft"]
 
 
 def test_the_verdicts_stand_below() -> None:
     lines = shown(study(), 100)
     assert lines[-4:] == [
-        "cdm beats 2 of 3 methods, is behind 1.",
-        "▼ cdm is behind cdm k=20 by 0.100 ± 0.000 (3 seeds)",
-        "▲ cdm beats em by 0.100 ± 0.000 (3 seeds)",
-        "▲ cdm beats sft by 0.200 ± 0.000 (3 seeds)",
+        "spelling beats 2 of 3 methods, is behind 1.",
+        "▼ spelling is behind spelling k=20 by 0.100 ± 0.000 (3 seeds)",
+        "▲ spelling beats exact by 0.100 ± 0.000 (3 seeds)",
+        "▲ spelling beats sft by 0.200 ± 0.000 (3 seeds)",
     ]
 
 
@@ -101,9 +101,9 @@ def test_what_to_know_before_trusting_them_is_last() -> None:
 
 
 def test_names_are_printed_as_they_are() -> None:
-    lines = shown(study(("em [red]x[/red]", "cdm")), 120)
+    lines = shown(study(("exact [red]x[/red]", "spelling")), 120)
     assert "● em [red]x[/red]" in row(lines, " ○ em").replace("○", "●")
-    assert any(line.endswith("(3 seeds)") and "em [red]x[/red]" in line for line in lines)
+    assert any(line.endswith("(3 seeds)") and "exact [red]x[/red]" in line for line in lines)
 
 
 def test_a_study_without_cells_says_so() -> None:
@@ -115,6 +115,6 @@ def test_the_best_of_a_column_is_bold() -> None:
     console = Console(width=120, force_terminal=True, color_system="truecolor", highlight=False)
     with console.capture() as capture:
         console.print(table(study()))
-    best = next(line for line in capture.get().splitlines() if "cdm k=20" in line)
+    best = next(line for line in capture.get().splitlines() if "spelling k=20" in line)
     assert "\x1b[1m" in best
     assert "\x1b[38;2;0;114;178m○" in best

@@ -79,15 +79,15 @@ def test_drawing_leaves_matplotlib_s_settings_alone(drawn: dict[str, Figure]) ->
 
 
 def test_the_same_picture_is_the_same_svg(make_study: Make) -> None:
-    first, second = (svg(figures_of(make_study(("em", "cdm")))["bars"]) for _ in range(2))
+    first, second = (svg(figures_of(make_study(("exact", "spelling")))["bars"]) for _ in range(2))
     assert first == second
 
 
 @pytest.mark.parametrize("picture", ["trade-off", "curves"])
 def test_a_method_has_its_colour_and_marker_in_every_legend(drawn: dict[str, Figure], picture: str) -> None:
     found = in_legend(drawn[picture])
-    names = ("sft", "em", "cdm", "cdm k=20", "cdm any digits")
-    expected = styles(["sft", "em", "cdm", "cdm k=20", "cdm any digits"])
+    names = ("sft", "exact", "spelling", "spelling k=20", "spelling any digits")
+    expected = styles(["sft", "exact", "spelling", "spelling k=20", "spelling any digits"])
     for name in names:
         assert found[name].get_markerfacecolor() == expected[name].fill
         assert found[name].get_markeredgecolor() == expected[name].edge
@@ -101,9 +101,9 @@ def in_legend(figure: Figure) -> dict[str, Line2D]:
 
 
 def test_a_part_of_a_study_is_drawn_as_in_the_whole(make_study: Make) -> None:
-    whole = make_study(("sft", "cdm k=20", "cdm any digits"))
-    part = replace(whole, cells=tuple(each for each in whole.cells if each.cell.method != "cdm k=20"))
-    was, now = (in_legend(figures_of(each)["curves"])["cdm any digits"] for each in (whole, part))
+    whole = make_study(("sft", "spelling k=20", "spelling any digits"))
+    part = replace(whole, cells=tuple(each for each in whole.cells if each.cell.method != "spelling k=20"))
+    was, now = (in_legend(figures_of(each)["curves"])["spelling any digits"] for each in (whole, part))
     assert (now.get_marker(), now.get_color()) == (was.get_marker(), was.get_color())
 
 
@@ -112,11 +112,11 @@ def test_bars_have_the_colours_too_best_first_from_the_top(drawn: dict[str, Figu
 
     time = drawn["bars"].axes[2]
     names = [label.get_text() for label in drawn["bars"].axes[0].get_yticklabels()]
-    assert names[-1] == "cdm"
+    assert names[-1] == "spelling"
     assert names[0] == "sft"
     bars = dict(zip(names, time.patches, strict=True))
-    assert to_hex(bars["em"].get_facecolor()) == styles(["em"])["em"].fill
-    assert bars["em"].get_width() == pytest.approx(0.959, abs=0.001)
+    assert to_hex(bars["exact"].get_facecolor()) == styles(["exact"])["exact"].fill
+    assert bars["exact"].get_width() == pytest.approx(0.959, abs=0.001)
 
 
 def texts_of(figure: Figure) -> dict[str, list[object]]:
@@ -131,7 +131,7 @@ def test_the_trade_off_labels_methods_and_alphas_without_overlap(drawn: dict[str
     figure.draw_without_rendering()
     labels = figure.axes[0].texts
     assert {f"α {alpha}" for alpha in (0.1, 0.3, 0.5, 0.7, 0.9)} <= set(texts_of(figure))
-    assert {"cdm", "sft", "cdm k=20"} <= set(texts_of(figure))
+    assert {"spelling", "sft", "spelling k=20"} <= set(texts_of(figure))
     boxes = [label.get_window_extent() for label in labels]
     overlaps = [
         (a.get_text(), b.get_text())
@@ -144,7 +144,7 @@ def test_the_trade_off_labels_methods_and_alphas_without_overlap(drawn: dict[str
 
 
 def test_many_lines_have_a_picture_of_their_own(make_study: Make) -> None:
-    names = ("sft", "cdm", "gold", "uld")
+    names = ("sft", "spelling", "gold", "uld")
     made = make_study(names, curves=dict.fromkeys(names[1:], (0.1, 0.9)))
     drawn = figures_of(made)
     assert list(drawn) == ["trade-off", "alphas", "bars", "curves"]
@@ -168,7 +168,7 @@ def test_the_axes_say_what_they_are_and_the_legend_is_beside_them(drawn: dict[st
 
 def test_the_start_is_marked_where_it_is_in_view(make_study: Make, drawn: dict[str, Figure]) -> None:
     assert "start" not in texts_of(drawn["trade-off"])
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     worse = {kind: replace(each, bits=each.bits * 1.9) for kind, each in made.start.inside.items()}
     cells = [
         replace(each, scores=replace(each.scores, inside=worse, outside=made.start.outside))
@@ -189,7 +189,7 @@ def test_one_method_with_one_seed_can_be_drawn(make_study: Make) -> None:
 
 
 def test_a_study_with_one_side_has_no_trade_off(make_study: Make) -> None:
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     made = replace(
         made,
         start=replace(made.start, outside={}),
@@ -200,9 +200,9 @@ def test_a_study_with_one_side_has_no_trade_off(make_study: Make) -> None:
 
 
 def test_curves_are_means_over_seeds_and_kd_is_relative(make_study: Make) -> None:
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     left, right = figures_of(made)["curves"].axes
-    cdm = [each for each in made.cells if each.cell.method == "cdm"]
+    cdm = [each for each in made.cells if each.cell.method == "spelling"]
     assert len(left.lines) == 2
     assert left.lines[0].get_ydata()[0] == pytest.approx(sum(each.curve[0].ce for each in cdm) / 3)
     assert len(right.lines) == 1  # plain fine-tuning has no KD
@@ -212,13 +212,13 @@ def test_curves_are_means_over_seeds_and_kd_is_relative(make_study: Make) -> Non
 def test_a_dark_picture_has_dark_paper(make_study: Make) -> None:
     from matplotlib.colors import to_hex
 
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     for figure in pictures(made, summarize(made), DARK).values():
         assert to_hex(figure.get_facecolor()) == DARK.paper
         assert {to_hex(axes.get_facecolor()) for axes in figure.axes} == {DARK.paper}
 
 
-@pytest.mark.parametrize("name", ["cdm", "em", "alm", "gold", "cdm k=20"])
+@pytest.mark.parametrize("name", ["spelling", "exact", "alm", "gold", "spelling k=20"])
 def test_a_marker_s_outline_fills_its_box(name: str) -> None:
     path = marker_path(styles([name])[name])
     figures = [float(each) for each in path.strip("MZ").replace("L", " ").split()]

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare.labels import Place, Room
+from cdm_toolkit.compare.labels import XY, Room
 
 FRAME = (0.0, 0.0, 400.0, 300.0)
 WIDTH, HEIGHT = 40.0, 12.0
 
 
-def box(center: Place, width: float = WIDTH, height: float = HEIGHT) -> tuple[float, float, float, float]:
+def box(center: XY, width: float = WIDTH, height: float = HEIGHT) -> tuple[float, float, float, float]:
     x, y = center
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
@@ -49,7 +49,7 @@ def test_a_label_keeps_off_points_and_lines() -> None:
 
 
 @pytest.mark.parametrize("end", [(100.0, 180.0), (180.0, 100.0), (100.0, 100.0), (37.0, 250.0)])
-def test_a_line_is_taken_from_end_to_end(end: Place) -> None:
+def test_a_line_is_taken_from_end_to_end(end: XY) -> None:
     room = Room(FRAME)
     room.take_line((100.0, 100.0), end, 5)
     for part in range(11):
@@ -58,7 +58,7 @@ def test_a_line_is_taken_from_end_to_end(end: Place) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(60, 340), st.floats(40, 260)), min_size=1, max_size=5))
-def test_a_few_labels_anywhere_have_room(points: list[Place]) -> None:
+def test_a_few_labels_anywhere_have_room(points: list[XY]) -> None:
     room = Room(FRAME)
     boxes = [box(room.label(point, WIDTH, HEIGHT, away=5)) for point in points]
     assert not any(overlap(a, b) for a, b in combinations(boxes, 2))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cdm_toolkit.distill.rows import Message, Row
 
 from cdm_toolkit.compare import measure
 from cdm_toolkit.compare.measure import Heldout, score_model
@@ -22,6 +21,7 @@ from cdm_toolkit.evaluation.evaluate import Subject
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd.rows import Message, Row
 
 KINDS = {
     "manual": text_rows("python:manual", rows=3, split="heldout"),

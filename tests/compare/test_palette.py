@@ -4,7 +4,7 @@ import pytest
 
 from cdm_toolkit.compare.palette import family_of, styles
 
-METHODS = ("sft", "em", "mined", "prefix", "uld", "gold", "alm", "paper", "cdm")
+METHODS = ("sft", "exact", "min-ed", "prefix", "uld", "gold", "alm", "cdm", "spelling")
 
 
 def test_the_toolkit_s_methods_look_the_same_whatever_else_is_drawn() -> None:
@@ -20,20 +20,28 @@ def test_all_methods_differ_in_colour_and_in_marker() -> None:
 
 
 def test_a_variant_has_its_family_s_colour_lighter_and_another_marker() -> None:
-    found = styles(["cdm", "cdm k=20", "cdm k=50"])
-    assert {style.edge for style in found.values()} == {found["cdm"].fill}
-    assert found["cdm k=20"].fill == found["cdm k=50"].fill == "#80b8d8"
+    found = styles(["spelling", "spelling k=20", "spelling k=50"])
+    assert {style.edge for style in found.values()} == {found["spelling"].fill}
+    assert found["spelling k=20"].fill == found["spelling k=50"].fill == "#80b8d8"
     assert len({style.marker for style in found.values()}) == 3
     assert [style.is_variant for style in found.values()] == [False, True, True]
 
 
 def test_a_variant_alone_is_a_variant_still() -> None:
-    assert styles(["cdm k=20"])["cdm k=20"] == styles(["cdm", "cdm k=20"])["cdm k=20"]
+    assert (
+        styles(["spelling k=20"])["spelling k=20"] == styles(["spelling", "spelling k=20"])["spelling k=20"]
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("cdm k=20", "cdm"), ("reverse-kl", "reverse-kl"), ("cdm(k=20)", "cdm"), ("em+kl", "em"), ("=x", "=x")],
+    [
+        ("spelling k=20", "spelling"),
+        ("reverse-kl", "reverse-kl"),
+        ("cdm(k=20)", "cdm"),
+        ("exact+kl", "exact"),
+        ("=x", "=x"),
+    ],
 )
 def test_a_family_is_what_is_before_the_options(name: str, family: str) -> None:
     assert family_of(name) == family

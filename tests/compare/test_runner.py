@@ -16,18 +16,17 @@ from typing import Any
 
 import pytest
 import yaml
-from cdm_toolkit.distill.rows import read_rows
-from cdm_toolkit.distill.teacher_cache import CacheSettings, write_cache
 
+from cdm_toolkit.artifacts.code import code_fingerprint
 from cdm_toolkit.compare import prepared as shared_module
 from cdm_toolkit.compare import runner as run_module
 from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.prepared import CODE, open_shared, prepare
 from cdm_toolkit.compare.results import put_together, uneven
 from cdm_toolkit.compare.runner import (
+    TRAINED_BY,
     Running,
     cell_config,
-    code_fingerprint,
     peak_memory,
     run_cell,
     run_study,
@@ -36,6 +35,8 @@ from cdm_toolkit.compare.runner import (
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.compare.study_folder import CELL_FILE, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import CellResult
+from cdm_toolkit.distill.cache_teacher import CacheSettings, write_cache
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,
@@ -53,12 +54,12 @@ STUDY: dict[str, Any] = {
     "max_length": 400,
     "steps": 3,
     "run": {"lr": 1e-3, "batch_size": 2},
-    "default": "cdm",
+    "default": "spelling",
     "methods": {
         "sft": {},
-        "em": {"method": "em", "top_k": 20},
-        "paper": {"preset": "paper", "top_k": 20},
-        "cdm": {"method": "cdm", "top_k": 20},
+        "exact": {"method": "exact", "top_k": 20},
+        "cdm": {"preset": "paper", "top_k": 20},
+        "spelling": {"method": "spelling", "top_k": 20},
     },
 }
 
@@ -108,7 +109,7 @@ def figures(result: CellResult) -> CellResult:
 
 def test_cells_do_the_same_work(study: StudyConfig, done: StudyFolder) -> None:
     results = put_together(study, done, command="cdm compare small").cells
-    assert [result.cell.method for result in results] == ["sft", "em", "paper", "cdm"]
+    assert [result.cell.method for result in results] == ["sft", "exact", "cdm", "spelling"]
     assert len({(result.steps, result.tokens) for result in results}) == 1
     assert uneven(results) == []
     for result in results:
@@ -132,9 +133,9 @@ def test_methods_read_the_cache_unless_they_need_the_model(study: StudyConfig, d
     shared = open_shared(done)
     by_name = {cell.method: cell_config(study, shared, cell, Path("out")) for cell in grid(study)}
     assert by_name["sft"].teachers == ()
-    assert by_name["cdm"].teachers[0].cache == shared.cache
-    assert by_name["paper"].teachers[0].cache is None
-    assert [by_name[name].alpha for name in ("em", "paper")] == [0.5, 0.9]
+    assert by_name["spelling"].teachers[0].cache == shared.cache
+    assert by_name["cdm"].teachers[0].cache is None
+    assert [by_name[name].alpha for name in ("exact", "cdm")] == [0.5, 0.9]
 
 
 def test_what_comes_of_the_cache_is_what_the_model_gives(
@@ -329,13 +330,13 @@ def test_a_study_that_has_grown_keeps_its_cells(
     before = {cell.method: copied.read_cell(study, cell) for cell in grid(study)}
     for method, stored in before.items():
         assert copied.read_cell(grown, cells[method, 0]).result.scores == stored.result.scores
-    assert copied.read_cell(grown, cells["em", 1]) is None
+    assert copied.read_cell(grown, cells["exact", 1]) is None
     first = open_shared(copied).cache
     wide = run_cell(grown, copied, cells["wide", 0].index)
     assert open_shared(copied).cache == f"{first.removesuffix('-100')}-150"
     assert wide.settings["teachers"][0]["cache"] == open_shared(copied).cache
-    again = run_cell(grown, copied, cells["cdm", 0].index, overwrite=True)  # from the wider cache now
-    assert figures(again) == figures(replace(before["cdm"].result, cell=again.cell))
+    again = run_cell(grown, copied, cells["spelling", 0].index, overwrite=True)  # from the wider cache now
+    assert figures(again) == figures(replace(before["spelling"].result, cell=again.cell))
 
 
 @pytest.mark.parametrize("replaced", ["teacher", "student"])
@@ -369,12 +370,12 @@ def test_cells_of_other_sources_are_told(study: StudyConfig, copied: StudyFolder
     file = copied.of(grid(study)[1]) / CELL_FILE
     content = json.loads(file.read_text())
     assert "code" not in put_together(study, copied, command="x").facts
-    assert content["provenance"]["fingerprints"][CODE] == code_fingerprint()
+    assert content["provenance"]["fingerprints"][CODE] == code_fingerprint(*TRAINED_BY)
     content["provenance"]["fingerprints"][CODE] = "0123456789"
     file.write_text(json.dumps(content))
     told = put_together(study, copied, command="x").facts["code"]
     assert told.startswith("not one version of this toolkit: ")
-    assert "01234567 trained em" in told
+    assert "01234567 trained exact" in told
 
 
 def test_a_teacher_speaks_when_a_method_first_asks(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
@@ -427,7 +428,7 @@ def test_unequal_work_is_told(study: StudyConfig, copied: StudyFolder) -> None:
     result = put_together(study, copied, command="x")
     (line,) = uneven(result.cells)
     tokens = f"{result.cells[0].tokens:,}"
-    assert line == f"seed 0 has unequal tokens: {tokens} by sft, paper, cdm; 7 by em"
+    assert line == f"seed 0 has unequal tokens: {tokens} by sft, cdm, spelling; 7 by exact"
     assert result.facts["unequal work"] == line
 
 
@@ -479,7 +480,7 @@ def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -
 
 @pytest.mark.slow
 def test_a_failing_cell_does_not_stop_the_others(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
-    study = make("methods={sft: {}, kl: {method: kl}, em: {method: em, top_k: 20}}", "default=em")
+    study = make("methods={sft: {}, kl: {method: kl}, exact: {method: exact, top_k: 20}}", "default=exact")
     folder = claimed(study, tmp_path / "out")
     (failure,) = run_study(study, folder)
     assert failure.cell.method == "kl"

@@ -20,14 +20,14 @@ STUDY: dict[str, Any] = {
     "outside": {"manual": {"path": "python:manual", "rows": 2}},
     "steps": 3,
     "seeds": [0, 7],
-    "default": "cdm",
+    "default": "spelling",
     "methods": {
         "sft": None,
-        "paper": {"preset": "paper"},
-        "cdm": {"method": "cdm", "top_k": 20},
-        "cdm k=5": {"method": "cdm", "top_k": 5, "seeds": [3]},
+        "cdm": {"preset": "paper"},
+        "spelling": {"method": "spelling", "top_k": 20},
+        "spelling k=5": {"method": "spelling", "top_k": 5, "seeds": [3]},
     },
-    "curves": {"cdm": [0.9, 0.1]},
+    "curves": {"spelling": [0.9, 0.1]},
 }
 
 
@@ -49,14 +49,14 @@ def test_a_study_is_stopped_early_and_still_compares(file: Path) -> None:
     assert [cell.index for cell in cells] == list(range(9))
     assert [(cell.method, cell.alpha, cell.seed, cell.in_curve) for cell in cells] == [
         ("sft", 1.0, 0, False),
-        ("paper", 0.9, 0, False),
-        ("cdm", 0.5, 0, False),
-        ("cdm k=5", 0.5, 3, False),
+        ("cdm", 0.9, 0, False),
+        ("spelling", 0.5, 0, False),
+        ("spelling k=5", 0.5, 3, False),
         ("sft", 1.0, 7, False),
-        ("paper", 0.9, 7, False),
-        ("cdm", 0.5, 7, False),
-        ("cdm", 0.1, 0, True),
-        ("cdm", 0.9, 0, True),
+        ("cdm", 0.9, 7, False),
+        ("spelling", 0.5, 7, False),
+        ("spelling", 0.1, 0, True),
+        ("spelling", 0.9, 0, True),
     ]
 
 
@@ -70,7 +70,7 @@ def test_a_cell_that_is_not_there(file: Path) -> None:
 
 def test_an_alpha_is_the_entrys_or_the_presets_or_the_studys(file: Path) -> None:
     study = from_file(str(file), ["alpha=0.3", "methods.mine={preset: paper, alpha: 0.2}"])
-    assert [study.alpha_of(name) for name in ("sft", "paper", "mine", "cdm")] == [1.0, 0.9, 0.2, 0.3]
+    assert [study.alpha_of(name) for name in ("sft", "cdm", "mine", "spelling")] == [1.0, 0.9, 0.2, 0.3]
 
 
 def test_a_preset_lies_under_the_entrys_own_settings(file: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_students_name_alone_is_a_model(file: Path) -> None:
 
 
 def test_its_own_file_reads_back_the_same(file: Path) -> None:
-    study = from_file(str(file), ["methods.cdm.alpha=0.4"])
+    study = from_file(str(file), ["methods.spelling.alpha=0.4"])
     content = study.model_dump(mode="json", exclude_unset=True)
     assert StudyConfig.model_validate(yaml.safe_load(yaml.safe_dump(content))) == study
     assert study.name == "mine"
@@ -104,35 +104,35 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
     ("assignment", "said"),
     [
         ("sedes=[1]", "sedes is no setting, did you mean seeds?"),
-        ("methods.cdm.topk=3", "methods.cdm.topk is no setting, did you mean top_k?"),
-        ("methods.cdm.top_k=0", "methods.cdm.top_k is 0: give a number of at least 1"),
-        ("methods.cdm.method=cmd", "did you mean cdm?"),
-        ("methods.cdm.beta=0.4", "methods.cdm: cdm with mapping spelled has no use for beta"),
-        ("methods.cdm.lr=1", "methods.cdm: lr: the cells of a study share data and steps"),
-        ("methods.cdm.max_steps=1", "the cells of a study share"),
-        ("methods.cdm.student=gpt2", "the cells of a study share"),
-        ("methods.cdm.model=gpt2", "the cells of a study share"),
-        ("methods.cdm.seed=1", "the cells of a study share"),
-        ("methods.cdm.weight=2", "methods.cdm.weight is no setting"),
-        ("methods.paper.preset=papre", "did you mean paper?"),
+        ("methods.spelling.topk=3", "methods.spelling.topk is no setting, did you mean top_k?"),
+        ("methods.spelling.top_k=0", "methods.spelling.top_k is 0: give a number of at least 1"),
+        ("methods.spelling.method=spellin", "did you mean spelling?"),
+        ("methods.spelling.beta=0.4", "methods.spelling.beta is of no use to spelling"),
+        ("methods.spelling.lr=1", "methods.spelling: lr: the cells of a study share data and steps"),
+        ("methods.spelling.max_steps=1", "the cells of a study share"),
+        ("methods.spelling.student=gpt2", "the cells of a study share"),
+        ("methods.spelling.model=gpt2", "the cells of a study share"),
+        ("methods.spelling.seed=1", "the cells of a study share"),
+        ("methods.spelling.weight=2", "methods.spelling.weight is no setting"),
+        ("methods.cdm.preset=papre", "did you mean paper?"),
         ("methods.sft={alpha: 0.3}", "alpha has no use without a method"),
         ("methods.sft={max_edit_distance: 0.3}", "max_edit_distance is of a method: name it"),
-        ("methods.a/b={method: em}", "'a/b' is no name for a file"),
+        ("methods.a/b={method: exact}", "'a/b' is no name for a file"),
         ("methods={}", "methods is {}: give at least 1 entries"),
         ("run.max_steps=3", "run.max_steps is the study's own: it has steps"),
-        ("run.bucket=true", "run.bucket is the study's own"),
+        ("run.group_by_length=true", "run.group_by_length is the study's own"),
         ("run.lr=-1", "run.lr is -1: give a number above 0"),
         ("measures=[bits-per-bite, time, memory]", "did you mean bits-per-byte?"),
         ("measures=[bits-per-byte, divergence]", "time, memory cannot be left out"),
         ("inside.smus={path: x}", "unknown kind 'smus'; did you mean sums?"),
         ("outside.code={path: x}", "outside.code is trained on"),
-        ("default=cdn", "default: unknown method 'cdn'; did you mean cdm?"),
+        ("default=spel", "default: unknown method 'spel'; did you mean spelling?"),
         ("seeds=[1,1]", "seeds has 1 twice"),
-        ("methods.cdm.seeds=[]", "methods.cdm.seeds is []: give at least 1 entries"),
-        ("curves={cmd: [0.1]}", "curves: unknown method 'cmd'; did you mean cdm?"),
+        ("methods.spelling.seeds=[]", "methods.spelling.seeds is []: give at least 1 entries"),
+        ("curves={spel: [0.1]}", "curves: unknown method 'spel'; did you mean spelling?"),
         ("curves={sft: [0.1]}", "curves.sft has no teacher"),
-        ("curves={cdm: [0.5]}", "curves.cdm has 0.5 twice"),
-        ("curves={cdm: [1.5]}", "curves.cdm.0 is 1.5: give a number of at most 1"),
+        ("curves={spelling: [0.5]}", "curves.spelling has 0.5 twice"),
+        ("curves={spelling: [1.5]}", "curves.spelling.0 is 1.5: give a number of at most 1"),
         ("student={size: 3m, transplant: x, tokenizer: y}", "it has transplant and size"),
         ("student={size: 3m}", "size needs a tokenizer"),
         ("student={model: x, entries: 3}", "a model that is there has no use for entries"),
@@ -147,9 +147,11 @@ def test_a_fault_is_told(file: Path, assignment: str, said: str) -> None:
 
 
 def test_all_faults_are_told_at_once(file: Path) -> None:
-    message = faults(file, "sedes=[1]", "methods.cdm.beta=0.4", "methods.paper.lr=1", "steps=0", "run.lr=-1")
+    message = faults(
+        file, "sedes=[1]", "methods.spelling.beta=0.4", "methods.cdm.lr=1", "steps=0", "run.lr=-1"
+    )
     assert "has 5 faults" in message
-    message = faults(file, "default=cdn", "run.seed=1", "inside.x={path: y}", "curves={sft: [0.2]}")
+    message = faults(file, "default=spel", "run.seed=1", "inside.x={path: y}", "curves={sft: [0.2]}")
     for word in ("default:", "run.seed", "inside.x", "curves.sft"):
         assert word in message
 

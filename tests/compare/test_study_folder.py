@@ -142,7 +142,7 @@ THE_SAME = from_file("quickstart-small", ["methods.cdm.top_k=64"])
 
 @pytest.fixture
 def stored(make_study: Callable[..., StudyResult]) -> Stored:
-    result, options = make_study(("cdm",)).cells[0], THE_SAME.methods["cdm"].options()
+    result, options = make_study(("spelling",)).cells[0], THE_SAME.methods["spelling"].options()
     return Stored(result, options, "a machine", ("a warning",), {"fingerprints": {"student": "a"}})
 
 
@@ -160,7 +160,10 @@ def test_a_cell_is_found_where_a_study_has_grown(folder: StudyFolder, stored: St
 
 @pytest.mark.parametrize(
     ("option", "told"),
-    [("top_k=65", "top_k is 64 there and 65 now"), ("inside=false", "inside is true there and false now")],
+    [
+        ("top_k=65", "top_k is 64 there and 65 now"),
+        ("intra_group=false", "intra_group is true there and false now"),
+    ],
 )
 def test_a_cell_with_other_options_is_told(
     folder: StudyFolder, stored: Stored, option: str, told: str

@@ -74,7 +74,7 @@ def test_pictures_come_light_and_dark_and_are_told_to_those_who_do_not_see(outli
     media = [attributes["media"] for tag, attributes in outline.tags if tag == "source"]
     assert media == ["(prefers-color-scheme: dark)"] * 3
     alts = [attributes["alt"] or "" for tag, attributes in outline.tags if tag == "img"]
-    assert "cdm: inside 0.595, outside 0.434, on the front; " in alts[0]
+    assert "spelling: inside 0.595, outside 0.434, on the front; " in alts[0]
     assert "best first" in alts[1]
     assert alts[2].startswith("Lines of cross-entropy")
 
@@ -82,8 +82,8 @@ def test_pictures_come_light_and_dark_and_are_told_to_those_who_do_not_see(outli
 def test_the_page_says_what_was_compared_and_what_came_out(outline: Outline) -> None:
     for text in (
         "smollm2 → smollm2 with gpt2's tokenizer (6,000 entries)",
-        "cdm beats 8 of 10 methods, is behind none, cannot be told apart from 2.",
-        "cdm beats em by 0.034 ± 0.003 (3 seeds)",
+        "spelling beats 8 of 10 methods, is behind none, cannot be told apart from 2.",
+        "spelling beats exact by 0.034 ± 0.003 (3 seeds)",
         "word-problems (40 rows), gsm8k (40 rows), code (40 rows)",
         "Linux x86_64, 2 cores, torch 2.13, float32",
         "cdm-toolkit: 0.1.0",
@@ -101,23 +101,23 @@ def test_every_kind_and_every_point_over_alpha_has_its_figures(outline: Outline)
     for kind in ("word-problems", "gsm8k", "code", "manual", "headers"):
         assert outline.text.count(kind) >= 3
     rows = outline.text.split("Over α")[1].split("Settings")[0]
-    assert rows.count("gold") == rows.count("cdm") == 5
+    assert rows.count("gold") == rows.count("spelling") == 5
 
 
 def test_settings_show_where_methods_differ(page: str) -> None:
     settings = page.split("<h2>Settings</h2>")[1].split("</table>")[0]
-    row = next(line for line in settings.split("<tr>") if "cdm k=20" in line)
+    row = next(line for line in settings.split("<tr>") if "spelling k=20" in line)
     assert "<code>teachers.0.method: cdm</code> <code>teachers.0.top_k: 20</code>" in row
     assert "teachers: []" in next(line for line in settings.split("<tr>") if ">sft<" in line)
     assert "lr" not in settings
     assert "seed" not in settings
-    assert "<summary>all of cdm k=20</summary><pre>student: shared/student" in page
+    assert "<summary>all of spelling k=20</summary><pre>student: shared/student" in page
 
 
 def test_settings_of_the_teacher_that_are_the_same_for_all_who_have_one_are_left_out(
     make_study: Make,
 ) -> None:
-    page = study_page(make_study(("sft", "em", "cdm")))
+    page = study_page(make_study(("sft", "exact", "spelling")))
     settings = page.split("<h2>Settings</h2>")[1].split("</table>")[0]
     assert "top_k" not in settings
     assert "teachers.0.method: em" in settings
@@ -125,7 +125,7 @@ def test_settings_of_the_teacher_that_are_the_same_for_all_who_have_one_are_left
 
 def test_everything_from_outside_is_escaped(make_study: Make) -> None:
     evil = '<script>alert("1")</script>'
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     cells = tuple(
         replace(
             each,
@@ -147,7 +147,7 @@ def test_everything_from_outside_is_escaped(make_study: Make) -> None:
         pair=evil,
         facts={evil: evil},
         provenance={evil: evil},
-        methods=(f"sft {evil}", "cdm"),
+        methods=(f"sft {evil}", "spelling"),
         planned=99,
         start=replace(made.start, inside=renamed(made.start.inside), suites={evil: {evil: 0.5}}),
         teacher=replace(made.teacher, inside=renamed(made.teacher.inside)),
@@ -181,7 +181,7 @@ def test_a_study_without_cells_is_a_page_too(full_study: StudyResult) -> None:
 
 
 def test_suites_have_a_table(make_study: Make) -> None:
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     cells = tuple(
         replace(each, scores=replace(each.scores, suites={"math": {"exact": 0.125}})) for each in made.cells
     )

@@ -41,7 +41,7 @@ def small_study(cells: Sequence[CellResult], *, teacher_outside: float = 1.0) ->
 def test_a_mean_has_the_deviation_of_a_sample() -> None:
     found = Mean.of([1.0, 2.0, 6.0])
     assert (found.value, found.runs) == (3.0, 3)
-    assert found.deviation == pytest.approx(sqrt((4 + 1 + 9) / 2))
+    assert found.std == pytest.approx(sqrt((4 + 1 + 9) / 2))
     assert found.written(2) == "3.00 ± 2.65"
 
 
@@ -87,7 +87,7 @@ def test_no_gap_outside_is_said_and_methods_are_judged_by_the_other_side(no_gap_
     for method in found.methods:
         assert method.sides["outside"].share is None
         assert method.score == method.sides["inside"].share
-    assert [verdict.other for verdict in found.verdicts if verdict.ahead] == ["em", "sft"]
+    assert [verdict.other for verdict in found.verdicts if verdict.ahead] == ["exact", "sft"]
 
 
 def test_without_any_gap_nothing_is_judged(no_gap_outside: StudyResult) -> None:
@@ -97,11 +97,11 @@ def test_without_any_gap_nothing_is_judged(no_gap_outside: StudyResult) -> None:
     assert found.verdicts == ()
     assert found.headline.endswith("there is no gap to close.")
     assert all(note.endswith("Methods cannot be judged by it.") for note in found.notes)
-    assert [method.name for method in found.methods] == ["sft", "em", "cdm"]
+    assert [method.name for method in found.methods] == ["sft", "exact", "spelling"]
 
 
 def test_a_kind_without_a_gap_is_named(make_study: Make) -> None:
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     start = replace(made.start, outside={**made.start.outside, "manual": made.teacher.outside["manual"]})
     found = summarize(replace(made, start=start))
     assert [note.split(":")[0] for note in found.notes] == ["outside, manual"]
@@ -110,7 +110,7 @@ def test_a_kind_without_a_gap_is_named(make_study: Make) -> None:
 
 
 def test_a_study_without_text_outside_has_one_side(make_study: Make) -> None:
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     no_outside = {"start": replace(made.start, outside={}), "teacher": replace(made.teacher, outside={})}
     cells = tuple(replace(each, scores=replace(each.scores, outside={})) for each in made.cells)
     found = summarize(replace(made, cells=cells, **no_outside))
@@ -123,21 +123,21 @@ def test_methods_come_best_first(full_study: StudyResult) -> None:
     found = summarize(full_study).methods
     values = [method.score.value for method in found if method.score]
     assert values == sorted(values, reverse=True)
-    assert found[0].name == "cdm"
+    assert found[0].name == "spelling"
     assert found[-1].name == "sft"
 
 
 def test_suites_and_matched_mass_are_averaged(make_study: Make) -> None:
-    made = make_study(("sft", "cdm"))
+    made = make_study(("sft", "spelling"))
     cells = tuple(
         replace(each, scores=replace(each.scores, suites={"math": {"exact": float(each.cell.seed)}}))
         for each in made.cells
     )
     found = {method.name: method for method in summarize(replace(made, cells=cells)).methods}
-    assert found["cdm"].suites == {"math": {"exact": Mean(1.0, 1.0, 3)}}
+    assert found["spelling"].suites == {"math": {"exact": Mean(1.0, 1.0, 3)}}
     assert found["sft"].matched_mass is None
-    assert found["cdm"].matched_mass is not None
-    assert found["cdm"].matched_mass.value == pytest.approx(0.93, abs=0.005)
+    assert found["spelling"].matched_mass is not None
+    assert found["spelling"].matched_mass.value == pytest.approx(0.93, abs=0.005)
 
 
 # Lines over alpha
@@ -146,9 +146,9 @@ def test_suites_and_matched_mass_are_averaged(make_study: Make) -> None:
 def test_lines_have_the_own_cell_of_their_seed_and_leave_the_means_alone(full_study: StudyResult) -> None:
     found = summarize(full_study)
     lines = {line.method: line for line in found.lines}
-    assert set(lines) == {"gold", "cdm"}
-    assert [point.alpha for point in lines["cdm"].points] == [0.1, 0.3, 0.5, 0.7, 0.9]
-    assert {point.seed for point in lines["cdm"].points} == {0}
+    assert set(lines) == {"gold", "spelling"}
+    assert [point.alpha for point in lines["spelling"].points] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert {point.seed for point in lines["spelling"].points} == {0}
     assert found.methods[0].seeds == (0, 1, 2)
     assert {run.alpha for run in found.methods[0].runs} == {0.5}
 
@@ -193,8 +193,8 @@ def by_seed(*values: float) -> dict[int, float]:
 
 def test_a_method_beats_another_by_paired_differences() -> None:
     em = by_seed(0.40, 0.44, 0.36)
-    found = compare("cdm", by_seed(0.40 + 0.023, 0.44 + 0.031, 0.36 + 0.039), "em", em)
-    assert found.text == "cdm beats em by 0.031 ± 0.008 (3 seeds)"
+    found = compare("spelling", by_seed(0.40 + 0.023, 0.44 + 0.031, 0.36 + 0.039), "exact", em)
+    assert found.text == "spelling beats exact by 0.031 ± 0.008 (3 seeds)"
     assert found.ahead
     assert not found.behind
 
@@ -208,57 +208,59 @@ def test_luck_of_a_seed_that_all_methods_share_cancels_out() -> None:
 
 def test_behind_and_level_are_said_in_words() -> None:
     low, high = by_seed(0.30, 0.31, 0.32), by_seed(0.40, 0.42, 0.41)
-    assert compare("cdm", low, "em", high).text == "cdm is behind em by 0.100 ± 0.010 (3 seeds)"
-    level = compare("cdm", by_seed(0.30, 0.34, 0.32), "em", by_seed(0.31, 0.31, 0.33))
-    assert level.text == "cdm and em cannot be told apart: 0.003 ± 0.023 (3 seeds)"
+    assert (
+        compare("spelling", low, "exact", high).text == "spelling is behind exact by 0.100 ± 0.010 (3 seeds)"
+    )
+    level = compare("spelling", by_seed(0.30, 0.34, 0.32), "exact", by_seed(0.31, 0.31, 0.33))
+    assert level.text == "spelling and exact cannot be told apart: 0.003 ± 0.023 (3 seeds)"
 
 
 def test_what_chance_gives_as_well_is_said() -> None:
-    found = compare("cdm", by_seed(0.41, 0.43), "em", by_seed(0.39, 0.39))
+    found = compare("spelling", by_seed(0.41, 0.43), "exact", by_seed(0.39, 0.39))
     # t = 0.03 / (0.0141 / √2) = 3 with one degree of freedom
     assert found.chance == pytest.approx(0.2048, abs=1e-4)
-    assert found.text == "cdm beats em by 0.030 ± 0.014 (2 seeds); chance alone gives as much one time in 5"
+    assert found.text == "spelling beats exact by 0.030 ± 0.014 (2 seeds); p = 0.20"
 
 
 def test_what_chance_gives_more_often_than_one_time_in_four_is_not_believed() -> None:
-    found = compare("cdm", by_seed(0.40, 0.42), "em", by_seed(0.39, 0.39))
+    found = compare("spelling", by_seed(0.40, 0.42), "exact", by_seed(0.39, 0.39))
     assert found.chance == pytest.approx(0.2952, abs=1e-4)  # t = 2
-    assert found.text == "cdm and em cannot be told apart: 0.020 ± 0.014 (2 seeds)"
+    assert found.text == "spelling and exact cannot be told apart: 0.020 ± 0.014 (2 seeds)"
 
 
 @given(st.lists(st.integers(-64, 64), min_size=3, max_size=6))
 def test_from_three_common_seeds_on_the_deviation_decides_alone(differences: list[int]) -> None:
     found = compare("a", by_seed(*differences), "b", by_seed(*[0.0] * len(differences)))
-    assert found.deviation is not None
-    assert found.told_apart == (abs(found.difference) > found.deviation)
+    assert found.std is not None
+    assert found.told_apart == (abs(found.difference) > found.std)
 
 
 def test_one_seed_in_common_is_compared_there_with_the_pooled_deviation() -> None:
-    found = compare("cdm", by_seed(0.40, 0.43, 0.46), "cdm k=20", by_seed(0.39))
+    found = compare("spelling", by_seed(0.40, 0.43, 0.46), "spelling k=20", by_seed(0.39))
     assert found.difference == pytest.approx(0.01)
-    assert found.deviation == pytest.approx(sqrt(2) * 0.03)
-    assert found.text == "cdm and cdm k=20 cannot be told apart: 0.010 ± 0.042 (one seed in common)"
+    assert found.std == pytest.approx(sqrt(2) * 0.03)
+    assert found.text == "spelling and spelling k=20 cannot be told apart: 0.010 ± 0.042 (one seed in common)"
 
 
 def test_without_a_common_seed_means_are_compared_with_the_pooled_deviation() -> None:
     found = compare("a", {0: 0.5, 1: 0.7}, "b", {2: 0.1, 3: 0.2, 4: 0.3})
     pooled = sqrt((0.02 + 0.02) / 3)
     assert found.difference == pytest.approx(0.4)
-    assert found.deviation == pytest.approx(sqrt(2) * pooled)
+    assert found.std == pytest.approx(sqrt(2) * pooled)
     assert found.chance == pytest.approx(_chance(0.4, pooled * sqrt(1 / 2 + 1 / 3), 3))
     assert "(no seed in common)" in found.text
 
 
 def test_one_seed_each_tells_nothing_apart() -> None:
-    found = compare("cdm", by_seed(0.4), "em", by_seed(0.3))
-    assert found.text == "cdm and em cannot be told apart by one seed (0.100 ahead)"
+    found = compare("spelling", by_seed(0.4), "exact", by_seed(0.3))
+    assert found.text == "spelling and exact cannot be told apart by one seed (0.100 ahead)"
     assert not found.told_apart
 
 
 def test_equal_runs_are_told_apart_by_nothing_and_a_constant_lead_by_all() -> None:
     assert not compare("a", by_seed(0.5, 0.25), "b", by_seed(0.5, 0.25)).told_apart
     lead = compare("a", by_seed(0.75, 0.5), "b", by_seed(0.5, 0.25))
-    assert (lead.deviation, lead.chance, lead.ahead) == (0.0, 0.0, True)
+    assert (lead.std, lead.chance, lead.ahead) == (0.0, 0.0, True)
 
 
 _FIGURES = st.dictionaries(st.integers(0, 3), st.integers(-8, 8).map(lambda n: n / 8), min_size=1)
@@ -268,7 +270,7 @@ _FIGURES = st.dictionaries(st.integers(0, 3), st.integers(-8, 8).map(lambda n: n
 def test_turning_a_comparison_round_turns_its_sign(a: dict[int, float], b: dict[int, float]) -> None:
     there, back = compare("a", a, "b", b), compare("b", b, "a", a)
     assert isclose(there.difference, -back.difference, abs_tol=1e-12)
-    assert there.deviation == pytest.approx(back.deviation)
+    assert there.std == pytest.approx(back.std)
     assert (there.ahead, there.behind) == (back.behind, back.ahead)
 
 
@@ -286,37 +288,37 @@ def test_chance_is_that_of_the_tables_of_student_s_t(statistic: float, freedom: 
 
 def test_the_headline_counts_the_verdicts(full_study: StudyResult) -> None:
     found = summarize(full_study)
-    assert found.headline == "cdm beats 8 of 10 methods, is behind none, cannot be told apart from 2."
+    assert found.headline == "spelling beats 8 of 10 methods, is behind none, cannot be told apart from 2."
     assert [verdict.other for verdict in found.verdicts] == [method.name for method in found.methods[1:]]
-    assert all(isinstance(verdict, Verdict) and verdict.default == "cdm" for verdict in found.verdicts)
+    assert all(isinstance(verdict, Verdict) and verdict.default == "spelling" for verdict in found.verdicts)
 
 
 def test_a_default_that_beats_nobody_is_told_so(make_study: Make) -> None:
     assert (
-        summarize(make_study(("em", "cdm"), default="em")).headline
+        summarize(make_study(("exact", "spelling"), default="exact")).headline
         == "em beats none of 1 methods, is behind 1."
     )
 
 
 def test_without_a_default_the_best_is_named(make_study: Make) -> None:
-    found = summarize(make_study(("em", "cdm"), default=None))
+    found = summarize(make_study(("exact", "spelling"), default=None))
     assert found.verdicts == ()
-    assert found.headline.startswith("cdm closes most of the gap: 0.5")
+    assert found.headline.startswith("spelling closes most of the gap: 0.5")
 
 
 def test_a_default_that_is_still_to_come_is_said(make_study: Make) -> None:
-    found = summarize(make_study(("em", "sft")))
+    found = summarize(make_study(("exact", "sft")))
     assert found.verdicts == ()
-    assert found.headline == "cdm, which the others are to be compared with, has not been measured yet."
+    assert found.headline == "spelling, which the others are to be compared with, has not been measured yet."
 
 
 def test_a_study_in_progress_says_so(make_study: Make) -> None:
-    made = make_study(("em", "cdm"))
+    made = make_study(("exact", "spelling"))
     found = summarize(replace(made, cells=made.cells[:2]))
     assert found.notes == ("2 of 6 cells are measured: means and verdicts may change.",)
 
 
 def test_a_study_without_cells_is_a_summary_too(make_study: Make) -> None:
-    found = summarize(replace(make_study(("em", "cdm")), cells=()))
+    found = summarize(replace(make_study(("exact", "spelling")), cells=()))
     assert found.methods == ()
     assert found.headline == "No method has been measured yet."

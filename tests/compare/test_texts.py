@@ -10,13 +10,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from cdm_toolkit.distill.rows import Row, read_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdm_toolkit.compare import texts
 from cdm_toolkit.compare.texts import KINDS, LEAST, MOST, Split, cut_at_blank_lines, text_rows
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.errors import BadOption, FileProblem, UnknownName
+from cdm_toolkit.kd.rows import Row
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
