@@ -102,7 +102,7 @@ class CachedTeacher:
         return at
 
     def _top(self, row: CachedRow, at: np.ndarray) -> tuple[Tensor, Tensor]:
-        if self.cache.header.form == "whole":
+        if self.cache.header.encoding == "whole":
             best = torch.from_numpy(row.logprobs[at]).topk(self.k, dim=-1)
             return best.indices, best.values
         ids, logprobs = row.ids[at, : self.k], row.logprobs[at, : self.k]

@@ -1,4 +1,4 @@
-"""A tokenizer as this toolkit sees it: the bytes of each id, the roles of special tokens, and spans."""
+"""The toolkit's view of a tokenizer: bytes of each id, roles of special tokens, byte spans of encoded texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cdm_toolkit.tokdiff.token_bytes import Description, Scheme, parts, scheme_o
 
 @runtime_checkable
 class Encoding(Protocol):
-    """What is read of a `tokenizers.Encoding`; offsets are in characters."""
+    """The parts of `tokenizers.Encoding` that are used; offsets are in characters."""
 
     @property
     def ids(self) -> list[int]: ...
@@ -34,7 +34,7 @@ class Encoding(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a view needs of `tokenizers.Tokenizer`."""
+    """The parts of `tokenizers.Tokenizer` that a view uses."""
 
     def to_str(self, pretty: bool = False) -> str: ...
     def encode(self, sequence: Any, *, add_special_tokens: bool = True) -> Any: ...
@@ -48,7 +48,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SpecialToken:
-    """Hold a special token; `role` is the primary one of its `roles`, None where none is known."""
+    """A special token; `role` is the primary one of its `roles`, None if unknown."""
 
     id: int
     content: str
@@ -58,26 +58,26 @@ class SpecialToken:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizerView:
-    """Hold a tokenizer's vocabulary as bytes, and encode texts into spans."""
+    """A tokenizer's vocabulary as bytes; encodes texts into token spans."""
 
     name: str
     family: str
     token_bytes: tuple[bytes | None, ...] = field(repr=False)
-    """Index: id. None for special tokens and for ids that no token has."""
+    """Bytes by id; None for special tokens and unused ids."""
     special: Mapping[int, SpecialToken] = field(repr=False)
     fingerprint: str
-    """sha256 of whatever changes bytes, ids, roles or splitting; neither name nor truncation nor padding."""
+    """sha256 of all that affects bytes, ids, roles or splitting; not of the name, truncation or padding."""
     backend: Backend = field(repr=False)
     scheme: Scheme
     literals: tuple[bytes, ...] = field(repr=False)
-    """What each id looks like in a text: as `token_bytes`, with the content of special tokens."""
+    """As `token_bytes`, but with the content of special tokens as bytes; empty for unused ids."""
     is_special: Bool[np.ndarray, " vocab"] = field(repr=False)
     dropped_bytes: bytes = b""
-    """What a byte-level vocabulary has no token for: the tokenizer leaves it out of a text without a word."""
+    """Bytes that a byte-level vocabulary has no token for: the tokenizer drops them from a text silently."""
 
     @property
     def vocab_size(self) -> int:
-        """Count the ids, unused ones among them."""
+        """Number of ids, including unused ones."""
         return len(self.token_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> TokenSpans:
@@ -87,15 +87,15 @@ class TokenizerView:
         return span_tokens(self, text, text_bytes, encoding)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[TokenSpans]:
-        """Tokenize texts together: the same as `encode` of each, on all cores. Raises BadText."""
+        """Tokenize several texts on all cores; same result as `encode` of each. Raises BadText."""
         many_bytes = [utf8(text) for text in texts]
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [span_tokens(self, *each) for each in zip(texts, many_bytes, encodings, strict=True)]
 
     def spans_of(self, text: str, ids: Sequence[int]) -> TokenSpans:
-        """Find where given ids stand in the text that they were made from.
+        """Find the spans of given ids in the text that they encode.
 
-        Special tokens that the text does not have are zero-width.
+        Special tokens that are not in the text are zero-width.
         Raises BadText, UnknownTokenId, DoesNotSpell.
         """
         text_bytes = utf8(text)
@@ -105,7 +105,7 @@ class TokenizerView:
         return span_ids(self, text, text_bytes, [int(token_id) for token_id in ids])
 
     def token_text(self, token_id: int) -> str:
-        """Show a token: its text, with bytes that are no text as `\\xe2`; the content of a special token."""
+        """Return a token as text, invalid UTF-8 escaped as `\\xe2`; the content of a special token."""
         if not 0 <= token_id < self.vocab_size:
             raise UnknownTokenId(self.name, token_id, self.vocab_size)
         return self.literals[token_id].decode("utf-8", errors="backslashreplace")
@@ -123,20 +123,17 @@ def utf8(text: str) -> bytes:
 def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None = None) -> TokenizerView:
     """Make the view of a tokenizer.
 
-    `special_map` gives bos_token, eos_token, ... as in `tokenizer_config.json`. The view takes the backend
-    over, and turns off its truncation, its padding and the trimming of its offsets. Raises
-    UnsupportedTokenizer.
+    `special_map` gives bos_token, eos_token, ... as in `tokenizer_config.json`. The view owns the backend from
+    then on: truncation, padding and the trimming of offsets are turned off. Raises UnsupportedTokenizer.
     """
     try:
         backend.no_truncation()
         backend.no_padding()
         with _garbage_collection_paused():
             description: Description = json.loads(backend.to_str())
-    except (
-        Exception
-    ) as error:  # a part written in Python cannot be described; the library raises plain Exception
+    except Exception as error:  # plain Exception is what the library raises for parts written in Python
         raise UnsupportedTokenizer(name, f"it does not describe itself: {error}") from None
-    _report_whole_offsets(backend, description)
+    _disable_offset_trimming(backend, description)
     special_map = special_map or {}
     scheme = scheme_of(description, name=name)
     table = list(token_bytes(description, name=name))
@@ -144,7 +141,7 @@ def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None
     contents = {}
     for token in description["added_tokens"]:
         roles = roles_of(token["content"], special_map)
-        # DeepSeek does not mark its turn markers as special
+        # DeepSeek's turn markers are added tokens that are not flagged as special.
         if (
             token["special"]
             or token["content"] in special_map.values()
@@ -173,8 +170,8 @@ def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None
     )
 
 
-def _report_whole_offsets(backend: Backend, description: Description) -> None:
-    """Have blanks counted in: trimmed offsets are wrong behind a dummy prefix that is not at the front."""
+def _disable_offset_trimming(backend: Backend, description: Description) -> None:
+    """Turn off `trim_offsets`: trimmed offsets are wrong after a dummy prefix inside the text."""
     processor = description.get("post_processor")
     if not any(part.get("trim_offsets") for part in parts(processor)):
         return
@@ -185,13 +182,13 @@ def _report_whole_offsets(backend: Backend, description: Description) -> None:
         object_hook=lambda part: part | {"trim_offsets": False} if "trim_offsets" in part else part,
     )
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    husk = {"added_tokens": [], "model": model, "post_processor": untrimmed}
-    backend.post_processor = Tokenizer.from_str(json.dumps(husk)).post_processor
+    minimal = {"added_tokens": [], "model": model, "post_processor": untrimmed}
+    backend.post_processor = Tokenizer.from_str(json.dumps(minimal)).post_processor
 
 
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
-    """Save half the time of parsing: a vocabulary is a million live objects, and none of them garbage."""
+    """Pause the garbage collector; halves the time to parse a vocabulary, which is a million live objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -202,7 +199,7 @@ def _garbage_collection_paused() -> Iterator[None]:
 
 
 def _pruned(value: Any) -> Any:
-    """Drop what is null, false or empty, so that a new optional field of the format changes nothing."""
+    """Drop null, false and empty values, so that new optional fields of the format do not change fingerprints."""
     if isinstance(value, Mapping):
         pruned = {key: _pruned(inner) for key, inner in value.items()}
         return {key: inner for key, inner in pruned.items() if inner or type(inner) is int}
@@ -224,9 +221,9 @@ def fingerprint(description: Description, special: Mapping[int, SpecialToken]) -
 
 
 def _adds_specials(description: Description) -> list[Any]:
-    """Give the parts of the post-processor that add special tokens; the others only report offsets.
+    """Return the parts of the post-processor that add special tokens; the others only affect offsets.
 
-    transformers writes a template that adds nothing where there was none.
+    A template without special tokens is left out: transformers writes one where there was no post-processor.
     """
     processors = [part for part in parts(description.get("post_processor")) if part["type"] != "ByteLevel"]
     adding = [part for part in processors if part["type"] != "TemplateProcessing" or part["special_tokens"]]
