@@ -20,7 +20,7 @@ from cdm_toolkit.distill.data import Features, Side, TeacherSide, build_features
 from cdm_toolkit.distill.rows import Row, read_rows, rows_fingerprint, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
 from cdm_toolkit.evaluation.bpb import first_scored
-from cdm_toolkit.hub.batches import batches, scored_places
+from cdm_toolkit.hub.batches import batches, scored_positions
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -311,7 +311,7 @@ def _batches(
     heldout: Heldout, texts: Sequence[_Text], size: int | None, model: PreTrainedModel
 ) -> Iterator[tuple[str, list[_Text]]]:
     """Put the rows of a kind together that have like lengths."""
-    places = scored_places(model.get_input_embeddings().weight.shape[0])
+    places = scored_positions(model.get_input_embeddings().weight.shape[0])
     left = iter(texts)
     for kind, rows in heldout.rows.items():
         of_kind = [next(left) for _ in rows]

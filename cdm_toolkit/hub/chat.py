@@ -1,4 +1,4 @@
-"""Render one chat with each tokenizer's own template, and align the two texts."""
+"""Render a chat with each tokenizer's chat template, and align the two texts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _WITHOUT = "go without it: align without --chat, or train with template none"
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A chat as one text, and the bytes `[start, end)` of each message's content in it, None where it is left out.
+    """A rendered chat, with the byte range `[start, end)` of each message's content, None where it is left out.
 
-    Blanks at both ends of a content are not counted in, since some templates strip them; `whole` has those that
-    the template keeps.
+    `contents` exclude whitespace at both ends, since some templates strip it; `whole` includes what the template keeps.
     """
 
     text: str
@@ -32,29 +31,29 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A tokenizer's chat template by itself: texts alone, so that it can be sent to a process and hashed."""
+    """A chat template without its tokenizer: only strings, so that it can be pickled and hashed."""
 
     tokenizer: str
-    """The name, for errors."""
+    """Name of the tokenizer, for error messages."""
     source: str
-    """In Jinja."""
+    """Jinja source."""
     tokens: tuple[tuple[str, str], ...]
-    """bos_token, eos_token, ... by name, which templates write."""
+    """Variables of the template: bos_token, eos_token, ... by name."""
 
     def render(self, messages: Messages, *, of: str = "these messages") -> Rendered:
         """Render messages; `of` names them in errors. Raises UnsupportedTokenizer where they are refused."""
         text = self._apply(messages, of)
-        # Where a content lies is read off a second rendering, in which a mark that no text has stands for each:
-        # a search for the content alone would find `user` in the template's own words.
+        # Render a second time with a unique marker in place of each content, to locate the contents: searching for
+        # a content itself could match the template text, such as `user`.
         marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
         marked = self._apply(
             [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], of
         )
-        order = sorted((place, i) for i, mark in enumerate(marks) if (place := marked.find(mark)) >= 0)
+        order = sorted((offset, i) for i, mark in enumerate(marks) if (offset := marked.find(mark)) >= 0)
         contents: list[Piece | None] = [None] * len(messages)
         whole: list[Piece | None] = [None] * len(messages)
         at, before = 0, marked[: order[0][0]] if order else marked
-        for (place, i), (next_place, _) in pairwise([*order, (len(marked), 0)]):
+        for (offset, i), (next_offset, _) in pairwise([*order, (len(marked), 0)]):
             given, content = messages[i]["content"], messages[i]["content"].strip()
             first = at + len(before)
             start = text.find(content, first)
@@ -62,7 +61,7 @@ class ChatTemplate:
                 why = f"its chat template rewrites the content of message {i + 1} of {of}"
                 raise UnsupportedTokenizer(self.tokenizer, why, _WITHOUT)
             at = end = start + len(content)
-            before = marked[place + len(marks[i]) : next_place]
+            before = marked[offset + len(marks[i]) : next_offset]
             trailing = given[len(given.rstrip()) :]
             if text.startswith(trailing + before, end):  # else the template strips it
                 at = end + len(trailing)
@@ -79,14 +78,14 @@ class ChatTemplate:
                 chat_template=self.source,
                 **dict(self.tokens),
             )
-        except Exception as error:  # jinja2's errors, and whatever a template raises
+        except Exception as error:  # errors of jinja2, and any that a template raises
             why = f"its chat template refuses {of}: {error}"
             raise UnsupportedTokenizer(self.tokenizer, why, "give messages that it knows") from error
         return str(rendered[0])
 
 
 def chat_template(loaded: Loaded) -> ChatTemplate | None:
-    """Take a tokenizer's chat template; None where it has none. Raises UnsupportedTokenizer for several."""
+    """Return a tokenizer's chat template, None if it has none. Raises UnsupportedTokenizer if it has several."""
     if not loaded.tokenizer.chat_template:
         return None
     try:
@@ -101,7 +100,7 @@ def chat_template(loaded: Loaded) -> ChatTemplate | None:
 
 
 def no_chat_template(tokenizer: str) -> UnsupportedTokenizer:
-    """Say that a tokenizer has no chat template."""
+    """Return the error for a tokenizer without a chat template."""
     return UnsupportedTokenizer(
         tokenizer, "it has no chat template", "name a tokenizer of an instruction-tuned model"
     )
@@ -116,7 +115,7 @@ def render(loaded: Loaded, messages: Messages) -> Rendered:
 
 
 def align_chat(loaded_t: Loaded, loaded_s: Loaded, messages: Messages) -> TextAlignment:
-    """Align one chat as two models read it: message contents by bytes, markers by role, the rest by DTW."""
+    """Align one chat, rendered for two models: contents by bytes, special tokens by role, template text by DTW."""
     rendered_t, rendered_s = render(loaded_t, messages), render(loaded_s, messages)
     pieces_t: list[Piece] = []
     pieces_s: list[Piece] = []
