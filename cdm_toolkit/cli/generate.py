@@ -1,4 +1,4 @@
-"""`cdm generate`: read one answer of a model."""
+"""`cdm generate`: generate one answer with a model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from cdm_toolkit.cli import options
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Annotated[str, typer.Option(help="An alias, a folder or a hub id.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at the most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
     device: options.Device = "cpu",
     as_json: options.AsJson = False,
 ) -> None:
-    """Continue a prompt greedily, to read what a model has learned.
+    """Continue a prompt with greedy decoding.
 
     Example: cdm generate "Mia has 3 boxes of 12 pens. How many pens?" --model out
     """

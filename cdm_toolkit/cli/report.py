@@ -1,4 +1,4 @@
-"""The report of `cdm align report`: on a terminal, as data, as a page."""
+"""Output of `cdm align report`: as tables, JSON or HTML."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _verdict(found: CorpusReport) -> str:
     inexact = f", {found.total.inexact:,} groups not exact" if found.total.inexact else ""
     return (
         f"{found.exact_texts:,} of {found.total.texts:,} texts are aligned exactly by {found.aligner}: both sides "
-        f"of every group spell the same bytes{inexact}."
+        f"of every group have the same bytes{inexact}."
     )
 
 
@@ -85,7 +85,7 @@ def _quoted(text: str) -> str:
 
 
 def report_record(found: CorpusReport, *, worst: int) -> dict[str, Any]:
-    """Return the report as plain data. Bytes are in hexadecimal."""
+    """Convert the report for JSON. Bytes are in hexadecimal."""
     from cdm_toolkit.cli.tokenizer import statistics_record
 
     def change(row: int, changed: Change) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def report_record(found: CorpusReport, *, worst: int) -> dict[str, Any]:
 
 
 def report_page(found: CorpusReport, texts: Sequence[str], *, source: str, worst: int) -> str:
-    """Draw the report as one self-contained page."""
+    """Render the report as a self-contained page."""
     from html import escape
 
     from cdm_toolkit.cli.align_page import KIND_COLOURS, bar_chart, html_page, html_table

@@ -1,4 +1,4 @@
-"""The two streams: results on stdout, progress and chatter on stderr."""
+"""Output streams: results on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 PLAIN_WIDTH = 120
-"""Columns to fill where the output is no terminal, so that a table in a file is whole."""
+"""Width of output that is not a terminal, so that tables in files are not truncated."""
 
 
 def _console(*, stderr: bool) -> Console:
@@ -34,17 +34,17 @@ def out() -> Console:
 
 
 def err() -> Console:
-    """Return the console for progress and chatter."""
+    """Return the console for progress and messages."""
     return _console(stderr=True)
 
 
 def say(message: str) -> None:
-    """Print one line of chatter."""
+    """Print a message on stderr."""
     err().print(message, style="dim", markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """Print one warning."""
+    """Print a warning on stderr."""
     err().print(f"note: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
@@ -54,12 +54,12 @@ def this_command(*without: str) -> str:
 
 
 def print_json(answer: Any) -> None:
-    """Print an answer as JSON, on one line, in UTF-8."""
+    """Print a result as one line of JSON."""
     print(json.dumps(answer, ensure_ascii=False))  # noqa: T201
 
 
 def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """Make a table whose `right` columns are figures."""
+    """Make a table; `right` are the right-aligned columns."""
     made = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -67,7 +67,7 @@ def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Tabl
 
 
 def progress() -> Progress:
-    """Make a progress display on stderr that leaves nothing behind, and draws nothing where that is a file."""
+    """Make a transient progress display on stderr, which is disabled if stderr is not a terminal."""
     console = err()
     return Progress(
         SpinnerColumn(),
