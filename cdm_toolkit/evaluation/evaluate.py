@@ -333,9 +333,9 @@ def load_subject(name: str, device: str = "cpu") -> Subject:
     from cdm_toolkit.hub.models import checked_device, load_model, model_folder
     from cdm_toolkit.hub.tokenizers import load_tokenizer
 
-    place = checked_device(device)
+    parsed_device = checked_device(device)
     loaded, folder = load_tokenizer(tokenizer_source(name)), model_folder(name)
-    check_fits(name, folder, place)
+    check_fits(name, folder, parsed_device)
     return Subject(name, load_model(name, device=device), loaded.tokenizer, loaded.view)
 
 
