@@ -1,4 +1,4 @@
-"""Which items a model reads together, and how they are laid out for it."""
+"""Group sequences of similar length into batches, and pad them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from jaxtyping import Int, Int64
 
 Padding = Literal["right", "left"]
 TOKENS_AT_ONCE = 8192
-"""Places of a batch, padding counted, where no number of items is asked for."""
+"""Default size of a batch in tokens, padding included."""
 LOGITS_AT_ONCE = 2**27
-"""Numbers that the logits of a batch may have where all of its places are scored: half a GiB in float32."""
+"""Maximum size of the logits of a batch (positions × vocabulary) whose positions are all scored: 0.5 GiB in float32."""
 
 
-def scored_places(vocabulary: int) -> int:
-    """Count the places of a batch whose logits are all looked at.
+def scored_positions(vocabulary: int) -> int:
+    """Return the batch size in positions for batches whose logits are all scored.
 
-    >>> scored_places(700), scored_places(151_936)
+    >>> scored_positions(700), scored_positions(151_936)
     (8192, 883)
     """
     return max(1, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary))
 
 
 def batches(lengths: Sequence[int], size: int | None = None, *, tokens: int | None = None) -> list[list[int]]:
-    """Put items of like length together, the longest first: at most `size` a batch, and as many as `tokens` allow.
+    """Group items of similar length, longest first: at most `size` items and `tokens` tokens per batch.
 
-    Without either, `TOKENS_AT_ONCE` bounds them. They depend on nothing but the lengths, so that a run that goes
-    on makes the batches of an unbroken one.
+    Without either, `TOKENS_AT_ONCE` is the limit. Padding counts as tokens. Batches depend only on the lengths, so a
+    resumed run makes the same batches as an uninterrupted one.
 
     >>> batches([5, 1, 9, 2], tokens=10)
     [[2], [0, 3], [1]]
@@ -41,13 +41,13 @@ def batches(lengths: Sequence[int], size: int | None = None, *, tokens: int | No
         tokens = TOKENS_AT_ONCE
     made: list[list[int]] = []
     room = 0
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if not room:
             room = len(lengths) if size is None else size
             if tokens is not None:
-                room = min(room, max(1, tokens // max(1, lengths[place])))
+                room = min(room, max(1, tokens // max(1, lengths[index])))
             made.append([])
-        made[-1].append(place)
+        made[-1].append(index)
         room -= 1
     return made
 
@@ -55,7 +55,7 @@ def batches(lengths: Sequence[int], size: int | None = None, *, tokens: int | No
 def padded(
     sequences: Sequence[Sequence[int] | Int[np.ndarray, " _"]], pad: int = 0, padding: Padding = "right"
 ) -> tuple[Int64[np.ndarray, "batch time"], Int64[np.ndarray, "batch time"], Int64[np.ndarray, " batch"]]:
-    """Pad sequences to one length; gives ids, mask, and where each sequence begins in batch × time.
+    """Pad sequences to one length; return ids, mask, and the offset of each sequence in the flattened batch × time.
 
     >>> ids, mask, starts = padded([[5, 6, 7], [8]], padding="left")
     >>> ids.tolist(), mask.tolist(), starts.tolist()
@@ -63,9 +63,9 @@ def padded(
     """
     lengths = np.array([len(ids) for ids in sequences])
     time = int(lengths.max())
-    places = np.arange(time)
+    positions = np.arange(time)
     offsets = time - lengths if padding == "left" else np.zeros_like(lengths)
-    mask = (places >= offsets[:, None]) & (places < (offsets + lengths)[:, None])
+    mask = (positions >= offsets[:, None]) & (positions < (offsets + lengths)[:, None])
     ids = np.full(mask.shape, pad, np.int64)
     ids[mask] = np.concatenate(sequences)
     return ids, mask.astype(np.int64), np.arange(len(sequences)) * time + offsets

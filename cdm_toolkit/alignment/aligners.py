@@ -1,4 +1,4 @@
-"""Align two token sequences, by name of the aligner."""
+"""Entry points: align two token sequences with an aligner chosen by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 
 from cdm_toolkit.alignment.entropy import uniform_weights, weights
 from cdm_toolkit.alignment.groups import Alignment
-from cdm_toolkit.alignment.sides import Side
+from cdm_toolkit.alignment.sides import AlignmentSide
 from cdm_toolkit.errors import BadOption, UnknownName
 from cdm_toolkit.tokdiff.spans import TokenSpans
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -22,7 +22,7 @@ ALIGNERS: tuple[AlignerName, ...] = get_args(AlignerName)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextAlignment:
-    """A text's tokens on both sides, and how they are aligned."""
+    """The teacher and student tokens of one text, and their alignment."""
 
     t: TokenSpans
     s: TokenSpans
@@ -37,19 +37,20 @@ def align(
     entropy_t: Float[np.ndarray, " time_t"] | None = None,
     entropy_s: Float[np.ndarray, " time_s"] | None = None,
 ) -> Alignment:
-    """Align two token sequences of one text; `dtw` and `entropy-dtw` take those of two texts also.
+    """Align the teacher's and the student's tokens of one text.
 
-    Entropies are of the models' next-token distributions, one a token, in any unit; None weighs all alike.
-    `bytes` and `dtw` do not look at them. Raises `UnknownName`, `BadOption` for entropies that do not fit,
-    `DoesNotSpell` where `bytes` and `anchored` are given two texts.
+    `dtw` and `entropy-dtw` also accept tokens of two different texts. `entropy_t` and `entropy_s` are the
+    entropies of the models' next-token distributions, one per token, in any unit; None gives all tokens the
+    same weight. `bytes` and `dtw` ignore them. Raises `UnknownName`, `BadOption` where the number of
+    entropies is not the number of tokens, `DoesNotSpell` where `bytes` or `anchored` get two different texts.
     """
-    # numba, which these bring, is loaded where an alignment is made and not where the names are read
+    # Imported here because these modules load numba, which listing the aligner names does not need.
     from cdm_toolkit.alignment.anchored import align_anchored
     from cdm_toolkit.alignment.bytes import align_by_bytes
     from cdm_toolkit.alignment.dtw import align_by_dtw
 
     require_known(aligner)
-    side_t, side_s = Side.of(t), Side.of(s)
+    side_t, side_s = AlignmentSide.of(t), AlignmentSide.of(s)
     weight_t, weight_s = side_weights(side_t, entropy_t), side_weights(side_s, entropy_s)
     if aligner == "bytes":
         return align_by_bytes(side_t, side_s)
@@ -68,7 +69,7 @@ def align_text(
     aligner: str = "anchored",
     add_special_tokens: bool = False,
 ) -> TextAlignment:
-    """Encode a text with two tokenizers and align what comes out, without entropies."""
+    """Encode a text with two tokenizers and align the tokens, without entropies."""
     require_known(aligner)
     t = view_t.encode(text, add_special_tokens=add_special_tokens)
     s = view_s.encode(text, add_special_tokens=add_special_tokens)
@@ -77,7 +78,7 @@ def align_text(
 
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """The tokens of one group as texts; bytes that are no text by themselves as `\\xe2`."""
+    """The tokens of one group as text; bytes that are not valid UTF-8 are escaped as `\\xe2`."""
 
     t: tuple[str, ...]
     s: tuple[str, ...]
@@ -86,7 +87,7 @@ class TokenGroup:
 
 
 def token_groups(aligned: TextAlignment) -> Iterator[TokenGroup]:
-    """Walk the groups of an aligned text, in order."""
+    """Yield the groups of an aligned text, in order."""
     for group in aligned.alignment:
         yield TokenGroup(
             _texts(aligned.t, group.t0, group.t1),
@@ -101,13 +102,15 @@ def _texts(spans: TokenSpans, begin: int, end: int) -> tuple[str, ...]:
 
 
 def require_known(aligner: str) -> None:
-    """Raise `UnknownName` for a name that is none of `ALIGNERS`."""
+    """Raise `UnknownName` unless the name is one of `ALIGNERS`."""
     if aligner not in ALIGNERS:
         raise UnknownName("aligner", aligner, ALIGNERS)
 
 
-def side_weights(side: Side, entropy: Float[np.ndarray, " time"] | None) -> Int64[np.ndarray, " time"]:
-    """Weigh a side's tokens by their entropies; `BadOption` where there is not one for each."""
+def side_weights(
+    side: AlignmentSide, entropy: Float[np.ndarray, " time"] | None
+) -> Int64[np.ndarray, " time"]:
+    """Turn the entropies of a side into token weights; `BadOption` unless there is one per token."""
     if entropy is None:
         return uniform_weights(len(side))
     if len(entropy) != len(side):

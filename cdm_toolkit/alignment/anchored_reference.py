@@ -1,4 +1,4 @@
-"""Define the anchored alignment, in plain Python. `anchored` is the fast way to the same."""
+"""Reference implementation of the anchored alignment in plain Python; `anchored` must give the same result."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from cdm_toolkit.alignment.bytes_reference import byte_groups
 from cdm_toolkit.alignment.dtw_reference import Link, path_groups, warp
 from cdm_toolkit.alignment.markers import Row
-from cdm_toolkit.alignment.sides import Side, token_string
+from cdm_toolkit.alignment.sides import AlignmentSide, token_string
 
 
 def anchored(
-    t: Side, s: Side, weight_t: Sequence[int], weight_s: Sequence[int]
+    t: AlignmentSide, s: AlignmentSide, weight_t: Sequence[int], weight_s: Sequence[int]
 ) -> tuple[list[tuple[Row, bool]], list[Link]]:
-    """Give the groups with whether each is exact, and the links of tokens."""
+    """Return the groups, each with its `exact` flag, and the token links."""
     groups: list[tuple[Row, bool]] = []
     links: list[Link] = []
     for row, exact in byte_groups(t, s):
@@ -31,11 +31,13 @@ def anchored(
     return groups, links
 
 
-def warp_stretch(t: Side, s: Side, row: Row, weight_t: Sequence[int], weight_s: Sequence[int]) -> list[Link]:
-    """Warp the tokens of one group.
+def warp_stretch(
+    t: AlignmentSide, s: AlignmentSide, row: Row, weight_t: Sequence[int], weight_s: Sequence[int]
+) -> list[Link]:
+    """Run DTW on the tokens of one group.
 
-    In ties the side with more tokens, then that with the greater strings, takes the teacher's place: so
-    that swapping the sides transposes the alignment.
+    Ties are broken in favour of the side with more tokens, then the one with the lexicographically greater
+    strings, so that swapping teacher and student transposes the alignment.
     """
     t0, t1, s0, s1 = row
     tokens_t = [token_string(t.view, int(i)) for i in t.ids[t0:t1]]

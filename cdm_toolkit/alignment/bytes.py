@@ -1,4 +1,8 @@
-"""Group the tokens of one text between the byte boundaries that both sides share. Twin: `bytes_reference`."""
+"""The `bytes` aligner: group the tokens between the byte boundaries that both sides share.
+
+`bytes_reference` is the definition in plain Python. A cut is a byte offset at which a text can be split between
+two tokens; a marker is a token outside the text (see `AlignmentSide`).
+"""
 
 from __future__ import annotations
 
@@ -9,41 +13,41 @@ from jaxtyping import Bool, Int64
 
 from cdm_toolkit.alignment import kernels
 from cdm_toolkit.alignment.groups import Alignment, in_order
-from cdm_toolkit.alignment.markers import Row, match_run
-from cdm_toolkit.alignment.sides import Side, require_same_text
+from cdm_toolkit.alignment.markers import Row, match_markers
+from cdm_toolkit.alignment.sides import AlignmentSide, require_same_text
 
 Rows = Int64[np.ndarray, "group 4"]
 
 
-def align_by_bytes(t: Side, s: Side) -> Alignment:
-    """Group tokens between shared boundaries; `DoesNotSpell` where the sides are spans of different texts."""
+def align_by_bytes(t: AlignmentSide, s: AlignmentSide) -> Alignment:
+    """Group tokens between shared boundaries; `DoesNotSpell` where the sides are of different texts."""
     groups, exact = byte_groups(t, s)
     links = kernels.product_links(groups)
     return Alignment(groups.astype(np.int32), exact, links, "bytes", len(t), len(s))
 
 
-def byte_groups(t: Side, s: Side) -> tuple[Rows, Bool[np.ndarray, " group"]]:
-    """Find the finest groups whose edges are cuts of both sides, and which of them spell the same on both.
+def byte_groups(t: AlignmentSide, s: AlignmentSide) -> tuple[Rows, Bool[np.ndarray, " group"]]:
+    """Find the smallest groups bounded by shared cuts, and which of them have equal bytes on both sides.
 
-    Markers are matched by role at each shared cut. Where tokens overlap, because both sides changed the
-    text to the same bytes, the groups are cut by these bytes.
+    Markers at a shared cut are matched by role. Where the spans of tokens overlap because both tokenizers
+    normalized the text, and to the same bytes, the groups are split at the boundaries of the normalized bytes.
     """
     require_same_text(t, s)
     groups = _text_groups(t, s)
-    sure = surely_exact(t, s, groups)
-    # what is not sure is looked at group by group: markers, changed text, dropped text
-    looked_at = [fine for row in groups[~sure].tolist() for fine in _settle(t, s, *row)]
+    sure = trivially_exact(t, s, groups)
+    # The other groups (normalized or dropped text, markers) are checked one by one.
+    checked = [fine for row in groups[~sure].tolist() for fine in _refine(t, s, *row)]
     for row in _marker_rows(t, s, groups):
-        looked_at += _settle(t, s, *row)
-    if not looked_at:
+        checked += _refine(t, s, *row)
+    if not checked:
         return groups, sure
-    rows = np.array([row for row, _ in looked_at], np.int64).reshape(-1, 4)
-    exact = np.array([is_exact for _, is_exact in looked_at], bool)
+    rows = np.array([row for row, _ in checked], np.int64).reshape(-1, 4)
+    exact = np.array([is_exact for _, is_exact in checked], bool)
     return in_order(np.concatenate((groups[sure], rows)), np.concatenate((sure[sure], exact)))
 
 
-def _text_groups(t: Side, s: Side) -> Rows:
-    """Group the tokens that are not markers, part by part."""
+def _text_groups(t: AlignmentSide, s: AlignmentSide) -> Rows:
+    """Group the tokens that are not markers, separately in each part of the text (chat message)."""
     text_t, text_s = np.flatnonzero(~t.marker), np.flatnonzero(~s.marker)
     return np.concatenate(
         [np.zeros((0, 4), np.int64)]
@@ -55,9 +59,12 @@ def _text_groups(t: Side, s: Side) -> Rows:
 
 
 def _divided(
-    t: Side, text_t: Int64[np.ndarray, " token_t"], s: Side, text_s: Int64[np.ndarray, " token_s"]
+    t: AlignmentSide,
+    text_t: Int64[np.ndarray, " token_t"],
+    s: AlignmentSide,
+    text_s: Int64[np.ndarray, " token_s"],
 ) -> list[tuple[int, int, int, int, int]]:
-    """Divide the text's tokens where a part ends and no token of either side reaches across."""
+    """Split the tokens at the ends of parts, except where a token of either side spans the end."""
     divisions = [(0, 0, -1)]
     for part, end in enumerate(t.parts[:-1]):
         i, j = (
@@ -71,11 +78,15 @@ def _divided(
 
 
 def _part_groups(
-    t: Side, text_t: Int64[np.ndarray, " token_t"], s: Side, text_s: Int64[np.ndarray, " token_s"], part: int
+    t: AlignmentSide,
+    text_t: Int64[np.ndarray, " token_t"],
+    s: AlignmentSide,
+    text_s: Int64[np.ndarray, " token_s"],
+    part: int,
 ) -> Rows:
     if not len(text_t) and not len(text_s):
         return np.zeros((0, 4), np.int64)
-    if not len(text_t) or not len(text_s):  # one side has dropped all of it
+    if not len(text_t) or not len(text_s):  # one tokenizer dropped the whole part
         ranges = [
             (side.part.searchsorted(part, "right"),) * 2 if not len(text) else (text[0], text[-1] + 1)
             for side, text in ((t, text_t), (s, text_s))
@@ -89,8 +100,8 @@ def _part_groups(
     return rows
 
 
-def _marker_rows(t: Side, s: Side, groups: Rows) -> list[Row]:
-    """Match the markers that stand between the text's groups."""
+def _marker_rows(t: AlignmentSide, s: AlignmentSide, groups: Rows) -> list[Row]:
+    """Match the markers between the groups of text tokens."""
     if not (t.marker.any() or s.marker.any()):
         return []
     ends = np.zeros((len(groups) + 1, 2), np.int64)
@@ -99,18 +110,20 @@ def _marker_rows(t: Side, s: Side, groups: Rows) -> list[Row]:
     rows = []
     for gap in np.flatnonzero((ends < starts).any(axis=1)).tolist():
         (t0, s0), (t1, s1) = ends[gap].tolist(), starts[gap].tolist()
-        rows += match_run([t.roles(i) for i in range(t0, t1)], [s.roles(j) for j in range(s0, s1)], t0, s0)
+        rows += match_markers(
+            [t.roles(i) for i in range(t0, t1)], [s.roles(j) for j in range(s0, s1)], t0, s0
+        )
     return rows
 
 
-def surely_exact(t: Side, s: Side, groups: Rows) -> Bool[np.ndarray, " group"]:
-    """Tell where both sides are exact and fill the same bytes without a gap: where no closer look is due."""
-    sound_t, sound_s = t.exact & ~t.marker, s.exact & ~s.marker
-    return kernels.surely_exact(groups, t.start, t.end, sound_t, s.start, s.end, sound_s)
+def trivially_exact(t: AlignmentSide, s: AlignmentSide, groups: Rows) -> Bool[np.ndarray, " group"]:
+    """Mark the groups whose tokens are all exact and cover the same bytes without a gap on both sides."""
+    plain_t, plain_s = t.exact & ~t.marker, s.exact & ~s.marker
+    return kernels.trivially_exact(groups, t.start, t.end, plain_t, s.start, s.end, plain_s)
 
 
-def _settle(t: Side, s: Side, t0: int, t1: int, s0: int, s1: int) -> list[tuple[Row, bool]]:
-    """Tell whether a group is exact; where it is, cut it at the boundaries that its spelled bytes share."""
+def _refine(t: AlignmentSide, s: AlignmentSide, t0: int, t1: int, s0: int, s1: int) -> list[tuple[Row, bool]]:
+    """Check whether a group is exact; if so, split it at the boundaries that its token bytes share."""
     if t0 == t1 or s0 == s1 or not t.same(t0, t1, s, s0, s1):
         return [((t0, t1, s0, s1), False)]
     if t1 - t0 == 1 or s1 - s0 == 1:

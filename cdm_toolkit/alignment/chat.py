@@ -1,4 +1,7 @@
-"""Align two renderings of one chat, each by its own template: contents by bytes, markers by role."""
+"""Align two renderings of one chat, each by its own chat template.
+
+Message contents are aligned by bytes, special tokens by role.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from jaxtyping import Float
 
 from cdm_toolkit.alignment.aligners import side_weights
 from cdm_toolkit.alignment.groups import Alignment
-from cdm_toolkit.alignment.sides import Side, require_same_text
+from cdm_toolkit.alignment.sides import AlignmentSide, require_same_text
 from cdm_toolkit.errors import BadOption
 from cdm_toolkit.tokdiff.spans import TokenSpans
 
@@ -25,14 +28,14 @@ def align_segments(
     entropy_t: Float[np.ndarray, " time_t"] | None = None,
     entropy_s: Float[np.ndarray, " time_s"] | None = None,
 ) -> Alignment:
-    """Align two texts over the pieces `[start, end)`, in bytes, that they have in common.
+    """Align two texts that share the given pieces, byte ranges `[start, end)` in each text.
 
-    The pieces are a chat's message contents; each must be the same bytes in both texts. They are aligned as
-    `anchored` aligns them alone; what a piece's edge cuts in two belongs to the piece. Between them special
-    tokens are matched by role, in order, and the texts of the two templates by DTW. Raises `BadOption` for
-    pieces that are out of order, `DoesNotSpell` for pieces that differ.
+    The pieces are a chat's message contents; each must have the same bytes in both texts. Each piece is
+    aligned as `anchored` would align it alone; a token that spans the edge of a piece counts as part of it.
+    Between pieces, special tokens are matched by role, in order, and the template texts by DTW. Raises
+    `BadOption` for pieces that are out of order, `DoesNotSpell` for pieces that differ.
     """
-    from cdm_toolkit.alignment.anchored import align_anchored  # brings numba
+    from cdm_toolkit.alignment.anchored import align_anchored  # loads numba
 
     side_t, side_s = project(t, pieces_t), project(s, pieces_s)
     require_same_text(side_t, side_s)
@@ -41,11 +44,11 @@ def align_segments(
     return align_anchored(side_t, side_s, side_weights(side_t, entropy_t), side_weights(side_s, entropy_s))
 
 
-def project(spans: TokenSpans, pieces: Sequence[Piece]) -> Side:
-    """Move the tokens of a text to where they are in its pieces, put end to end.
+def project(spans: TokenSpans, pieces: Sequence[Piece]) -> AlignmentSide:
+    """Map the token spans of a text to byte offsets in its concatenated pieces.
 
-    What lies between two pieces is zero-width and a marker there. A token that reaches out of a piece keeps
-    the part inside, and is not exact.
+    A token between two pieces becomes a zero-width marker at their boundary. A token that extends beyond a
+    piece keeps only the part inside it, and is not exact.
     """
     _require_ordered(pieces, len(spans.text_bytes))
     pieces = [(a, b) for a, b in pieces if a < b]
@@ -53,10 +56,9 @@ def project(spans: TokenSpans, pieces: Sequence[Piece]) -> Side:
     ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(closes - opens)))
     start, end, width = spans.start, spans.end, spans.end - spans.start
 
-    part = np.searchsorted(closes, start, "right")  # the first piece that ends after the token's start
-    last = (
-        np.searchsorted(opens, np.maximum(end, start + 1), "left") - 1
-    )  # the last that starts before its end
+    # part: the first piece that ends after the token's start; last: the last that starts before its end
+    part = np.searchsorted(closes, start, "right")
+    last = np.searchsorted(opens, np.maximum(end, start + 1), "left") - 1
     outside = last < part
     marker = outside | (spans.special & (width == 0))
     first, last = np.minimum(part, len(pieces) - 1), np.maximum(last, 0)
@@ -66,7 +68,7 @@ def project(spans: TokenSpans, pieces: Sequence[Piece]) -> Side:
         inner_start = ends[first] + np.maximum(start - opens[first], 0)
         inner_end = ends[last] + np.minimum(end, closes[last]) - opens[last]
         inside = (first == last) & (start >= opens[first]) & (end <= closes[last])
-    return Side(
+    return AlignmentSide(
         view=spans.view,
         text=b"".join(spans.text_bytes[a:b] for a, b in pieces),
         ids=spans.ids,

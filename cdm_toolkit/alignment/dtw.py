@@ -1,4 +1,7 @@
-"""Warp token strings: `dtw`, and `entropy-dtw` of arXiv 2502.11104. Twin: `dtw_reference`."""
+"""Dynamic time warping over token strings: `dtw`, and `entropy-dtw` of arXiv 2502.11104.
+
+`dtw_reference` is the definition in plain Python.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,38 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64, UInt64
 
 from cdm_toolkit.alignment import kernels
-from cdm_toolkit.alignment.bytes import surely_exact
+from cdm_toolkit.alignment.bytes import trivially_exact
 from cdm_toolkit.alignment.groups import Alignment
-from cdm_toolkit.alignment.sides import Side, token_string
+from cdm_toolkit.alignment.sides import AlignmentSide, token_string
 from cdm_toolkit.errors import BadOption
 
-_MOST_CELLS = 1 << 34  # of a path's steps, four to a byte: 4 GiB
+_MAX_CELLS = 1 << 34  # cells of the step table, at 2 bits each: 4 GiB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Warp:
-    """A monotone path of token pairs from the first to the last, and what it costs."""
+class WarpingPath:
+    """A monotone path of token pairs, from the first pair to the last, and its cost."""
 
     path: Int32[np.ndarray, "link 2"]
     cost: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Strings:
-    """The distinct tokens of two sequences as symbols, and which of them stands where."""
+class TokenStrings:
+    """The distinct token strings of two sequences as symbols, and the index of each token's string."""
 
     t: kernels.Symbols
-    of_t: Int64[np.ndarray, " time_t"]
+    index_t: Int64[np.ndarray, " time_t"]
     s: kernels.Symbols
-    of_s: Int64[np.ndarray, " time_s"]
+    index_s: Int64[np.ndarray, " time_s"]
     scratch: UInt64[np.ndarray, "2 alphabet"]
+    """Zeroed work space of the edit distance: one bitmask per symbol, for bytes and for characters."""
 
     @classmethod
-    def of(cls, t: Sequence[bytes], of_t: np.ndarray, s: Sequence[bytes], of_s: np.ndarray) -> Strings:
-        """Take the distinct strings of each side, and for each place the number of its string."""
+    def of(
+        cls, t: Sequence[bytes], index_t: np.ndarray, s: Sequence[bytes], index_s: np.ndarray
+    ) -> TokenStrings:
+        """Encode the distinct strings of each side; `index_t`, `index_s`: index of each token's string."""
         text_t, text_s = [_whole(token) for token in t], [_whole(token) for token in s]
         chars = "".join(text or "" for text in (*text_t, *text_s))
         points = np.frombuffer(chars.encode("utf-32-le"), np.uint32)
@@ -46,8 +52,8 @@ class Strings:
         cut = sum(len(text or "") for text in text_t)
         scratch = np.zeros((2, max(256, len(alphabet))), np.uint64)
         return cls(
-            _symbols(t, text_t, numbers[:cut]), of_t.astype(np.int64),
-            _symbols(s, text_s, numbers[cut:]), of_s.astype(np.int64), scratch,
+            _symbols(t, text_t, numbers[:cut]), index_t.astype(np.int64),
+            _symbols(s, text_s, numbers[cut:]), index_s.astype(np.int64), scratch,
         )  # fmt: skip
 
 
@@ -73,24 +79,25 @@ def _symbols(tokens: Sequence[bytes], texts: Sequence[str | None], numbers: np.n
 
 
 def warp(
-    strings: Strings, weight_t: Int64[np.ndarray, " time_t"], weight_s: Int64[np.ndarray, " time_s"]
-) -> Warp:
-    """Find the cheapest path: cost(i, j) = Levenshtein(t_i, s_j)·weight_t[i]·weight_s[j].
+    strings: TokenStrings, weight_t: Int64[np.ndarray, " time_t"], weight_s: Int64[np.ndarray, " time_s"]
+) -> WarpingPath:
+    """Find the cheapest path with cost(i, j) = Levenshtein(t_i, s_j)·weight_t[i]·weight_s[j].
 
-    Steps (1,1), (1,0), (0,1); of equal ones the diagonal, then the teacher's, then the student's. Neither
-    side may be empty. Memory: 2 bits a cell for the path, and the distances of distinct tokens.
+    Steps are (1,1), (1,0) and (0,1); ties prefer the diagonal, then the teacher's step, then the student's.
+    Neither side may be empty. Memory: 2 bits per cell for the steps, and the distances between distinct
+    tokens.
     """
-    n, m = len(strings.of_t), len(strings.of_s)
-    if n * m > _MOST_CELLS:
+    n, m = len(strings.index_t), len(strings.index_s)
+    if n * m > _MAX_CELLS:
         raise BadOption("aligner", "dtw", f"anchored, which needs no {n} × {m} table, or shorter texts")
     tokens_t, tokens_s = np.arange(len(strings.t.whole)), np.arange(len(strings.s.whole))
     distance = kernels.distances(strings.t, tokens_t, strings.s, tokens_s, strings.scratch)
-    steps, cost = kernels.fill_steps(distance, strings.of_t, strings.of_s, weight_t, weight_s)
-    return Warp(kernels.trace(steps, m), int(cost))
+    steps, cost = kernels.fill_steps(distance, strings.index_t, strings.index_s, weight_t, weight_s)
+    return WarpingPath(kernels.trace(steps, m), int(cost))
 
 
 def path_groups(path: Int[np.ndarray, "link 2"]) -> Int64[np.ndarray, "group 4"]:
-    """Tie the tokens that a path links: its connected components, which begin at each diagonal step.
+    """Group the tokens that a path links: its connected components, each begun by a diagonal step.
 
     >>> path_groups(np.array([[0, 0], [1, 1], [1, 2]])).tolist()
     [[0, 1, 0, 1], [1, 2, 1, 3]]
@@ -102,42 +109,44 @@ def path_groups(path: Int[np.ndarray, "link 2"]) -> Int64[np.ndarray, "group 4"]
     )
 
 
-def strings_of(t: Side, s: Side) -> Strings:
-    """Take the distinct tokens of two sides."""
-    ids_t, of_t = np.unique(t.ids, return_inverse=True)
-    ids_s, of_s = np.unique(s.ids, return_inverse=True)
-    return Strings.of(
+def token_strings(t: AlignmentSide, s: AlignmentSide) -> TokenStrings:
+    """Encode the distinct token strings of two sides."""
+    ids_t, index_t = np.unique(t.ids, return_inverse=True)
+    ids_s, index_s = np.unique(s.ids, return_inverse=True)
+    return TokenStrings.of(
         [token_string(t.view, i) for i in ids_t.tolist()],
-        of_t,
+        index_t,
         [token_string(s.view, i) for i in ids_s.tolist()],
-        of_s,
+        index_s,
     )
 
 
 def align_by_dtw(
-    t: Side,
-    s: Side,
+    t: AlignmentSide,
+    s: AlignmentSide,
     weight_t: Int64[np.ndarray, " time_t"],
     weight_s: Int64[np.ndarray, " time_s"],
     *,
     aligner: str,
 ) -> Alignment:
-    """Group the tokens of two sequences, of whatever texts, by the path through their strings.
+    """Align two token sequences by DTW over their strings; their texts may differ.
 
-    Where one side is empty, the other is one group.
+    Where one side is empty, all tokens of the other form one group.
     """
     n, m = len(t), len(s)
     if n and m:
-        links = warp(strings_of(t, s), weight_t, weight_s).path
+        links = warp(token_strings(t, s), weight_t, weight_s).path
         groups = path_groups(links)
     else:
         groups = np.array([[0, n, 0, m]] if n or m else [], np.int64).reshape(-1, 4)
         links = kernels.product_links(groups)
-    return Alignment(groups.astype(np.int32), _spell_the_same(t, s, groups), links, aligner, n, m)
+    return Alignment(groups.astype(np.int32), _same_bytes(t, s, groups), links, aligner, n, m)
 
 
-def _spell_the_same(t: Side, s: Side, groups: Int64[np.ndarray, "group 4"]) -> Bool[np.ndarray, " group"]:
-    exact = surely_exact(t, s, groups) if t.text == s.text else np.zeros(len(groups), bool)
+def _same_bytes(
+    t: AlignmentSide, s: AlignmentSide, groups: Int64[np.ndarray, "group 4"]
+) -> Bool[np.ndarray, " group"]:
+    exact = trivially_exact(t, s, groups) if t.text == s.text else np.zeros(len(groups), bool)
     for k in np.flatnonzero(~exact).tolist():
         t0, t1, s0, s1 = groups[k].tolist()
         exact[k] = t0 < t1 and s0 < s1 and t.same(t0, t1, s, s0, s1)

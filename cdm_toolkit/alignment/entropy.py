@@ -1,4 +1,4 @@
-"""How much an uncertain token weighs: the entropy weights of arXiv 2502.11104, section 3.2."""
+"""Token weights from next-token entropies (arXiv 2502.11104, section 3.2)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from cdm_toolkit.errors import BadOption
 
 
 def uniform_weights(length: int) -> Int64[np.ndarray, " time"]:
-    """Weigh all tokens alike, as `weights` does where all entropies are equal."""
+    """Give all tokens the weight 3, as `weights` does where all entropies are equal."""
     return np.full(length, 3, np.int64)
 
 
 def weights(entropy: Float[np.ndarray, " time"]) -> Int64[np.ndarray, " time"]:
-    """Weigh tokens by their entropy: w = floor(3 + 3·sigmoid(4·minmax(H) − 2)), which is 3, 4 or 5.
+    """Compute token weights from entropies: w = floor(3 + 3·sigmoid(4·minmax(H) − 2)), which is 3, 4 or 5.
 
-    The unit of entropy is free. Where all entropies are equal, as with a single token, minmax is 0/0; it is
-    taken as 0 here (w = 3): weights that are all alike change no path. Raises `BadOption` for one that is
-    not finite.
+    Entropies may be in any unit. Where all are equal, as with a single token, minmax is 0/0 and is taken as
+    0 (w = 3): equal weights do not change the path. Raises `BadOption` for an entropy that is not finite.
 
     >>> weights(np.array([0.0, 1.0, 2.0])).tolist()
     [3, 4, 5]

@@ -1,4 +1,4 @@
-"""What an alignment is: a monotone list of groups that covers both token sequences."""
+"""The alignment record: a monotone list of groups that covers both token sequences."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 KINDS = ("1-1", "1-n", "n-1", "n-m", "1-0", "n-0", "0-1", "0-n")
-_KIND_OF = np.array([[-1, 6, 7], [4, 0, 1], [5, 2, 3]])  # by the sizes of both sides, 2 standing for more
+_KIND_OF = np.array([[-1, 6, 7], [4, 0, 1], [5, 2, 3]])  # index: sizes of both sides, capped at 2
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Teacher tokens `[t0, t1)` and student tokens `[s0, s1)` that belong together.
+    """Teacher tokens `[t0, t1)` and student tokens `[s0, s1)` that are aligned with each other.
 
-    `exact`: both spell the same bytes, or are special tokens of one role.
+    `exact`: both sides have the same bytes, or are special tokens with a common role.
 
     >>> Group(4, 5, 3, 6, exact=True).kind
     '1-n'
@@ -31,7 +31,7 @@ class Group:
 
     @property
     def kind(self) -> str:
-        """Name the sizes of both sides, teacher's first: one of `KINDS`."""
+        """Name the sizes of both sides, teacher first: one of `KINDS`."""
         return KINDS[_KIND_OF[min(self.t1 - self.t0, 2), min(self.s1 - self.s0, 2)]]
 
 
@@ -39,9 +39,9 @@ class Group:
 class Alignment:
     """Groups of teacher and student tokens, in order, that cover both sequences.
 
-    `groups` holds t0, t1, s0, s1 in a row. `links` are pairs of tokens, ordered: the path where DTW found
-    one, else every pair of a group. Between two groups that have both sides, the teacher's unmatched tokens
-    stand first.
+    Each row of `groups` is t0, t1, s0, s1. `links` are ordered (teacher, student) token pairs: the DTW path
+    where there is one, else every pair of a group. Between two groups with tokens on both sides, unmatched
+    teacher tokens come before unmatched student tokens. `n_t` and `n_s` are the lengths of the sequences.
     """
 
     groups: Int32[np.ndarray, "group 4"]
@@ -59,39 +59,39 @@ class Alignment:
             yield Group(t0, t1, s0, s1, exact)
 
     def transpose(self) -> Alignment:
-        """Swap the sides."""
+        """Swap teacher and student."""
         groups, exact = in_order(self.groups[:, [2, 3, 0, 1]], self.exact)
         links = self.links[:, ::-1]
         links = links[np.lexsort((links[:, 1], links[:, 0]))]
         return Alignment(groups, exact, links, self.aligner, self.n_s, self.n_t)
 
-    def kind_numbers(self) -> Int[np.ndarray, " group"]:
-        """Give each group's kind as its place in `KINDS`."""
+    def kind_indices(self) -> Int[np.ndarray, " group"]:
+        """Return each group's kind as an index into `KINDS`."""
         sizes = np.minimum(self.groups[:, 1::2] - self.groups[:, ::2], 2)
         kinds: Int[np.ndarray, " group"] = _KIND_OF[sizes[:, 0], sizes[:, 1]]
         return kinds
 
     def kind_counts(self) -> dict[str, int]:
         """Count the groups of each of `KINDS`."""
-        counts = np.bincount(self.kind_numbers(), minlength=len(KINDS))
+        counts = np.bincount(self.kind_indices(), minlength=len(KINDS))
         return dict(zip(KINDS, counts.tolist(), strict=True))
 
 
 def in_order(
     groups: Int[np.ndarray, "group 4"], exact: Bool[np.ndarray, " group"]
 ) -> tuple[Int[np.ndarray, "group 4"], Bool[np.ndarray, " group"]]:
-    """Sort groups that cover both sequences: by place, the teacher's first where that leaves a choice."""
-    by_place = np.argsort(groups[:, 0] + groups[:, 2], kind="stable")  # grows: a group has one token or more
-    groups, exact = groups[by_place], exact[by_place]
+    """Sort groups that cover both sequences by position; unmatched teacher tokens come first in ties."""
+    # t0 + s0 grows from group to group: each has at least one token.
+    by_position = np.argsort(groups[:, 0] + groups[:, 2], kind="stable")
+    groups, exact = groups[by_position], exact[by_position]
     no_t, no_s = groups[:, 0] == groups[:, 1], groups[:, 2] == groups[:, 3]
     if not no_t.any():
         return groups, exact
     run = np.cumsum(~(no_t | no_s))
-    order = np.lexsort(
-        (no_t, no_t | no_s, run)
-    )  # stable: a group with both sides, then its run's 1-0, then 0-1
+    # Stable: a group with both sides, then the 1-0 groups after it, then the 0-1 groups.
+    order = np.lexsort((no_t, no_t | no_s, run))
     groups, exact = groups[order], exact[order]
-    # the empty sides stand where the cover of that side has come to
+    # An empty range [i, i) of a side begins where the groups before it end.
     for column in (0, 2):
         empty = groups[:, column] == groups[:, column + 1]
         reached = np.concatenate(([0], np.maximum.accumulate(np.where(empty, 0, groups[:, column + 1]))[:-1]))
@@ -101,7 +101,7 @@ def in_order(
 
 @runtime_checkable
 class Spanned(Protocol):
-    """Tokens that have places in a text: `start` and `end` in bytes, each non-decreasing."""
+    """Tokens with byte ranges in a text: `start` and `end`, each non-decreasing."""
 
     @property
     def start(self) -> Int[np.ndarray, " time"]: ...
@@ -109,11 +109,13 @@ class Spanned(Protocol):
     def end(self) -> Int[np.ndarray, " time"]: ...
 
 
-def faults(alignment: Alignment, t: Spanned | None = None, s: Spanned | None = None) -> list[str]:
-    """List what keeps an alignment from being one: a gap, a crossing, an empty group.
+def invariant_violations(
+    alignment: Alignment, t: Spanned | None = None, s: Spanned | None = None
+) -> list[str]:
+    """List violations of the invariants of an alignment: gaps, crossings, empty groups. Empty if valid.
 
-    With the spans of both sides, also each place where a group could be cut in two: a group is minimal when
-    no cut of its teacher tokens meets a cut of its student tokens. Empty when all is well.
+    With the spans of both sides, also list where a group could be split in two: a group is minimal when no
+    cut between its teacher tokens is at the same byte as a cut between its student tokens.
     """
     found, at_t, at_s = [], 0, 0
     for group in alignment:

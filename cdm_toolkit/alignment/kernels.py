@@ -1,6 +1,7 @@
-"""Compiled loops over arrays. Each has a plain twin in a `*_reference` module that says what it computes.
+"""Loops over arrays, compiled by numba. The `*_reference` modules define what they compute in plain Python.
 
-All are in one file: numba's cache on disk looks at the file of a function alone, not at what it calls.
+All kernels are in one file because numba's cache on disk is invalidated when the file of a function changes, but
+not when a function that it calls in another file does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def _compiled(function: F) -> F:
-    # what is inside the wrapper that checks shapes in the tests
+    # Compile the function itself, not the jaxtyping wrapper that checks shapes in the tests.
     return cast(F, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
 
 
@@ -28,11 +29,11 @@ def shared_cuts(
     start_s: Int64[np.ndarray, " time_s"],
     end_s: Int64[np.ndarray, " time_s"],
 ) -> Int64[np.ndarray, "cut 2"]:
-    """Find the cuts that both sides allow, as the tokens that follow them, in one pass.
+    """Find the cuts that both sides share, each as the pair of tokens after it, in one pass.
 
-    Before token i a text can be cut anywhere in [end[i-1], start[i]]; two cuts are one where these ranges
-    meet. Of several that meet, the earliest: what has no width, and what meets dropped text, goes with what
-    follows it.
+    Before token i the text can be cut at any byte in [end[i-1], start[i]]; a teacher cut and a student cut are
+    shared where these ranges intersect. Of several that do, the earliest is taken: zero-width tokens, and
+    tokens next to dropped text, are grouped with what follows them.
     """
     n, m = len(start_t), len(start_s)
     cuts = np.empty((max(0, min(n, m) - 1), 2), np.int64)
@@ -52,40 +53,40 @@ def shared_cuts(
 def _fills(
     start: Int64[np.ndarray, " time"],
     end: Int64[np.ndarray, " time"],
-    sound: Bool[np.ndarray, " time"],
+    plain: Bool[np.ndarray, " time"],
     first: int,
     last: int,
 ) -> bool:
     for i in range(first, last):
         gap = i > first and start[i] != end[i - 1]
-        if gap or not sound[i]:
+        if gap or not plain[i]:
             return False
     return True
 
 
 @_compiled
-def surely_exact(
+def trivially_exact(
     groups: Int64[np.ndarray, "group 4"],
     start_t: Int64[np.ndarray, " time_t"],
     end_t: Int64[np.ndarray, " time_t"],
-    sound_t: Bool[np.ndarray, " time_t"],
+    plain_t: Bool[np.ndarray, " time_t"],
     start_s: Int64[np.ndarray, " time_s"],
     end_s: Int64[np.ndarray, " time_s"],
-    sound_s: Bool[np.ndarray, " time_s"],
+    plain_s: Bool[np.ndarray, " time_s"],
 ) -> Bool[np.ndarray, " group"]:
-    """Tell which groups are of sound tokens that fill the same bytes on both sides, without a gap."""
+    """Mark the groups of plain tokens (exact, not markers) that cover the same bytes without a gap."""
     sure = np.zeros(len(groups), np.bool_)
     for k in range(len(groups)):
         t0, t1, s0, s1 = groups[k]
         if t0 == t1 or s0 == s1 or start_t[t0] != start_s[s0] or end_t[t1 - 1] != end_s[s1 - 1]:
             continue
-        sure[k] = _fills(start_t, end_t, sound_t, t0, t1) and _fills(start_s, end_s, sound_s, s0, s1)
+        sure[k] = _fills(start_t, end_t, plain_t, t0, t1) and _fills(start_s, end_s, plain_s, s0, s1)
     return sure
 
 
 @_compiled
 def product_links(groups: Int64[np.ndarray, "group 4"]) -> Int32[np.ndarray, "link 2"]:
-    """Link every teacher token of a group with every student token of it."""
+    """Link every teacher token of a group with every student token of the group."""
     count = 0
     for k in range(len(groups)):
         count += (groups[k, 1] - groups[k, 0]) * (groups[k, 3] - groups[k, 2])
@@ -121,16 +122,17 @@ def _levenshtein_long(a: Int32[np.ndarray, " len_a"], b: Int32[np.ndarray, " len
 
 @_compiled
 def _levenshtein_word(
-    where: UInt64[np.ndarray, " alphabet"], length: int, b: Int32[np.ndarray, " len_b"]
+    bitmasks: UInt64[np.ndarray, " alphabet"], length: int, b: Int32[np.ndarray, " len_b"]
 ) -> int:
-    """Myers 1999 (in Hyyrö's form): a column of the distance table in two machine words.
+    """Compute the edit distance with Myers' bit-parallel algorithm (1999, Hyyrö's variant).
 
-    `where[c]` has bit k set where the pattern's k-th symbol is c; the pattern has 1 to 64 symbols.
+    A column of the distance table is held in two machine words. `bitmasks[c]` has bit k set where the
+    pattern's k-th symbol is c; the pattern has 1 to 64 symbols.
     """
     plus, minus, distance = _ALL, _NONE, length
     last = _ONE << np.uint64(length - 1)
     for k in range(len(b)):
-        equal = where[b[k]]
+        equal = bitmasks[b[k]]
         vertical = equal | minus
         horizontal = (((equal & plus) + plus) ^ plus) | equal
         up = minus | ~(horizontal | plus)
@@ -147,15 +149,16 @@ def _levenshtein_word(
 
 
 class Symbols(NamedTuple):
-    """Tokens as symbols, end to end: token u's bytes are `units[units_at[u]:units_at[u + 1]]`.
+    """Token strings as concatenated symbols: token u's bytes are `units[unit_offsets[u]:unit_offsets[u + 1]]`.
 
-    Where they are `whole` characters, these are `chars[chars_at[u]:chars_at[u + 1]]`, numbered from 0.
+    Where these are valid UTF-8 (`whole`), its characters are `chars[char_offsets[u]:char_offsets[u + 1]]`, as
+    indices into the alphabet.
     """
 
     units: Int32[np.ndarray, " byte"]
-    units_at: Int64[np.ndarray, " token_and_1"]
+    unit_offsets: Int64[np.ndarray, " token_and_1"]
     chars: Int32[np.ndarray, " char"]
-    chars_at: Int64[np.ndarray, " token_and_1"]
+    char_offsets: Int64[np.ndarray, " token_and_1"]
     whole: Bool[np.ndarray, " token"]
 
 
@@ -165,39 +168,39 @@ def distances(
     rows: Int64[np.ndarray, " row"],
     s: Symbols,
     cols: Int64[np.ndarray, " col"],
-    where: UInt64[np.ndarray, "2 alphabet"],
+    bitmasks: UInt64[np.ndarray, "2 alphabet"],
 ) -> Int16[np.ndarray, "row col"]:
-    """Take the edit distance of each row's teacher token and each column's student token.
+    """Compute the edit distance of each teacher token in `rows` to each student token in `cols`.
 
-    Over characters where both tokens are whole characters, else over bytes. `where` is scratch, zero before
-    and after.
+    Over characters where both tokens are valid UTF-8, else over bytes. `bitmasks` is work space, all zero
+    before and after.
     """
     out = np.empty((len(rows), len(cols)), np.int16)
     for i in range(len(rows)):
         u = rows[i]
-        units = t.units[t.units_at[u] : t.units_at[u + 1]]
-        chars = t.chars[t.chars_at[u] : t.chars_at[u + 1]]
+        units = t.units[t.unit_offsets[u] : t.unit_offsets[u + 1]]
+        chars = t.chars[t.char_offsets[u] : t.char_offsets[u + 1]]
         short = 0 < len(units) <= _WORD
         if short:
             for k in range(len(units)):
-                where[0, units[k]] |= _ONE << np.uint64(k)
+                bitmasks[0, units[k]] |= _ONE << np.uint64(k)
             for k in range(len(chars)):
-                where[1, chars[k]] |= _ONE << np.uint64(k)
+                bitmasks[1, chars[k]] |= _ONE << np.uint64(k)
         for j in range(len(cols)):
             v = cols[j]
             if t.whole[u] and s.whole[v]:
-                mine, other, alphabet = chars, s.chars[s.chars_at[v] : s.chars_at[v + 1]], 1
+                mine, other, alphabet = chars, s.chars[s.char_offsets[v] : s.char_offsets[v + 1]], 1
             else:
-                mine, other, alphabet = units, s.units[s.units_at[v] : s.units_at[v + 1]], 0
+                mine, other, alphabet = units, s.units[s.unit_offsets[v] : s.unit_offsets[v + 1]], 0
             if short:
-                out[i, j] = _levenshtein_word(where[alphabet], len(mine), other)
+                out[i, j] = _levenshtein_word(bitmasks[alphabet], len(mine), other)
             else:
                 out[i, j] = _levenshtein_long(mine, other)
         if short:
             for k in range(len(units)):
-                where[0, units[k]] = _NONE
+                bitmasks[0, units[k]] = _NONE
             for k in range(len(chars)):
-                where[1, chars[k]] = _NONE
+                bitmasks[1, chars[k]] = _NONE
     return out
 
 
@@ -214,10 +217,10 @@ def fill_steps(
     weight_t: Int64[np.ndarray, " time_t"],
     weight_s: Int64[np.ndarray, " time_s"],
 ) -> tuple[UInt8[np.ndarray, "time_t time_s_4"], int]:
-    """Find each cell's cheapest step to it (2 bits, four to a byte), and the cost of the last cell.
+    """Fill the DTW table: the cheapest step into each cell (2 bits, four per byte), and the total cost.
 
-    The cost of cell (i, j) is distance[row[i], col[j]]·weight_t[i]·weight_s[j]; of the costs' sums, two
-    rows are kept.
+    The cost of cell (i, j) is distance[row[i], col[j]]·weight_t[i]·weight_s[j]. Of the accumulated costs only
+    two rows are kept.
     """
     n, m = len(row), len(col)
     steps = np.zeros((n, (m + 3) // 4), np.uint8)
@@ -236,7 +239,7 @@ def fill_steps(
         else:
             through[0] = total[0]
             came[0] = _TEACHER
-            for j in range(1, m):  # no cell waits for its neighbour here, so this loop is vectorised
+            for j in range(1, m):  # no dependency between cells, so the compiler vectorises this
                 through[j] = min(total[j - 1], total[j])
                 came[j] = total[j] < total[j - 1]
             left = through[0] + cost[0]
@@ -274,29 +277,29 @@ def trace(steps: UInt8[np.ndarray, "time_t time_s_4"], m: int) -> Int32[np.ndarr
 @_compiled
 def warp_stretches(
     stretches: Int64[np.ndarray, "stretch 4"],
-    turned: Bool[np.ndarray, " stretch"],
+    swapped: Bool[np.ndarray, " stretch"],
     t: Symbols,
-    of_t: Int64[np.ndarray, " time_t"],
+    index_t: Int64[np.ndarray, " time_t"],
     weight_t: Int64[np.ndarray, " time_t"],
     s: Symbols,
-    of_s: Int64[np.ndarray, " time_s"],
+    index_s: Int64[np.ndarray, " time_s"],
     weight_s: Int64[np.ndarray, " time_s"],
-    where: UInt64[np.ndarray, "2 alphabet"],
+    bitmasks: UInt64[np.ndarray, "2 alphabet"],
 ) -> tuple[Int32[np.ndarray, "link 2"], Int64[np.ndarray, " stretch"]]:
-    """Warp each stretch (t0, t1, s0, s1) alone: all paths, end to end, and the length of each.
+    """Run DTW in each stretch (t0, t1, s0, s1); return the concatenated paths and the length of each.
 
-    Where `turned`, the student's tokens take the teacher's place in ties.
+    Where `swapped`, the two sides are exchanged, so that ties prefer the student's step.
     """
     longest = (stretches[:, 1] - stretches[:, 0] + stretches[:, 3] - stretches[:, 2]).sum()
     links, lengths = np.empty((longest, 2), np.int32), np.empty(len(stretches), np.int64)
     count = 0
     for k in range(len(stretches)):
         t0, t1, s0, s1 = stretches[k]
-        distance = distances(t, of_t[t0:t1], s, of_s[s0:s1], where)
+        distance = distances(t, index_t[t0:t1], s, index_s[s0:s1], bitmasks)
         rows, cols = np.arange(t1 - t0), np.arange(s1 - s0)
-        if turned[k]:
-            turned_distance = np.ascontiguousarray(distance.T)
-            steps, _ = fill_steps(turned_distance, cols, rows, weight_s[s0:s1], weight_t[t0:t1])
+        if swapped[k]:
+            transposed = np.ascontiguousarray(distance.T)
+            steps, _ = fill_steps(transposed, cols, rows, weight_s[s0:s1], weight_t[t0:t1])
             path = trace(steps, t1 - t0)[:, ::-1]
         else:
             steps, _ = fill_steps(distance, rows, cols, weight_t[t0:t1], weight_s[s0:s1])

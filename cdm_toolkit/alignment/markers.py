@@ -1,4 +1,4 @@
-"""Match what stands outside the text: special tokens by role, and a template's text between them."""
+"""Match the tokens outside the text: special tokens by role, and template text between them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ Roles = Set[str]
 
 
 def pair_by_role(t: Sequence[Roles], s: Sequence[Roles]) -> list[tuple[int, int]]:
-    """Find the longest list of places, growing on both sides, at which the tokens share a role.
+    """Find the longest common subsequence of tokens that share a role, as index pairs.
 
-    Of several that long, the one with the earliest pairs; no choice depends on which side is which.
+    Of several longest ones, return the one with the earliest pairs. The result is symmetric: swapping the
+    sides swaps each pair.
 
     >>> bos, turn_end, header = {"bos"}, {"eos", "turn_end"}, {"header_start"}
     >>> pair_by_role([bos, turn_end], [bos, header, turn_end])
@@ -36,11 +37,12 @@ def pair_by_role(t: Sequence[Roles], s: Sequence[Roles]) -> list[tuple[int, int]
     return pairs
 
 
-def match_run(t: Sequence[Roles], s: Sequence[Roles], t0: int, s0: int) -> list[Row]:
-    """Group the markers that stand at one place; those without a role are a template's text.
+def match_markers(t: Sequence[Roles], s: Sequence[Roles], t0: int, s0: int) -> list[Row]:
+    """Group the markers at one byte offset; those without a role are template text.
 
-    `t0` and `s0` are the places of the first ones. Between special tokens that match, the template's texts
-    of both sides are grouped in turn, and each special token left over is a group of its own.
+    `t0` and `s0` are the positions of the first marker on each side. Between matched special tokens, the
+    runs of template text of both sides are grouped in order; each unmatched special token forms a group
+    alone.
     """
     special_t = [i for i, roles in enumerate(t) if roles]
     special_s = [j for j, roles in enumerate(s) if roles]

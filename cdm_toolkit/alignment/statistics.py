@@ -1,4 +1,4 @@
-"""What a corpus says of two tokenizers: lengths, agreement of boundaries, kinds of groups, by class of text."""
+"""Statistics of two tokenizers on a corpus: token counts, shared boundaries, kinds of groups, by class of text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cdm_toolkit.tokdiff.spans import TokenSpans
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Count bytes, tokens and groups of one class of text, or of all."""
+    """Counts of bytes, tokens and groups in one class of text, or in all of it."""
 
     bytes: int
     tokens_t: int
@@ -30,38 +30,38 @@ class Tally:
         return sum(count for kind, count in self.kinds.items() if "0" not in kind)
 
     def share(self, kind: str) -> float:
-        """Divide the groups of a kind by those that have both sides."""
+        """Share of a kind among the groups with tokens on both sides."""
         return self.kinds.get(kind, 0) / self.groups if self.groups else 0.0
 
     @property
     def bytes_per_token(self) -> tuple[float, float]:
-        """Divide the bytes by the tokens of each side."""
+        """Mean bytes per token of each side."""
         return self.bytes / max(self.tokens_t, 1), self.bytes / max(self.tokens_s, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class PairStatistics:
-    """Sum up how two tokenizers cut one text or many."""
+    """Summary of how two tokenizers split one text or many."""
 
     texts: int
     total: Tally
     boundaries_t: int
     boundaries_s: int
     shared: int
-    """Boundaries inside texts that both sides have; the ends of texts, which all have, are not counted."""
+    """Boundaries inside texts that both sides have. The ends of texts are not counted."""
     inexact: int
-    """Groups with both sides that do not spell the same bytes."""
+    """Groups with tokens on both sides whose bytes differ."""
     classes: Mapping[str, Tally]
 
     @property
     def agreement(self) -> float:
-        """Divide the shared boundaries by those that either side has; 1 where there are none."""
+        """Jaccard index of the boundaries: shared ones over those of either side; 1 where there are none."""
         either = self.boundaries_t + self.boundaries_s - self.shared
         return self.shared / either if either else 1.0
 
 
 def measure(aligned: TextAlignment) -> PairStatistics:
-    """Measure one aligned text. A group's class is that of the bytes that it covers."""
+    """Measure one aligned text. A group's class is the class of the text that it covers."""
     t, s, alignment = aligned.t, aligned.s, aligned.alignment
     ends_t, ends_s = _inner_ends(t), _inner_ends(s)
     groups = alignment.groups
@@ -69,7 +69,7 @@ def measure(aligned: TextAlignment) -> PairStatistics:
     t0, t1, s0, s1 = groups[both].T
     start = np.minimum(t.start[t0], s.start[s0])
     end = np.maximum(t.end[t1 - 1], s.end[s1 - 1])
-    kinds = alignment.kind_numbers()[both]
+    kinds = alignment.kind_indices()[both]
     found = [_class_of(t.text_bytes[i:j]) for i, j in zip(start.tolist(), end.tolist(), strict=True)]
     class_number = np.array([CLASSES.index(name) for name in found], np.int64)
     classes = {}
@@ -123,7 +123,7 @@ def _added(tallies: list[Tally]) -> Tally:
 
 
 def _inner_ends(spans: TokenSpans) -> np.ndarray:
-    """List where the text can be cut between two tokens, its ends left out."""
+    """List the byte offsets inside the text at which it can be cut between two tokens."""
     if len(spans) == 0:
         return np.zeros(0, np.int64)
     ends = spans.end[:-1][spans.end[:-1] <= spans.start[1:]]

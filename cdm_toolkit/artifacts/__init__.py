@@ -1,1 +1,1 @@
-"""What is written to disk: versioned formats, fingerprints, provenance."""
+"""Artifacts on disk: versioned formats with fingerprints and provenance."""

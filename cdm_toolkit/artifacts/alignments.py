@@ -1,4 +1,4 @@
-"""Alignments of a corpus as one table: a row a text, for training elsewhere and for analysis."""
+"""Alignments of a corpus as one table, a row per text, for other tools and for analysis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cdm_toolkit.tokdiff.view import TokenizerView
 
 FORMATS = ("parquet", "arrow")
 ALIGNMENT_FORMAT, VERSION = "cdm-alignments", 1
-ROWS_AT_ONCE = 1000
+ROWS_PER_BATCH = 1000
 
 
 def write_alignments(
@@ -28,11 +28,11 @@ def write_alignments(
     file_format: str = "parquet",
     overwrite: bool = False,
 ) -> Path:
-    """Write alignments as `alignments.parquet` or `.arrow` in a folder, whole or not at all; give the file.
+    """Write alignments as `alignments.parquet` or `.arrow` in a folder, atomically; return the file.
 
-    Columns: text (binary), and for both sides (t, s) ids, start and end; groups holds t0, t1, s0, s1 of each group, and
-    exact whether its sides spell the same bytes. The schema's metadata names the format, both tokenizers with their
-    fingerprints, and the provenance. Raises UnknownName, OutputExists, MissingExtra, FileProblem.
+    Columns: text (binary); for both sides (t, s) ids, start and end; groups with t0, t1, s0, s1 of each group; exact,
+    whether both sides of a group have the same bytes. The schema's metadata holds the format, both tokenizers with
+    their fingerprints, and the provenance. Raises UnknownName, OutputExists, MissingExtra, FileProblem.
     """
     if file_format not in FORMATS:
         raise UnknownName("format", file_format, FORMATS)
@@ -58,15 +58,15 @@ def write_alignments(
         list(columns.items()), metadata={ALIGNMENT_FORMAT: json.dumps(header, ensure_ascii=False)}
     )
     name = f"alignments.{file_format}"
-    with atomic_folder(folder, overwrite=overwrite) as beside:
-        target = str(beside / name)
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        target = str(temporary / name)
         writer: Any = (
             pq.ParquetWriter(target, schema) if file_format == "parquet" else pa.ipc.new_file(target, schema)
         )
         with writer:
             rows = _rows(alignments)
-            while some := list(islice(rows, ROWS_AT_ONCE)):
-                writer.write_table(pa.Table.from_pylist(some, schema=schema))
+            while batch := list(islice(rows, ROWS_PER_BATCH)):
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
     return folder / name
 
 

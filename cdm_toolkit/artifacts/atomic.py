@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes: files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from cdm_toolkit.errors import FileProblem, OutputExists
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` when the block ends, and leaves no trace if it fails.
+    """Open a temporary file that replaces `path` when the block ends, and is deleted if it fails.
 
-    Written beside, flushed to disk, then renamed. FileProblem where it cannot be written.
+    It is written in the same folder, flushed to disk, then renamed. FileProblem where it cannot be written.
     """
     path = Path(path)
-    beside = _beside(path)
-    with _explained(path):
+    temporary = _temporary_sibling(path)
+    with _os_errors_as_file_problems(path):
         _make_folder(path.parent)
         try:
-            with beside.open("xb") as stream:
+            with temporary.open("xb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            beside.replace(path)
+            temporary.replace(path)
             _sync(path.parent)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 @contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a folder to fill that becomes `path` when the block ends, and leaves no trace if it fails.
+    """Yield a temporary folder that becomes `path` when the block ends, and is deleted if it fails.
 
-    OutputExists where `path` is there and not empty, unless `overwrite` is set; it is then replaced at the end.
+    OutputExists where `path` exists and is not empty, unless `overwrite` is set; it is then replaced at the end.
     FileProblem where it cannot be written.
     """
     path = Path(path)
-    beside = _beside(path)
-    with _explained(path):
+    temporary = _temporary_sibling(path)
+    with _os_errors_as_file_problems(path):
         if path.is_dir() and any(path.iterdir()) and not overwrite:
             raise OutputExists(path)
         _make_folder(path.parent)
         try:
-            beside.mkdir()
-            yield beside
-            for file in beside.rglob("*"):
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
                 _sync(file)
-            replaced = _beside(path)
+            replaced = _temporary_sibling(path)
             if path.is_dir():
                 path.rename(replaced)
             try:
-                beside.rename(path)
+                temporary.rename(path)
             except BaseException:
                 if replaced.is_dir():
                     replaced.rename(path)
@@ -66,23 +66,23 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             _sync(path.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _beside(path: Path) -> Path:
+def _temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}-{uuid.uuid4().hex[:12]}")
 
 
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # says nothing of what is wrong: that it is no folder
+    except FileExistsError:  # its message does not say that the path is a file
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _os_errors_as_file_problems(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -92,7 +92,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to disk; some file systems know no such thing for folders."""
+    """Flush a file or a folder's entries to disk; some file systems do not support it for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Give the cache folder: $CDM_CACHE, else ~/.cache/cdm-toolkit (or under $XDG_CACHE_HOME)."""
+    """Return the cache folder: $CDM_CACHE, else ~/.cache/cdm-toolkit (or under $XDG_CACHE_HOME)."""
     if chosen := os.environ.get("CDM_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cdm-toolkit"

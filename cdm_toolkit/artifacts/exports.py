@@ -1,4 +1,4 @@
-"""Mappings for other tools: json, csv, parquet, and a dense vector of ids."""
+"""Export mappings for other tools: json, csv, parquet, and a dense vector of ids."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cdm_toolkit.errors import MissingExtra, UnknownName
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.types import VocabMap
 
-Row = tuple[int, str, int, str, float]
+PairRow = tuple[int, str, int, str, float]
 COLUMNS = ("teacher_id", "teacher_token", "student_id", "student_token", "weight")
 
 
-FORMS = ("safetensors", "json", "csv", "parquet", "npy")
+FILE_FORMATS = ("safetensors", "json", "csv", "parquet", "npy")
 
 
 def export_map(
@@ -31,37 +31,37 @@ def export_map(
     view_t: TokenizerView,
     view_s: TokenizerView,
     *,
-    form: str,
+    file_format: str,
     made_by: Provenance | None = None,
 ) -> list[Path]:
-    """Write a mapping in one of `FORMS`; give the files written.
+    """Write a mapping in one of `FILE_FORMATS`; return the files written.
 
-    json, csv and parquet have a row for each pair, with both ids. npy is a dense int64 vector: the index
-    is the teacher id, the value the best student id or −1. csv and npy have no room for the header: it stands
-    beside them in `PATH.header.json`. UnknownName, MissingExtra without pyarrow, FileProblem.
+    json, csv and parquet have a row for each pair, with both ids. npy is a dense int64 vector: the index is the
+    teacher id, the value the best student id or −1. The header of csv and npy files is written next to them, as
+    `PATH.header.json`. UnknownName, MissingExtra without pyarrow, FileProblem.
     """
     path = Path(path)
     header = map_header(mapping, made_by)
-    if form == "safetensors":
+    if file_format == "safetensors":
         save_map(path, mapping, made_by)
-    elif form == "json":
+    elif file_format == "json":
         _write(path, _json(mapping, view_t, view_s, header))
-    elif form == "csv":
+    elif file_format == "csv":
         _write(path, _csv(mapping, view_t, view_s))
-    elif form == "parquet":
+    elif file_format == "parquet":
         _write(path, _parquet(mapping, view_t, view_s, header))
-    elif form == "npy":
+    elif file_format == "npy":
         _write(path, _npy(mapping))
     else:
-        raise UnknownName("format", form, FORMS)
-    if form not in ("csv", "npy"):
+        raise UnknownName("format", file_format, FILE_FORMATS)
+    if file_format not in ("csv", "npy"):
         return [path]
     beside = path.with_name(f"{path.name}.header.json")
     _write(beside, json.dumps(header, ensure_ascii=False, indent=1).encode())
     return [path, beside]
 
 
-def _rows(mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView) -> Iterator[Row]:
+def _rows(mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView) -> Iterator[PairRow]:
     teacher_ids = np.repeat(np.arange(mapping.size_t), np.diff(mapping.indptr)).tolist()
     for teacher_id, student_id, weight in zip(
         teacher_ids, mapping.ids.tolist(), mapping.weights.tolist(), strict=True
@@ -73,7 +73,7 @@ def _rows(mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView) -> It
 def _json(
     mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView, header: Mapping[str, Any]
 ) -> bytes:
-    """Give one object with a pair a line, so that the file can be read, searched and compared."""
+    """Encode one JSON object with one pair per line, which works with grep and diff."""
     head = json.dumps(header, ensure_ascii=False, indent=1).removesuffix("\n}")
     pairs = ",\n".join(
         json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False)

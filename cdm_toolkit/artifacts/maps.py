@@ -1,7 +1,7 @@
 """Mappings and neighbour tables on disk: safetensors with a JSON header.
 
-The header names format and version, both tokenizers with their fingerprints, what the mapping was built with,
-and its provenance. Its checksum covers the arrays, which safetensors itself does not check.
+The header holds format and version, both tokenizers with their fingerprints, the build settings and the provenance.
+Its checksum covers the arrays, which safetensors itself does not verify.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from cdm_toolkit.vocab_map.types import (
     Neighbours,
     NeighbourTable,
     VocabMap,
-    check_sides,
-    sides,
-    sides_of,
+    check_tokenizers,
+    pair_info,
+    pair_info_of,
 )
 
 MAP_FORMAT = "cdm-toolkit vocabulary mapping"
 TABLE_FORMAT = "cdm-toolkit neighbour table"
-# Raised whenever a file's layout or the meaning of what is in it changes.
+# Increment it whenever the layout of a file, or the meaning of its contents, changes.
 VERSION = 2
 HEADER = "cdm_toolkit"
 AGAIN = {
@@ -47,7 +47,7 @@ Made = TypeVar("Made")
 
 
 def save_map(path: str | Path, mapping: VocabMap, made_by: Provenance | None = None) -> None:
-    """Write a mapping; FileProblem where that cannot be done."""
+    """Write a mapping; FileProblem where it cannot be written."""
     arrays = {"indptr": mapping.indptr, "ids": mapping.ids, "weights": mapping.weights}
     _save(path, arrays, map_header(mapping, made_by))
 
@@ -55,17 +55,17 @@ def save_map(path: str | Path, mapping: VocabMap, made_by: Provenance | None = N
 def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:
     """Read a mapping for these tokenizers.
 
-    FileProblem where there is no such file, BadArtifact where it is damaged, foreign or of another version,
+    FileProblem where there is no such file, BadArtifact where it is damaged, of another format or version,
     TokenizerMismatch where it was built for other tokenizers.
     """
     arrays, header = _load(path, MAP_FORMAT)
     mapping = _made(path, MAP_FORMAT, lambda: VocabMap(**{**_record(VocabMap, header), **arrays}))
-    check_sides(f"the mapping {path}", mapping, sides(view_t, view_s))
+    check_tokenizers(f"the mapping {path}", mapping, pair_info(view_t, view_s))
     return mapping
 
 
 def save_table(path: str | Path, table: NeighbourTable, made_by: Provenance | None = None) -> None:
-    """Write a neighbour table; FileProblem where that cannot be done."""
+    """Write a neighbour table; FileProblem where it cannot be written."""
     arrays = {
         f"{way}.{field.name}": getattr(getattr(table, way), field.name)
         for way in ("t_to_s", "s_to_t")
@@ -88,7 +88,7 @@ def load_table(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -
         TABLE_FORMAT,
         lambda: NeighbourTable(**_record(NeighbourTable, header), t_to_s=way("t_to_s"), s_to_t=way("s_to_t")),
     )
-    check_sides(f"the neighbour table {path}", table, sides(view_t, view_s))
+    check_tokenizers(f"the neighbour table {path}", table, pair_info(view_t, view_s))
     return table
 
 
@@ -101,9 +101,9 @@ def load_or_build_neighbours(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> NeighbourTable:
-    """Read the neighbour table of two tokenizers from the cache, or build it and keep it there.
+    """Read the neighbour table of two tokenizers from the cache, or build it and store it there.
 
-    An entry that is damaged is built anew. FileProblem where the cache cannot be written; BadOption as
+    A damaged entry is rebuilt. FileProblem where the cache cannot be written; BadOption as
     `build_neighbours`.
     """
     path = cached_table(view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits)
@@ -112,7 +112,7 @@ def load_or_build_neighbours(
             return load_table(path, view_t, view_s)
         except BadArtifact:
             path.unlink()
-    # Numba is slow to import, and only building needs it.
+    # Imported here because numba is slow to import, and only building needs it.
     from cdm_toolkit.vocab_map.neighbours import build_neighbours
 
     table = build_neighbours(
@@ -150,7 +150,7 @@ def cached_table(
 
 
 def map_header(mapping: VocabMap, made_by: Provenance | None) -> dict[str, Any]:
-    """Give a mapping's header: all of it but the arrays."""
+    """Return a mapping's header: everything but the arrays."""
     facts = {
         "strategy": mapping.strategy,
         "max_edit_distance": mapping.max_edit_distance,
@@ -165,7 +165,7 @@ def _header(
 ) -> dict[str, Any]:
     fingerprints = {"teacher": built.fingerprint_t, "student": built.fingerprint_s}
     made = provenance(fingerprints=fingerprints) if made_by is None else made_by
-    return {"format": kind, "version": VERSION, **sides_of(built), **facts, "provenance": made}
+    return {"format": kind, "version": VERSION, **pair_info_of(built), **facts, "provenance": made}
 
 
 def _save(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:

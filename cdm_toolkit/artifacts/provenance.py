@@ -1,4 +1,4 @@
-"""Provenance: what made an artifact."""
+"""Provenance: the command, versions, inputs, seed and device that made an artifact."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECORDED = ("torch", "transformers", "tokenizers", "numpy")
 
 
 class Provenance(TypedDict):
-    """Say how an artifact was made; `seed` and `device` are None where none had a part in it."""
+    """How an artifact was made; `seed` and `device` are None where they do not apply."""
 
     command: str
     made: str
@@ -32,9 +32,10 @@ def provenance(
     seed: int | None = None,
     device: str | None = None,
 ) -> Provenance:
-    """Record what made an artifact, now; `command` is the words of a command line, by default this process's own.
+    """Record how an artifact is made now; `command` is a command line as words, by default this process's own.
 
-    `fingerprints` names what went in, such as tokenizers. Time is UTC. Asking for versions imports nothing.
+    `fingerprints` are of the inputs by name, such as tokenizers. Time is UTC. Package versions are read from
+    metadata, without importing the packages.
     """
     return Provenance(
         command=shlex.join(sys.argv if command is None else command),

@@ -1,4 +1,4 @@
-"""Settings from YAML and flags: frozen records, whose faults are all listed at once."""
+"""Settings from YAML and command-line assignments: frozen pydantic models; all faults are listed at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Record = TypeVar("Record", bound="Settings")
 
 
 class Settings(BaseModel):
-    """Base of all records of settings: frozen, and nothing in them that they do not name."""
+    """Base class of all settings: frozen, and unknown keys are faults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file. Raises FileProblem, or BadRunConfig where it is no mapping."""
+    """Read a mapping from a YAML file. Raises FileProblem, or BadRunConfig if it is not a mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -35,7 +35,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def make(kind: type[Record], settings: Mapping[str, Any], *, source: str) -> Record:
-    """Make a record of a mapping. Raises BadRunConfig with every fault: what, where, the nearest known key.
+    """Validate a mapping as settings of a class. Raises BadRunConfig with all faults: key, value, nearest known key.
 
     >>> class Run(Settings):
     ...     alpha: float = 0.5
@@ -53,9 +53,9 @@ def make(kind: type[Record], settings: Mapping[str, Any], *, source: str) -> Rec
 
 
 def with_settings(settings: Mapping[str, Any], assignments: Sequence[str], *, source: str) -> dict[str, Any]:
-    """Lay assignments such as `train.lr=2e-5` or `teachers.0.top_k=50` over a mapping, which is left as it is.
+    """Apply assignments such as `train.lr=2e-5` or `teachers.0.top_k=50` to a copy of a mapping.
 
-    A value is read as YAML. Raises BadRunConfig with every assignment that has no place.
+    A value is parsed as YAML. Raises BadRunConfig with every assignment whose key does not exist.
 
     >>> with_settings({"train": {"lr": 1.0}}, ["train.lr=2.5", "alpha=1"], source="--set")
     {'train': {'lr': 2.5}, 'alpha': 1}
@@ -86,22 +86,22 @@ def _copied(value: Any) -> Any:
 
 
 def _put(into: Any, keys: Sequence[str], value: Any) -> str | None:
-    """Set a value at a path of keys, mappings made as needed; say why where it cannot be."""
+    """Set a value at a path of keys, creating mappings as needed; return the reason if that is impossible."""
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(into, list):
             if not key.isdigit() or int(key) >= len(into):
                 return f"{'.'.join(keys[:depth])} has {len(into)} entries, counted from 0"
-            place: Any = int(key)
+            index: Any = int(key)
         elif isinstance(into, dict):
-            place = key
+            index = key
         else:
             return f"{'.'.join(keys[:depth])} is {_shown(into)}, which holds no settings"
         if last:
-            into[place] = value
-        elif isinstance(into, dict) and into.get(place) is None:
-            into[place] = {}
-        into = None if last else into[place]
+            into[index] = value
+        elif isinstance(into, dict) and into.get(index) is None:
+            into[index] = {}
+        into = None if last else into[index]
     return None
 
 
@@ -171,7 +171,7 @@ def _records_in(annotation: Any) -> Iterator[type[Settings]]:
 
 
 def _record_at(kind: type[Settings], path: Sequence[str | int]) -> type[Settings]:
-    """Find the record that a path of keys leads to."""
+    """Find the settings class at a path of keys."""
     for key in path:
         if isinstance(key, str) and key in kind.model_fields:
             kind = next(_records_in(kind.model_fields[key].annotation), kind)
@@ -179,7 +179,7 @@ def _record_at(kind: type[Settings], path: Sequence[str | int]) -> type[Settings
 
 
 def _choices(kind: type[Settings], name: str) -> list[str]:
-    """List what a setting's Literal allows."""
+    """List the values that a setting's Literal allows."""
     return [str(choice) for choice in _literals(kind.model_fields[name].annotation)]
 
 

@@ -1,4 +1,4 @@
-"""YAML files that come with the package: recipes, studies, suites."""
+"""YAML files shipped with the package: recipes, studies, suites."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from cdm_toolkit.errors import FileProblem
 
 
 def shipped_folder(name: str) -> Path:
-    """Find a folder of such files: inside the installed package, or at the top of a checkout."""
+    """Find a folder of shipped files: inside the installed package, or at the root of a checkout."""
     package = Path(cdm_toolkit.__file__).parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
 
 
 def given_file(name: str) -> Path | None:
-    """Take a name that ends as a YAML file does for a path; None for the name of a shipped one. FileProblem."""
+    """Return the path if a name ends in .yaml or .yml, None if it is the name of a shipped file. FileProblem."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         return None

@@ -1,8 +1,8 @@
-"""What a teacher says about every token of a data set's completions, on disk: `cdm teacher cache`.
+"""Teacher cache on disk: top-k log-probabilities for every completion token of a data set (`cdm teacher cache`).
 
-A folder of `cache.json`, the header, and for each so many rows a shard: `shard-00001.safetensors` with a note
-beside it, `shard-00001.json`, that has its size and sha256 and is written last. Shards are numbered through the
-whole data, so that what several machines made is put together by copying.
+A folder with a header, `cache.json`, and shards of a fixed number of rows. A shard is `shard-00001.safetensors` and a
+note, `shard-00001.json`, with its size and sha256; the note is written last. Shards are numbered across the whole
+data set, so the shards of several machines are merged by copying them into one folder.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.artifacts.teacher_forms import pack_candidates, unpack_candidates
+from cdm_toolkit.artifacts.teacher_encodings import pack_candidates, unpack_candidates
 from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, VERSION, CacheHeader
 from cdm_toolkit.artifacts.teacher_packing import id_bits, pack, unpack
 from cdm_toolkit.errors import BadArtifact, FileProblem, TokenizerMismatch
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 OPEN_SHARDS, DECODED_ROWS = 32, 64
-"""How many a reader keeps at hand."""
+"""How many of each a reader caches in memory."""
 
 Read = TypeVar("Read", bound=BaseModel)
 
 
 class ShardNote(BaseModel):
-    """What is known of a finished shard; `digest` is that of the cache it belongs to."""
+    """Metadata of a finished shard; `digest` is that of the cache it belongs to."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,18 +48,18 @@ class ShardNote(BaseModel):
     rows: int
     first_row: int
     positions: int
-    """Tokens that are predicted."""
+    """Number of cached positions, one for each predicted token."""
     provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedRow:
-    """What a teacher says about one row.
+    """The teacher signal of one row.
 
-    Position `p` is that of the token `first + p` of `token_ids`, the row as the teacher read it, and predicts
-    the token after it: the first position predicts the first token of the completion, the last the last token.
-    `ids` and `logprobs` are the `k` likeliest, best first; the whole vocabulary in the order of the ids where
-    nothing was left out. `token_logprobs` are of the tokens that really follow.
+    `token_ids` is the row as encoded for the teacher. Position `p` is at token `first + p` and predicts the token
+    after it: the first position predicts the first token of the completion, the last position its last token.
+    `ids` and `logprobs` are the top-k, most probable first, or the whole vocabulary in the order of ids if `k` is
+    its size. `token_logprobs` are the log-probabilities of the tokens that follow in the row.
     """
 
     number: int
@@ -84,7 +84,7 @@ def _pack_row(header: CacheHeader, row: CachedRow) -> dict[str, np.ndarray]:
 
 
 def shard_name(index: int) -> str:
-    """Name a shard, which are counted from 1: `--shard 3/30` of a cache of 30 makes shard-00003.
+    """Return the name of a shard; names count from 1: `--shard 3/30` of a cache of 30 makes shard-00003.
 
     >>> shard_name(2)
     'shard-00003'
@@ -96,12 +96,12 @@ def shard_name(index: int) -> str:
 
 
 class CacheWriter:
-    """Fill a folder with the shards of a cache: those that are whole already stay."""
+    """Writer of a cache folder; complete shards of an earlier run are kept."""
 
     def __init__(self, folder: Path, header: CacheHeader) -> None:
-        """Write the header, or see that the one that is there says the same.
+        """Write the header, or check that the existing one is the same.
 
-        BadArtifact where the folder has another cache, FileProblem where it has something else or cannot be
+        BadArtifact where the folder holds another cache, FileProblem where it holds something else or cannot be
         written.
         """
         self.folder, self.header = folder, header
@@ -117,7 +117,7 @@ class CacheWriter:
             _write(folder / HEADER_FILE, _as_json(header))  # no shard was made of the one that is there
 
     def state(self, index: int) -> Literal["missing", "whole", "damaged"]:
-        """Say what there is of a shard; all of it is read."""
+        """Return the state of a shard; the whole file is read to verify it."""
         if not _note_file(self.folder, index).is_file():
             return "missing"
         try:
@@ -127,8 +127,8 @@ class CacheWriter:
         return "whole"
 
     def write(self, index: int, rows: Sequence[CachedRow], *, device: str | None = None) -> ShardNote:
-        """Write a shard and then its note, each whole or not at all. FileProblem where that cannot be done."""
-        self._remove_leavings(index)
+        """Write a shard and then its note, each atomically. FileProblem where they cannot be written."""
+        self._remove_leftovers(index)
         packed = [_pack_row(self.header, row) for row in rows]
         content = save({name: np.concatenate([row[name] for row in packed]) for name in packed[0]})
         note = ShardNote(
@@ -144,8 +144,8 @@ class CacheWriter:
         _write(_note_file(self.folder, index), _as_json(note))
         return note
 
-    def _remove_leavings(self, index: int) -> None:
-        """Remove what a process that was killed has left of a shard; its note first, so that none lies."""
+    def _remove_leftovers(self, index: int) -> None:
+        """Remove what a killed process left of a shard; the note first, so that no note is without its shard."""
         _note_file(self.folder, index).unlink(missing_ok=True)
         for stale in self.folder.glob(f".{shard_name(index)}.*"):
             stale.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def read_header(folder: Path) -> CacheHeader:
 
 
 def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
-    """Read what is known of a shard; BadArtifact where that is damaged, or of another cache."""
+    """Read the note of a shard; BadArtifact where it is damaged, or of another cache."""
     path, again = _note_file(folder, index), _make_again(folder, header, index)
     note = _record(ShardNote, path, _json(path), again)
     if note.digest != header.digest:
@@ -196,7 +196,7 @@ def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
 
 
 def check_size(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
-    """Raise BadArtifact where a shard is not there or has another size than it was written with."""
+    """Raise BadArtifact where a shard is missing or its size differs from its note."""
     path, again = _data_file(folder, index), _make_again(folder, header, index)
     if not path.is_file():
         raise BadArtifact(path, "it is missing", again)
@@ -205,7 +205,7 @@ def check_size(folder: Path, header: CacheHeader, index: int, note: ShardNote) -
 
 
 def check_content(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
-    """Raise BadArtifact where a shard is not the one that was written: all of it is read."""
+    """Raise BadArtifact where the sha256 of a shard differs from its note; the whole file is read."""
     check_size(folder, header, index, note)
     path = _data_file(folder, index)
     with path.open("rb") as file:
@@ -237,7 +237,7 @@ def _make_again(folder: Path, header: CacheHeader, index: int) -> str:
 
 
 class _Shard:
-    """One shard, mapped into memory: a row's part is read when it is asked for."""
+    """One memory-mapped shard; rows are read on demand."""
 
     def __init__(self, path: Path, header: CacheHeader) -> None:
         self.header = header
@@ -250,7 +250,7 @@ class _Shard:
         self.positions, self.token_bytes = positions, token_bytes
 
     def find(self, number: int) -> int | None:
-        """Find a row's place by its number."""
+        """Return the index of a row in the shard by its number; None if it is not there."""
         at = int(np.searchsorted(self.numbers, number))
         return at if at < len(self.numbers) and self.numbers[at] == number else None
 
@@ -277,20 +277,20 @@ class _Shard:
         part = self.file.get_slice(name)
         if begin < end:
             return np.asarray(part[begin:end])
-        # safetensors cannot cut nothing out of the end of an array
+        # safetensors rejects an empty slice at the end of an array.
         kind = {"U8": np.uint8, "F16": np.float16, "F32": np.float32}[part.get_dtype()]
         return np.zeros((0, *part.get_shape()[1:]), kind)
 
 
 class TeacherCache:
-    """A whole cache, to read. Shards are mapped into memory; a few of them and of the rows are kept at hand.
+    """Reader of a complete cache. Shards are memory-mapped; recently used shards and rows are cached in memory.
 
-    That all shards are there in their sizes is seen when it is opened; a shard's sha256 is taken once, when one
-    of its rows is first asked for, or in `verify`.
+    Opening checks that all shards exist and have their sizes. The sha256 of a shard is checked once, when one of its
+    rows is first read, or in `verify`.
     """
 
     def __init__(self, folder: Path, header: CacheHeader, notes: Sequence[ShardNote]) -> None:
-        """Take what `open` has found."""
+        """Initialise from a header and notes; use `open`."""
         self.folder, self.header, self.notes = folder, header, tuple(notes)
         self._first_rows = [note.first_row for note in notes]
         self._verified: set[int] = set()
@@ -306,7 +306,7 @@ class TeacherCache:
         data_fingerprint: str | None = None,
         template_fingerprint: str | None = None,
     ) -> TeacherCache:
-        """Open a cache, and see that it was made for this tokenizer, these rows and this template where given.
+        """Open a cache; check that it was made for the given tokenizer, data and template, if any.
 
         FileProblem where there is none. BadArtifact where a shard is missing or damaged, and says which call
         makes it; or where data or template differ. TokenizerMismatch.
@@ -333,25 +333,25 @@ class TeacherCache:
 
     @property
     def positions(self) -> int:
-        """Count the tokens that are predicted."""
+        """Number of cached positions, one for each predicted token."""
         return sum(note.positions for note in self.notes)
 
     @property
     def size(self) -> int:
-        """Count the bytes of all files."""
+        """Size of all files in bytes."""
         return folder_size(self.folder, range(self.header.shards))
 
     def row(self, number: int) -> CachedRow:
-        """Read what the teacher says about a row of the data file. BadArtifact where it has no such row."""
+        """Read the teacher signal of a row, by its number in the data file. BadArtifact where there is no such row."""
         return self._row(number)
 
     def token_ids(self, number: int) -> Int32[np.ndarray, " time_t"]:
-        """Read a row's tokens alone."""
-        shard, at = self._place(number)
+        """Read only the token ids of a row."""
+        shard, at = self._locate(number)
         return shard.token_ids(at)
 
     def verify(self, on_shard: Callable[[int], None] = lambda _done: None) -> None:
-        """Take the sha256 of every shard. BadArtifact for the first that is not the one that was written."""
+        """Check the sha256 of every shard. BadArtifact for the first that differs from its note."""
         for index in range(len(self.notes)):
             self._check(index)
             on_shard(index + 1)
@@ -370,7 +370,7 @@ class TeacherCache:
             fix = _make_again(self.folder, self.header, index)
             raise BadArtifact(path, f"it is no shard of a cache ({error})", fix) from None
 
-    def _place(self, number: int) -> tuple[_Shard, int]:
+    def _locate(self, number: int) -> tuple[_Shard, int]:
         index = bisect_right(self._first_rows, number) - 1
         shard = self._shard(index) if index >= 0 else None
         if shard is None or (at := shard.find(number)) is None:
@@ -379,12 +379,12 @@ class TeacherCache:
         return shard, at
 
     def _decoded(self, number: int) -> CachedRow:
-        shard, at = self._place(number)
+        shard, at = self._locate(number)
         return shard.row(at)
 
 
 def folder_size(folder: Path, shards: Iterable[int]) -> int:
-    """Count the bytes of a cache's header and of shards that are there, with their notes."""
+    """Size in bytes of a cache's header and of the existing ones of some shards, with their notes."""
     files = [folder / HEADER_FILE]
     for index in shards:
         files += [_data_file(folder, index), _note_file(folder, index)]
@@ -399,7 +399,7 @@ def _check_same(folder: Path, header: CacheHeader, what: str, given: str | None)
 
 
 def missing_shards(folder: Path, header: CacheHeader) -> list[int]:
-    """List the shards that no note stands for."""
+    """List the shards without a note: missing or unfinished."""
     return [index for index in range(header.shards) if not _note_file(folder, index).is_file()]
 
 

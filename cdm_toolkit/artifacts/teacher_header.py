@@ -49,7 +49,7 @@ class CacheHeader(BaseModel):
         return -(-self.rows // self.rows_per_shard)
 
     @property
-    def form(self) -> str:
+    def encoding(self) -> str:
         return "whole" if self.k == self.vocab else "quantised" if self.quantised else "plain"
 
     @property
@@ -76,7 +76,7 @@ class CacheHeader(BaseModel):
         same = ("dtype", "quantised", "max_length", "template", "teacher_dtype", "rows_per_shard", "limit")
         settings: dict[str, Any] = {"model": self.model, "data": self.data, "output": str(folder)}
         settings |= {
-            "k": 0 if self.form == "whole" else self.k,
+            "k": 0 if self.encoding == "whole" else self.k,
             **{name: getattr(self, name) for name in same},
         }
         settings |= {"shard": shard}

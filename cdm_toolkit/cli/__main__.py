@@ -1,4 +1,4 @@
-"""`python -m cdm_toolkit.cli`, where the script is not on the path."""
+"""`python -m cdm_toolkit.cli`, for when the `cdm` script is not on the path."""
 
 from cdm_toolkit.cli import entry
 

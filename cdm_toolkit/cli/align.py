@@ -1,4 +1,4 @@
-"""`cdm align`: see how two tokenizers cut one text."""
+"""`cdm align`: align the tokens of two tokenizers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 ENTROPIES = ("uniform", "models")
 
-CorpusFile = Annotated[Path, typer.Argument(help="A JSONL file, or a text file with one text a line.")]
+CorpusFile = Annotated[Path, typer.Argument(help="A JSONL file, or a text file with one text per line.")]
 
-app = typer.Typer(
-    no_args_is_help=True, help="See how two tokenizers cut one text, and which tokens belong together."
-)
+app = typer.Typer(no_args_is_help=True, help="Align the tokens of two tokenizers on the same text.")
 
 
 @app.command()
@@ -35,27 +33,29 @@ def show(
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Render messages with each side's own chat template, and align these."),
+        typer.Option(
+            "--chat", help="Render messages with each tokenizer's chat template, and align the results."
+        ),
     ] = False,
     aligner: options.Aligner = "anchored",
     entropy: Annotated[
         str,
         typer.Option(
-            help="What weighs tokens in DTW: uniform, or models (both sides are models and read the text)."
+            help="Token weights in DTW: uniform, or models (next-token entropies; --t1 and --t2 must be models)."
         ),
     ] = "uniform",
     device: options.Device = "auto",
     special_tokens: Annotated[
         bool,
         typer.Option(
-            "--special-tokens", help="Let each tokenizer add its own, such as a begin-of-text token."
+            "--special-tokens", help="Include the special tokens that each tokenizer adds, such as bos."
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the drawing as a page for a browser.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Write the drawing as a picture.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the alignment as an HTML page.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the alignment as an SVG image.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Draw the tokens of both tokenizers in two rows, with the groups that tie them.
+    """Show the tokens of both tokenizers in two rows, grouped by shared byte boundaries.
 
     Example: cdm align show "Tokens don't match 1:1" --t1 llama3 --t2 qwen2
     """
@@ -98,12 +98,12 @@ def report(
     t1: options.FirstTokenizer,
     t2: options.SecondTokenizer,
     aligner: options.Aligner = "anchored",
-    worst: Annotated[int, typer.Option(help="How many of the worst texts to list.", min=0)] = 5,
+    worst: Annotated[int, typer.Option(help="How many texts with the least agreement to list.", min=0)] = 5,
     workers: options.Workers = 2,
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page for a browser.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as an HTML page.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Sum up how two tokenizers cut a corpus: kinds of groups, agreement, bytes that changed, worst texts.
+    """Summarise the alignment of a corpus: kinds of groups, boundary agreement, normalized bytes, worst texts.
 
     Example: cdm align report gsm8k_test.jsonl --t1 llama3 --t2 qwen2
     """
@@ -133,7 +133,7 @@ def export(
     file_format: Annotated[str, typer.Option("--format", help="parquet or arrow.")] = "parquet",
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Write the tokens and groups of every text of a corpus as a table, for use elsewhere.
+    """Write the tokens and groups of every text of a corpus as a parquet or arrow table.
 
     Example: cdm align export gsm8k_test.jsonl --t1 llama3 --t2 qwen2 -o aligned
     """
@@ -210,7 +210,7 @@ def _summary(aligned: TextAlignment) -> str:
 
 
 def alignment_record(aligned: TextAlignment) -> dict[str, Any]:
-    """Return an alignment as plain data: tokens of both sides with byte spans, groups as half-open token ranges."""
+    """Convert an alignment for JSON: tokens of both sides with byte spans, groups as half-open token ranges."""
     return {
         "t1": _side_record(aligned.t),
         "t2": _side_record(aligned.s),

@@ -1,4 +1,4 @@
-"""Pages that a browser shows offline: one file, no script and nothing fetched."""
+"""Self-contained HTML pages and SVG: one file, no scripts, no external resources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cdm_toolkit.alignment.groups import Group
 from cdm_toolkit.cli.visible import token_label
 from cdm_toolkit.tokdiff.spans import TokenSpans
 
-# Okabe and Ito's palette: kinds stay apart for colour-blind readers. The kind is written in each group besides.
+# Okabe-Ito palette, safe for colour-blind readers. Each group also shows its kind as text.
 KIND_COLOURS = {
     "1-1": "#009e73",
     "1-n": "#0072b2",
@@ -64,7 +64,7 @@ svg { display: block; margin: 1rem 0; } svg text { fill: currentColor; }
 
 
 def html_page(title: str, facts: str, body: str) -> str:
-    """Frame a body as one self-contained page."""
+    """Wrap a body in a self-contained page."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -74,7 +74,7 @@ def html_page(title: str, facts: str, body: str) -> str:
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, figures: Iterable[int] = ()) -> str:
-    """Draw a table of texts, escaped; `figures` are the columns to set flush right."""
+    """Render a table, with escaped cells; `figures` are the right-aligned columns."""
     right = set(figures)
 
     def cells(tag: str, values: Sequence[str]) -> str:
@@ -92,7 +92,7 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, figures
 def bar_chart(
     title: str, bars: Sequence[tuple[str, float, str]], *, colours: Sequence[str], unit: str = ""
 ) -> str:
-    """Draw horizontal bars as inline SVG: (label, value, figure as text) each, the longest filling the width."""
+    """Render horizontal bars as inline SVG; a bar is (label, value, value as text), the longest fills the width."""
     longest = max((value for _, value, _ in bars), default=0.0) or 1.0
     label_width = 14 + max((7.5 * cell_len(label) for label, _, _ in bars), default=0.0)
     width, height = label_width + 480, 24 * len(bars) + 34
@@ -113,7 +113,7 @@ def bar_chart(
 
 
 def alignment_page(alignments: Sequence[TextAlignment], *, source: str) -> str:
-    """Draw alignments as a page: both rows of each text, groups coloured by kind, ids and bytes on hover."""
+    """Render alignments as a page: two rows of tokens per text, groups coloured by kind, ids and bytes on hover."""
     first = alignments[0]
     body = [_legend()]
     for number, aligned in enumerate(alignments, start=1):
@@ -122,7 +122,7 @@ def alignment_page(alignments: Sequence[TextAlignment], *, source: str) -> str:
         body.append(_html_rows(aligned))
     return html_page(
         f"{first.t.view.name} above, {first.s.view.name} below",
-        f"From {source}. Point at a token for its id and bytes. A dashed frame: the two sides spell different bytes.",
+        f"From {source}. Hover over a token for its id and bytes. A dashed frame: the two sides have different bytes.",
         "\n".join(body),
     )
 
@@ -177,13 +177,13 @@ def _hover(spans: TokenSpans, index: int) -> str:
     return f"id {token_id}, bytes {data.hex(' ')}, [{start}, {end})"
 
 
-# The same picture as SVG, for papers and slides: widths are set by us, so that no font can break the frames.
+# The same as SVG, for papers and slides. Text widths are fixed, so that the layout does not depend on the font.
 
 _CELL, _TOKEN_HEIGHT, _BAND, _GAP, _SVG_WIDTH = 8.6, 26, 22, 6, 1100
 
 
 def alignment_svg(aligned: TextAlignment) -> str:
-    """Draw an alignment as SVG: two rows of tokens, a band for each group, ids and bytes as titles."""
+    """Render an alignment as SVG: two rows of tokens, a band for each group, ids and bytes as titles."""
     name_width = 14 + _CELL * max(cell_len(aligned.t.view.name), cell_len(aligned.s.view.name))
     x, y = name_width, 40.0
     drawn: list[str] = []
@@ -271,7 +271,7 @@ def _svg_legend() -> str:
 
 
 def write_page(path: Path, content: str) -> None:
-    """Write a page whole or not at all."""
+    """Write a page atomically."""
     from cdm_toolkit.artifacts.atomic import atomic_write
 
     with atomic_write(path) as stream:

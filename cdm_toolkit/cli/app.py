@@ -1,4 +1,4 @@
-"""The root command and its groups."""
+"""The root command `cdm` and its command groups."""
 
 from __future__ import annotations
 

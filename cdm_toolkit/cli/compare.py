@@ -1,4 +1,4 @@
-"""`cdm compare`: train several methods at equal cost, measure all, and say which is better."""
+"""`cdm compare`: train several methods on equal terms, evaluate them, and test which is better."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 def compare(
     study: Annotated[
-        str | None, typer.Argument(help="A study file (YAML), or the name of one that comes along.")
+        str | None, typer.Argument(help="A study file (YAML), or the name of a shipped one.")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Folder that keeps each cell, to go on from and read. <study>-output without it.",
+            help="Folder for the finished cells; an interrupted study resumes from it. Default: <study>-output.",
         ),
     ] = None,
     assignments: Annotated[
@@ -37,33 +37,37 @@ def compare(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any setting of a study, such as steps=20 or train.gsm8k.path=rows.jsonl. Again for more.",
+            help="Any setting of a study, such as steps=20 or train.gsm8k.path=rows.jsonl. Repeat for more.",
         ),
     ] = None,
     cell: Annotated[
         str | None,
-        typer.Option(help="Run this cell alone, by number or name, in this process: for several machines."),
+        typer.Option(help="Run only this cell, by number or name, in this process: for several machines."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Cells that run at a time.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Number of cells to run in parallel.", min=1)] = 1,
     list_cells: Annotated[
-        bool, typer.Option("--list", help="List the cells with their numbers, and what is done. Run nothing.")
+        bool,
+        typer.Option("--list", help="List the cells with their numbers and states, without running any."),
     ] = False,
-    report: Annotated[bool, typer.Option("--report", help="Draw what is there. Run nothing.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Report the finished cells, without running any.")
+    ] = False,
     keep_models: Annotated[
         bool,
         typer.Option(
-            "--keep-models", help="Keep the student of each cell that runs now: it is measured and removed."
+            "--keep-models",
+            help="Keep the student of each cell; by default it is deleted after the evaluation.",
         ),
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Start anew what --output has; with --cell that cell alone."),
+        typer.Option("--overwrite", help="Discard the results in --output; with --cell, only of that cell."),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Train all methods of a study on the same rows, steps and seeds, and measure them on held-out text.
 
-    A cell is one method with one seed. What is finished is kept: the same command goes on with the rest.
+    A cell is one method with one seed. Finished cells are kept: run the same command again to resume.
 
     Examples:
 
@@ -120,7 +124,7 @@ def _check_options(study: str | None, ways: Mapping[str, bool], overwrite: bool)
 
 
 def _check_drawing() -> None:
-    """See that pictures can be drawn before hours are spent on what they show."""
+    """Check that figures can be drawn, before hours of training."""
     from importlib.util import find_spec
 
     from cdm_toolkit.errors import MissingExtra
@@ -130,7 +134,7 @@ def _check_drawing() -> None:
 
 
 def _check_texts(config: StudyConfig, folder: StudyFolder) -> None:
-    """See that a study has its texts before it takes a folder."""
+    """Check that the texts of a study can be read, before the output folder is created."""
     from cdm_toolkit.compare.prepared import read_texts
 
     if not folder.study_file.is_file():
@@ -138,7 +142,7 @@ def _check_texts(config: StudyConfig, folder: StudyFolder) -> None:
 
 
 def _command(study: str, output: Path | None, assignments: Sequence[str]) -> str:
-    """Write the command line that gives this study, whichever part of it runs now."""
+    """Return the command line of the whole study, without options such as --cell."""
     words = ["cdm", "compare", study, *([] if output is None else ["-o", str(output)])]
     return shlex.join([*words, *(word for each in assignments for word in ("--set", each))])
 
@@ -209,7 +213,7 @@ def _run_one(
 
 
 def _raise_for(failures: Sequence[Failure], folder: StudyFolder, command: str) -> None:
-    """Fail where a cell has; what the others gave has been shown by then."""
+    """Raise CdmError if cells have failed."""
     from cdm_toolkit.errors import CdmError
 
     if not failures:
@@ -229,7 +233,7 @@ def _named(cell: Cell) -> str:
 
 
 class _Screen:
-    """Draw how far a study is: its cells, the steps of those that run, and a line for each that ends."""
+    """Progress display of a study: finished cells, steps of the running ones, and a line for each that ends."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.progress import TimeRemainingColumn
@@ -237,7 +241,7 @@ class _Screen:
         from cdm_toolkit.cli import screen
 
         self._bar = screen.progress()
-        # cells are few and long: what is left of all of them is told by `_left`
+        # Cells are few and long, so the remaining time is estimated by `_left` instead.
         kept = [column for column in self._bar.columns if not isinstance(column, TimeRemainingColumn)]
         self._bar.columns = tuple(kept)
         self._quiet = quiet
@@ -275,11 +279,11 @@ class _Screen:
         self._bar.update(self._tasks[name], completed=done, total=total, note=note)
 
     def _left(self, progress: Progress) -> str:
-        """Guess from what was done since this began how long the rest takes."""
+        """Estimate the remaining time from the progress since this process began."""
         begun = sum(_share_done(each) for each in progress.running)
         made = progress.done - (self._first_done or 0) + begun
         left = progress.planned - progress.done - begun
-        if made < A_GUESS_FROM or not left:
+        if made < MIN_SHARE_TO_ESTIMATE or not left:
             return ""
         return f"about {_duration((time.monotonic() - self._began) / made * left)} left"
 
@@ -299,14 +303,14 @@ class _Screen:
 _STAGES = {**STAGES, "start": "starting", "measure": "measuring"}
 
 
-A_GUESS_FROM = 0.2
-"""Of a cell that must be done before what is left is guessed."""
+MIN_SHARE_TO_ESTIMATE = 0.2
+"""Share of a cell that must be finished before the remaining time is estimated."""
 _TRAINING = 0.8
-"""Of the time of a cell, about."""
+"""Approximate share of training in the time of a cell."""
 
 
 def _share_done(running: Running) -> float:
-    """Guess how much of a cell is done."""
+    """Estimate the finished share of a cell."""
     share = running.done / max(running.total, 1)
     parts = {"train": share * _TRAINING, "save": _TRAINING, "measure": _TRAINING + share * (1 - _TRAINING)}
     return parts.get(running.stage, 0.0)
@@ -320,7 +324,7 @@ def _duration(seconds: float) -> str:
 
 
 def _report(config: StudyConfig, folder: StudyFolder, command: str, as_json: bool) -> None:
-    """Put the cells together, write what can be read later, and print the table."""
+    """Merge the finished cells, write results, figures and page, and print the table."""
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.compare_table import table
     from cdm_toolkit.compare.figures import draw
@@ -365,7 +369,7 @@ def _list(config: StudyConfig, folder: StudyFolder, as_json: bool) -> None:
 
 
 def _state(config: StudyConfig, folder: StudyFolder, cell: Cell) -> str:
-    """Say what there is of a cell."""
+    """Return the state of a cell for display."""
     from cdm_toolkit.cli import screen
     from cdm_toolkit.compare.runner import running_cell
     from cdm_toolkit.compare.study_folder import LOG_FILE

@@ -1,4 +1,4 @@
-"""A study on the terminal: a table that fits its width, and the verdicts below."""
+"""Results of a study on the terminal: a table that fits its width, followed by the verdicts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SIGNS = {"ahead": ("▲", "green"), "behind": ("▼", "red"), "level": ("≈", 
 
 
 def table(result: StudyResult) -> RenderableType:
-    """Draw a study: its methods, best first, the verdicts of the default, and what to know before trusting them."""
+    """Render a study: its methods, best first, the verdicts about the default method, and notes."""
     from cdm_toolkit.compare.columns import overview
     from cdm_toolkit.compare.palette import styles
     from cdm_toolkit.compare.summary import summarize
@@ -43,13 +43,13 @@ def table(result: StudyResult) -> RenderableType:
 
 _LEGEND = (
     "Means over seeds ± standard deviation, best in bold; in, out: text of the kinds trained on, other text. Share: of "
-    "the gap between start and teacher that is closed. Bits: per byte. KL: from the teacher, nats. ◆: on the Pareto front, no "
-    "other method is as good on both sides and better on one."
+    "the gap between start and teacher that is closed. Bits: per byte. KL: from the teacher, nats. ◆: on the Pareto "
+    "front, no other method is as good on both sides and better on one."
 )
 
 
 def _verdict(verdict: Verdict) -> Table:
-    """Set a verdict so that its second line, if any, stands under the first."""
+    """Lay out a verdict so that its second line, if any, is aligned with the first."""
     sign, style = _SIGNS["ahead" if verdict.ahead else "behind" if verdict.behind else "level"]
     grid = Table.grid(padding=(0, 1))
     grid.add_row(Text(sign, style=style), Text(verdict.text))
@@ -58,10 +58,10 @@ def _verdict(verdict: Verdict) -> Table:
 
 @dataclass(frozen=True, slots=True)
 class _Detail:
-    """How much of the table is shown."""
+    """Level of detail of the table."""
 
     without: frozenset[str]
-    """Groups of columns that are left out."""
+    """Groups of columns to leave out."""
     spreads: Literal["all", "score", "none"]
     """Which columns have their std."""
 
@@ -75,12 +75,12 @@ _DETAILS = (
     _Detail(_ALL_BUT_SHARES, "score"),
     _Detail(_ALL_BUT_SHARES, "none"),
 )
-"""From the most to the least."""
+"""From most to least detail."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """The table with as much detail as there is room for."""
+    """The table with as much detail as fits the width."""
 
     summary: Summary
     columns: tuple[Column, ...]

@@ -1,4 +1,4 @@
-"""`cdm doctor`: what this machine has."""
+"""`cdm doctor`: report versions, hardware and caches of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from cdm_toolkit import __version__
 from cdm_toolkit.cli import options
 
-# Packages by what needs them: the extra that brings each, or none for those that every command needs.
+# Packages with the extra that installs them; None for those that every command needs.
 _PACKAGES = {
     "torch": None,
     "transformers": None,
@@ -31,7 +31,7 @@ _PACKAGES = {
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Say what this machine has: versions, torch build, CUDA, memory, cache folder, aliases at hand."""
+    """Report package versions, torch build, CUDA, memory, cache folder and locally available aliases."""
     from cdm_toolkit.cli import screen
 
     report = examine()
@@ -66,7 +66,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Collect the report as plain data."""
+    """Collect the report for JSON."""
     from cdm_toolkit.artifacts.cache import cache_folder
     from cdm_toolkit.hub.resolve import list_aliases
 

@@ -32,7 +32,7 @@ def evaluate(
         str | None, typer.Option(help="A suite (cdm eval list), the path of a YAML file, or all.")
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="An alias, a folder or a hub id. Again for each further model.")
+        list[str] | None, typer.Option(help="An alias, a folder or a hub id. Repeat for more models.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="JSONL file to score, instead of the suite's own data.")
@@ -42,26 +42,29 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="A task or data set of the suite. Again for more, or with commas."),
+        typer.Option(help="A task or data set of the suite. Repeat for more, or separate with commas."),
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of task files of lm-eval.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Ask in the model's own chat template.")
+        bool, typer.Option("--chat-template", help="Wrap prompts in the model's chat template.")
     ] = False,
-    batch_size: Annotated[
-        str, typer.Option(help="Rows that a model reads at once; auto: by their length.")
-    ] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Rows per batch; auto: by their length.")] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder that keeps each item, to go on from and read."),
+        typer.Option(
+            "--output", "-o", help="Folder for the finished items; an interrupted run resumes from it."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew what --output has.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the items in --output.")] = False,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run programs that a model writes, in a sandbox.")
+        bool, typer.Option("--allow-code-execution", help="Run model-written programs, in a sandbox.")
     ] = False,
     require_isolation: Annotated[
-        bool, typer.Option("--require-isolation", help="Refuse to run them where the sandbox lacks a wall.")
+        bool,
+        typer.Option(
+            "--require-isolation", help="Do not run them where an isolation layer of the sandbox is missing."
+        ),
     ] = False,
     workers: options.Workers = 1,
     device: options.Device = "auto",
@@ -180,7 +183,7 @@ def _print(done: Evaluation, output: Path | None) -> None:
 
 
 def _table(spec: SuiteSpec, results: list[SuiteResult]) -> Table:
-    """Put models below each other, and the figures of a publication below them."""
+    """Make a table with a row per model, followed by published results."""
     from cdm_toolkit.cli import screen
 
     first = results[0]

@@ -1,4 +1,4 @@
-"""`cdm generate`: read one answer of a model."""
+"""`cdm generate`: generate one answer with a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def generate(
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Continue a prompt greedily, to read what a model has learned.
+    """Continue a prompt with greedy decoding.
 
     Example: cdm generate "Mia has 3 boxes of 12 pens. How many pens?" --model out
     """

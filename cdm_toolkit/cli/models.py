@@ -1,4 +1,4 @@
-"""`cdm models`: what can be named, and where it comes from."""
+"""`cdm models`: aliases and their sources."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import typer
 
 from cdm_toolkit.cli import options
 
-app = typer.Typer(
-    no_args_is_help=True, help="List the names that every command knows, and fetch what they stand for."
-)
+app = typer.Typer(no_args_is_help=True, help="List the aliases of tokenizers and models, and fetch them.")
 
 
 @app.command("list")
 def list_models(as_json: options.AsJson = False) -> None:
-    """List each alias: where it would come from, its licence, and whether it is here already.
+    """List each alias: its source, its licence, and whether it is available locally.
 
-    A path of a local folder or a hub id can stand wherever an alias can.
+    A local folder or a hub id can be used wherever an alias can.
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.resolve import list_aliases
@@ -39,9 +37,9 @@ def fetch(
     names: Annotated[list[str], typer.Argument(help="Aliases or hub ids.")],
     as_json: options.AsJson = False,
 ) -> None:
-    """Fetch what names stand for into the cache, and convert it for quick loading.
+    """Fetch tokenizers and models into the cache, and convert them for fast loading.
 
-    A hub id stands for a model with its weights; an alias for what cdm models list says.
+    A hub id is fetched with its weights; for an alias, see cdm models list.
 
     Example: cdm models fetch smollm2 mistral
     """

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they read the same everywhere."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ Device = Annotated[
     typer.Option(help="Where the model runs: auto (cuda if it is here, else mps, else cpu), cpu, cuda:1, …"),
 ]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 Aligner = Annotated[str, typer.Option(help="anchored (exact), bytes, entropy-dtw (the paper's) or dtw.")]
-Workers = Annotated[int, typer.Option(help="Processes that share the work.", min=1)]
+Workers = Annotated[int, typer.Option(help="Number of worker processes.", min=1)]
 Teacher = Annotated[
     str, typer.Option("--t1", help="The teacher's tokenizer: an alias, a folder or a hub id.")
 ]
-Student = Annotated[str, typer.Option("--t2", help="The student's tokenizer, likewise.")]
+Student = Annotated[
+    str, typer.Option("--t2", help="The student's tokenizer: an alias, a folder or a hub id.")
+]

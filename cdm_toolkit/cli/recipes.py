@@ -1,4 +1,4 @@
-"""`cdm recipes`: run files that come with the package."""
+"""`cdm recipes`: run files shipped with the package."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import typer
 
 from cdm_toolkit.cli import options
 
-app = typer.Typer(no_args_is_help=True, help="Run files to start from: list them, read one, copy one.")
+app = typer.Typer(no_args_is_help=True, help="Run files to start from: list, show, copy.")
 
-Name = Annotated[str, typer.Argument(help="As cdm recipes list names it.")]
+Name = Annotated[str, typer.Argument(help="Name of a recipe (cdm recipes list).")]
 
 
 @app.command("list")
 def list_all(as_json: options.AsJson = False) -> None:
-    """List the recipes, with what each does."""
+    """List the recipes, with a summary of each."""
     from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.recipes import list_recipes
 
@@ -49,7 +49,7 @@ def copy(
     to: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Copy a recipe, to edit it and give it to cdm distill.
+    """Copy a recipe to a run file for cdm distill.
 
     Example: cdm recipes copy small/cdm run.yaml
     """

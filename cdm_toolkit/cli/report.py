@@ -70,7 +70,7 @@ def _verdict(found: CorpusReport) -> str:
     inexact = f", {found.total.inexact:,} groups not exact" if found.total.inexact else ""
     return (
         f"{found.exact_texts:,} of {found.total.texts:,} texts are aligned exactly by {found.aligner}: both sides "
-        f"of every group spell the same bytes{inexact}."
+        f"of every group have the same bytes{inexact}."
     )
 
 
@@ -160,7 +160,7 @@ def statistics_record(measured: PairStatistics) -> dict[str, Any]:
 
 
 def report_page(found: CorpusReport, texts: Sequence[str], *, source: str, worst: int) -> str:
-    """Draw the report as one self-contained page."""
+    """Render the report as a self-contained page."""
     from html import escape
 
     from cdm_toolkit.cli.align_page import KIND_COLOURS, bar_chart, html_page, html_table

@@ -1,4 +1,4 @@
-"""An alignment as two rows of tokens on a terminal, readable without colour."""
+"""Draw an alignment on a terminal as two rows of tokens, readable without colour."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class _Block:
 
 
 def draw_rows(aligned: TextAlignment, *, width: int) -> Iterator[Text]:
-    """Yield the lines of the drawing: for each stretch that fits the width, three lines and a blank one.
+    """Yield the lines of the drawing, wrapped to the width: three lines and a blank one for each part.
 
-    `│` stands between groups, `·` between the tokens of one group, `≈` beside a kind whose two sides spell
-    different bytes.
+    `│` separates groups, `·` the tokens of one group; `≈` before a kind means that the two sides have different
+    bytes.
     """
     names = (aligned.t.view.name, aligned.s.view.name)
     margin = max(cell_len(name) for name in names) + 1

@@ -1,4 +1,4 @@
-"""The two streams: results on stdout, progress and chatter on stderr."""
+"""Output streams: results on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.table import Table
 from cdm_toolkit.cli.wording import in_terminal
 
 PLAIN_WIDTH = 120
-"""Columns to fill where the output is no terminal, so that a table in a file is whole."""
+"""Width of output that is not a terminal, so that tables in files are not truncated."""
 
 
 def _console(*, stderr: bool) -> Console:
@@ -35,12 +35,12 @@ def out() -> Console:
 
 
 def err() -> Console:
-    """Return the console for progress and chatter."""
+    """Return the console for progress and messages."""
     return _console(stderr=True)
 
 
 def say(message: str) -> None:
-    """Print one line of chatter."""
+    """Print a message on stderr."""
     err().print(message, style="dim", markup=False, soft_wrap=True)
 
 
@@ -65,7 +65,7 @@ def print_json(answer: object) -> None:
 
 
 def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """Make a table whose `right` columns are figures."""
+    """Make a table; `right` are the right-aligned columns."""
     made = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -73,7 +73,7 @@ def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Tabl
 
 
 def progress() -> Progress:
-    """Make a progress display on stderr that leaves nothing behind, and draws nothing where that is a file."""
+    """Make a transient progress display on stderr, which is disabled if stderr is not a terminal."""
     console = err()
     return Progress(
         SpinnerColumn(),

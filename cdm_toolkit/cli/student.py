@@ -1,4 +1,4 @@
-"""`cdm student`: make a model to train."""
+"""`cdm student`: create a student model."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from cdm_toolkit.cli import options
 
 Entries = Annotated[
     int | None,
-    typer.Option(help="Cut the vocabulary to this many ids, the first merges (byte-level BPE only).", min=1),
+    typer.Option(
+        help="Truncate the vocabulary to this many ids: the first merges (byte-level BPE only).", min=1
+    ),
 ]
 
-app = typer.Typer(no_args_is_help=True, help="Make a model to train.")
+app = typer.Typer(no_args_is_help=True, help="Create a student model to train.")
 
 
 @app.command()
 def new(
-    tokenizer: Annotated[str, typer.Option(help="Whose vocabulary it has: an alias, a folder or a hub id.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the student: an alias, a folder or a hub id.")],
     output: options.OutputFolder,
-    size: Annotated[str, typer.Option(help="Parameters, about: 10m, 135m, 1b.")] = "10m",
+    size: Annotated[str, typer.Option(help="Approximate number of parameters: 10m, 135m, 1b.")] = "10m",
     entries: Entries = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make a fresh Llama-architecture model of about this size, with random weights.
+    """Create a randomly initialised Llama-architecture model of about this size.
 
     Example: cdm student new --size 10m --tokenizer mistral -o student
     """
@@ -47,17 +49,17 @@ def new(
 @app.command()
 def transplant(
     source: Annotated[str, typer.Option("--from", help="The model: an alias, a folder or a hub id.")],
-    tokenizer: Annotated[str, typer.Option(help="Whose vocabulary it gets, likewise.")],
+    tokenizer: Annotated[str, typer.Option(help="The new tokenizer: an alias, a folder or a hub id.")],
     output: options.OutputFolder,
     entries: Entries = None,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Give a trained model another vocabulary: its body stays, its embeddings are made of the old ones.
+    """Give a trained model another vocabulary: new embeddings are made of the old ones, all other weights are kept.
 
-    A token that the old vocabulary has keeps its row, special tokens by their role; any other gets the mean of
-    the rows of the old tokens that spell it. What is left is fresh.
+    A token that the old vocabulary has keeps its embedding row, special tokens by their role; any other gets the mean
+    of the rows of the old tokens that spell it. The remaining rows are drawn at random.
 
     Example: cdm student transplant --from smollm2 --tokenizer mistral -o student
     """

@@ -1,4 +1,4 @@
-"""`cdm teacher`: run a teacher once, and keep what it says."""
+"""`cdm teacher`: precompute a cache of a teacher's log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cdm_toolkit.artifacts.teacher_header import CacheHeader
     from cdm_toolkit.distill.cache_teacher import CacheProgress, CacheResult
 
-app = typer.Typer(no_args_is_help=True, help="Run a teacher once, and keep what it says.")
+app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's log-probabilities.")
 
 
 @app.command()
@@ -30,37 +30,43 @@ def cache(
     k: Annotated[
         int,
         typer.Option(
-            "-k", "--top-k", help="Likeliest ids to keep at each token; 0 keeps the whole vocabulary."
+            "-k", "--top-k", help="Top-k ids to store at each position; 0 stores the whole vocabulary."
         ),
     ] = 100,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Log-probabilities on disk: float16, or float32, which the whole vocabulary has."),
+        typer.Option(help="Dtype of log-probabilities on disk: float16 or float32 (always, with -k 0)."),
     ] = None,
     quantised: Annotated[
-        bool, typer.Option("--quantised", help="Half the size: log-probabilities in 3 to 8 bits.")
+        bool, typer.Option("--quantised", help="Store log-probabilities in 3 to 8 bits: half the size.")
     ] = False,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row; more are cut.")] = 512,
+    max_length: Annotated[
+        int, typer.Option(help="Maximum tokens of a row; longer rows are truncated.")
+    ] = 512,
     template: Annotated[
-        str, typer.Option(help="none, or chat: read rows through the chat template.")
+        str, typer.Option(help="none, or chat: render rows with the chat template.")
     ] = "none",
     batch_size: Annotated[int, typer.Option(help="Rows that the model reads at once.")] = 8,
     device: options.Device = "auto",
     teacher_dtype: Annotated[
-        str, typer.Option(help="Of the model's weights: float32, bfloat16, float16.")
+        str, typer.Option(help="Dtype of the model: float32, bfloat16, float16.")
     ] = "float32",
-    shard: Annotated[str, typer.Option(help="Do the i-th of n parts, as 1/4: for several machines.")] = "1/1",
-    limit: Annotated[int | None, typer.Option(help="Take so many rows from the front of the file.")] = None,
+    shard: Annotated[
+        str, typer.Option(help="Compute only part i of n, such as 1/4: for several machines.")
+    ] = "1/1",
+    limit: Annotated[int | None, typer.Option(help="Use only the first rows of the file.")] = None,
     rows_per_shard: Annotated[
         int | None,
-        typer.Option(help="Rows a file, and between two points to go on from: 256, or 8 with -k 0."),
+        typer.Option(
+            help="Rows per shard file; an interrupted run resumes after the last shard. Default 256, or 8 with -k 0."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write what a teacher says at each token of the completions, so that training needs no teacher in memory.
+    """Store a teacher's top-k log-probabilities at each completion token, so that training needs no teacher in memory.
 
-    A command that was stopped goes on where it was when it is given again. Parts (--shard) write to one folder,
-    or to folders that are copied together later.
+    Run the same command again to resume an interrupted run. Parts (--shard) are written to one folder, or to several
+    that are merged by copying their files.
 
     Example: cdm teacher cache --model smollm2 --data rows.jsonl -o cached
     """
@@ -71,7 +77,7 @@ def cache(
     from cdm_toolkit.hub.models import resolve_device
 
     device = str(resolve_device(device))
-    said = {
+    given = {
         "model": model,
         "data": str(data),
         "output": str(output),
@@ -87,9 +93,9 @@ def cache(
         "limit": limit,
         "rows_per_shard": rows_per_shard,
     }
-    settings = make(CacheSettings, said, source="the command line")
+    settings = make(CacheSettings, given, source="the command line")
     with screen.progress() as bar:
-        task = bar.add_task("asking the teacher", total=None, note="")
+        task = bar.add_task("running the teacher", total=None, note="")
 
         say_device = functools.cache(lambda: screen.say_device(device))  # once, when the model has begun
 
@@ -114,10 +120,10 @@ def cache(
 
 @app.command()
 def info(
-    folder: Annotated[Path, typer.Argument(help="Folder of a cache.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a teacher cache.")],
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a cache was made of, and check every byte of it.
+    """Show the inputs and settings of a cache, and verify its checksums.
 
     Example: cdm teacher info cached
     """
@@ -142,15 +148,15 @@ def info(
 def _facts(header: CacheHeader) -> list[tuple[str, str]]:
     kept = {
         "whole": f"all of {header.vocab:,} ids, {header.dtype}",
-        "plain": f"{header.k} likeliest of {header.vocab:,} ids, {header.dtype}",
-        "quantised": f"{header.k} likeliest of {header.vocab:,} ids, quantised",
+        "plain": f"top {header.k} of {header.vocab:,} ids, {header.dtype}",
+        "quantised": f"top {header.k} of {header.vocab:,} ids, quantised",
     }
     return [
         ("teacher", f"{header.model} ({header.model_fingerprint[:8]}…), run in {header.teacher_dtype}"),
         ("tokenizer", f"{header.tokenizer} ({header.tokenizer_fingerprint[:8]}…)"),
         ("data", f"{header.data} ({header.data_fingerprint[:8]}…)"),
         ("template", f"{header.template}, rows of up to {header.max_length} tokens"),
-        ("kept", kept[header.form]),
+        ("kept", kept[header.encoding]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""`cdm tokenizer`: what a tokenizer is, and how two differ."""
+"""`cdm tokenizer`: inspect a tokenizer, compare two."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.statistics import PairStatistics
-    from cdm_toolkit.tokdiff.diff import Side, TokenizerDiff
+    from cdm_toolkit.tokdiff.diff import TokenizerDiff, TokenizerSummary
     from cdm_toolkit.tokdiff.view import TokenizerView
 
-app = typer.Typer(no_args_is_help=True, help="See what a tokenizer is, and how two differ.")
+app = typer.Typer(no_args_is_help=True, help="Inspect a tokenizer, compare two.")
 
 
 @app.command("list")
 def list_tokenizers(as_json: options.AsJson = False) -> None:
-    """List the tokenizers that are here, with their families and sizes. Fetches nothing."""
+    """List the locally available tokenizers, with family and size. Does not use the network."""
     from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.resolve import list_aliases
     from cdm_toolkit.hub.tokenizers import load_view
@@ -78,12 +78,12 @@ def compare(
     t1: options.FirstTokenizerIfGiven = None,
     t2: options.SecondTokenizerIfGiven = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="JSONL or text file: compare also how the two cut its texts.")
+        Path | None, typer.Option(help="JSONL or text file: also compare the tokenization of its texts.")
     ] = None,
     workers: options.Workers = 1,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare two tokenizers: shared ids by bytes, moved ids, special tokens by role, longest tokens.
+    """Compare two tokenizers: ids with equal bytes, moved ids, special tokens by role, longest tokens.
 
     Example: cdm tokenizer diff --t1 llama3 --t2 qwen2 --corpus gsm8k_test.jsonl
     """
@@ -123,7 +123,7 @@ def _two_tokenizers(
             raise typer.BadParameter("name two tokenizers: --t1 and --t2.")
 
 
-def _facts(side: Side) -> list[tuple[str, str]]:
+def _facts(side: TokenizerSummary) -> list[tuple[str, str]]:
     scheme = side.scheme
     return [
         ("family", side.family),
@@ -134,7 +134,7 @@ def _facts(side: Side) -> list[tuple[str, str]]:
     ]
 
 
-def _specials(side: Side) -> str:
+def _specials(side: TokenizerSummary) -> str:
     return "\n".join(
         f"{role}: {', '.join(f'{special.content} ({special.id})' for special in specials[:4])}"
         f"{f' and {len(specials) - 4} more' if len(specials) > 4 else ''}"
@@ -142,7 +142,7 @@ def _specials(side: Side) -> str:
     )
 
 
-def _longest(view: TokenizerView, side: Side) -> str:
+def _longest(view: TokenizerView, side: TokenizerSummary) -> str:
     from cdm_toolkit.cli.visible import token_label
 
     shown = []
@@ -176,7 +176,7 @@ def _print_diff(view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDi
     )
 
 
-def _side_record(view: TokenizerView, side: Side) -> dict[str, Any]:
+def _side_record(view: TokenizerView, side: TokenizerSummary) -> dict[str, Any]:
     return {
         "name": side.name,
         "family": side.family,

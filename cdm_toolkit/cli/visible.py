@@ -1,4 +1,4 @@
-"""Tokens as a person can tell them apart: blanks, controls and half characters made visible."""
+"""Display of tokens: whitespace, control characters and partial UTF-8 made visible."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.cells import cell_len
 from cdm_toolkit.tokdiff.vocabulary import Vocabulary
 
 _MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\0": "␀", "\xa0": "⍽"}
-# Joiners and variation selectors have no width of their own and would vanish, or glue to a frame.
+# Joiners and variation selectors have no width and would be invisible, or combine with the frame.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _COMBINING = {"Mn", "Me", "Mc"}
 
 
 def visible(data: bytes) -> str:
-    """Spell bytes so that nothing hides: ␣ for a blank, ⏎ for a line end, \\xe2 for a byte of a split character.
+    """Make all bytes visible: ␣ for a space, ⏎ for a line feed, \\xe2 for a byte of an incomplete character.
 
     >>> visible(b" caf\\xc3\\xa9\\n"), visible(b"\\xe2\\x82"), visible(b"")
     ('␣café⏎', '\\\\xe2\\\\x82', '∅')
@@ -24,7 +24,7 @@ def visible(data: bytes) -> str:
         return "∅"
     text = data.decode("utf-8", "backslashreplace")
     shown = [_mark(character) for character in text]
-    # A combining mark needs something to stand on.
+    # A combining mark needs a base character.
     if unicodedata.category(text[0]) in _COMBINING:
         shown.insert(0, "◌")
     return "".join(shown)
@@ -49,5 +49,5 @@ def token_label(view: Vocabulary, token_id: int) -> str:
 
 
 def padded(text: str, cells: int) -> str:
-    """Fill a text with blanks up to a number of terminal cells."""
+    """Pad a text with spaces to a number of terminal cells."""
     return text + " " * (cells - cell_len(text))

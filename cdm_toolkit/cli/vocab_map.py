@@ -1,4 +1,4 @@
-"""`cdm vocab-map`: which student tokens stand for a teacher's."""
+"""`cdm vocab-map`: map a teacher's vocabulary to a student's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap
 
 app = typer.Typer(
-    no_args_is_help=True, help="Map a teacher's vocabulary onto a student's: build, look at, export."
+    no_args_is_help=True, help="Map a teacher's vocabulary to a student's: build, inspect, export."
 )
 
 STRATEGIES = ("contextual", "exact", "min-ed", "prefix")
@@ -26,17 +26,17 @@ STRATEGIES = ("contextual", "exact", "min-ed", "prefix")
 Strategy = Annotated[
     str,
     typer.Option(
-        help="contextual: exact bytes, else all near tokens. exact: equal bytes alone. min-ed: the nearest by edit "
-        "distance. prefix: the longest student token that begins the teacher's."
+        help="contextual: equal bytes, else all near tokens. exact: only equal bytes. min-ed: the nearest by edit "
+        "distance. prefix: the longest student token that is a prefix of the teacher's."
     ),
 ]
 MaxEditDistance = Annotated[
-    float, typer.Option(help="Near tokens have an edit distance below this part of their joint length.")
+    float, typer.Option(help="Near tokens have an edit distance below this fraction of their total length.")
 ]
 MatchDigits = Annotated[
     bool,
     typer.Option(
-        "--match-digits/--no-match-digits", help="Match no tokens whose digits or operators differ."
+        "--match-digits/--no-match-digits", help="Only match tokens with equal digits and operators."
     ),
 ]
 
@@ -49,7 +49,7 @@ def build(
     match_digits: MatchDigits = True,
     workers: options.Workers = 2,
 ) -> None:
-    """Build the table of near tokens of two vocabularies, and keep it in the cache for every later run.
+    """Build the neighbour table of two vocabularies, and store it in the cache for later runs.
 
     Example: cdm vocab-map build --t1 llama3 --t2 qwen2
     """
@@ -77,10 +77,10 @@ def export(
     t2: options.Student,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     strategy: Strategy = "contextual",
-    form: Annotated[
+    file_format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="safetensors, json, csv, parquet or npy; by default the file's ending."
+            "--format", help="safetensors, json, csv, parquet or npy; by default the file's extension."
         ),
     ] = None,
     max_edit_distance: MaxEditDistance = 0.3,
@@ -89,19 +89,19 @@ def export(
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a mapping from the teacher's ids (--t1) to the student's (--t2), and print what it covers.
+    """Write a mapping from the teacher's ids (--t1) to the student's (--t2), and print its coverage.
 
     Example: cdm vocab-map export --t1 smollm2 --t2 mistral -o map.safetensors
     """
-    from cdm_toolkit.artifacts.exports import FORMS, export_map
+    from cdm_toolkit.artifacts.exports import FILE_FORMATS, export_map
     from cdm_toolkit.artifacts.provenance import provenance
     from cdm_toolkit.cli import screen
     from cdm_toolkit.errors import FileProblem, UnknownName
     from cdm_toolkit.hub.tokenizers import load_view
 
-    form = form or output.suffix.removeprefix(".")
-    if form not in FORMS:
-        raise UnknownName("format", form, FORMS)
+    file_format = file_format or output.suffix.removeprefix(".")
+    if file_format not in FILE_FORMATS:
+        raise UnknownName("format", file_format, FILE_FORMATS)
     if output.exists() and not overwrite:
         raise FileProblem(output, "is there already", "give --overwrite to replace it, or another --output")
     view_t, view_s = load_view(t1), load_view(t2)
@@ -115,7 +115,12 @@ def export(
     )
     fingerprints = {"teacher": view_t.fingerprint, "student": view_s.fingerprint}
     files = export_map(
-        output, mapping, view_t, view_s, form=form, made_by=provenance(fingerprints=fingerprints)
+        output,
+        mapping,
+        view_t,
+        view_s,
+        file_format=file_format,
+        made_by=provenance(fingerprints=fingerprints),
     )
     if as_json:
         screen.print_json(
@@ -133,7 +138,7 @@ def export(
 
 @app.command()
 def show(
-    token: Annotated[str, typer.Argument(help="A token's id, or its text; a blank before it counts.")],
+    token: Annotated[str, typer.Argument(help="A token's id, or its text, including a leading space.")],
     t1: options.Teacher,
     t2: options.Student,
     max_edit_distance: MaxEditDistance = 0.3,
@@ -142,7 +147,7 @@ def show(
     workers: options.Workers = 2,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a token is matched with: its exact partner, and its near tokens in both directions.
+    """Show the matches of a token: its exact partner, and its near tokens in both directions.
 
     Example: cdm vocab-map show " tokenizer" --t1 smollm2 --t2 mistral
     """
@@ -158,7 +163,7 @@ def show(
         view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits, workers=workers
     )
     near = table.t_to_s.row(token_id)[:limit]
-    back = [(other, distance) for other, distance in _rows_that_name(table.s_to_t, token_id)][:limit]
+    back = [(other, distance) for other, distance in _rows_containing(table.s_to_t, token_id)][:limit]
     if as_json:
 
         def listed(entries: list[tuple[int, float]]) -> list[dict[str, object]]:
@@ -196,10 +201,11 @@ def stats(
     max_edit_distance: MaxEditDistance = 0.3,
     match_digits: MatchDigits = True,
     corpus: Annotated[
-        Path | None, typer.Option(help="JSONL or text file: also the share of its tokens that have a match.")
+        Path | None,
+        typer.Option(help="JSONL or text file: also print the share of its tokens that have a match."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A model: also the probability that each strategy reaches, on --data.")
+        str | None, typer.Option(help="A model: also print its matched mass on --data, by strategy.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL or text file that the teacher reads.")] = None,
     limit: Annotated[int, typer.Option(help="Rows of --data that the teacher reads.", min=1)] = 50,
@@ -208,7 +214,7 @@ def stats(
     workers: options.Workers = 2,
     as_json: options.AsJson = False,
 ) -> None:
-    """Say what a mapping covers: by ids, by class, by frequency in a corpus, by a teacher's probability.
+    """Print the coverage of a mapping: by ids, by class, by frequency in a corpus, by a teacher's probability.
 
     Example: cdm vocab-map stats --t1 smollm2 --t2 mistral --teacher smollm2 --data rows.jsonl
     """
@@ -287,14 +293,14 @@ def token_counts(view: TokenizerView, texts: list[str]) -> Int64[np.ndarray, " v
     return counts
 
 
-def _rows_that_name(neighbours: Neighbours, token_id: int) -> list[tuple[int, float]]:
-    """List the rows in which an id is an entry, nearest first."""
+def _rows_containing(neighbours: Neighbours, token_id: int) -> list[tuple[int, float]]:
+    """List the rows that contain an id, nearest first."""
     import numpy as np
 
-    places = np.flatnonzero(neighbours.ids == token_id)
-    rows = np.searchsorted(neighbours.indptr, places, side="right") - 1
-    order = np.argsort(neighbours.rank[places], kind="stable")
-    return list(zip(rows[order].tolist(), neighbours.distance[places][order].tolist(), strict=True))
+    entries = np.flatnonzero(neighbours.ids == token_id)
+    rows = np.searchsorted(neighbours.indptr, entries, side="right") - 1
+    order = np.argsort(neighbours.rank[entries], kind="stable")
+    return list(zip(rows[order].tolist(), neighbours.distance[entries][order].tolist(), strict=True))
 
 
 def _mass(
@@ -313,7 +319,7 @@ def _mass(
     from cdm_toolkit.errors import TokenizerMismatch
     from cdm_toolkit.hub.models import load_model, resolve_device
     from cdm_toolkit.hub.tokenizers import load_view
-    from cdm_toolkit.vocab_map.stats import reachable_by_strategy
+    from cdm_toolkit.vocab_map.stats import matchable_by_strategy
 
     own = load_view(teacher)
     if own.fingerprint != view_t.fingerprint:
@@ -347,7 +353,7 @@ def _mass(
             model,
             view_t,
             texts,
-            reachable_by_strategy(**maps, table=table),
+            matchable_by_strategy(**maps, table=table),
             on_text=lambda done: bar.update(task, completed=done),
         )
     return mass
@@ -421,9 +427,9 @@ def build_map(
     """Build a static map by name. Raises UnknownName, BadOption."""
     from cdm_toolkit.cli import screen
     from cdm_toolkit.errors import UnknownName
+    from cdm_toolkit.vocab_map.contextual_map import build_contextual_map
     from cdm_toolkit.vocab_map.exact import build_exact
     from cdm_toolkit.vocab_map.min_ed import build_min_ed
-    from cdm_toolkit.vocab_map.possible import build_possible
     from cdm_toolkit.vocab_map.prefix import build_prefix
 
     if strategy == "exact":
@@ -445,7 +451,7 @@ def build_map(
     table = neighbours(
         view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits, workers=workers
     )
-    return build_possible(build_exact(view_t, view_s), table)
+    return build_contextual_map(build_exact(view_t, view_s), table)
 
 
 def neighbours(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.batching import batches, scored_places
+from cdm_toolkit.batching import batches, scored_positions
 from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.distill.features import build_features
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
@@ -316,7 +316,7 @@ def _batches(
     heldout: Heldout, texts: Sequence[_Text], size: int | None, model: PreTrainedModel
 ) -> Iterator[tuple[str, list[_Text]]]:
     """Put the rows of a kind together that have like lengths."""
-    positions = scored_places(model.get_input_embeddings().weight.shape[0])
+    positions = scored_positions(model.get_input_embeddings().weight.shape[0])
     left = iter(texts)
     for kind, rows in heldout.rows.items():
         of_kind = [next(left) for _ in rows]

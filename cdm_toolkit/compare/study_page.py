@@ -149,8 +149,8 @@ def _tables(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> 
     yield "<h2>Methods</h2>"
     yield _method_table(summary.methods, overview(result, summary), marks, details=True)
     yield (
-        '<p class="faint">Means over seeds ± standard deviation; the best figure of a column is bold. ◆: on the Pareto front, '
-        "no other method is as good on both sides and better on one. Share of the gap: 0 at the start, 1 at the "
+        '<p class="faint">Means over seeds ± standard deviation; the best figure of a column is bold. ◆: on the Pareto '
+        "front, no other method is as good on both sides and better on one. Share of the gap: 0 at the start, 1 at the "
         "teacher. KL in nats a shared boundary of tokens.</p>"
     )
     measured = suites(result)

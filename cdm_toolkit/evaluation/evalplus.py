@@ -1,8 +1,7 @@
-"""HumanEval+ and MBPP+ as the package evalplus gives them: inputs, and a solution that says what is right.
+"""HumanEval+ and MBPP+ from the package evalplus: inputs, and a reference solution for the expected outputs.
 
-An answer is right where it equals the reference solution's, floating-point numbers within a tolerance. That is
-evalplus's rule but for a few of its tasks, which it judges by rules of their own; of those only HumanEval/32 is
-judged so here.
+An output is correct if it equals the reference solution's, floats within a tolerance. This is evalplus's rule except
+for a few tasks with special comparisons; of these, only that of HumanEval/32 is implemented here.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ RULES = {"find_zero": "abs(names['poly'](*arguments, found)) <= tolerance"}
 
 
 def read_plus(name: str, suite: str) -> list[dict[str, str]]:
-    """Read a data set by the package evalplus, each row with a test that compares with its reference solution.
+    """Read a data set of evalplus; the test of each row compares with its reference solution.
 
     Raises CdmError where the package is not installed, NoData where it has no data within reach.
     """
@@ -52,7 +51,7 @@ def read_plus(name: str, suite: str) -> list[dict[str, str]]:
         )
     try:
         rows = getattr(import_module("evalplus.data"), READERS[name])()
-    except Exception as error:  # it downloads by itself, and fails in as many ways as that can
+    except Exception as error:  # evalplus downloads the data, which can fail with any exception
         why = " ".join(str(error).split()) or type(error).__name__
         raise NoData(suite, [f"evalplus: {why}"], "task_id, prompt, entry_point and test") from None
     return [_row(task_id, row) for task_id, row in rows.items()]

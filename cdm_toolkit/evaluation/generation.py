@@ -1,4 +1,4 @@
-"""Continue prompts, many at once; one greedy answer, to be read by a person."""
+"""Text generation: batches of prompts for the suites, and a single greedy answer for `cdm generate`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Generator = Callable[[Sequence[str]], list[str]]
-"""Give each prompt's completion: `generate_batch` with all but the prompts filled in, or a stand-in."""
+"""Returns the completion of each prompt: `generate_batch` with its other arguments bound, or a stub."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """Hold how completions are made: greedily where the temperature is 0."""
+    """Settings of generation; greedy if the temperature is 0."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
-    """Share of the probability that the likeliest tokens, which are drawn from, have together."""
+    """Nucleus sampling: draw from the most probable tokens whose total probability reaches this."""
     stop: tuple[str, ...] = ()
     seed: int = 0
 
@@ -40,10 +40,10 @@ def generate_batch(
 ) -> list[str]:
     """Continue prompts up to the end-of-sequence token, a stop string or `max_new_tokens`.
 
-    A completion is cut before its first stop string, and has neither the prompt nor special tokens. A model
-    reads at most `batch_size` prompts at once, chosen by their length where None. Each draw has a seed of its
-    own, made of `settings.seed`, the prompt and how often it stood before in `prompts`: what is drawn does not
-    depend on the batch. A prompt without room for the answer is cut on the left. Raises BadOption.
+    A completion ends before its first stop string, and contains neither the prompt nor special tokens. Batches have
+    at most `batch_size` prompts; None chooses it by their length. Each completion has its own seed, made of
+    `settings.seed`, the prompt and the number of its previous occurrences in `prompts`, so samples do not depend on
+    the batch. A prompt that leaves no room for the answer is truncated on the left. Raises BadOption.
     """
     limit = room_for_prompt(subject, settings.max_new_tokens)
     encoded = [prompt_ids(subject.tokenizer, prompt, limit) for prompt in prompts]
@@ -53,19 +53,19 @@ def generate_batch(
         rows = _continued(
             subject.model,
             subject.tokenizer,
-            [encoded[place] for place in batch],
+            [encoded[index] for index in batch],
             settings,
-            [seeds[place] for place in batch],
+            [seeds[index] for index in batch],
             subject.view,
         )
-        for place, ids in zip(batch, rows, strict=True):
+        for index, ids in zip(batch, rows, strict=True):
             text = spelled(subject.view, ids).decode("utf-8", errors="replace")
-            completions[place] = cut_at(text, settings.stop)
+            completions[index] = cut_at(text, settings.stop)
     return completions
 
 
 def room_for_prompt(subject: Subject, max_new_tokens: int) -> int | None:
-    """Count the tokens that a prompt may have beside the answer; None where the model sets no bound."""
+    """Return the maximum length of a prompt in tokens; None if the model has no maximum length."""
     positions = getattr(subject.model.config, "max_position_embeddings", None)
     if positions is None:
         return None
@@ -86,7 +86,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, limit: int | Non
 
 
 def as_chat(subject: Subject, prompt: str) -> str:
-    """Put a prompt into the model's own chat template. Raises UnsupportedTokenizer where it has none."""
+    """Wrap a prompt in the model's chat template. Raises UnsupportedTokenizer where it has none."""
     if not getattr(subject.tokenizer, "chat_template", None):
         raise UnsupportedTokenizer(
             subject.name, "it has no chat template", "score it without `chat_template`"
@@ -96,16 +96,16 @@ def as_chat(subject: Subject, prompt: str) -> str:
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """Cut a text before the first of some strings.
+    """Truncate a text before the first of some stop strings.
 
     >>> cut_at("4.\\n\\nQuestion: 1", ("Question:", "\\n\\n"))
     '4.'
     """
-    return text[: min((place for word in stop if (place := text.find(word)) >= 0), default=len(text))]
+    return text[: min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))]
 
 
 def spelled(view: TokenizerView, ids: Sequence[int]) -> bytes:
-    """Join the bytes of ids, special tokens and embedding rows without a token left out."""
+    """Join the bytes of ids, without special tokens and ids outside the vocabulary (padding rows)."""
     return b"".join(
         view.literals[token_id]
         for token_id in ids
@@ -118,8 +118,8 @@ def generate(
 ) -> str:
     """Answer a prompt greedily, up to the end-of-sequence token or `max_new_tokens`.
 
-    The model reads what it was trained on: the start token, the prompt, a line feed. The prompt is cut on the
-    left where the model has too few positions for it and the answer.
+    The model input is as in training: start token, prompt, line feed. The prompt is truncated on the left where the
+    model has too few positions for it and the answer.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     limit = None if positions is None else max(2, positions - max_new_tokens)
@@ -137,7 +137,7 @@ def _continued(
     seeds: Sequence[int],
     view: TokenizerView | None,
 ) -> list[list[int]]:
-    """Continue encoded prompts, padded on the left, and give the new ids up to the end-of-sequence token."""
+    """Continue encoded prompts, padded on the left; return the new ids up to the end-of-sequence token."""
     import torch
 
     ends = _ends(model, tokenizer)
@@ -149,11 +149,11 @@ def _continued(
             ids,
             attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
-            logits_processor=[_Draw(settings, seeds)] if settings.temperature > 0 else [],
-            stopping_criteria=[_Stop(settings.stop, view, longest)] if settings.stop and view else [],
+            logits_processor=[_GumbelSampler(settings, seeds)] if settings.temperature > 0 else [],
+            stopping_criteria=[_StopStrings(settings.stop, view, longest)] if settings.stop and view else [],
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
-            # A checkpoint's own settings do not apply: what is drawn is chosen by _Draw.
+            # Override the checkpoint's generation settings: sampling is done by _GumbelSampler.
             do_sample=False,
             num_beams=1,
             temperature=None,
@@ -173,28 +173,28 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[int
 
 
 def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
-    return ids[: next((place for place, token_id in enumerate(ids) if token_id in ends), len(ids))]
+    return ids[: next((i for i, token_id in enumerate(ids) if token_id in ends), len(ids))]
 
 
 def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:
-    """Make a seed for each prompt, another one each time that it stands in the list."""
-    met: Counter[str] = Counter()
+    """Make a seed for each prompt; repeated prompts get different seeds."""
+    occurrences: Counter[str] = Counter()
     seeds = []
     for prompt in prompts:
-        key = f"{seed}\0{met[prompt]}\0{prompt}".encode()
+        key = f"{seed}\0{occurrences[prompt]}\0{prompt}".encode()
         seeds.append(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
-        met[prompt] += 1
+        occurrences[prompt] += 1
     return seeds
 
 
-class _Draw:
-    """Draw a token in each row from a source of its own: the largest of the logits with Gumbel noise added."""
+class _GumbelSampler:
+    """Sample with the Gumbel-max trick: add Gumbel noise to the logits, from a separate generator for each row."""
 
     def __init__(self, settings: GenerationSettings, seeds: Sequence[int]) -> None:
         import torch
 
         self._settings = settings
-        self._sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(
         self, ids: Int64[torch.Tensor, "batch time"], scores: Float[torch.Tensor, "batch vocab"]
@@ -202,24 +202,24 @@ class _Draw:
         import torch
 
         scores = _top_p(scores.float() / self._settings.temperature, self._settings.top_p)
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=source) for source in self._sources])
-        tiny = torch.finfo(torch.float32).tiny  # the logarithm of 0 would choose a token for ever
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=each) for each in self._generators])
+        tiny = torch.finfo(torch.float32).tiny  # avoid log(0), which would make the noise infinite
         noise = -torch.log(-torch.log(uniform.clamp(min=tiny, max=1 - 2**-24)))
         return scores + noise.to(scores.device)
 
 
 def _top_p(scores: Float[torch.Tensor, "batch vocab"], top_p: float) -> Float[torch.Tensor, "batch vocab"]:
-    """Keep the fewest likeliest tokens whose probability together reaches `top_p`."""
+    """Keep the fewest most probable tokens whose total probability reaches `top_p`."""
     if top_p >= 1:
         return scores
     ordered, order = scores.sort(dim=-1, descending=True)
-    chances = ordered.softmax(-1)
-    ordered = ordered.masked_fill(chances.cumsum(-1) - chances >= top_p, float("-inf"))
+    probabilities = ordered.softmax(-1)
+    ordered = ordered.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, float("-inf"))
     return scores.scatter(-1, order, ordered)
 
 
-class _Stop:
-    """Say which rows have written a stop string. It spans at most as many tokens as it has bytes."""
+class _StopStrings:
+    """Stop rows that contain a stop string, which has at most as many tokens as bytes."""
 
     def __init__(self, stop: Sequence[str], view: TokenizerView, begin: int) -> None:
         self._stop = [word.encode() for word in stop]

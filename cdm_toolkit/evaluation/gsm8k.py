@@ -1,8 +1,8 @@
-"""GSM8K's tasks of lm-eval, with rows from a file of ours: prompt, filters and metric are lm-eval's own.
+"""lm-eval's GSM8K tasks on rows from our own file; prompt, filters and metric are lm-eval's.
 
-For `gsm8k`, lm-eval draws the few-shot examples for each question from a training split. They come from the
-file that the caller gives, else from the training split that belongs to the hub's data, else from the word
-problems that the project wrote; the result says which. The chains of thought of `gsm8k_cot` have fixed examples.
+For `gsm8k`, lm-eval draws few-shot examples for each question from a training split: the file that the caller gives,
+else the training split of the hub's data set, else the word problems in `cdm_toolkit.samples`. The source is part of
+the result. `gsm8k_cot` has fixed examples.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ TASK_FILES: Mapping[str, str] = MappingProxyType(
         "gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot.yaml",
     }
 )
-"""The tasks that read our rows, and lm-eval's file of each."""
+"""The tasks that use our rows, with the name of lm-eval's file."""
 DRAWS_EXAMPLES = "gsm8k"
-"""The one that draws its examples from rows; the others bring theirs along."""
+"""The task that draws examples from rows; the others have fixed examples or none."""
 PREFIX = "cdm_"
-"""Sets the names of the written tasks apart from lm-eval's own."""
+"""Prefix of our task names, to distinguish them from lm-eval's."""
 ANSWER = re.compile(r"#### -?[0-9.,]+\s*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """Hold the scored questions, the examples, and where both come from."""
+    """The questions to score, the few-shot examples, and the sources of both."""
 
     rows: tuple[Row, ...]
     shots: tuple[Row, ...]
@@ -51,20 +51,20 @@ class Problems:
 
 
 def find_problems(spec: SuiteSpec, ask: Ask) -> Problems:
-    """Read a suite's questions and examples: no question is an example of itself.
+    """Read a suite's questions and few-shot examples; scored questions are removed from the examples.
 
     Raises NoData, FileProblem and BadRow.
     """
     data = find_data(spec, ask.data, "question and answer")
     rows = read_problems(data.path)[: ask.limit]
     shots = _fewshot_file(spec, ask, data)
-    asked = {row.prompt for row in rows}  # lm-eval looks for these in the test split alone
-    examples = tuple(row for row in read_problems(shots.path) if row.prompt not in asked)
+    scored = {row.prompt for row in rows}  # lm-eval excludes only examples from the test split
+    examples = tuple(row for row in read_problems(shots.path) if row.prompt not in scored)
     return Problems(tuple(rows), examples, data.source, shots.source)
 
 
 def check_shots(problems: Problems, count: int, given: Path | None) -> None:
-    """Raise FileProblem where there are fewer examples than a prompt has; one must be there in any case."""
+    """Raise FileProblem if there are fewer examples than a prompt needs, or none."""
     if len(problems.shots) < max(count, 1):
         raise FileProblem(
             given or problems.shots_source,
@@ -82,7 +82,7 @@ def write_task(
     max_new_tokens: int,
     stop: Sequence[str] | None,
 ) -> str:
-    """Write a task file that includes lm-eval's own beside its data, and return the name of the task.
+    """Write a task file that includes lm-eval's own, with its data; return the name of the task.
 
     `lm_eval --tasks cdm_gsm8k --include_path FOLDER` runs the same task from the command line.
     """
@@ -90,7 +90,7 @@ def write_task(
     for split, rows in (("test", problems.rows), ("train", problems.shots)):
         files[split].write_text("".join(map(_as_gsm8k, rows)), encoding="utf-8")
     included = task_file(name)
-    # one mapping replaces the other as a whole
+    # generation_kwargs of the including file replace the included ones, so merge them here.
     generation = yaml.safe_load(included.read_text(encoding="utf-8"))["generation_kwargs"]
     generation |= {"max_gen_toks": max_new_tokens} | ({"until": list(stop)} if stop is not None else {})
     task: dict[str, Any] = {
@@ -117,7 +117,7 @@ def task_file(name: str) -> Path:
 
 
 def own_fewshot(name: str) -> int:
-    """Read how many examples lm-eval's own file asks for."""
+    """Return the number of few-shot examples in lm-eval's own file."""
     return int(yaml.safe_load(task_file(name).read_text(encoding="utf-8")).get("num_fewshot", 0))
 
 

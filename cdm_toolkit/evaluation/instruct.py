@@ -1,10 +1,10 @@
-"""Following instructions: Rouge-L against reference answers, as DSKD and MiniLLM report it.
+"""Instruction following: Rouge-L against reference answers, as reported by DSKD and MiniLLM.
 
 Prompt, lengths, sampling and seeds are those of github.com/songmzhang/DSKD (`scripts/gpt2/eval_main.sh`,
 `code/evaluate_main.py`), whose data are MiniLLM's (github.com/microsoft/LMOps): an Alpaca prompt, answers drawn
-at temperature 1 with top-p 1, one for each seed of 10, 20, 30, 40, 50, at most 256 tokens. An answer's score is
-the F-measure of rouge-score's Rouge-L with its stemmer, in percent, the best over all references; a data set's
-is the mean over its rows. Reported is the mean over the seeds, and beside it their deviation.
+at temperature 1 with top-p 1, one for each seed of 10, 20, 30, 40, 50, at most 256 tokens. The score of an answer is
+the F-measure of rouge-score's Rouge-L with its stemmer, in percent, the best over all references; the score of a data
+set is the mean over its rows. The result is the mean over the seeds, ± their standard deviation.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ PROMPT_WITH_INPUT = (
 )
 
 
-PLACE = re.compile(r"\{(instruction|input)\}")
+PLACEHOLDER = re.compile(r"\{(instruction|input)\}")
 
 
 class InstructionSet(DataSource):
     """One data set of a suite."""
 
     folder_file: str | None = None
-    """Its file in the folder that `--data` names."""
+    """Its file, relative to the folder given as data."""
     first: int | None = Field(default=None, ge=1)
-    """Rows that are scored, from the top; all where not given."""
+    """Score only the first rows; all if not given."""
 
 
 class InstructSettings(Settings):
     """The settings of a suite of instructions."""
 
     sets: dict[str, InstructionSet] = Field(default_factory=dict)
-    """The data sets by name, where the suite has several; else `data` of the suite is the one."""
+    """The data sets by name; if empty, the suite's `data` is the only one."""
     prompt: str = PROMPT
     prompt_with_input: str = PROMPT_WITH_INPUT
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
@@ -76,7 +76,7 @@ class InstructSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """Hold one row: what is asked, and the answers that are right."""
+    """One row: the prompt and its reference answers."""
 
     prompt: str
     references: tuple[str, ...]
@@ -102,9 +102,9 @@ class Instruct:
         self._sets = tuple(files)
         seeds = self._settings.seeds if self._settings.temperature > 0 else self._settings.seeds[:1]
         keys = tuple(f"{row}/{seed}" for seed in seeds for row in self._rows)
-        made_of = [[key, row.prompt, row.references] for key, row in self._rows.items()]
+        content = [[key, row.prompt, row.references] for key, row in self._rows.items()]
         data = ", ".join(dict.fromkeys(file.source for file, _ in files.values()))
-        self.contents = Contents(keys, data, self._shown(seeds), fingerprint(made_of))
+        self.contents = Contents(keys, data, self._shown(seeds), fingerprint(content))
 
     def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
         settings = self._settings
@@ -117,14 +117,14 @@ class Instruct:
         wanted = set(keys)
         for seed in dict.fromkeys(int(key.rpartition("/")[2]) for key in self.contents.keys):
             for batch in batches(lengths, self._ask.batch_size):
-                together = [rows[place] for place in batch]
+                together = [rows[index] for index in batch]
                 if wanted.isdisjoint(f"{row}/{seed}" for row in together):
                     continue
                 write = self._generator(subject, seed, len(batch))
                 yield from self._items(together, [prompts[row] for row in together], seed, write, wanted)
 
     def answer(self, write: Generator, keys: Sequence[str]) -> Iterator[Item]:
-        """Score whatever writes completions, such as a stand-in."""
+        """Score completions of any generator, such as a stub in tests."""
         for key in keys:
             row, _, seed = key.rpartition("/")
             yield from self._items([row], [self._rows[row].prompt], int(seed), write, {key})
@@ -132,14 +132,14 @@ class Instruct:
     def summarize(self, items: Sequence[Item]) -> Summary:
         means: dict[str, dict[str, list[float]]] = {}
         for item in items:
-            of_set, seed = item.key.rsplit("/", 2)[0], item.key.rpartition("/")[2]
-            means.setdefault(of_set, {}).setdefault(seed, []).append(item.scores["rougeL"])
+            data_set, seed = item.key.rsplit("/", 2)[0], item.key.rpartition("/")[2]
+            means.setdefault(data_set, {}).setdefault(seed, []).append(item.scores["rougeL"])
         scores = [_over_seeds(f"Rouge-L, {name}", list(by_seed.values())) for name, by_seed in means.items()]
         if len(scores) > 1:
             value = fmean(score.value for score in scores)
             scores.append(Score("Rouge-L, average", value, None, sum(score.n for score in scores)))
         notes = [f"left out: {each}" for each in self._left_out]
-        notes.append("± is the deviation over the seeds" if len(self._settings.seeds) > 1 else "")
+        notes.append("± is the standard deviation over the seeds" if len(self._settings.seeds) > 1 else "")
         return Summary(tuple(scores), tuple(note for note in notes if note))
 
     def _items(
@@ -159,10 +159,10 @@ class Instruct:
 
     def _generator(self, subject: Subject, seed: int, batch_size: int) -> Generator:
         settings = self._settings
-        asked = GenerationSettings(
+        generation = GenerationSettings(
             settings.max_new_tokens, settings.temperature, settings.top_p, settings.stop, seed
         )
-        return lambda prompts: generate_batch(subject, prompts, asked, batch_size=batch_size)
+        return lambda prompts: generate_batch(subject, prompts, generation, batch_size=batch_size)
 
     def _prompt(self, subject: Subject, prompt: str) -> str:
         return as_chat(subject, prompt) if self._ask.chat_template else prompt
@@ -175,7 +175,7 @@ class Instruct:
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """Give the best Rouge-L F-measure of an answer over its references, in percent."""
+    """Return the best Rouge-L F-measure of an answer over its references, in percent."""
     scorer = _scorer()
     return 100 * max(float(scorer.score(each, answer)["rougeL"].fmeasure) for each in references)
 
@@ -188,7 +188,7 @@ def _scorer() -> Any:
 
 
 def _over_seeds(metric: str, by_seed: Sequence[Sequence[float]]) -> Score:
-    """Average a data set over seeds: ± is their deviation, and over the rows where there is one seed alone."""
+    """Average over seeds, with their standard deviation; with one seed, the standard error over rows."""
     if len(by_seed) == 1:
         return mean_score(metric, by_seed[0])
     values = [fmean(scores) for scores in by_seed]
@@ -211,13 +211,13 @@ def _instruction(path: Path, number: int, fields: object, settings: InstructSett
     if not outputs or not all(isinstance(text, str) for text in outputs):
         raise BadRow(path, number, "output is no text", "make output a string, or a list of strings")
     template = settings.prompt_with_input if fields.get("input") else settings.prompt
-    # Both at once: an instruction may itself have the word {input}.
-    asked = PLACE.sub(lambda found: fields.get(found[1]) or "", template)
-    return Instruction(asked, tuple(outputs))
+    # One pass, because an instruction may itself contain {input}.
+    prompt = PLACEHOLDER.sub(lambda found: fields.get(found[1]) or "", template)
+    return Instruction(prompt, tuple(outputs))
 
 
 def _find_sets(spec: SuiteSpec, ask: Ask) -> tuple[dict[str, tuple[DataFile, int | None]], list[str]]:
-    """Find the data sets that are asked for, and say which are out of reach where not all are.
+    """Find the files of the data sets; return those that are unavailable as messages.
 
     `data` is a file, which is then the one set, or a folder that has the sets' files.
     """

@@ -1,4 +1,4 @@
-"""Finished items in a file, one a line, from which a run that was killed goes on."""
+"""Store of finished items, one JSON line each, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cdm_toolkit.evaluation.scores import Item
 
 
 class ItemFile:
-    """Hold the finished items of one model on one suite; on disk where a stream is given."""
+    """The finished items of one model on one suite; on disk if a stream is given."""
 
     def __init__(self, stream: BinaryIO | None = None) -> None:
         self.items: dict[str, Item] = {}
@@ -35,10 +35,10 @@ class ItemFile:
 
 @contextmanager
 def open_items(path: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[ItemFile]:
-    """Open a file of items to add to; the ones it has are there already, unless it is to be overwritten.
+    """Open a file of items for appending, and load the items in it, unless it is to be overwritten.
 
-    Its first line is `run`: what must be the same for items to belong together. A last line that a killed run
-    left torn is dropped. Raises BadArtifact where `run` differs or a line is damaged, FileProblem where it
+    The first line is `run`, the settings that must be equal for items to be combined. An incomplete last line of a
+    killed run is dropped. Raises BadArtifact where `run` differs or a line is damaged, FileProblem where it
     cannot be written or another process writes to it.
     """
     stream = _locked(path)
@@ -62,7 +62,7 @@ def open_items(path: Path, run: Mapping[str, Any], *, overwrite: bool = False) -
 
 
 def file_name(model: str) -> str:
-    r"""Make a file's name of a model's: one and the same only for the same model.
+    r"""Make a file name from the name of a model; different models get different names.
 
     >>> file_name("smollm2")
     'smollm2'
@@ -74,7 +74,7 @@ def file_name(model: str) -> str:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """Open a file for reading and adding, and keep other processes from it."""
+    """Open a file for reading and appending, with an exclusive lock."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+b", buffering=0)
@@ -92,7 +92,7 @@ def _locked(path: Path) -> BinaryIO:
 
 
 def _whole_lines(stream: BinaryIO) -> tuple[list[bytes], int]:
-    """Read the lines that end with a line feed, and where the last of them ends."""
+    """Read all complete lines, and the offset of their end."""
     stream.seek(0)
     content = stream.read()
     whole = content.rfind(b"\n") + 1

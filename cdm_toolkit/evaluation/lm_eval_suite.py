@@ -1,8 +1,8 @@
-"""Any task of lm-eval, item by item, on a model that is loaded already.
+"""lm-eval tasks as a suite: item by item, on an already loaded model.
 
-Prompts, filters and metrics are lm-eval's own. What it does in one go is taken apart only as far as a run that
-is killed needs: requests are answered a batch at a time, and each document is scored as soon as its answers are
-there. What all come to is again lm-eval's evaluation, of a model that repeats the answers.
+Prompts, filters and metrics are lm-eval's own. Its evaluation is split only so that a killed run can resume: requests
+are answered batch by batch, and each document is scored as soon as it is answered. The totals are computed by
+lm-eval's evaluation of a model that replays the stored answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
-from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, scored_places
+from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, scored_positions
 from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, NoData, UnsupportedTokenizer
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.gsm8k import (
@@ -43,28 +43,28 @@ from cdm_toolkit.evaluation.suites import SuiteSpec
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
 BOOTSTRAPS = 1000
-"""Samples of the standard error of metrics that are no means, such as F1 over a corpus."""
+"""Bootstrap samples for the standard error of metrics that are not means, such as corpus F1."""
 MAX_NEW_TOKENS = 256
-"""What lm-eval generates where a task does not say."""
+"""lm-eval's default, for tasks without a setting."""
 
 
 class LmEvalSettings(Settings):
     """The settings of a suite of lm-eval tasks."""
 
     tasks: tuple[str, ...] = Field(default=("gsm8k",), min_length=1)
-    """What is scored where the caller names no tasks."""
+    """Default tasks."""
     fewshot: int | None = Field(default=None, ge=0)
-    """Examples in a prompt; each task's own number where not given."""
+    """Few-shot examples; by default the number of each task."""
     fewshot_split: str | None = None
-    """GSM8K: the hub's split that examples come from when the rows come from the hub."""
+    """GSM8K: the hub split for few-shot examples, if the rows are from the hub too."""
     max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=1)
-    """GSM8K: the length of an answer at the most. Other tasks have their own."""
+    """GSM8K: maximum length of an answer. Other tasks have their own."""
     stop: tuple[str, ...] | None = None
-    """GSM8K: what ends an answer; as lm-eval's task has it where not given."""
+    """GSM8K: stop strings; by default those of lm-eval's task."""
 
 
 class LmEval:
-    """Score models on tasks of lm-eval: GSM8K on rows from a file, all others on data of their own."""
+    """Suite adapter for lm-eval tasks: GSM8K on rows from a file, all others on their own data."""
 
     Settings = LmEvalSettings
 
@@ -82,7 +82,7 @@ class LmEval:
             refuse(spec, ask, "include_path")
         if DRAWS_EXAMPLES not in ours:
             refuse(spec, ask, "fewshot_data")
-        self._folder = tempfile.TemporaryDirectory(prefix="cdm-lm-eval-")  # as long as the tasks live
+        self._folder = tempfile.TemporaryDirectory(prefix="cdm-lm-eval-")  # deleted together with the tasks
         problems = find_problems(spec, ask) if ours else None
         with quiet_lm_eval():
             found = [self._ours(ours, problems)] if problems else []
@@ -102,18 +102,18 @@ class LmEval:
             yield from self.answer(wrap_model(subject), keys)
 
     def answer(self, lm: Any, keys: Sequence[str]) -> Iterator[Item]:
-        """Score any `lm_eval.api.model.LM`, such as a stand-in."""
+        """Score any `lm_eval.api.model.LM`, such as a stub in tests."""
         requests = self._requests(lm)
         wanted = set(keys)
         names = list(requests)
         lengths = [sum(_length(lm, request) for request in requests[name]) for name in names]
-        places = _places(lm, requests.values())
+        positions = _batch_positions(lm, requests.values())
         size = self._ask.batch_size
-        for batch in batches(lengths, size, tokens=None if size else places):
-            together = [names[place] for place in batch]
+        for batch in batches(lengths, size, tokens=None if size else positions):
+            together = [names[index] for index in batch]
             if wanted.isdisjoint(together):
                 continue
-            answers = _answers(lm, [requests[name] for name in together], self._ask.batch_size, places)
+            answers = _answers(lm, [requests[name] for name in together], self._ask.batch_size, positions)
             for name, responses in zip(together, answers, strict=True):
                 if name in wanted:
                     yield self._item(lm, name, requests[name], responses)
@@ -204,7 +204,7 @@ class LmEval:
         return self._settings.fewshot if self._settings.fewshot is not None else own_fewshot(name)
 
     def _shots_shown(self, name: str, problems: Problems | None) -> str:
-        """Say how many examples a prompt has, and where they are from."""
+        """Describe the number of few-shot examples and their source."""
         if name in TASK_FILES:
             count = self._shots(name)
             drawn = bool(count) and name == DRAWS_EXAMPLES and problems is not None
@@ -231,7 +231,7 @@ class LmEval:
         return requests
 
     def _item(self, lm: Any, key: str, requests: list[Any], responses: list[list[Any]]) -> Item:
-        """Score one document by its task's own filters and metrics."""
+        """Score one document with its task's filters and metrics."""
         task = self._tasks[requests[0].task_name]
         for request, given in zip(requests, responses, strict=True):
             request.resps, request.filtered_resps = list(given), {}
@@ -242,9 +242,9 @@ class LmEval:
         others: dict[str, Any] = {}
         filtered: dict[str, Any] = {}
         for name in requests[0].filtered_resps:
-            picked = [request.filtered_resps[name] for request in requests]
-            filtered[name] = picked
-            for metric, value in task.process_results(doc, picked).items():
+            selected = [request.filtered_resps[name] for request in requests]
+            filtered[name] = selected
+            for metric, value in task.process_results(doc, selected).items():
                 if isinstance(value, int | float):
                     scores[f"{metric},{name}"] = float(value)
                 else:
@@ -271,9 +271,9 @@ class LmEval:
 
 
 def _task_manager(names: Sequence[str], folder: Path | None) -> Any:
-    """Find who knows tasks by name. Raises FileProblem for a folder that is none, BadOption for a name.
+    """Create the TaskManager for some tasks. Raises FileProblem for a missing folder, BadOption for an unknown name.
 
-    lm-eval's thousands of task files are read only where the folder has not all that is asked for: seconds.
+    lm-eval's thousands of task files are indexed only if the folder does not have all tasks, because it takes seconds.
     """
     from lm_eval.tasks import TaskManager
 
@@ -292,7 +292,7 @@ def _task_manager(names: Sequence[str], folder: Path | None) -> Any:
 
 
 def wrap_model(subject: Subject) -> Any:
-    """Make lm-eval's model of one that is loaded, which draws no bars. Who asks it sets the batch size."""
+    """Wrap a loaded model for lm-eval, without progress bars. The caller sets the batch size."""
     from lm_eval.models.huggingface import HFLM
 
     class LoadedModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
@@ -313,7 +313,7 @@ def wrap_model(subject: Subject) -> Any:
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Keep lm-eval's log to errors while it works for us."""
+    """Log only errors of lm-eval and its libraries inside the block."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -325,18 +325,18 @@ def quiet_lm_eval() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _places(lm: Any, groups: Iterable[Sequence[Any]]) -> int:
-    """Count the places of a batch: fewer where a task looks at the logits of all of them."""
+def _batch_positions(lm: Any, groups: Iterable[Sequence[Any]]) -> int:
+    """Return the batch size in positions: smaller where a task scores the logits at all positions."""
     generates = all(request.request_type == "generate_until" for group in groups for request in group)
     if generates or not hasattr(lm, "model"):
         return TOKENS_AT_ONCE
-    return scored_places(int(lm.model.get_input_embeddings().weight.shape[0]))
+    return scored_positions(int(lm.model.get_input_embeddings().weight.shape[0]))
 
 
 def _answers(
-    lm: Any, groups: Sequence[Sequence[Any]], batch_size: int | None, places: int
+    lm: Any, groups: Sequence[Sequence[Any]], batch_size: int | None, positions: int
 ) -> list[list[list[Any]]]:
-    """Ask a model all requests of some items; give each item's answers, request by request."""
+    """Run all requests of some items; return the responses of each item, by request."""
     kinds: dict[str, list[Any]] = defaultdict(list)
     for group in groups:
         for request in group:
@@ -344,14 +344,14 @@ def _answers(
     given: dict[int, list[Any]] = defaultdict(list)
     for kind, requests in kinds.items():
         longest = max(_length(lm, request) for request in requests)
-        lm.batch_size_per_gpu = batch_size or max(1, min(len(requests), places // longest))
+        lm.batch_size_per_gpu = batch_size or max(1, min(len(requests), positions // longest))
         for request, answer in zip(requests, getattr(lm, kind)(requests), strict=True):
             given[id(request)].append(answer)
     return [[given[id(request)] for request in group] for group in groups]
 
 
 def _repeating(items: Sequence[Item]) -> Any:
-    """Make a model that gives the answers which finished items hold."""
+    """Make an lm-eval model that replays the responses of finished items."""
     from lm_eval.api.model import LM
 
     held: dict[tuple[str, int], list[deque[Any]]] = {}
@@ -381,7 +381,7 @@ def _repeating(items: Sequence[Item]) -> Any:
 
 
 def _length(lm: Any, request: Any) -> int:
-    """Count the places that a request takes: its texts in tokens, characters where the model has none."""
+    """Return the length of a request: in tokens, or in characters if the model has no tokenizer."""
     count = lm.tok_encode if hasattr(lm, "tok_encode") else str
     texts = [text for text in request.args if isinstance(text, str)]
     return sum(len(count(text)) for text in texts) + _new_tokens(request)
@@ -394,7 +394,7 @@ def _new_tokens(request: Any) -> int:
 
 
 def _check_room(lm: Any, requests: Sequence[Any], suite: str) -> None:
-    """Raise BadOption where a model has no room for an answer of the length that a task asks for."""
+    """Raise BadOption where a model has too few positions for the answer length of a task."""
     longest = max(map(_new_tokens, requests))
     if longest and getattr(lm, "max_length", math.inf) <= longest:
         raise BadOption(
@@ -405,7 +405,7 @@ def _check_room(lm: Any, requests: Sequence[Any], suite: str) -> None:
 
 
 def _cut_to(lm: Any, requests: Sequence[Any]) -> int | None:
-    """Give the tokens that are left of a prompt which lm-eval cuts to make room for the answer."""
+    """Return the length to which lm-eval truncates a prompt to make room for the answer; None if it does not."""
     if not hasattr(lm, "tok_encode") or requests[0].request_type != "generate_until":
         return None
     room = int(lm.max_length) - max(map(_new_tokens, requests))
@@ -413,7 +413,7 @@ def _cut_to(lm: Any, requests: Sequence[Any]) -> int | None:
 
 
 def _as_json(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn values into those that come back from a file as they were."""
+    """Convert values to JSON types, so that they are unchanged by writing and reading."""
     made: dict[str, Any] = json.loads(json.dumps(details, default=str))
     return made
 

@@ -1,4 +1,4 @@
-"""Whether a model fits into the memory that is left."""
+"""Check that a model fits into the available memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 FLOAT32 = 4
 OVERHEAD = 1.1
-"""What loading and a small batch take beside the weights, as a factor."""
+"""Factor on the size of the weights, for loading and a small batch."""
 
 
 def check_fits(name: str, folder: Path, device: torch.device) -> None:
-    """Raise ModelNotLoaded where a model in float32 needs more memory than a device has left.
+    """Raise ModelNotLoaded where a model in float32 needs more memory than a device has available.
 
-    Where either cannot be known, loading is left to say so.
+    Does nothing where either is unknown.
     """
     parameters = count_parameters(folder)
     left = available_bytes(device)
@@ -38,7 +38,7 @@ def check_fits(name: str, folder: Path, device: torch.device) -> None:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Count a model's parameters by the headers of its safetensors; None where it has others or none."""
+    """Count a model's parameters from its safetensors headers; None if it has no such files."""
     files = sorted(folder.glob("*.safetensors"))
     try:
         return sum(map(_file_parameters, files)) if files else None
@@ -54,7 +54,7 @@ def _file_parameters(path: Path) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Count the bytes that a device has left; None where the machine does not say."""
+    """Return the available memory of a device in bytes; None if unknown."""
     if device.type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""pass@k: how likely it is that at least one of k programs passes."""
+"""pass@k: the probability that at least one of k programs passes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from cdm_toolkit.errors import BadOption
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Estimate pass@k of a task without bias, from how many of its samples passed.
+    """Return the unbiased estimate of pass@k for one task.
 
-    The share of all choices of k samples that have one that passed (arXiv 2107.03374, eq. 1), computed exactly.
+    The share of all subsets of k samples with at least one that passed (arXiv 2107.03374, eq. 1), computed exactly.
     Raises BadOption where there are fewer samples than k.
 
     >>> pass_at_k(10, 3, 1)

@@ -1,4 +1,4 @@
-"""What an evaluation gives back: finished items, and the scores made of them."""
+"""Records of an evaluation: finished items, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Hold one finished item: what the model was asked, what it gave, and what that is worth.
+    """One finished item: the prompt, the model's output, and its scores.
 
-    All values are such as JSON has: an item is one line of a results file, and comes back from it as it was.
+    All values are JSON types: an item is one line of a results file, and is unchanged by writing and reading.
     """
 
     key: str
-    """Which of the suite's items it is."""
+    """Key of the item in the suite."""
     scores: Mapping[str, float]
-    """What is counted, by name, such as `exact_match` or `bits`."""
+    """Values by name, such as `exact_match` or `bits`."""
     prompt: str = ""
     generation: str = ""
     reference: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What a reader may want besides, such as the verdict of a sandbox."""
+    """Further information, such as the verdict of the sandbox."""
     seconds: float = 0.0
-    """Time it took, which whoever runs the suite measures."""
+    """Time to score the item, set by `run_suite`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Hold one metric of one model: its value, its standard error and the number of items."""
+    """One metric of one model: value, standard error and number of items."""
 
     metric: str
     value: float
@@ -42,7 +42,7 @@ class Score:
 
 
 def mean_score(metric: str, values: Sequence[float], *, higher_is_better: bool = True) -> Score:
-    """Average one value an item, with the standard error of the mean.
+    """Average the values of items, with the standard error of the mean.
 
     >>> mean_score("right", [1.0, 0.0, 1.0, 0.0])
     Score(metric='right', value=0.5, stderr=0.28867513459481287, n=4, higher_is_better=True)
@@ -54,26 +54,26 @@ def mean_score(metric: str, values: Sequence[float], *, higher_is_better: bool =
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Hold what all items of a suite come to."""
+    """Scores of a suite, aggregated over its items."""
 
     scores: tuple[Score, ...]
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers must know, such as prompts that were cut."""
+    """Caveats for a reader of the scores, such as truncated prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """Hold the scores of one model on one suite, and what they rest on."""
+    """The scores of one model on one suite, with data and settings."""
 
     suite: str
     model: str
     scores: tuple[Score, ...]
     data: str
-    """Where the scored rows come from."""
+    """Source of the scored rows."""
     setting: str
-    """How they were scored, such as the few-shot examples or the window."""
+    """How the rows were scored, such as the few-shot examples or the window."""
     seconds: float
-    """Time that scoring the items took, over all runs that had a part in it."""
+    """Time to score the items, summed over all runs that contributed."""
     notes: tuple[str, ...] = ()
     resumed: int = 0
-    """Items that an earlier run had finished."""
+    """Number of items taken from an earlier run."""

@@ -1,4 +1,4 @@
-"""Where a suite's rows come from: the caller's file, the suite's own, the project's sample, or the hub."""
+"""Find the rows of a suite: the caller's file, the suite's own file, the project's sample, or the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROBE_SECONDS = 10
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """Hold a file of rows and, for a reader of the scores, where it came from."""
+    """A file of rows, with its source for display."""
 
     path: Path
     source: str
@@ -28,10 +28,10 @@ class DataFile:
 
 
 def find_data(spec: SuiteSpec, given: Path | None, fields: str = FIELDS) -> DataFile:
-    """Find the file of a suite's rows; what the hub gives is kept in the cache folder.
+    """Find the file of a suite's rows; hub data is stored in the cache folder.
 
-    Raises NoData with all that was tried. Nothing stands in for a file that the caller or the suite names:
-    reading it raises FileProblem.
+    Raises NoData with all sources that were tried. A file named by the caller or the suite has no fallback: if it is
+    missing, reading it raises FileProblem.
     """
     if given is not None:
         return DataFile(given, str(given))
@@ -42,7 +42,7 @@ def find_data(spec: SuiteSpec, given: Path | None, fields: str = FIELDS) -> Data
 
 
 def source_file(data: DataSource, folder: Path) -> DataFile | list[str]:
-    """Find the file that a source names, relative to a folder, or say what was tried."""
+    """Find the file of a source, relative to a folder; else return the list of what was tried."""
     if data.file is not None:
         path = folder / data.file
         return DataFile(path, str(path))
@@ -56,7 +56,7 @@ def source_file(data: DataSource, folder: Path) -> DataFile | list[str]:
 
 
 def hub_rows(data: DataSource) -> DataFile | str:
-    """Give one file of the hub's data set, which the hub's own cache keeps, or say why there is none."""
+    """Download one file of a hub data set, into the hub's cache; else return the reason as text."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -75,7 +75,7 @@ def hub_rows(data: DataSource) -> DataFile | str:
 
 
 def hub_split(data: DataSource, split: str) -> DataFile | str:
-    """Give a split of the hub's data as JSONL in the cache folder, or say why there is none."""
+    """Store a split of a hub data set as JSONL in the cache folder; else return the reason as text."""
     from cdm_toolkit.artifacts.cache import cache_folder
     from cdm_toolkit.hub.publish import publish
 
@@ -110,7 +110,7 @@ def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str
 
 
 def _probe(data: DataSource) -> None:
-    """Ask the hub once whether it has a data set: loading and downloading would retry for long, aloud."""
+    """Query the hub once for a data set, because loading and downloading retry for long and print messages."""
     from huggingface_hub import HfApi
 
     HfApi().dataset_info(str(data.hub), timeout=PROBE_SECONDS)
@@ -121,9 +121,9 @@ def _reason(error: Exception) -> str:
 
 
 def read_objects(path: Path, fields: str) -> list[tuple[int, Any]]:
-    """Read what each line of a JSONL file holds, with its number from 1; blank lines are skipped.
+    """Read the JSON value of each line of a JSONL file, with line numbers from 1; blank lines are skipped.
 
-    `fields` says what the rows must have. Raises FileProblem and BadRow.
+    `fields` names the required fields, for error messages. Raises FileProblem and BadRow.
     """
     found = []
     for number, line in enumerate(_read_text(path).split("\n"), 1):

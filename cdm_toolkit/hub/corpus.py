@@ -1,4 +1,4 @@
-"""Align every text of a corpus, in worker processes where that pays."""
+"""Align every text of a corpus, in worker processes if it is large."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from cdm_toolkit.tokdiff.changes import Change, changes
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 BATCH = 64
-"""Texts that are tokenized together."""
-WORTH_A_PROCESS = 2000
-"""Texts below which a second process costs more than it saves."""
+"""Texts per call of encode_batch."""
+MIN_TEXTS_FOR_PROCESSES = 2000
+"""Below this number of texts, worker processes cost more time than they save."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TextReport:
-    """Hold what is worth knowing of one text of a corpus. `row` counts from 1."""
+    """Statistics of one text of a corpus. `row` counts from 1."""
 
     row: int
     statistics: PairStatistics
@@ -32,14 +32,14 @@ class TextReport:
     changes_s: tuple[Change, ...]
 
     @property
-    def badness(self) -> tuple[int, float]:
-        """Sort texts: those with groups that are not exact first, then those whose boundaries agree least."""
+    def difference(self) -> tuple[int, float]:
+        """Sort key: texts with the most inexact groups first, then those with the least agreement of boundaries."""
         return -self.statistics.inexact, self.statistics.agreement
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusReport:
-    """Sum up a corpus, text by text and as a whole."""
+    """Statistics of a corpus: of each text and in total."""
 
     names: tuple[str, str]
     aligner: str
@@ -48,18 +48,18 @@ class CorpusReport:
 
     @property
     def exact_texts(self) -> int:
-        """Count the texts whose groups all spell the same bytes on both sides."""
+        """Count the texts in which all groups have the same bytes on both sides."""
         return sum(text.statistics.inexact == 0 for text in self.texts)
 
     def worst(self, count: int) -> list[TextReport]:
-        """List the texts that the two tokenizers cut most differently."""
-        return sorted(self.texts, key=lambda text: text.badness)[:count]
+        """List the texts that the two tokenizers split most differently."""
+        return sorted(self.texts, key=lambda text: text.difference)[:count]
 
 
 def align_corpus(
     view_t: TokenizerView, view_s: TokenizerView, texts: Sequence[str], *, aligner: str = "anchored"
 ) -> Iterator[TextAlignment]:
-    """Align texts one after the other, tokenized in batches. Raises BadText."""
+    """Yield the alignment of each text, tokenized in batches. Raises BadText."""
     for begin in range(0, len(texts), BATCH):
         batch = texts[begin : begin + BATCH]
         for t, s in zip(view_t.encode_batch(batch), view_s.encode_batch(batch), strict=True):
@@ -77,22 +77,22 @@ def report(
 ) -> CorpusReport:
     """Align and measure every text of a corpus. The result does not depend on the number of workers."""
     slices = [
-        (begin, texts[begin : begin + WORTH_A_PROCESS // 8])
-        for begin in range(0, len(texts), WORTH_A_PROCESS // 8)
+        (begin, texts[begin : begin + MIN_TEXTS_FOR_PROCESSES // 8])
+        for begin in range(0, len(texts), MIN_TEXTS_FOR_PROCESSES // 8)
     ]
     work = partial(_report_slice, name_t, name_s, aligner)
     found: list[TextReport] = []
-    if workers == 1 or len(texts) < WORTH_A_PROCESS:
+    if workers == 1 or len(texts) < MIN_TEXTS_FOR_PROCESSES:
         done: Iterator[list[TextReport]] = map(work, slices)
-        found = _gathered(done, len(texts), progress)
+        found = _collect(done, len(texts), progress)
     else:
-        # spawn: a fork of a process whose tokenizers have run in threads can hang
+        # spawn, because forking after tokenizers has used threads can deadlock
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            found = _gathered(pool.map(work, slices), len(texts), progress)
+            found = _collect(pool.map(work, slices), len(texts), progress)
     return CorpusReport((name_t, name_s), aligner, tuple(found), total(text.statistics for text in found))
 
 
-def _gathered(parts: Iterator[list[TextReport]], texts: int, progress: Progress | None) -> list[TextReport]:
+def _collect(parts: Iterator[list[TextReport]], texts: int, progress: Progress | None) -> list[TextReport]:
     found: list[TextReport] = []
     for part in parts:
         found += part
@@ -116,7 +116,7 @@ _loaded: dict[str, TokenizerView] = {}
 
 
 def _views(*names: str) -> list[TokenizerView]:
-    """Load each view once a process."""
+    """Load each view once per process."""
     for name in names:
         if name not in _loaded:
             _loaded[name] = load_view(name)

@@ -1,4 +1,4 @@
-"""A smaller vocabulary of the same kind: a byte-level BPE tokenizer cut to its first ids."""
+"""Truncate the vocabulary of a byte-level BPE tokenizer to its first merges."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def cut(loaded: Loaded, entries: int) -> Loaded:
-    """Keep `entries` ids of a byte-level BPE tokenizer: bytes and merges in their order, then all added tokens.
+    """Keep `entries` ids of a byte-level BPE tokenizer: bytes and first merges in order, then all added tokens.
 
-    The ids of such a vocabulary are in the order in which its merges were learned, so that its first ids with the
-    merges among them are what training would have stopped at earlier. Ids are numbered anew: kept tokens in their old
-    order, and behind them the added ones, special or not, in theirs; rules that split a text and what is put around it
-    stay. Raises BadOption for another kind of tokenizer, for too few or too many entries, and where the order does not
-    hold: a byte is not kept, or a kept token was made of others of which some are not.
-    FileProblem where the folder for temporary files is full.
+    The ids of such a vocabulary are in the order in which its merges were learned, so its first ids, with the merges
+    among them, are the vocabulary of a training that stopped earlier. Ids are renumbered: kept tokens in their old
+    order, then the added tokens, special or not, in theirs. Pre-tokenization and post-processing stay the same.
+    Raises BadOption for another kind of tokenizer, for too few or too many entries, and for a vocabulary that is not in
+    the order of its merges: a byte is not kept, or a kept token is made of tokens that are not. FileProblem where the
+    folder for temporary files is full.
     """
     description = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
     _check(loaded, description, entries)
@@ -35,7 +35,7 @@ def cut(loaded: Loaded, entries: int) -> Loaded:
 
 
 def load_cut(tokenizer: str | Loaded, entries: int | None) -> Loaded:
-    """Load a tokenizer, whole where `entries` is None. Raises as `load_tokenizer` and `cut`."""
+    """Load a tokenizer, truncated to `entries` ids unless it is None. Raises as `load_tokenizer` and `cut`."""
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     return loaded if entries is None else cut(loaded, entries)
 
@@ -60,7 +60,7 @@ def _cut(description: Description, entries: int, name: str) -> Description:
     plain = sorted((token for token in vocab if token not in contents), key=vocab.__getitem__)
     kept = plain[: entries - len(added)]
     _check_order(description, set(kept), plain, entries, name)
-    # the library numbers added tokens that the model does not have from the size of its vocabulary on
+    # Added tokens that are not in the model's vocabulary get the ids after it.
     in_order = sorted(added, key=lambda token: (token["content"] not in vocab, token["id"]))
     new_ids = {token: new for new, token in enumerate([*kept, *(token["content"] for token in in_order)])}
     model = {
@@ -75,7 +75,7 @@ def _cut(description: Description, entries: int, name: str) -> Description:
 def _check_order(
     description: Description, kept: Collection[str], plain: Iterable[str], entries: int, name: str
 ) -> None:
-    """See that all bytes are kept, and that a kept token which merges can make is made by those that are left."""
+    """Check that all bytes are kept, and that kept tokens made by merges can still be made by the kept merges."""
     letters = gpt2_alphabet()
     made = {left + right for left, right in _merges_among(description, kept)}
     was_made = {left + right for left, right in _pairs(description)}
@@ -93,21 +93,21 @@ def _check_order(
 
 
 def _merges_among(description: Description, kept: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Take the merges whose parts and result are kept."""
+    """Yield the merges whose parts and result are kept."""
     for left, right in _pairs(description):
         if left in kept and right in kept and left + right in kept:
             yield left, right
 
 
 def _pairs(description: Description) -> Iterator[tuple[str, str]]:
-    """Walk the merges, which older files write as two strings with a blank between."""
+    """Yield the merges as pairs; older files have them as one string with a space."""
     for merge in description["model"]["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         yield left, right
 
 
 def _renumbered(description: Description, new_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Give the post-processor, which names tokens that are put around a text, with their new ids."""
+    """Return the post-processor with the new ids of its special tokens."""
     processor = json.loads(json.dumps(description.get("post_processor")))
     for part in parts(processor):
         if part["type"] == "TemplateProcessing":
@@ -120,7 +120,7 @@ def _renumbered(description: Description, new_ids: Mapping[str, int]) -> dict[st
 
 
 def _remade(loaded: Loaded, description: Description, name: str) -> Loaded:
-    """Load a description with all that the configuration of a tokenizer says besides ids."""
+    """Load a new description with the configuration of the original tokenizer."""
     try:
         with tempfile.TemporaryDirectory(prefix="cdm-cut-") as folder:
             loaded.tokenizer.save_pretrained(folder)
@@ -134,7 +134,7 @@ def _remade(loaded: Loaded, description: Description, name: str) -> Loaded:
 
 
 def _replace_description(folder: Path, description: Description) -> None:
-    """Put another tokenizer.json in a folder, and drop from tokenizer_config.json what it says of old ids."""
+    """Replace tokenizer.json in a folder, and remove old ids from tokenizer_config.json."""
     (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

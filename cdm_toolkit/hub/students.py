@@ -1,4 +1,4 @@
-"""Models to train: fresh small ones, and trained ones that are given another vocabulary."""
+"""Create student models: randomly initialised ones, and trained ones with a new vocabulary (transplant)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cdm_toolkit.hub.models import (
     save_model,
 )
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
-from cdm_toolkit.vocab_map.row_sources import RowSources, Rule, SourceCounts, row_sources
+from cdm_toolkit.vocab_map.row_sources import RowSources, SourceCounts, SourceKind, row_sources
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a Llama-architecture model whose input and output embeddings are one."""
+    """Width and depth of a Llama-architecture model with tied embeddings."""
 
     hidden: int
     layers: int
@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def feed_forward(self) -> int:
-        """8/3 of the width, as in Llama, in steps of 32."""
+        """8/3 of the width, as in Llama, rounded to a multiple of 32."""
         return 32 * round(self.hidden * 8 / 3 / 32)
 
     def parameters(self, vocab: int) -> int:
@@ -54,13 +54,13 @@ class Shape:
 HEAD = 64
 """Width of an attention head."""
 LAYER_WIDTH = 64
-"""Width for each layer in a well-shaped model: 768 with 12 layers, 1,024 with 16."""
+"""Target ratio of width to depth: 768 for 12 layers, 1,024 for 16."""
 TOLERANCE = 0.15
-"""How far the count of parameters may be from the budget."""
+"""Maximum relative difference between parameters and budget."""
 
 
 def parse_size(size: str) -> int:
-    """Read a count of parameters.
+    """Parse a number of parameters.
 
     >>> parse_size("10m"), parse_size("1.5B")
     (10000000, 1500000000)
@@ -77,7 +77,7 @@ def parse_size(size: str) -> int:
 
 
 def student_shape(vocab: int, parameters: int) -> Shape:
-    """Choose the width and depth that come nearest to 64 of width a layer, within 15 % of the budget.
+    """Choose width and depth with a ratio closest to 64, within 15 % of the budget.
 
     >>> student_shape(32_000, 10_000_000)
     Shape(hidden=256, layers=4)
@@ -94,13 +94,13 @@ def student_shape(vocab: int, parameters: int) -> Shape:
             "size", f"{parameters:,}", f"at least {least:,} parameters: the vocabulary has {vocab:,} ids"
         )
 
-    def misfit(shape: Shape) -> tuple[float, float]:
+    def mismatch(shape: Shape) -> tuple[float, float]:
         return (
             abs(math.log(shape.hidden / (LAYER_WIDTH * shape.layers))),
             abs(shape.parameters(vocab) - parameters),
         )
 
-    return min(shapes, key=misfit)
+    return min(shapes, key=mismatch)
 
 
 def student_config(tokenizer: PreTrainedTokenizerFast, vocab: int, shape: Shape) -> LlamaConfig:
@@ -131,9 +131,9 @@ def new_student(
     seed: int = 0,
     overwrite: bool = False,
 ) -> PreTrainedModel:
-    """Make an untrained Llama-architecture model of about `size` parameters, and save it with its tokenizer.
+    """Create and save an untrained Llama-architecture model of about `size` parameters, with its tokenizer.
 
-    `entries` cuts the vocabulary to that many ids (`cut`). The weights depend on shape and seed alone. Raises
+    `entries` truncates the vocabulary to that many ids (`cut`). The weights depend on shape and seed alone. Raises
     OutputExists, BadOption for a size that is too small for the vocabulary, FileProblem, and as `cut`.
     """
     import torch
@@ -177,19 +177,19 @@ OTHER_IDS = (
     "bad_words_ids",
     "sequence_bias",
 )
-"""Settings of generation that name ids of the old vocabulary, and mean nothing in the new one."""
+"""Generation settings with ids of the old vocabulary, which are removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transplanted:
-    """Count the parameters of a model with its new vocabulary, and the rows of that by where they came from."""
+    """Number of parameters of a transplanted model, and of its new embedding rows by source."""
 
     parameters: int
     rows: SourceCounts
 
     @property
     def vocab_size(self) -> int:
-        """Count the ids of the new vocabulary, each of which has a row."""
+        """Number of ids of the new vocabulary, each of which has a row."""
         return self.rows.copied + self.rows.by_role + self.rows.mean + self.rows.fresh
 
 
@@ -202,14 +202,14 @@ def transplant(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Transplanted:
-    """Give a trained model another tokenizer, and save both. All but its embeddings is kept, dtype included.
+    """Replace the tokenizer and embeddings of a trained model, and save it. All other weights and the dtype are kept.
 
-    The rows of the new vocabulary, in the input embedding and in an output head of its own (with its bias), are
-    made of the old rows that `row_sources` names: a copy, or a mean. A fresh row is the mean of the rows of all
-    old ids plus normal noise whose deviation in each column is that of these rows, drawn by `seed`. Padding rows
-    of the old embedding have no part in it, and the new one has none. `entries` cuts the new vocabulary to that many
-    ids (`cut`). Raises OutputExists, SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for
-    some id of its own tokenizer, FileProblem, and as `cut`.
+    The rows of the new vocabulary, in the input embedding and in an untied output head (with its bias), are copies or
+    means of the old rows from `row_sources`. A fresh row is the mean of the rows of all old ids plus Gaussian noise
+    with their standard deviation in each column, drawn with `seed`. Padding rows of the old embedding are not used,
+    and the new one has none. `entries` truncates the new vocabulary to that many ids (`cut`). Raises OutputExists,
+    SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of its own tokenizer,
+    FileProblem, and as `cut`.
     """
     output = Path(output)
     _check_free(output, overwrite=overwrite)
@@ -224,7 +224,7 @@ def transplant(
     }
     sources = row_sources(old.view, new.view)
     _replace_rows(model, sources, seed)
-    _name_special_ids(model, new.tokenizer)
+    _set_special_ids(model, new.tokenizer)
     facts = provenance(fingerprints=fingerprints, seed=seed, device="cpu")
     named = {"source": source, "tokenizer": new.view.name, "rows": asdict(sources.counts)}
     _save(model, new, output, {**facts, **named})
@@ -236,15 +236,15 @@ def _replace_rows(model: PreTrainedModel, sources: RowSources, seed: int) -> Non
 
     generator = torch.Generator().manual_seed(seed)
     made = [new_rows(table.detach(), sources, generator) for table in _vocabulary_tables(model)]
-    with torch.random.fork_rng(devices=[]):  # it fills what it adds at random
-        model.resize_token_embeddings(len(sources.rule), mean_resizing=False)
+    with torch.random.fork_rng(devices=[]):  # resizing initialises new rows at random
+        model.resize_token_embeddings(len(sources.kind), mean_resizing=False)
     with torch.no_grad():
         for table, rows in zip(_vocabulary_tables(model), made, strict=True):
             table.copy_(rows)
 
 
 def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
-    """List the parameters that have a row for each id: input, and head and its bias where it has its own."""
+    """List the parameters with a row for each id: input embedding, and an untied head with its bias."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     own = [] if head is None or head.weight is inputs else [head.weight]
     bias = getattr(head, "bias", None)
@@ -254,21 +254,21 @@ def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
 def new_rows(
     table: Shaped[Tensor, "rows_old ..."], sources: RowSources, generator: torch.Generator
 ) -> Shaped[Tensor, "vocab_new ..."]:
-    """Make the new vocabulary's rows of a table, in its dtype; means are taken in float32 or better."""
+    """Compute the rows of the new vocabulary, in the table's dtype; means are computed in float32 or better."""
     import torch
 
     old = table[: sources.size_old].reshape(sources.size_old, -1)
     old = old.to(torch.promote_types(old.dtype, torch.float32))
     ids, bounds = torch.from_numpy(sources.ids).long(), torch.from_numpy(sources.indptr)
     rows = torch.nn.functional.embedding_bag(ids, old, bounds, mode="mean", include_last_offset=True)
-    fresh = torch.from_numpy(sources.rule == Rule.FRESH)
+    fresh = torch.from_numpy(sources.kind == SourceKind.FRESH)
     noise = torch.randn(int(fresh.sum()), old.shape[1], generator=generator, dtype=old.dtype)
     rows[fresh] = old.mean(0) + noise * old.std(0)
     return rows.to(table.dtype).reshape(-1, *table.shape[1:])
 
 
-def _name_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put the new tokenizer's special ids wherever the old one's stand, and forget what else names old ids."""
+def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Set the new tokenizer's special ids in the configs, and remove other settings with old ids."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         for role in ("bos", "eos", "pad", "unk"):
             if role != "unk" or hasattr(config, "unk_token_id"):

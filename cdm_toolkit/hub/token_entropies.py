@@ -1,4 +1,4 @@
-"""The entropies of a model's predictions along a text, which weigh its tokens in DTW."""
+"""Entropies of a model's next-token distributions along a text, used as token weights in DTW."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POSITIONS_AT_ONCE = 64  # positions whose float32 distributions exist at one tim
 
 
 def token_entropies(model: PreTrainedModel, spans: TokenSpans) -> Float64[np.ndarray, " time"]:
-    """Give the entropy, in nats, of the model's next-token distribution at each token (arXiv 2502.11104)."""
+    """Return the entropy, in nats, of the model's next-token distribution at each token (arXiv 2502.11104)."""
     (found,) = batch_entropies(model, [spans.ids], vocab=spans.view.vocab_size)
     return found
 
@@ -32,17 +32,17 @@ def batch_entropies(
     vocab: int,
     batch_tokens: int = 2048,
 ) -> list[Float64[np.ndarray, " time"]]:
-    """Give, for each token of several sequences, the entropy in nats of what the model predicts after it.
+    """Return, for each token of several sequences, the entropy in nats of the next-token distribution after it.
 
-    Sequences of like length run together, padded on the right to at most `batch_tokens` in all (or one sequence).
-    Rows of the embedding from `vocab` on are padding and no part of the distribution.
+    Sequences of similar length are batched, padded on the right to at most `batch_tokens` in total (or one sequence).
+    Logits from index `vocab` on are padding, and excluded from the distribution.
     """
     found: list[Float64[np.ndarray, " time"]] = [np.zeros(0) for _ in sequences]
     full = [i for i, ids in enumerate(sequences) if len(ids)]
     for batch in batches([len(sequences[i]) for i in full], tokens=batch_tokens):
-        places = [full[i] for i in batch]
-        logits = _logits(model, [sequences[i] for i in places])
-        for row, i in zip(logits, places, strict=True):
+        indices = [full[i] for i in batch]
+        logits = _logits(model, [sequences[i] for i in indices])
+        for row, i in zip(logits, indices, strict=True):
             found[i] = _entropies(row[: len(sequences[i]), :vocab])
     return found
 

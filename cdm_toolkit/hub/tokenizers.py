@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """Hold both faces of a tokenizer: this toolkit's view and transformers' object, which share no state."""
+    """A tokenizer as this toolkit's view and as transformers' object, which share no state."""
 
     view: TokenizerView
     tokenizer: PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ class Loaded:
 
 
 def load_view(name: str) -> TokenizerView:
-    """Load a tokenizer's view, without importing transformers where a tokenizer.json is at hand.
+    """Load a tokenizer's view; transformers is imported only if there is no usable tokenizer.json.
 
     Raises SourceNotFound, UnsupportedTokenizer, FileProblem, and what `resolve` raises.
     """
@@ -37,8 +37,8 @@ def load_view(name: str) -> TokenizerView:
 def load_tokenizer(name: str) -> Loaded:
     """Load a tokenizer as a view and as transformers' object. Raises as `load_view`.
 
-    tokenizer.json is taken at its word: transformers' own classes for some families would replace what it
-    says (LlamaTokenizer swaps the normalizer, and then splits a leading blank in another way).
+    tokenizer.json is loaded unchanged: transformers' tokenizer classes for some families replace parts of it
+    (LlamaTokenizer replaces the normalizer, and then splits a leading space differently).
     """
     source = resolve(name)
     tokenizer = _fast_tokenizer(name, source.folder)
@@ -58,12 +58,12 @@ def _view(name: str, folder: Path) -> TokenizerView:
             raise UnsupportedTokenizer(name, f"{file} is damaged: {error}", "fetch it again") from None
         if all(backend.token_to_id(content) is not None for content in special_map.values()):
             return make_view(name, backend, special_map)
-    # transformers converts other formats, and adds special tokens that only the configuration has
+    # transformers converts other formats, and adds special tokens that are only in the configuration.
     return make_view(name, _copied(_fast_tokenizer(name, folder)), special_map)
 
 
 def _content(token: str | dict[str, Any]) -> str:
-    """Give a special token's text: configurations write it plain or as an AddedToken."""
+    """Return a special token's text, which configurations hold as a string or as an AddedToken."""
     return token if isinstance(token, str) else str(token["content"])
 
 
@@ -80,7 +80,7 @@ def _fast_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerFast:
     loader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # of many kinds, by tokenizer class
+    except Exception as error:  # many types, depending on the tokenizer class
         raise UnsupportedTokenizer(name, " ".join(str(error).split())[:200]) from None
     if not tokenizer.is_fast:
         raise UnsupportedTokenizer(name, f"{type(tokenizer).__name__} has no fast backend")

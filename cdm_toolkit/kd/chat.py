@@ -17,10 +17,9 @@ _WITHOUT = "go without it: align plain texts with `align_text`, or train with `t
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A chat as one text, and the bytes `[start, end)` of each message's content in it, None where it is left out.
+    """A rendered chat, with the byte range `[start, end)` of each message's content, None where it is left out.
 
-    Blanks at both ends of a content are not counted in, since some templates strip them; `whole` has those that
-    the template keeps.
+    `contents` exclude whitespace at both ends, since some templates strip it; `whole` includes what the template keeps.
     """
 
     text: str
@@ -30,29 +29,29 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A tokenizer's chat template by itself: texts alone, so that it can be sent to a process and hashed."""
+    """A chat template without its tokenizer: only strings, so that it can be pickled and hashed."""
 
     tokenizer: str
-    """The name, for errors."""
+    """Name of the tokenizer, for error messages."""
     source: str
-    """In Jinja."""
+    """Jinja source."""
     tokens: tuple[tuple[str, str], ...]
-    """bos_token, eos_token, ... by name, which templates write."""
+    """Variables of the template: bos_token, eos_token, ... by name."""
 
     def render(self, messages: Messages, *, of: str = "these messages") -> Rendered:
         """Render messages; `of` names them in errors. Raises UnsupportedTokenizer where they are refused."""
         text = self._apply(messages, of)
-        # Where a content lies is read off a second rendering, in which a mark that no text has stands for each:
-        # a search for the content alone would find `user` in the template's own words.
+        # Render a second time with a unique marker in place of each content, to locate the contents: searching for
+        # a content itself could match the template text, such as `user`.
         marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
         marked = self._apply(
             [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)], of
         )
-        order = sorted((place, i) for i, mark in enumerate(marks) if (place := marked.find(mark)) >= 0)
+        order = sorted((offset, i) for i, mark in enumerate(marks) if (offset := marked.find(mark)) >= 0)
         contents: list[Piece | None] = [None] * len(messages)
         whole: list[Piece | None] = [None] * len(messages)
         at, before = 0, marked[: order[0][0]] if order else marked
-        for (place, i), (next_place, _) in pairwise([*order, (len(marked), 0)]):
+        for (offset, i), (next_offset, _) in pairwise([*order, (len(marked), 0)]):
             given, content = messages[i]["content"], messages[i]["content"].strip()
             first = at + len(before)
             start = text.find(content, first)
@@ -60,7 +59,7 @@ class ChatTemplate:
                 why = f"its chat template rewrites the content of message {i + 1} of {of}"
                 raise UnsupportedTokenizer(self.tokenizer, why, _WITHOUT)
             at = end = start + len(content)
-            before = marked[place + len(marks[i]) : next_place]
+            before = marked[offset + len(marks[i]) : next_offset]
             trailing = given[len(given.rstrip()) :]
             if text.startswith(trailing + before, end):  # else the template strips it
                 at = end + len(trailing)
@@ -77,7 +76,7 @@ class ChatTemplate:
                 chat_template=self.source,
                 **dict(self.tokens),
             )
-        except Exception as error:  # jinja2's errors, and whatever a template raises
+        except Exception as error:  # errors of jinja2, and any that a template raises
             why = f"its chat template refuses {of}: {error}"
             raise UnsupportedTokenizer(self.tokenizer, why, "give messages that it knows") from error
         return str(rendered[0])

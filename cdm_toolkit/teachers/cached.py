@@ -112,7 +112,7 @@ class Cached:
         return at
 
     def _top(self, row: CachedRow, at: Int[np.ndarray, " group"], k: int) -> tuple[Tensor, Tensor]:
-        if self.cache.header.form == "whole":
+        if self.cache.header.encoding == "whole":
             best = torch.from_numpy(row.logprobs[at]).topk(k, dim=-1)
             return best.indices, best.values
         ids, logprobs = row.ids[at, :k], row.logprobs[at, :k]

@@ -1,1 +1,1 @@
-"""Which bytes does an id stand for, where do they lie in a text, and how do two tokenizers differ?"""
+"""The bytes of each token id, the byte spans of tokens in a text, and the differences between two tokenizers."""

@@ -1,4 +1,4 @@
-"""Where a tokenizer does not keep the text that it is given."""
+"""Find where a tokenizer changes a text: normalization, dropped characters, unknown tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cdm_toolkit.tokdiff.spans import TokenSpans
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Bytes `[start, end)` of the text, and what the tokens that stand there spell instead."""
+    """Bytes `[start, end)` of the text, and the bytes of the tokens there, which differ."""
 
     start: int
     end: int
@@ -20,16 +20,17 @@ class Change:
 
 
 def changes(spans: TokenSpans) -> list[Change]:
-    """List the stretches of a text that its tokens do not spell: changed, dropped or unknown.
+    """List the ranges of a text that its tokens do not reproduce: normalized, dropped or unknown.
 
-    A stretch is as short as the tokens allow. Empty where the tokens spell the text, a dummy prefix apart.
+    A range is as short as the token boundaries allow. Empty where the tokens have the bytes of the text, except
+    for a dummy prefix.
     """
     changed = ~spans.exact & ~spans.special
-    stretches = sorted(
+    ranges = sorted(
         [*zip(spans.start[changed].tolist(), spans.end[changed].tolist(), strict=True), *_dropped(spans)]
     )
     merged: list[tuple[int, int]] = []
-    for start, end in stretches:
+    for start, end in ranges:
         if merged and start < merged[-1][1]:
             start, end = merged[-1][0], max(end, merged.pop()[1])
         merged.append((start, end))
@@ -40,13 +41,13 @@ def changes(spans: TokenSpans) -> list[Change]:
 
 
 def _spelled(spans: TokenSpans, start: int, end: int) -> bytes:
-    """Join the bytes of the tokens that lie in a stretch."""
+    """Join the bytes of the tokens inside a range."""
     inside = np.flatnonzero((spans.start >= start) & (spans.end <= end) & (spans.end > spans.start))
     return b"".join(spans.view.literals[token_id] for token_id in spans.ids[inside].tolist())
 
 
 def _dropped(spans: TokenSpans) -> list[tuple[int, int]]:
-    """List the stretches that no token covers."""
+    """List the ranges that no token covers."""
     reached = np.concatenate(([0], np.maximum.accumulate(spans.end, dtype=np.int64)))
     begins = np.concatenate((spans.start, [len(spans.text_bytes)]))
     gaps = np.flatnonzero(begins > reached)

@@ -1,4 +1,4 @@
-"""How two tokenizers differ."""
+"""Compare two tokenizers: vocabularies, special tokens and byte schemes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cdm_toolkit.tokdiff.token_bytes import Scheme
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.tokdiff.vocabulary import SpecialToken
 
-LONGEST = 10
-"""Longest tokens that are listed of each side."""
+LONGEST_LISTED = 10
+"""Number of longest tokens listed for each tokenizer."""
 
-Pairs = Int32[np.ndarray, "pair 2"]
-MovedPairs = Int32[np.ndarray, "moved 2"]
+IdPairs = Int32[np.ndarray, "pair 2"]
+MovedIdPairs = Int32[np.ndarray, "moved 2"]
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """Sum up one tokenizer."""
+class TokenizerSummary:
+    """Summary of one tokenizer."""
 
     name: str
     fingerprint: str
@@ -31,7 +31,7 @@ class Side:
     without_bytes: int
     """Ids that are special or unused."""
     only_here: int
-    """Ids whose bytes are no token of the other."""
+    """Ids whose bytes are not a token of the other tokenizer."""
     special_by_role: Mapping[str, tuple[SpecialToken, ...]]
     """Special tokens by primary role; those without one are not listed."""
     longest: tuple[int, ...]
@@ -40,23 +40,23 @@ class Side:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizerDiff:
-    """Compare two tokenizers: `a` and `b`."""
+    """The difference between two tokenizers `a` and `b`."""
 
-    a: Side
-    b: Side
-    shared: Pairs
-    """Ids with the same bytes, a's and b's, by a's id."""
-    moved: MovedPairs
-    """Those of `shared` whose number differs."""
+    a: TokenizerSummary
+    b: TokenizerSummary
+    shared: IdPairs
+    """Ids with equal bytes, as (id of a, id of b), sorted."""
+    moved: MovedIdPairs
+    """Those of `shared` whose two ids differ."""
 
     @property
     def same(self) -> bool:
-        """Say whether the two cannot be told apart."""
+        """Whether the fingerprints are equal."""
         return self.a.fingerprint == self.b.fingerprint
 
     @property
     def roles_of_one(self) -> tuple[str, ...]:
-        """List the roles that only one side has a special token for."""
+        """Roles for which only one tokenizer has a special token."""
         return tuple(sorted(set(self.a.special_by_role) ^ set(self.b.special_by_role)))
 
 
@@ -64,11 +64,11 @@ def diff(view_a: TokenizerView, view_b: TokenizerView) -> TokenizerDiff:
     """Compare the vocabularies, special tokens and schemes of two tokenizers."""
     shared = shared_ids(view_a, view_b)
     moved = shared[shared[:, 0] != shared[:, 1]]
-    return TokenizerDiff(_side(view_a, view_b), _side(view_b, view_a), shared, moved)
+    return TokenizerDiff(_summary(view_a, view_b), _summary(view_b, view_a), shared, moved)
 
 
-def shared_ids(view_a: TokenizerView, view_b: TokenizerView) -> Pairs:
-    """Pair the ids that stand for the same bytes; where several do, the lowest with the lowest, and so on."""
+def shared_ids(view_a: TokenizerView, view_b: TokenizerView) -> IdPairs:
+    """Pair the ids with equal bytes; where there are several, in ascending order of id."""
     ids_a, ids_b = ids_by_bytes(view_a), ids_by_bytes(view_b)
     pairs = [
         pair
@@ -79,7 +79,7 @@ def shared_ids(view_a: TokenizerView, view_b: TokenizerView) -> Pairs:
 
 
 def ids_by_bytes(view: TokenizerView) -> dict[bytes, list[int]]:
-    """List the ids of each token's bytes, ascending; special and unused ids are left out."""
+    """Map token bytes to their ids, ascending; special and unused ids are left out."""
     ids: dict[bytes, list[int]] = {}
     for token_id, token in enumerate(view.token_bytes):
         if token is not None:
@@ -87,14 +87,14 @@ def ids_by_bytes(view: TokenizerView) -> dict[bytes, list[int]]:
     return ids
 
 
-def _side(view: TokenizerView, other: TokenizerView) -> Side:
+def _summary(view: TokenizerView, other: TokenizerView) -> TokenizerSummary:
     tokens = [(token_id, token) for token_id, token in enumerate(view.token_bytes) if token is not None]
     theirs = set(other.token_bytes)
     by_role: dict[str, list[SpecialToken]] = {}
     for special in sorted(view.special.values(), key=lambda special: special.id):
         if special.role:
             by_role.setdefault(special.role, []).append(special)
-    return Side(
+    return TokenizerSummary(
         name=view.name,
         fingerprint=view.fingerprint,
         size=view.vocab_size,
@@ -103,5 +103,7 @@ def _side(view: TokenizerView, other: TokenizerView) -> Side:
         without_bytes=view.vocab_size - len(tokens),
         only_here=sum(token not in theirs for _, token in tokens),
         special_by_role={role: tuple(specials) for role, specials in by_role.items()},
-        longest=tuple(token_id for token_id, _ in sorted(tokens, key=lambda item: -len(item[1]))[:LONGEST]),
+        longest=tuple(
+            token_id for token_id, _ in sorted(tokens, key=lambda item: -len(item[1]))[:LONGEST_LISTED]
+        ),
     )

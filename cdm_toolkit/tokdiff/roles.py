@@ -1,4 +1,4 @@
-"""What special tokens are for, so that those of different families can be matched."""
+"""Roles of special tokens (bos, turn_end, ...), used to match them across model families."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MAP_ROLES = {
     "unk_token": "unk",
     "mask_token": "mask",
 }
-"""Role of each name in a tokenizer's special token map."""
+"""Role of each entry of a tokenizer's special token map."""
 
-# Markers that families are known to write. The first role of a marker is its primary one.
+# Special tokens of known model families. The first role is the primary one.
 KNOWN_MARKERS: Mapping[str, tuple[str, ...]] = {
     "<|endoftext|>": ("eos",),  # GPT-2, Qwen, SmolLM, Phi
     "</s>": ("eos",),  # Llama 2, Mistral, OPT
@@ -58,8 +58,8 @@ KNOWN_MARKERS: Mapping[str, tuple[str, ...]] = {
 def roles_of(content: str, special_map: Mapping[str, str]) -> tuple[str, ...]:
     """List a special token's roles, the primary one first.
 
-    A known marker's own role comes first, because a map often gives one token several jobs: Qwen's
-    `<|im_end|>` ends a turn and is the map's eos, GPT-2's `<|endoftext|>` is bos, eos and unk.
+    The role of a known marker comes first, because a special token map often uses one token for several roles:
+    Qwen's `<|im_end|>` ends a turn and is also eos, GPT-2's `<|endoftext|>` is bos, eos and unk.
 
     >>> roles_of("<|im_end|>", {"eos_token": "<|im_end|>"})
     ('turn_end', 'eos')

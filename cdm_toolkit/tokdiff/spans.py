@@ -1,9 +1,9 @@
-"""Where each token of a text lies in its UTF-8 bytes.
+"""Byte spans: the range of each token in the UTF-8 bytes of its text.
 
-Two rules, stated token by token in `spans_reference`. Where the tokens' bytes spell the text, their running
-sum says it. Where a tokenizer changed the text, the character offsets that it reports do, refined by the
-bytes wherever these are the text's. Known limit: behind control characters that a SentencePiece character
-map deletes at the very front of a text, the tokenizers library reports offsets that are too low.
+`spans_reference` defines the two rules token by token. Where the tokens' bytes are the bytes of the text, spans are
+their running sum. Where the tokenizer changed the text, spans are the character offsets that it reports, refined
+by the token bytes wherever these occur in the text. Known limit: after control characters that a SentencePiece
+character map deletes at the very start of a text, the tokenizers library reports offsets that are too low.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cdm_toolkit.tokdiff.vocabulary import Vocabulary
 
 Positions = Int64[np.ndarray, " time"]
 Flags = Bool[np.ndarray, " time"]
-Placed = tuple[Positions, Positions, Flags]
+SpanArrays = tuple[Positions, Positions, Flags]
 
 
 @runtime_checkable
@@ -39,11 +39,11 @@ class Encoding(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSpans:
-    """Hold the tokens of one text with their byte ranges `[start, end)`.
+    """The tokens of one text with their byte ranges `[start, end)`.
 
-    `start` and `end` never decrease. A text can be cut after token i where `end[i] <= start[i + 1]`: tokens
-    that spell one changed character together all carry that character's bytes. Text between two tokens was
-    dropped by the tokenizer.
+    `start` and `end` never decrease. The text can be cut after token i where `end[i] <= start[i + 1]`; tokens
+    that together represent one normalized character all have the range of that character. Text between two
+    tokens was dropped by the tokenizer.
     """
 
     view: Vocabulary
@@ -52,10 +52,10 @@ class TokenSpans:
     start: Positions
     end: Positions
     special: Flags
-    """A special token: zero-width where the tokenizer added it, its literal's bytes where it stood in the
-    text. An unk token that stands for text is not special."""
+    """Special tokens: zero-width where the tokenizer added them, else the range of their literal in the text.
+    An unk token that represents text is not special."""
     exact: Flags
-    """The token's bytes are `text_bytes[start:end]`, up to a dummy prefix; true of added special tokens."""
+    """Whether the token's bytes are `text_bytes[start:end]`, up to a dummy prefix; true for added special tokens."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,7 +107,7 @@ def does_not_spell(view: Vocabulary, text_bytes: bytes, ids: list[int]) -> DoesN
     return DoesNotSpell(view.name, len(ids), "after the last", text_bytes[at : at + 16])
 
 
-def _record(view: Vocabulary, text_bytes: bytes, ids: list[int], placed: Placed) -> TokenSpans:
+def _record(view: Vocabulary, text_bytes: bytes, ids: list[int], placed: SpanArrays) -> TokenSpans:
     start, end, exact = placed
     id_array = np.array(ids, np.int32)
     return TokenSpans(view, text_bytes, id_array, start, end, view.is_special[id_array] & exact, exact)
@@ -119,7 +119,7 @@ def _pieces(view: Vocabulary, ids: list[int], added: Sequence[int]) -> list[byte
     return [b"" if a else p for p, a in zip(pieces, added, strict=True)] if any(added) else pieces
 
 
-def _running_sum(view: Vocabulary, pieces: list[bytes], text_bytes: bytes) -> Placed | None:
+def _running_sum(view: Vocabulary, pieces: list[bytes], text_bytes: bytes) -> SpanArrays | None:
     """Place tokens that spell the text one after the other; None where they do not spell it."""
     spelled, dummy_prefix, dropped = b"".join(pieces), view.scheme.dummy_prefix, view.dropped_bytes
     kept = text_bytes.translate(None, dropped) if dropped else text_bytes
@@ -133,9 +133,9 @@ def _running_sum(view: Vocabulary, pieces: list[bytes], text_bytes: bytes) -> Pl
     start, end = np.maximum(start, 0), np.maximum(end, 0)
     if len(kept) == len(text_bytes):
         return start, end, np.ones(len(pieces), bool)
-    places = np.flatnonzero(~np.isin(np.frombuffer(text_bytes, np.uint8), list(dropped)))
-    length, begin = end - start, np.append(places, len(text_bytes))[start]
-    end = np.where(length > 0, np.append(0, places + 1)[end], begin)
+    kept_offsets = np.flatnonzero(~np.isin(np.frombuffer(text_bytes, np.uint8), list(dropped)))
+    length, begin = end - start, np.append(kept_offsets, len(text_bytes))[start]
+    end = np.where(length > 0, np.append(0, kept_offsets + 1)[end], begin)
     return begin, end, end - begin == length
 
 
@@ -146,8 +146,8 @@ def _by_offsets(
     added: Sequence[int],
     offsets: Sequence[tuple[int, int]],
     dummy_prefix: bytes,
-) -> Placed:
-    """Place tokens by their offsets in characters, refined by their bytes."""
+) -> SpanArrays:
+    """Compute spans from reported character offsets, refined by the token bytes."""
     kept = np.flatnonzero(np.array(added) == 0)
     start, end, exact = (
         np.zeros(len(added), np.int64),
@@ -167,10 +167,11 @@ def _by_offsets(
 
 def _clusters(
     text: str, text_bytes: bytes, pieces: list[bytes], first: Positions, last: Positions, dummy_prefix: bytes
-) -> Placed:
-    """Place runs of tokens that share characters: by their bytes if these are the text's, else as reported.
+) -> SpanArrays:
+    """Compute the spans of clusters, runs of tokens whose reported characters overlap.
 
-    `first`, `last`: each token's characters, half-open.
+    A cluster whose bytes occur in the text gets spans by its bytes, any other the reported ones. `first`, `last`:
+    each token's characters `[first, last)`.
     """
     to_byte = _byte_positions(text_bytes)
     start, end, exact = to_byte[first], to_byte[last], np.ones(len(pieces), bool)
@@ -179,11 +180,11 @@ def _clusters(
     for a, b in pairwise([0, *(np.flatnonzero(start[1:] >= end[:-1]) + 1).tolist(), len(pieces)]):
         low, high = lows[a], highs[b - 1]
         spelled = pieces[a] if b == a + 1 else b"".join(pieces[a:b])
-        at = floor = _place(text_bytes, spelled, low, high, done, lows[b])
+        at = floor = _locate(text_bytes, spelled, low, high, done, lows[b])
         if at is None and dummy_prefix and spelled.startswith(dummy_prefix):
             rest = spelled[len(dummy_prefix) :]
-            floor = _place(text_bytes, rest, low, high, done, lows[b])
-            # no byte may be left for the blank
+            floor = _locate(text_bytes, rest, low, high, done, lows[b])
+            # The rest must cover all reported bytes: the dummy prefix itself has none.
             if floor is not None and floor <= low and high <= floor + len(rest):
                 at = floor - len(dummy_prefix)
         if at is None or floor is None:
@@ -204,12 +205,12 @@ def _clusters(
 
 
 def _in_order(start: Positions, end: Positions) -> tuple[Positions, Positions]:
-    """Widen ranges until starts and ends never decrease."""
+    """Widen ranges so that starts and ends never decrease."""
     return np.minimum.accumulate(start[::-1])[::-1], np.maximum.accumulate(end)
 
 
-def _place(text_bytes: bytes, spelled: bytes, low: int, high: int, done: int, following: int) -> int | None:
-    """Find where bytes stand that are reported in `[low, high)`, which may leave blanks out."""
+def _locate(text_bytes: bytes, spelled: bytes, low: int, high: int, done: int, following: int) -> int | None:
+    """Find the offset of bytes that are reported in `[low, high)`; the report may leave out leading blanks."""
     size = len(spelled)
     if high - size >= done and text_bytes.startswith(spelled, high - size):
         return high - size
@@ -227,7 +228,7 @@ def _whole_characters(
     end: Positions,
     changed: Flags,
 ) -> tuple[Positions, Positions]:
-    """Widen changed tokens to whole combining sequences: normalization moves bytes within these only."""
+    """Widen changed tokens to whole combining sequences, the unit within which normalization moves bytes."""
     points, index = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
     joins = np.array([_joins(chr(point)) for point in points.tolist()], bool)[index]
     joins[:1] = False
@@ -238,11 +239,11 @@ def _whole_characters(
 
 
 def _joins(character: str) -> bool:
-    """Say whether a character can become one with those before it: marks, jamo, half-width voicing marks."""
+    """Check whether a character can combine with the ones before it: marks, jamo, half-width voicing marks."""
     return category(character)[0] == "M" or "\u1160" <= character <= "\u11ff" or character in "\uff9e\uff9f"
 
 
 def _byte_positions(text_bytes: bytes) -> Int64[np.ndarray, " boundary"]:
-    """Give the byte at which each character begins, and the end."""
+    """Return the byte offset of each character, and of the end of the text."""
     begins = (np.frombuffer(text_bytes, np.uint8) & 0xC0) != 0x80
     return np.append(np.flatnonzero(begins), len(text_bytes)).astype(np.int64)

@@ -1,16 +1,16 @@
-"""What spans are: the readable definition that `spans` must agree with. One page, plain Python, slow.
+"""Reference implementation of byte spans in plain Python; `spans` must give the same result.
 
-1. Where the tokens' bytes, joined, are the text (or a dummy blank and the text), each token stands where the
-   one before it ends. Bytes that the vocabulary cannot spell, and so drops, are skipped.
-2. Else each token stands on the characters that the tokenizer reports. Tokens that share characters form a
-   cluster. A cluster whose bytes are the text's own is placed by its bytes, one token after the other: where
-   the reported end allows it (a tokenizer may leave leading blanks out), else at the reported start, else
-   all of the reported bytes with its first blank taken for a dummy prefix.
-3. A cluster with other bytes than the text was changed. Its tokens stand on whole characters with the marks
-   that belong to them, together; a lone dummy blank at its front stands on nothing.
-4. Special tokens that the tokenizer added stand on nothing: before the text, or after it.
-5. Starts and ends never decrease, the reported ones neither: a token is widened for this, and is then no
-   longer exact.
+1. Where the joined token bytes are the text (or a dummy prefix and the text), each token starts where the one
+   before it ends. Bytes that the vocabulary has no token for, and so drops, are skipped.
+2. Else each token covers the characters that the tokenizer reports. Tokens that share characters form a cluster.
+   A cluster whose bytes occur in the text gets consecutive spans by its bytes: ending at the reported end if they
+   match there (a tokenizer may leave out leading blanks), else starting at the reported start, else on all of the
+   reported bytes with its first blank taken as a dummy prefix.
+3. A cluster whose bytes do not occur in the text was changed. Each of its tokens covers whole characters with their
+   combining marks; a dummy prefix that is a token of its own at its start is zero-width.
+4. Special tokens that the tokenizer added are zero-width, before or after the text.
+5. Starts and ends never decrease, and the reported ones neither: a token is widened for this, and is then no longer
+   exact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from unicodedata import category
 
 Span = tuple[int, int, bool]
-"""Start and end in bytes, and whether the token's bytes stand there."""
+"""Start and end in bytes, and whether these are the token's bytes."""
 
 
 def reference_spans(
@@ -30,29 +30,30 @@ def reference_spans(
     dummy_prefix: bytes,
     dropped: bytes = b"",
 ) -> list[Span]:
-    """Place the tokens of a text.
+    """Compute the span of each token of a text.
 
-    `pieces`: the bytes of each, a special token's content. `added`: 1 for special tokens that the text does
-    not have. `offsets`: reported characters `[first, last)`. `dropped`: bytes that no token spells.
+    `pieces`: the bytes of each token, the content of a special token. `added`: 1 for special tokens that are not
+    in the text. `offsets`: reported characters `[first, last)`. `dropped`: bytes that no token has.
     """
     whole = text.encode()
     own = [b"" if is_added else piece for piece, is_added in zip(pieces, added, strict=True)]
-    places = [i for i, byte in enumerate(whole) if byte not in dropped]
+    kept_offsets = [i for i, byte in enumerate(whole) if byte not in dropped]
     for prefix in (b"", dummy_prefix):
-        if b"".join(own) == prefix + bytes(whole[i] for i in places):
+        if b"".join(own) == prefix + bytes(whole[i] for i in kept_offsets):
             among_kept = one_after_the_other(own, -len(prefix), 0)
-            return [_unskipped(span, places, len(whole)) for span in among_kept]
+            return [_in_whole_text(span, kept_offsets, len(whole)) for span in among_kept]
     kept = [i for i, is_added in enumerate(added) if not is_added]
     spans = _by_characters(text, [own[i] for i in kept], [offsets[i] for i in kept], dummy_prefix)
-    placed = dict(zip(kept, spans, strict=True))
+    by_index = dict(zip(kept, spans, strict=True))
     behind = [i > kept[-1] if kept else False for i in range(len(own))]
     return [
-        placed.get(i, (len(whole), len(whole), True) if behind[i] else (0, 0, True)) for i in range(len(own))
+        by_index.get(i, (len(whole), len(whole), True) if behind[i] else (0, 0, True))
+        for i in range(len(own))
     ]
 
 
 def one_after_the_other(pieces: Sequence[bytes], at: int, floor: int) -> list[Span]:
-    """Place pieces from `at` on, nothing before `floor`."""
+    """Give pieces consecutive spans from `at` on, clipped to start at `floor`."""
     spans = []
     for piece in pieces:
         spans.append((max(at, floor), max(at + len(piece), floor), True))
@@ -60,11 +61,11 @@ def one_after_the_other(pieces: Sequence[bytes], at: int, floor: int) -> list[Sp
     return spans
 
 
-def _unskipped(span: Span, places: Sequence[int], size: int) -> Span:
-    """Turn a range among the bytes that were kept, at `places`, into one of the text."""
+def _in_whole_text(span: Span, kept_offsets: Sequence[int], size: int) -> Span:
+    """Map a range of the kept bytes, which are at `kept_offsets`, to a range of the text."""
     start, end, _ = span
-    low = places[start] if start < len(places) else size
-    high = places[end - 1] + 1 if end > start else low
+    low = kept_offsets[start] if start < len(kept_offsets) else size
+    high = kept_offsets[end - 1] + 1 if end > start else low
     return low, high, high - low == end - start
 
 
@@ -76,7 +77,7 @@ def _by_characters(
     def byte(character: int) -> int:
         return len(text[:character].encode())
 
-    def placed(spelled: bytes) -> int | None:
+    def located(spelled: bytes) -> int | None:
         back = high - len(spelled)
         if back >= done and whole[back:high] == spelled:
             return back
@@ -98,12 +99,12 @@ def _by_characters(
         own = [pieces[i] for i in cluster]
         spelled = b"".join(own)
         prefix = dummy_prefix if dummy_prefix and spelled.startswith(dummy_prefix) else None
-        if (at := placed(spelled)) is not None:
+        if (at := located(spelled)) is not None:
             spans += one_after_the_other(own, at, at)
             done = at + len(spelled)
         elif (
             prefix is not None
-            and (at := placed(spelled.removeprefix(prefix))) is not None
+            and (at := located(spelled.removeprefix(prefix))) is not None
             and at <= low
             and high <= at + len(spelled) - len(prefix)
         ):
@@ -120,7 +121,7 @@ def _by_characters(
 
 
 def whole_characters(text: str, first: int, last: int) -> tuple[int, int]:
-    """Widen characters `[first, last)` to whole ones: a letter with its marks, a syllable with its jamo."""
+    """Widen characters `[first, last)` to combining sequences: a letter with its marks, a syllable with its jamo."""
     while 0 < first < len(text) and joins(text[first]):
         first -= 1
     while 0 < last < len(text) and joins(text[last]):
@@ -129,12 +130,12 @@ def whole_characters(text: str, first: int, last: int) -> tuple[int, int]:
 
 
 def joins(character: str) -> bool:
-    """Say whether normalization can make a character one with those before it."""
+    """Check whether normalization can combine a character with the ones before it."""
     return category(character)[0] == "M" or "\u1160" <= character <= "\u11ff" or character in "\uff9e\uff9f"
 
 
 def in_order(spans: Sequence[Span]) -> list[Span]:
-    """Widen spans until starts and ends never decrease."""
+    """Widen spans so that starts and ends never decrease."""
     ordered = []
     for i, (start, end, exact) in enumerate(spans):
         low = min(later[0] for later in spans[i:])

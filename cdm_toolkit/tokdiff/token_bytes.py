@@ -1,7 +1,7 @@
 """The exact bytes of each vocabulary id, read from a tokenizer's own description.
 
-A description is the parsed `tokenizer.json`: what `tokenizers.Tokenizer.to_str()` gives. Which alphabet a
-vocabulary is written in follows from its model, normalizer, pre-tokenizer and decoder alone.
+A description is the parsed `tokenizer.json`, as returned by `tokenizers.Tokenizer.to_str()`. How the strings of a
+vocabulary encode bytes follows from the model, normalizer, pre-tokenizer and decoder.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Say how a vocabulary's strings spell bytes, and what is done to a text before it is split."""
+    """How the strings of a vocabulary encode bytes, and what is done to a text before it is split."""
 
     model: str
     normalizers: tuple[str, ...]
     pre_tokenizers: tuple[str, ...]
     decoders: tuple[str, ...]
     byte_level: bool
-    """Strings are in GPT-2's alphabet, one character a byte."""
+    """Strings use GPT-2's alphabet, one character per byte."""
     word_mark: str
-    """Stands for a blank; empty where blanks are written as they are."""
+    """The character that represents a space, such as `▁`; empty where spaces are written as they are."""
     byte_fallback: bool
     """`<0x41>` is the byte 41."""
     affixes: tuple[str, str]
-    """Prefix of a piece that goes on a word, suffix of one that ends it: not part of the bytes."""
+    """Prefix of a word-internal piece (`##`) and suffix of a word-final piece (`</w>`): not part of the bytes."""
     dummy_prefix: bytes
-    """What the tokenizer puts before a text that does not have it."""
+    """What the tokenizer prepends to a text that does not begin with it."""
 
     @property
     def family(self) -> str:
@@ -48,7 +48,7 @@ class Scheme:
 
 
 def parts(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Walk a component of a description, and those nested in Sequences, in order."""
+    """Yield a component of a description, with nested Sequences flattened, in order."""
     if component is None:
         return
     if component["type"] == "Sequence":
@@ -60,7 +60,7 @@ def parts(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _replaced(part: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Give the string that a Replace looks for (None for a regex) and what it puts there."""
+    """Return the string that a Replace searches for (None for a regex) and its replacement."""
     return part["pattern"].get("String"), part["content"]
 
 
@@ -89,7 +89,7 @@ def _prepends_blank(part: Mapping[str, Any], word_mark: str) -> bool:
 def scheme_of(description: Description, *, name: str = "tokenizer") -> Scheme:
     """Read a description's scheme.
 
-    Raises UnsupportedTokenizer where it does not say exactly what its strings stand for.
+    Raises UnsupportedTokenizer where it does not determine the bytes of the strings.
     """
     try:
         model = description["model"]
@@ -107,7 +107,7 @@ def scheme_of(description: Description, *, name: str = "tokenizer") -> Scheme:
         raise UnsupportedTokenizer(name, f"its decoder is {' + '.join(types[2])}")
     fallback = "ByteFallback" in types[2] or bool(model.get("byte_fallback"))
     if kind == "BPE" and not (byte_level or fallback or model.get("unk_token")):
-        # the library then counts offsets as if the unknown characters had not been there
+        # The library then counts offsets as if the unknown characters were not in the text.
         why = "its model drops characters that it does not know, and reports wrong offsets where it did"
         raise UnsupportedTokenizer(name, why, "give its model an unk_token")
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
@@ -127,7 +127,7 @@ def scheme_of(description: Description, *, name: str = "tokenizer") -> Scheme:
 
 
 def gpt2_alphabet() -> dict[str, int]:
-    """Map the characters of GPT-2's alphabet to the bytes that they stand for.
+    """Map the characters of GPT-2's byte-level alphabet to bytes.
 
     >>> gpt2_alphabet()["Ġ"], gpt2_alphabet()["A"]
     (32, 65)
@@ -138,20 +138,20 @@ def gpt2_alphabet() -> dict[str, int]:
 
 
 def _byte_level_reader() -> Callable[[str], bytes]:
-    # Characters below U+0100 outside the alphabet must not pass for bytes: send them where latin-1 fails.
+    # Characters below U+0100 outside the alphabet must not be read as bytes: map them to one that latin-1 rejects.
     table = dict.fromkeys(range(256), 0xFFFF) | {ord(char): byte for char, byte in gpt2_alphabet().items()}
 
     def read(token: str) -> bytes:
         try:
             return token.translate(table).encode("latin-1")
-        except UnicodeEncodeError:  # not in the alphabet: the decoder takes it as it is
+        except UnicodeEncodeError:  # not in the alphabet: the decoder keeps it as text
             return token.encode()
 
     return read
 
 
 def reader_of(scheme: Scheme) -> Callable[[str], bytes]:
-    """Give the function from a vocabulary string to its bytes.
+    """Return the function from a vocabulary string to its bytes.
 
     >>> read = reader_of(scheme_of({"model": {"type": "BPE", "byte_fallback": True}, "decoder": {"type":
     ...     "Metaspace", "replacement": "▁"}}))
@@ -174,15 +174,15 @@ def reader_of(scheme: Scheme) -> Callable[[str], bytes]:
 
 
 def vocabulary(description: Description) -> dict[str, int]:
-    """Map the model's strings to their ids, without added tokens."""
+    """Return the model's vocabulary as string -> id, without added tokens."""
     vocab = description["model"]["vocab"]
     return dict(vocab) if isinstance(vocab, Mapping) else {piece: i for i, (piece, _) in enumerate(vocab)}
 
 
 def token_bytes(description: Description, *, name: str = "tokenizer") -> tuple[bytes | None, ...]:
-    """Give the bytes of every id; None for special tokens and for ids that no token has.
+    """Return the bytes of every id; None for special tokens and unused ids.
 
-    A non-special added token stands for its content. Raises UnsupportedTokenizer.
+    The bytes of a non-special added token are its content. Raises UnsupportedTokenizer.
     """
     read = reader_of(scheme_of(description, name=name))
     vocab = vocabulary(description)
@@ -194,8 +194,7 @@ def token_bytes(description: Description, *, name: str = "tokenizer") -> tuple[b
     for token in added:
         if token["special"]:
             table[token["id"]] = None
-        elif (
-            vocab.get(token["content"]) != token["id"]
-        ):  # else the model makes it too, and it is read as such
+        elif vocab.get(token["content"]) != token["id"]:
+            # A token that the model's vocabulary has too keeps the bytes of its vocabulary string.
             table[token["id"]] = token["content"].encode()
     return tuple(table)

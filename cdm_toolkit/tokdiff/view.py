@@ -1,4 +1,4 @@
-"""A tokenizer as this toolkit sees it: the bytes of each id, the roles of special tokens, and spans."""
+"""The toolkit's view of a tokenizer: bytes of each id, roles of special tokens, byte spans of encoded texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cdm_toolkit.tokdiff.vocabulary import SpecialToken, Vocabulary
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a view needs of `tokenizers.Tokenizer`."""
+    """The parts of `tokenizers.Tokenizer` that a view uses."""
 
     def to_str(self, pretty: bool = False) -> str: ...
     def encode(self, sequence: Any, *, add_special_tokens: bool = True) -> Any: ...
@@ -47,15 +47,15 @@ class TokenizerView(Vocabulary):
         return span_tokens(self, text, text_bytes, encoding)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[TokenSpans]:
-        """Tokenize texts together: the same as `encode` of each, on all cores. Raises BadText."""
+        """Tokenize several texts on all cores; same result as `encode` of each. Raises BadText."""
         many_bytes = [utf8(text) for text in texts]
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [span_tokens(self, *each) for each in zip(texts, many_bytes, encodings, strict=True)]
 
     def spans_of(self, text: str, ids: Sequence[int]) -> TokenSpans:
-        """Find where given ids stand in the text that they were made from.
+        """Find the spans of given ids in the text that they encode.
 
-        Special tokens that the text does not have are zero-width.
+        Special tokens that are not in the text are zero-width.
         Raises BadText, UnknownTokenId, DoesNotSpell.
         """
         text_bytes = utf8(text)
@@ -87,20 +87,17 @@ def utf8(text: str) -> bytes:
 def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None = None) -> TokenizerView:
     """Make the view of a tokenizer.
 
-    `special_map` gives bos_token, eos_token, ... as in `tokenizer_config.json`. The view takes the backend
-    over, and turns off its truncation, its padding and the trimming of its offsets. Raises
-    UnsupportedTokenizer.
+    `special_map` gives bos_token, eos_token, ... as in `tokenizer_config.json`. The view owns the backend from
+    then on: truncation, padding and the trimming of offsets are turned off. Raises UnsupportedTokenizer.
     """
     try:
         backend.no_truncation()
         backend.no_padding()
         with _garbage_collection_paused():
             description: Description = json.loads(backend.to_str())
-    except (
-        Exception
-    ) as error:  # a part written in Python cannot be described; the library raises plain Exception
+    except Exception as error:  # plain Exception is what the library raises for parts written in Python
         raise UnsupportedTokenizer(name, f"it does not describe itself: {error}") from None
-    _report_whole_offsets(backend, description)
+    _disable_offset_trimming(backend, description)
     special_map = special_map or {}
     scheme = scheme_of(description, name=name)
     table = list(token_bytes(description, name=name))
@@ -108,7 +105,7 @@ def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None
     contents = {}
     for token in description["added_tokens"]:
         roles = roles_of(token["content"], special_map)
-        # DeepSeek does not mark its turn markers as special
+        # DeepSeek's turn markers are added tokens that are not flagged as special.
         if (
             token["special"]
             or token["content"] in special_map.values()
@@ -152,7 +149,7 @@ def view_of(tokenizer: Any, name: str) -> TokenizerView:
     return make_view(name, Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), special)
 
 
-def _report_whole_offsets(backend: Backend, description: Description) -> None:
+def _disable_offset_trimming(backend: Backend, description: Description) -> None:
     """Have blanks counted in: trimmed offsets are wrong behind a dummy prefix that is not at the front."""
     processor = description.get("post_processor")
     if not any(part.get("trim_offsets") for part in parts(processor)):
@@ -164,13 +161,13 @@ def _report_whole_offsets(backend: Backend, description: Description) -> None:
         object_hook=lambda part: part | {"trim_offsets": False} if "trim_offsets" in part else part,
     )
     model = {"type": "BPE", "vocab": {}, "merges": []}
-    husk = {"added_tokens": [], "model": model, "post_processor": untrimmed}
-    backend.post_processor = Tokenizer.from_str(json.dumps(husk)).post_processor
+    minimal = {"added_tokens": [], "model": model, "post_processor": untrimmed}
+    backend.post_processor = Tokenizer.from_str(json.dumps(minimal)).post_processor
 
 
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
-    """Save half the time of parsing: a vocabulary is a million live objects, and none of them garbage."""
+    """Pause the garbage collector; halves the time to parse a vocabulary, which is a million live objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -181,7 +178,7 @@ def _garbage_collection_paused() -> Iterator[None]:
 
 
 def _pruned(value: Any) -> Any:
-    """Drop what is null, false or empty, so that a new optional field of the format changes nothing."""
+    """Drop null, false and empty values, so that new optional fields of the format do not change fingerprints."""
     if isinstance(value, Mapping):
         pruned = {key: _pruned(inner) for key, inner in value.items()}
         return {key: inner for key, inner in pruned.items() if inner or type(inner) is int}
@@ -203,9 +200,9 @@ def fingerprint(description: Description, special: Mapping[int, SpecialToken]) -
 
 
 def _adds_specials(description: Description) -> list[Any]:
-    """Give the parts of the post-processor that add special tokens; the others only report offsets.
+    """Return the parts of the post-processor that add special tokens; the others only affect offsets.
 
-    transformers writes a template that adds nothing where there was none.
+    A template without special tokens is left out: transformers writes one where there was no post-processor.
     """
     processors = [part for part in parts(description.get("post_processor")) if part["type"] != "ByteLevel"]
     adding = [part for part in processors if part["type"] != "TemplateProcessing" or part["special_tokens"]]

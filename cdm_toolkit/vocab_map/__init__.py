@@ -1,1 +1,1 @@
-"""Which student ids stand for a teacher id: everywhere (static), or at one position (contextual)."""
+"""Map teacher token ids to student token ids: one map for all positions (static), or per position (contextual)."""

@@ -1,17 +1,18 @@
-"""Contextual selection: which candidates of teacher and student stand for each other at each position.
+"""Contextual mapping: pair the top-k candidates of teacher and student at each position.
 
-The rule, for one position whose candidates come most probable first:
+For one position, with candidates in descending order of probability:
 
-1. A teacher candidate's choices are those of its partners (`partners.py`: its exact partner, then its
-   neighbours of both directions) that are among the student's candidates, ordered by distance, then by the
-   student's order; the nearest `CHOICES` of them count.
-2. In each round every unmatched teacher candidate asks the first of its choices that is still free, and each
-   student candidate takes the nearest that asks it; of equals, the teacher's more probable. A candidate that
-   is turned down has one choice less, so that `CHOICES` rounds settle all.
+1. The choices of a teacher candidate are its partners (`partners.py`: its exact partner, then its neighbours of
+   both directions) among the student's candidates, ordered by distance, then by the student's probability. Only
+   the nearest `CHOICES` are used.
+2. In each round every unmatched teacher candidate proposes to the first of its choices that is still free, and
+   each student candidate accepts the nearest proposal; ties go to the more probable teacher candidate. A rejected
+   candidate has one choice fewer, so `CHOICES` rounds suffice.
 
-Exact pairs thus come first, pairs are one to one, and a pair that both directions propose counts once. All of
-it is gathers and minima over integers: no host round trip, no shapes that depend on data, one result on every
-device, and nothing of one position reaches another. `contextual_reference.py` is the same in plain Python.
+So exact pairs come first, pairs are one to one, and a pair found from both directions counts once. The computation
+consists of gathers and minima over integers: no device synchronisation, no data-dependent shapes, the same result
+on every device, and each position is independent of the others. `contextual_reference.py` is the definition in
+plain Python.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from cdm_toolkit.vocab_map.partners import WIDTH, partner_rows
 from cdm_toolkit.vocab_map.types import NO_MATCH, NeighbourTable, VocabMap
 
 CHOICES = 3
-# A key is rank · 2¹² + slot, so the least key is the nearest, then the most probable; ABSENT is above all.
+# A key is rank · 2¹² + slot (index among the student's candidates): the smallest key is the nearest partner, then
+# the most probable. ABSENT is larger than all keys.
 SLOT_BITS = 12
 ABSENT = 1 << 29
 LARGEST = (1 << 31) - 1
-# Scratch entries a step: on CPU what stays in the cache, elsewhere what memory allows.
+# Entries of the lookup table per step: limited by the cache on CPU, by memory on other devices.
 CPU_SCRATCH = 1 << 21
 DEVICE_SCRATCH = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairTable:
-    """Hold each teacher id's partners and their shifted ranks on a device; the last row is empty."""
+    """The partners of each teacher id and their ranks, shifted by SLOT_BITS, as tensors. The last row is empty."""
 
     partner_ids: Int64[Tensor, "row width"]
     partner_keys: Int32[Tensor, "row width"]
@@ -46,7 +48,7 @@ class PairTable:
 
     @classmethod
     def from_tables(cls, exact: VocabMap, table: NeighbourTable, *, width: int = WIDTH) -> PairTable:
-        """Lay both tables out for selection; TokenizerMismatch if they are not of the same two tokenizers."""
+        """Build the table from an exact map and a neighbour table; TokenizerMismatch if their tokenizers differ."""
         ids, ranks = partner_rows(exact, table, width=width)
         return cls(torch.from_numpy(ids), torch.from_numpy(ranks << SLOT_BITS), table.size_s)
 
@@ -61,10 +63,10 @@ class PairTable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """Hold a pair for each teacher candidate that has one; elsewhere `mask` is False, ids and slots are −1.
+    """The student candidate paired with each teacher candidate; without one, `mask` is False, ids and slots are −1.
 
-    Pair i of a position belongs to the teacher's candidate i and the student's candidate `student_slots[i]`.
-    `exact` marks the pairs of equal bytes or role.
+    Teacher candidate i of a position is paired with the student's candidate `student_slots[i]`. `exact` marks
+    pairs with equal bytes or a common role.
     """
 
     teacher_ids: Int64[Tensor, "group topk_t"]
@@ -81,18 +83,18 @@ def select_pairs(
     student_ids: Int64[Tensor, "group topk_s"],
     student_logprob: Float[Tensor, "group topk_s"],
 ) -> Pairs:
-    """Pair the candidates of each position by the rule above (arXiv 2502.11104, section 3.3).
+    """Pair the candidates of each position as the module describes (arXiv 2502.11104, section 3.3).
 
-    Candidates come in descending order of probability, as `torch.topk` gives them. Those with an id outside
-    the vocabulary (padded embedding rows, −1) or a log-probability that is −inf or NaN are left alone.
-    Nothing here carries a gradient. BadOption for more candidates than the teacher has ids, or than 4,096.
+    Candidates are in descending order of probability, as returned by `torch.topk`. Candidates with an id outside
+    the vocabulary (padded embedding rows, −1) or a log-probability of −inf or NaN are never paired. The result
+    has no gradient. BadOption for more teacher candidates than teacher ids, or more than 4,096 on either side.
     """
     _check_top_k("the teacher's candidates", teacher_ids.shape[1], table.size_t)
     _check_top_k("the student's candidates", student_ids.shape[1], 1 << SLOT_BITS)
     teacher = _usable(teacher_ids, teacher_logprob, table.size_t, table.size_t)
-    # Column size_s of the scratch is what padding reads; unusable candidates write to the one after it.
+    # Padding reads column size_s of the lookup table; unusable candidates write to the column after it.
     student = _usable(student_ids, student_logprob, table.size_s, table.size_s + 1)
-    slots, exact = _settle(_choices(table, teacher, student), student_ids.shape[1])
+    slots, exact = _assign(_choices(table, teacher, student), student_ids.shape[1])
     mask = slots >= 0
     return Pairs(
         teacher_ids=torch.where(mask, teacher_ids, NO_MATCH),
@@ -106,7 +108,7 @@ def select_pairs(
 def matched_mass(
     mask: Bool[Tensor, "group topk_t"], teacher_logprob: Float[Tensor, "group topk_t"]
 ) -> Float[Tensor, " group"]:
-    """Give the teacher's probability on the candidates that `mask` (of pairs, or their `exact`) marks."""
+    """Sum the teacher's probability of the candidates selected by `mask`: `Pairs.mask`, or `Pairs.exact`."""
     return torch.where(mask, teacher_logprob.exp(), 0.0).sum(-1)
 
 
@@ -130,10 +132,10 @@ def _usable(
 def _choices(
     table: PairTable, teacher: Int64[Tensor, "group topk_t"], student: Int64[Tensor, "group topk_s"]
 ) -> Int32[Tensor, "group topk_t choices"]:
-    """Give the keys of the nearest partners present at each position, ABSENT or more where none is left."""
+    """Return the keys of the nearest partners among the student's candidates, padded with ABSENT or more."""
     columns = table.size_s + 2
-    room = CPU_SCRATCH if teacher.device.type == "cpu" else DEVICE_SCRATCH
-    step = max(1, min(room // columns, len(teacher)))
+    budget = CPU_SCRATCH if teacher.device.type == "cpu" else DEVICE_SCRATCH
+    step = max(1, min(budget // columns, len(teacher)))
     slot_of = teacher.new_full((step, columns), ABSENT, dtype=torch.int32)
     slots = torch.arange(student.shape[1], dtype=torch.int32, device=student.device)
     found = [
@@ -150,7 +152,7 @@ def _choices_of(
     teacher: Int64[Tensor, "group topk_t"],
     student: Int64[Tensor, "group topk_s"],
 ) -> Int32[Tensor, "group topk_t choices"]:
-    """Look each partner up in `slot_of`, which maps a student id to its slot here and is left as it came."""
+    """Look up each partner's slot in `slot_of`, a work table (student id -> slot) that is restored afterwards."""
     rows, width = teacher.reshape(-1), table.partner_ids.shape[1]
     slot_of.scatter_reduce_(1, student, slots.expand_as(student), "amin")
     partners = table.partner_ids.index_select(0, rows).view(len(teacher), teacher.shape[1] * width)
@@ -159,36 +161,37 @@ def _choices_of(
     slot_of.scatter_(1, student, ABSENT)
     nearest = [keys.amin(-1, keepdim=True)]
     for _ in range(CHOICES - 1):
-        # Less what was taken, the keys up to it are negative: without their sign the largest, and last.
+        # After the subtraction, keys already taken are negative; without the sign bit they become the largest.
         above = nearest[-1] + 1
         rest = keys.sub(above).bitwise_and_(LARGEST).amin(-1, keepdim=True)
         nearest.append(above + rest.clamp(max=ABSENT))
     return torch.cat(nearest, -1)
 
 
-def _settle(
+def _assign(
     choices: Int32[Tensor, "group topk_t choices"], topk_s: int
 ) -> tuple[Int64[Tensor, "group topk_t"], Bool[Tensor, "group topk_t"]]:
-    """Run the rounds; give each teacher candidate's student slot, −1 without one, and whether it is exact."""
+    """Run the rounds of proposals; return each teacher candidate's student slot (−1: none) and whether it is exact."""
     groups, topk_t, rounds = choices.shape
-    nobody = topk_s  # one column more than there are slots takes what concerns no student candidate
+    no_slot = topk_s  # an extra column for teacher candidates that propose to no student candidate
     order = torch.arange(topk_t, dtype=torch.int32, device=choices.device)
     slots = choices.new_full((groups, topk_t), NO_MATCH, dtype=torch.int64)
     exact = torch.zeros_like(slots, dtype=torch.bool)
-    wanted = torch.where(choices < ABSENT, choices & ((1 << SLOT_BITS) - 1), nobody).to(torch.int64)
+    wanted = torch.where(choices < ABSENT, choices & ((1 << SLOT_BITS) - 1), no_slot).to(torch.int64)
     wanted = wanted.view(groups, topk_t * rounds)
-    taken = choices.new_zeros((groups, nobody + 1), dtype=torch.bool)
-    for turn in range(rounds):
-        if turn:
+    taken = choices.new_zeros((groups, no_slot + 1), dtype=torch.bool)
+    for round_number in range(rounds):
+        if round_number:
             free = taken.gather(1, wanted).logical_not().view_as(choices) & (slots < 0).unsqueeze(-1)
             choices = torch.where(free, choices, ABSENT)
-        ask = choices.amin(-1)
-        asks = ask < ABSENT
-        slot = torch.where(asks, ask & ((1 << SLOT_BITS) - 1), nobody).to(torch.int64)
-        bid = (ask >> SLOT_BITS << SLOT_BITS) + order
-        lowest = bid.new_full((groups, nobody + 1), LARGEST).scatter_reduce_(1, slot, bid, "amin")
-        won = asks & (lowest.gather(1, slot) == bid)
-        slots = torch.where(won, slot, slots)
-        exact |= won & (bid < 1 << SLOT_BITS)
-        taken.scatter_(1, torch.where(won, slot, nobody), True)
+        best = choices.amin(-1)
+        proposes = best < ABSENT
+        slot = torch.where(proposes, best & ((1 << SLOT_BITS) - 1), no_slot).to(torch.int64)
+        # Rank, then the teacher's order: the student candidate accepts the smallest.
+        proposal = (best >> SLOT_BITS << SLOT_BITS) + order
+        lowest = proposal.new_full((groups, no_slot + 1), LARGEST).scatter_reduce_(1, slot, proposal, "amin")
+        accepted = proposes & (lowest.gather(1, slot) == proposal)
+        slots = torch.where(accepted, slot, slots)
+        exact |= accepted & (proposal < 1 << SLOT_BITS)
+        taken.scatter_(1, torch.where(accepted, slot, no_slot), True)
     return slots, exact

@@ -1,9 +1,8 @@
-"""Edit distance between two vocabularies: every near pair, or the nearest choice, without trying all pairs.
+"""Edit distance between two vocabularies: all near pairs, or each query's nearest choice, without trying all pairs.
 
-Most of the billions of pairs are hopeless, and two cheap lower bounds of the distance say so: the difference
-in length, and the characters that one side has and the other has not, counted on 64-bit signatures. What is
-left is settled with Myers' bit-parallel algorithm (J. ACM 46(3), 1999). The references that use this module
-try every pair with rapidfuzz.
+Most of the billions of pairs are ruled out by two cheap lower bounds of the distance: the difference in length, and
+the number of symbols that only one of the strings has, counted on 64-bit signatures. The rest are computed with
+Myers' bit-parallel algorithm (J. ACM 46(3), 1999). The reference implementations try every pair with rapidfuzz.
 """
 
 from __future__ import annotations
@@ -19,35 +18,35 @@ import numba
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., object])
 
-# Longest pattern that fits one machine word in Myers' algorithm; longer ones take the plain recurrence.
+# Longest pattern that fits one machine word in Myers' algorithm; longer ones use the dynamic programme.
 WORD = 64
-# Queries a task: small enough for a smooth progress bar and even loads, large enough that calls cost nothing.
+# Queries per task: small enough for even load and a smooth progress bar, large enough to hide the call overhead.
 CHUNK = 256
 
 
-class Strings(NamedTuple):
-    """Hold strings as symbol codes, ordered by length; `order` leads back to the caller's numbering.
+class PackedStrings(NamedTuple):
+    """Strings as concatenated symbol codes, sorted by length; `order[i]` is the caller's index of string i.
 
-    `guard` is compared for equality before any distance, `tie` decides between choices at equal distance.
+    `must_match` codes must be equal for two strings to be compared at all; the lower `tie` wins at equal distance.
     """
 
     codes: Int32[np.ndarray, " symbols"]
     start: Int64[np.ndarray, " strings"]
     length: Int32[np.ndarray, " strings"]
     signature: UInt64[np.ndarray, " strings"]
-    guard: Int32[np.ndarray, " strings"]
+    must_match: Int32[np.ndarray, " strings"]
     tie: Int32[np.ndarray, " strings"]
     order: Int64[np.ndarray, " strings"]
     first_of_length: Int64[np.ndarray, " lengths"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
-    """Hold pairs of a query and a choice with their distance in edits and both lengths' sum."""
+class NearPairs:
+    """Pairs of a query and a choice, with the number of edits and the sum of both lengths."""
 
     query: Int64[np.ndarray, " pairs"]
     choice: Int64[np.ndarray, " pairs"]
@@ -58,10 +57,10 @@ class Pairs:
 def pack(
     queries: Sequence[str] | Sequence[bytes],
     choices: Sequence[str] | Sequence[bytes],
-    guard_codes: tuple[Int32[np.ndarray, " queries"], Int32[np.ndarray, " choices"]],
+    must_match_codes: tuple[Int32[np.ndarray, " queries"], Int32[np.ndarray, " choices"]],
     tie: Int32[np.ndarray, " choices"],
-) -> tuple[Strings, Strings]:
-    """Pack two lists over one alphabet: characters where they are `str`, bytes where they are `bytes`."""
+) -> tuple[PackedStrings, PackedStrings]:
+    """Pack two lists of strings over one alphabet: characters for `str`, bytes for `bytes`."""
     texts = [*queries, *choices]
     length = np.fromiter((len(text) for text in texts), np.int32, len(texts))
     if texts and isinstance(texts[0], bytes):
@@ -72,26 +71,31 @@ def pack(
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(length, dtype=np.int64)])[:-1]
     signature = _signatures(codes, start, length)
     ranks = np.concatenate([np.zeros(len(queries), np.int32), tie])
-    guard = np.concatenate(guard_codes)
+    must_match = np.concatenate(must_match_codes)
 
-    def side(lo: int, hi: int) -> Strings:
+    def side(lo: int, hi: int) -> PackedStrings:
         order = np.lexsort((ranks[lo:hi], length[lo:hi]))
         at = order + lo
         bounds = np.searchsorted(length[at], np.arange(int(length.max(initial=0)) + 2))
-        return Strings(codes, start[at], length[at], signature[at], guard[at], ranks[at], order, bounds)
+        return PackedStrings(
+            codes, start[at], length[at], signature[at], must_match[at], ranks[at], order, bounds
+        )
 
     return side(0, len(queries)), side(len(queries), len(texts))
 
 
 def near_pairs(
-    queries: Strings,
-    choices: Strings,
-    progress: Progress | None = None,
+    queries: PackedStrings,
+    choices: PackedStrings,
+    progress: ProgressCallback | None = None,
     *,
     max_edit_distance: float,
     workers: int = 1,
-) -> Pairs:
-    """Find every pair with edits / (sum of lengths) < max_edit_distance and equal guards, in the caller's numbering."""
+) -> NearPairs:
+    """Find all pairs with edits / (sum of lengths) < max_edit_distance and equal `must_match`.
+
+    `query` and `choice` of the result are the caller's indices.
+    """
     limit = _limits(queries, choices, max_edit_distance)
     parts = list(_run(partial(_near, queries, choices, limit), len(queries.order), workers, progress))
     query, choice, edits = (
@@ -99,16 +103,20 @@ def near_pairs(
         for column in range(3)
     )
     total = queries.length[query] + choices.length[choice]
-    return Pairs(queries.order[query], choices.order[choice], edits, total)
+    return NearPairs(queries.order[query], choices.order[choice], edits, total)
 
 
 def nearest(
-    queries: Strings, choices: Strings, progress: Progress | None = None, *, workers: int = 1
-) -> Pairs:
-    """Find each query's choice with the least edits / (sum of lengths); ties by the choices' `tie`.
+    queries: PackedStrings,
+    choices: PackedStrings,
+    progress: ProgressCallback | None = None,
+    *,
+    workers: int = 1,
+) -> NearPairs:
+    """Find each query's choice with the least edits / (sum of lengths); ties go to the lowest `tie`.
 
-    A choice must have equal guards and keep at least one symbol: edits below the longer length. Queries that
-    have no such choice are left out.
+    A choice must have equal `must_match` and keep at least one symbol (edits below the longer length). Queries
+    without such a choice are left out.
     """
     parts = list(_run(partial(_nearest, queries, choices), len(queries.order), workers, progress))
     choice, edits = (
@@ -118,15 +126,15 @@ def nearest(
     query = np.flatnonzero(choice >= 0)
     choice, edits = choice[query], edits[query]
     total = queries.length[query] + choices.length[choice]
-    return Pairs(queries.order[query], choices.order[choice], edits, total)
+    return NearPairs(queries.order[query], choices.order[choice], edits, total)
 
 
 def _run(
-    task: Callable[[int, int], Result], count: int, workers: int, progress: Progress | None
+    task: Callable[[int, int], Result], count: int, workers: int, progress: ProgressCallback | None
 ) -> Iterator[Result]:
-    """Yield the results of `task` on consecutive pieces of `count` queries, in order.
+    """Run `task` on chunks of `count` queries in threads; yield the results in order.
 
-    Threads suffice: the compiled kernels hold no interpreter lock.
+    The compiled kernels release the GIL.
     """
     starts = range(0, count, CHUNK)
     with ThreadPoolExecutor(max_workers=workers) as pool:
@@ -138,8 +146,10 @@ def _run(
             yield result
 
 
-def _limits(queries: Strings, choices: Strings, max_edit_distance: float) -> Int32[np.ndarray, " totals"]:
-    """Give the most edits that stay below max_edit_distance for each sum of lengths, −1 where none do."""
+def _limits(
+    queries: PackedStrings, choices: PackedStrings, max_edit_distance: float
+) -> Int32[np.ndarray, " totals"]:
+    """Return, for each sum of lengths, the largest number of edits below max_edit_distance; −1 if none."""
     longest = int(queries.length.max(initial=0)) + int(choices.length.max(initial=0))
     limit = np.full(longest + 1, -1, np.int32)
     for total in range(1, longest + 1):
@@ -151,13 +161,13 @@ def _limits(queries: Strings, choices: Strings, max_edit_distance: float) -> Int
 
 
 def _compiled(function: Function) -> Function:
-    # Unwrapped, because the tests wrap all functions to check shapes; without the lock, for threads.
+    # Compile the function itself, not the jaxtyping wrapper that checks shapes in the tests; nogil for threads.
     return cast(Function, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
 
 
 @_compiled
 def _signatures(codes: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Set a bit for each (symbol, how often it stood before): one edit adds and removes at most one bit."""
+    """Hash each (symbol, occurrence number) to a bit: one edit adds and removes at most one bit."""
     out = np.zeros(len(start), np.uint64)
     for row in range(len(start)):
         bits = np.uint64(0)
@@ -176,7 +186,7 @@ def _signatures(codes: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.
 
 @_compiled
 def _ones(x: np.uint64) -> np.uint64:
-    """Count the set bits; LLVM turns this into one instruction where the machine has it."""
+    """Count the set bits; LLVM compiles this to a popcount instruction where there is one."""
     x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
     x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
     x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -185,7 +195,7 @@ def _ones(x: np.uint64) -> np.uint64:
 
 @_compiled
 def _bounds(signature: np.uint64, signatures: np.ndarray, lo: int, hi: int, out: np.ndarray) -> None:
-    """Write lower bounds of the distances to choices lo to hi: the larger one-sided difference."""
+    """Write lower bounds of the distances to choices lo to hi: the larger one-sided difference of signatures."""
     for i in range(hi - lo):
         other = signatures[lo + i]
         out[i] = max(_ones(signature & ~other), _ones(other & ~signature))
@@ -205,7 +215,7 @@ def _clear_pattern(pattern: np.ndarray, codes: np.ndarray, start: int, length: i
 
 @_compiled
 def _myers(pattern: np.ndarray, length: int, codes: np.ndarray, start: int, other: int, limit: int) -> int:
-    """Give the edit distance of the pattern to codes[start : start + other], or limit + 1 if it is more."""
+    """Return the edit distance of the pattern to codes[start : start + other], capped at limit + 1."""
     one = np.uint64(1)
     positive = ~np.uint64(0)
     negative = np.uint64(0)
@@ -231,8 +241,8 @@ def _myers(pattern: np.ndarray, length: int, codes: np.ndarray, start: int, othe
 
 
 @_compiled
-def _plain(codes: np.ndarray, a: int, length: int, b: int, other: int) -> int:
-    """Give the edit distance by the recurrence, one row at a time."""
+def _dynamic_programme(codes: np.ndarray, a: int, length: int, b: int, other: int) -> int:
+    """Return the edit distance by dynamic programming, one row at a time."""
     row = np.arange(other + 1)
     for i in range(length):
         corner, row[0] = row[0], i + 1
@@ -249,13 +259,13 @@ def _distance(
 ) -> int:
     if length <= WORD:
         return _myers(pattern, length, codes, b, other, limit)
-    return min(_plain(codes, a, length, b, other), limit + 1)
+    return min(_dynamic_programme(codes, a, length, b, other), limit + 1)
 
 
 @_compiled
 def _near(
-    queries: Strings,
-    choices: Strings,
+    queries: PackedStrings,
+    choices: PackedStrings,
     limits: np.ndarray,
     lo: int,
     hi: int,
@@ -275,7 +285,7 @@ def _near(
             _bounds(queries.signature[q], choices.signature, first, last, bound)
             for i in range(last - first):
                 c = first + i
-                if bound[i] > limit or queries.guard[q] != choices.guard[c]:
+                if bound[i] > limit or queries.must_match[q] != choices.must_match[c]:
                     continue
                 found = _distance(
                     pattern, queries.codes, queries.start[q], length, choices.start[c], other, limit
@@ -301,8 +311,8 @@ def _grown(values: np.ndarray, size: int) -> np.ndarray:
 
 @_compiled
 def _nearest(
-    queries: Strings,
-    choices: Strings,
+    queries: PackedStrings,
+    choices: PackedStrings,
     lo: int,
     hi: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -316,8 +326,8 @@ def _nearest(
             continue
         _set_pattern(pattern, queries.codes, queries.start[q], length)
         found_c, found_edits, found_total = -1, 0, 1
-        # Lengths nearest first, and in each the signatures nearest first: a good distance is found early, and
-        # most of the rest then fails on its bound alone.
+        # Nearest lengths first, and within a length nearest signatures first: a small distance is found early,
+        # and most other choices are then ruled out by their bound.
         for step in range(max(length, lengths) + 1):
             for side in range(2 if step else 1):
                 other = length - step if side else length + step
@@ -338,7 +348,7 @@ def _nearest(
                             continue
                         c = first + i
                         bound[i] = 255
-                        if queries.guard[q] != choices.guard[c]:
+                        if queries.must_match[q] != choices.must_match[c]:
                             continue
                         edits = _distance(
                             pattern, queries.codes, queries.start[q], length, choices.start[c], other, cap
@@ -363,7 +373,7 @@ def _nearest(
 
 @_compiled
 def _cap(found: int, found_edits: int, found_total: int, length: int, other: int) -> int:
-    """Give the most edits with which a choice of this length would equal or beat the one found."""
+    """Return the largest number of edits at which a choice of this length ties with or beats the best so far."""
     common = max(length, other) - 1
     if found < 0:
         return common

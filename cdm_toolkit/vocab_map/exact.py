@@ -1,4 +1,4 @@
-"""Exact partners: equal token bytes, and special tokens of equal role."""
+"""Exact partners: tokens with equal bytes, and special tokens with equal roles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.tokdiff.vocabulary import SpecialToken
-from cdm_toolkit.vocab_map.types import NO_MATCH, VocabMap, sides, single
+from cdm_toolkit.vocab_map.types import NO_MATCH, VocabMap, pair_info, single_match_map
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -20,36 +20,36 @@ Key = TypeVar("Key", bound=Hashable)
 def build_exact(view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:
     """Map each teacher id to the student id of the same bytes or, for a special token, the same role.
 
-    Several ids of one side may spell the same bytes (SentencePiece's `A` and its byte piece `<0x41>`): the
-    k-th of them goes to the k-th on the other side, or to the first where that side has fewer. They are
-    counted in order of id, byte pieces last, because tokenizers use those only where nothing else fits. So a
-    tokenizer maps to itself by identity. Special tokens are paired the same way by their first role; one that
-    finds no partner so goes to the first student token that shares any of its roles.
+    Several ids of one side may have the same bytes (SentencePiece's `A` and its byte piece `<0x41>`): the k-th
+    of them maps to the k-th on the other side, or to the first where that side has fewer. They are in order of
+    id, byte pieces last, because tokenizers use byte pieces only as a fallback. So a tokenizer maps to itself by
+    identity. Special tokens are paired the same way by their first role; one without a partner then maps to the
+    first student token that shares any of its roles.
     """
-    return single("exact", sides(view_t, view_s), exact_partners(view_t, view_s))
+    return single_match_map("exact", pair_info(view_t, view_s), exact_partners(view_t, view_s))
 
 
 def exact_partners(view_t: TokenizerView, view_s: TokenizerView) -> Int64[np.ndarray, " vocab_t"]:
-    """Give each teacher id's exact partner, −1 where it has none."""
+    """Return each teacher id's exact partner, −1 where it has none."""
     partner = np.full(view_t.vocab_size, NO_MATCH, np.int64)
     for teacher_id, student_id in chain(
         _paired(_by_bytes(view_t.token_bytes), _by_bytes(view_s.token_bytes)),
         _paired(_by_role(view_t), _by_role(view_s)),
     ):
         partner[teacher_id] = student_id
-    playing: dict[str, int] = {}
+    by_role: dict[str, int] = {}
     for token_id in sorted(view_s.special, reverse=True):
-        playing.update(dict.fromkeys(_roles(view_s.special[token_id]), token_id))
+        by_role.update(dict.fromkeys(_roles(view_s.special[token_id]), token_id))
     for token in view_t.special.values():
         if partner[token.id] == NO_MATCH:
             partner[token.id] = min(
-                (playing[role] for role in _roles(token) if role in playing), default=NO_MATCH
+                (by_role[role] for role in _roles(token) if role in by_role), default=NO_MATCH
             )
     return partner
 
 
 def preferred_ids(view: TokenizerView) -> dict[bytes, int]:
-    """Give the id that stands for each byte string: the first, byte pieces last."""
+    """Return the preferred id of each byte string: the lowest, byte pieces only where there is no other."""
     return {data: ids[0] for data, ids in _by_bytes(view.token_bytes).items()}
 
 

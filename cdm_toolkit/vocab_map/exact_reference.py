@@ -1,4 +1,4 @@
-"""The definition of `exact.py`, one teacher id at a time."""
+"""Reference implementation of `exact.py`, one teacher id at a time."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def exact_reference(view_t: TokenizerView, view_s: TokenizerView) -> dict[int, i
 def _partner(view_t: TokenizerView, view_s: TokenizerView, token_id: int) -> int | None:
     data = view_t.token_bytes[token_id]
     if data is not None:
-        return _same_place(token_id, _spelling(view_t, data), _spelling(view_s, data))
+        return _same_index(token_id, _with_bytes(view_t, data), _with_bytes(view_s, data))
     token = view_t.special.get(token_id)
     if token is None or token.role is None:
         return None
-    partner = _same_place(token_id, _playing(view_t, token.role), _playing(view_s, token.role))
+    partner = _same_index(token_id, _with_role(view_t, token.role), _with_role(view_s, token.role))
     if partner is not None:
         return partner
     return min((other.id for other in view_s.special.values() if other.roles & token.roles), default=None)
 
 
-def _same_place(token_id: int, own: list[int], others: list[int]) -> int | None:
-    place = own.index(token_id)
-    return others[place if place < len(others) else 0] if others else None
+def _same_index(token_id: int, own: list[int], others: list[int]) -> int | None:
+    index = own.index(token_id)
+    return others[index if index < len(others) else 0] if others else None
 
 
-def _spelling(view: TokenizerView, data: bytes) -> list[int]:
+def _with_bytes(view: TokenizerView, data: bytes) -> list[int]:
     pieces = byte_pieces(view.token_bytes)
     ids = [i for i, other in enumerate(view.token_bytes) if other == data]
     return [i for i in ids if i not in pieces] + [i for i in ids if i in pieces]
 
 
-def _playing(view: TokenizerView, role: str) -> list[int]:
+def _with_role(view: TokenizerView, role: str) -> list[int]:
     return sorted(token.id for token in view.special.values() if token.role == role)

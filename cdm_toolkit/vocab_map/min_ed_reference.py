@@ -1,4 +1,4 @@
-"""The definition of `min_ed.py`: every student token is tried."""
+"""Reference implementation of `min_ed.py` that tries every student token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cdm_toolkit.vocab_map.neighbours_reference import distance, edits_and_lengt
 
 
 def min_ed_reference(view_t: TokenizerView, view_s: TokenizerView, *, match_digits: bool) -> dict[int, int]:
-    """Map the teacher ids that have a match."""
+    """Return the match of each teacher id that has one."""
     best = exact_reference(view_t, view_s)
     students = token_keys(view_s, strip=False)
     for key in token_keys(view_t, strip=False):
@@ -17,7 +17,8 @@ def min_ed_reference(view_t: TokenizerView, view_s: TokenizerView, *, match_digi
             choices = [
                 (distance(key, other), len(other.data), other.id)
                 for other in students
-                if _something_in_common(key, other) and (not match_digits or key.guard == other.guard)
+                if _something_in_common(key, other)
+                and (not match_digits or key.must_match == other.must_match)
             ]
             if choices:
                 best[key.id] = min(choices)[2]

@@ -1,4 +1,4 @@
-"""The definition of `neighbours.py`: every pair is tried."""
+"""Reference implementation of `neighbours.py` that tries every pair."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from cdm_toolkit.vocab_map.keys import TokenKey, token_keys
 
 
 def edits_and_lengths(a: TokenKey, b: TokenKey) -> tuple[int, int, int]:
-    """Give Lev(a, b), |a| and |b| over characters, or over bytes where either is not whole characters."""
+    """Return Lev(a, b), |a| and |b| in characters, or in bytes where either is not valid UTF-8."""
     if a.text is not None and b.text is not None:
         return Levenshtein.distance(a.text, b.text), len(a.text), len(b.text)
     return Levenshtein.distance(a.data, b.data), len(a.data), len(b.data)
 
 
 def distance(a: TokenKey, b: TokenKey) -> float:
-    """Give Lev(a, b) / (|a| + |b|)."""
+    """Return Lev(a, b) / (|a| + |b|)."""
     edits, length_a, length_b = edits_and_lengths(a, b)
     return edits / (length_a + length_b)
 
 
-def apart(a: TokenKey, b: TokenKey) -> bool:
-    """Say whether neither token begins with the other."""
+def neither_is_prefix(a: TokenKey, b: TokenKey) -> bool:
+    """Check that neither token is a prefix of the other."""
     return not (a.data.startswith(b.data) or b.data.startswith(a.data))
 
 
 def neighbours_reference(
     view_t: TokenizerView, view_s: TokenizerView, *, max_edit_distance: float, match_digits: bool
 ) -> dict[int, list[tuple[float, bool, bool, int]]]:
-    """Give the teacher ids' neighbours as (distance, blanks differ, apart, student id), nearest first.
+    """Return the neighbours of each teacher id as (distance, blanks differ, neither is a prefix, student id).
 
-    The other direction is the same with the views exchanged.
+    Nearest first. Swap the views for the other direction.
     """
     exact = exact_reference(view_t, view_s)
     students = token_keys(view_s, strip=True)
@@ -40,9 +40,10 @@ def neighbours_reference(
     for key in token_keys(view_t, strip=True):
         if key.id not in exact:
             near = sorted(
-                (distance(key, other), key.blanks != other.blanks, apart(key, other), other.id)
+                (distance(key, other), key.blanks != other.blanks, neither_is_prefix(key, other), other.id)
                 for other in students
-                if distance(key, other) < max_edit_distance and (not match_digits or key.guard == other.guard)
+                if distance(key, other) < max_edit_distance
+                and (not match_digits or key.must_match == other.must_match)
             )
             if near:
                 table[key.id] = near

@@ -1,18 +1,18 @@
-"""Prefix: a teacher token's mass goes to the student token with which its bytes begin."""
+"""Prefix map: each teacher token maps to the longest student token that is a prefix of its bytes."""
 
 from __future__ import annotations
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
-from cdm_toolkit.vocab_map.types import VocabMap, sides, single
+from cdm_toolkit.vocab_map.types import VocabMap, pair_info, single_match_map
 
 
 def build_prefix(view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:
-    """Map each teacher id to its exact partner, else to the longest student token that its bytes begin with.
+    """Map each teacher id to its exact partner, else to the longest student token that is a prefix of its bytes.
 
-    This is the first token of a greedy longest-match split, not always the student's own first token, which
-    depends on what follows. Every ordinary teacher token has one if the student has all single bytes. Special
-    tokens match by role only.
+    This is the first token of a greedy longest-match split. The student's own tokenizer may start differently,
+    depending on what follows. Every ordinary teacher token has a match if the student has all 256 single bytes.
+    Special tokens match by role only.
     """
     best = exact_partners(view_t, view_s)
     students = {data: token_id for data, token_id in preferred_ids(view_s).items() if data}
@@ -24,4 +24,4 @@ def build_prefix(view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:
             if data[:end] in students:
                 best[token_id] = students[data[:end]]
                 break
-    return single("prefix", sides(view_t, view_s), best)
+    return single_match_map("prefix", pair_info(view_t, view_s), best)

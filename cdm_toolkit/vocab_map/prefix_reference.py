@@ -1,4 +1,4 @@
-"""The definition of `prefix.py`: every student token is tried."""
+"""Reference implementation of `prefix.py` that tries every student token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cdm_toolkit.vocab_map.exact_reference import exact_reference
 
 
 def prefix_reference(view_t: TokenizerView, view_s: TokenizerView) -> dict[int, int]:
-    """Map the teacher ids that have a match."""
+    """Return the match of each teacher id that has one."""
     best = exact_reference(view_t, view_s)
     last = byte_pieces(view_s.token_bytes)
     for token_id, data in enumerate(view_t.token_bytes):

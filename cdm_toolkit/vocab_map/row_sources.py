@@ -1,4 +1,4 @@
-"""Which rows of an old vocabulary's embedding the rows of a new vocabulary are made of."""
+"""Initialisation of embedding rows for a new vocabulary from the rows of an old one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cdm_toolkit.vocab_map.spelling import spell
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 
-class Rule(IntEnum):
-    """Name what a new id's row is made of."""
+class SourceKind(IntEnum):
+    """How a new id's embedding row is initialised."""
 
     COPIED = 0
     """The row of the old id with the same bytes."""
@@ -24,12 +24,12 @@ class Rule(IntEnum):
     MEAN = 2
     """The mean of the rows of the old tokens that spell its bytes."""
     FRESH = 3
-    """Nothing: no old token plays its role, none spell its bytes, or it has none."""
+    """Not from old rows: no old token has its role, none spell its bytes, or it has no bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceCounts:
-    """Count new ids by rule."""
+    """Number of new ids by kind of source."""
 
     copied: int
     by_role: int
@@ -39,26 +39,26 @@ class SourceCounts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSources:
-    """Hold for each new id its `Rule` and the old ids that it names, in the order of the bytes, as CSR rows."""
+    """For each new id its `SourceKind` and its old ids, in the order of the bytes, as CSR rows."""
 
     size_old: int
-    rule: Int8[np.ndarray, " vocab_new"]
+    kind: Int8[np.ndarray, " vocab_new"]
     indptr: Int64[np.ndarray, " bound"]
     ids: Int32[np.ndarray, " entries"]
 
     def row(self, new_id: int) -> list[int]:
-        """Give the old ids of one new id."""
+        """Return the old ids of one new id."""
         found: list[int] = self.ids[self.indptr[new_id] : self.indptr[new_id + 1]].tolist()
         return found
 
     @property
     def counts(self) -> SourceCounts:
-        """Count the new ids that each rule serves."""
-        return SourceCounts(*np.bincount(self.rule, minlength=len(Rule)).tolist())
+        """Count the new ids of each kind."""
+        return SourceCounts(*np.bincount(self.kind, minlength=len(SourceKind)).tolist())
 
 
 def row_sources(view_old: TokenizerView, view_new: TokenizerView) -> RowSources:
-    """Find for each new id the old ids that its row is made of.
+    """Find the old ids whose rows initialise each new id's row.
 
     Exact partners come first (`exact_partners`: equal bytes, and special tokens of equal role), then special
     tokens of equal content. The bytes of any other ordinary token are spelled by `spell`.
@@ -70,13 +70,13 @@ def row_sources(view_old: TokenizerView, view_new: TokenizerView) -> RowSources:
         [old] if old != NO_MATCH else spelled.get(new_id, []) for new_id, old in enumerate(partner.tolist())
     ]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    rule = np.full(len(rows), Rule.FRESH, np.int8)
-    rule[lengths > 0] = Rule.MEAN
-    rule[partner != NO_MATCH] = Rule.COPIED
-    rule[view_new.is_special & (partner != NO_MATCH)] = Rule.BY_ROLE
+    kind = np.full(len(rows), SourceKind.FRESH, np.int8)
+    kind[lengths > 0] = SourceKind.MEAN
+    kind[partner != NO_MATCH] = SourceKind.COPIED
+    kind[view_new.is_special & (partner != NO_MATCH)] = SourceKind.BY_ROLE
     return RowSources(
         size_old=view_old.vocab_size,
-        rule=rule,
+        kind=kind,
         indptr=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         ids=np.array([old_id for row in rows for old_id in row], np.int32),
     )

@@ -1,4 +1,4 @@
-"""How one vocabulary's tokens are spelled by the tokens of another."""
+"""Spell the tokens of one vocabulary with the tokens of another: equal bytes, several tokens."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 LONGEST = 16
-"""Tokens of a spelling that are looked at."""
+"""Tokens of a spelling that are kept."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spellings:
-    """Hold each id of both vocabularies in the tokens of the other side; −1 fills up, and is an id that has none."""
+    """The ids of both vocabularies, spelled with tokens of the other; −1 is padding, or an id without a spelling."""
 
     of_t: Int32[np.ndarray, "vocab_t longest"]
-    """Student tokens of each teacher id; one where the bytes or the role are the same."""
+    """Student tokens of each teacher id; a single one where bytes or role are equal."""
     of_s: Int32[np.ndarray, " vocab_s"]
     """The first teacher token of each student id."""
 
 
 def build_spellings(view_t: TokenizerView, view_s: TokenizerView, longest: int = LONGEST) -> Spellings:
-    """Spell each side's ids with the other's, up to `longest` tokens: exact partners by one, special tokens not.
+    """Spell each side's ids with the other's, up to `longest` tokens.
 
-    Of two student ids with the same bytes the preferred one speaks for both (`preferred_ids`).
+    An id with an exact partner is spelled by it; other special tokens have no spelling. Of two student ids with
+    the same bytes, the preferred one is used for both (`preferred_ids`).
     """
     first = _spelled(view_s, view_t, 1)[:, 0]
     return Spellings(_spelled(view_t, view_s, longest), first)
@@ -47,12 +48,12 @@ def _spelled(view: TokenizerView, by: TokenizerView, longest: int) -> Int32[np.n
 
 
 def spell(view: TokenizerView, pieces: Sequence[bytes]) -> list[list[int]]:
-    """Spell byte strings exactly with a vocabulary's ordinary tokens; an empty list where that cannot be.
+    """Spell byte strings exactly with a vocabulary's ordinary tokens; an empty list where that is impossible.
 
-    A string that is UTF-8 is spelled by the tokens that the tokenizer itself makes of it, where their bytes
-    are those of the string. A dummy prefix that the tokenizer puts before every text is one of the bytes: a
-    tokenizer that has one makes nothing exact of a string that does not begin with it. Whatever is left, half
-    characters among it, is spelled by `fewest_tokens`.
+    A string of valid UTF-8 is encoded by the tokenizer, if the bytes of its tokens are those of the string. A dummy
+    prefix that the tokenizer adds counts as part of these bytes, so with such a tokenizer this works only for
+    strings that begin with the prefix. All other strings, such as parts of a character, are spelled by
+    `fewest_tokens`.
     """
     ids, longest = preferred_ids(view), max((len(data) for data in view.token_bytes if data), default=0)
     return [
@@ -62,7 +63,7 @@ def spell(view: TokenizerView, pieces: Sequence[bytes]) -> list[list[int]]:
 
 
 def _own_tokens(view: TokenizerView, pieces: Sequence[bytes]) -> list[list[int]]:
-    """Give the tokenizer's own tokens of each string, an empty list where they do not spell its bytes."""
+    """Encode each string with the tokenizer; an empty list where the tokens do not have its bytes."""
     texts = [_text(data.removeprefix(view.scheme.dummy_prefix)) for data in pieces]
     encodings = view.backend.encode_batch(texts, add_special_tokens=False)
     found: list[list[int]] = [encoding.ids for encoding in encodings]
@@ -70,7 +71,7 @@ def _own_tokens(view: TokenizerView, pieces: Sequence[bytes]) -> list[list[int]]
 
 
 def _text(data: bytes) -> str:
-    """Decode UTF-8; an empty text, which no token spells, where it is none."""
+    """Decode UTF-8; return an empty text, which has no tokens, for invalid bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -78,15 +79,15 @@ def _text(data: bytes) -> str:
 
 
 def _bytes_of(view: TokenizerView, ids: list[int]) -> bytes:
-    """Join the bytes of ordinary tokens; special ones add none, so that what they stood for is missing."""
+    """Join the bytes of ordinary tokens; special tokens have none, so strings that contain one do not match."""
     return b"".join(view.token_bytes[token_id] or b"" for token_id in ids)
 
 
 def fewest_tokens(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
-    """Spell bytes with the fewest tokens, an empty list where none do.
+    """Spell bytes with the fewest tokens; an empty list where that is impossible.
 
-    Of several ways with equally few the one whose first token is longest, then its second, and so on.
-    `longest` is the length of the longest token.
+    Ties go to the longest first token, then the longest second token, and so on. `longest` is the length in
+    bytes of the longest token.
 
     >>> fewest_tokens(b"abcd", {b"a": 0, b"ab": 1, b"abc": 2, b"bcd": 3, b"cd": 4}, 3)
     [1, 4]

@@ -1,4 +1,4 @@
-"""The definition of `spelling.py`, one string at a time."""
+"""Reference implementation of `spelling.py`, one string at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cdm_toolkit.vocab_map.exact_reference import exact_reference
 
 
 def spellings_reference(view: TokenizerView, by: TokenizerView) -> list[list[int]]:
-    """Give the tokens that spell each id: one where bytes or role are the same, none for other special tokens."""
+    """Return the tokens that spell each id: one where bytes or role are equal, none for other special tokens."""
     exact = exact_reference(view, by)
     return [
         [exact[token_id]] if token_id in exact else spelling_reference(by, data) if data else []
@@ -19,7 +19,7 @@ def spellings_reference(view: TokenizerView, by: TokenizerView) -> list[list[int
 
 
 def spelling_reference(view: TokenizerView, data: bytes) -> list[int]:
-    """Spell bytes by the tokenizer's own tokens, else by the best of all spellings that there are."""
+    """Spell bytes with the tokenizer's own encoding, else with the best of all possible spellings."""
     try:
         own: list[int] = view.encode(data.removeprefix(view.scheme.dummy_prefix).decode()).ids.tolist()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""How much of a vocabulary, of a text, or of a model's probability a mapping reaches."""
+"""Coverage of a mapping: of the vocabulary, of a corpus, and of a model's probability (matched mass)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MASS_STRATEGIES = ("exact", "+min-ed", "+contextual", "+prefix")
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Count what is matched of a whole."""
+    """How many of a total are matched."""
 
     matched: int
     total: int
 
     @property
     def share(self) -> float:
-        """Give the matched share, 0 of nothing."""
+        """Matched share of the total; 0 where the total is 0."""
         return self.matched / self.total if self.total else 0.0
 
 
@@ -37,14 +37,14 @@ def coverage_by_ids(mapping: VocabMap) -> Coverage:
 
 
 def coverage_by_frequency(mapping: VocabMap, counts: Int64[np.ndarray, " vocab_t"]) -> Coverage:
-    """Count the tokens of a corpus that have a match, given how often each teacher id stands in it."""
+    """Count the tokens of a corpus that have a match; `counts` is the frequency of each teacher id."""
     return Coverage(int(counts[mapping.matched].sum()), int(counts.sum()))
 
 
 def coverage_by_class(mapping: VocabMap, view_t: TokenizerView) -> dict[str, Coverage]:
     """Count the teacher ids that have a match, by class of token, the largest class first.
 
-    Letters are told apart by script, as in `letters: Latin`; special tokens are a class of their own.
+    Letters are split by script, as in `letters: Latin`; special tokens are a class of their own.
     """
     total: Counter[str] = Counter()
     have: Counter[str] = Counter()
@@ -65,7 +65,7 @@ def _class_of(data: bytes | None) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _script(char: str) -> str:
-    """Name a letter's script by the first word of its Unicode name, which Python has where it lacks scripts.
+    """Name a letter's script by the first word of its Unicode name; Python has no script property.
 
     >>> _script("z"), _script("ж"), _script("ש")
     ('Latin', 'Cyrillic', 'Hebrew')
@@ -73,26 +73,26 @@ def _script(char: str) -> str:
     return unicodedata.name(char, "unnamed").split()[0].capitalize()
 
 
-def possible_ids(exact: VocabMap, table: NeighbourTable) -> Bool[np.ndarray, " vocab_t"]:
-    """Say which teacher ids contextual selection can pair at all: by an exact partner or a near id."""
+def pairable_ids(exact: VocabMap, table: NeighbourTable) -> Bool[np.ndarray, " vocab_t"]:
+    """Mark the teacher ids that contextual mapping can pair: those with an exact partner or a neighbour."""
     possible = exact.matched | (np.diff(table.t_to_s.indptr) > 0)
     possible[table.s_to_t.ids] = True
     return possible
 
 
-def reachable_by_strategy(
+def matchable_by_strategy(
     exact: VocabMap, min_ed: VocabMap, prefix: VocabMap, table: NeighbourTable
 ) -> Mapping[str, Bool[np.ndarray, " vocab_t"]]:
-    """Say for each of `MASS_STRATEGIES` which teacher ids it matches, each added to the exact partners.
+    """Mark the teacher ids that each of `MASS_STRATEGIES` matches, in addition to exact partners.
 
-    For `+contextual` these are the ids that can be paired; which are depends on the student's candidates.
+    For `+contextual` these are the ids that can be paired; which ones are depends on the student's candidates.
     """
-    masks = (exact.matched, min_ed.matched, possible_ids(exact, table), prefix.matched)
+    masks = (exact.matched, min_ed.matched, pairable_ids(exact, table), prefix.matched)
     return dict(zip(MASS_STRATEGIES, masks, strict=True))
 
 
-def mass_on(
+def mapped_mass(
     matched: Bool[np.ndarray, " vocab_t"], probabilities: Float[np.ndarray, "position vocab"]
 ) -> Float[np.ndarray, " position"]:
-    """Give the teacher's probability on matched ids at each position; padded columns are never matched."""
+    """Sum the teacher's probability of the matched ids at each position; padded columns are never matched."""
     return np.asarray(probabilities[:, : len(matched)][:, matched].sum(1))

@@ -1,4 +1,4 @@
-"""The records of vocabulary mapping: a static map, and the table of near tokens in both directions."""
+"""Records of vocabulary mapping: the static map, and the neighbour table of both directions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cdm_toolkit.tokdiff.view import TokenizerView
 NO_MATCH = -1
 
 
-class Sides(TypedDict):
-    """Name both tokenizers of a mapping: enough to tell whether a view is the one that it was built for."""
+class TokenizerPairInfo(TypedDict):
+    """Names, fingerprints and vocabulary sizes of the two tokenizers that a mapping was built for."""
 
     name_t: str
     name_s: str
@@ -25,9 +25,9 @@ class Sides(TypedDict):
     size_s: int
 
 
-def sides(view_t: TokenizerView, view_s: TokenizerView) -> Sides:
-    """Name two views as the sides of a mapping."""
-    return Sides(
+def pair_info(view_t: TokenizerView, view_s: TokenizerView) -> TokenizerPairInfo:
+    """Describe two tokenizers."""
+    return TokenizerPairInfo(
         name_t=view_t.name,
         name_s=view_s.name,
         fingerprint_t=view_t.fingerprint,
@@ -37,9 +37,9 @@ def sides(view_t: TokenizerView, view_s: TokenizerView) -> Sides:
     )
 
 
-def sides_of(built: VocabMap | NeighbourTable) -> Sides:
-    """Name the sides that something was built for."""
-    return Sides(
+def pair_info_of(built: VocabMap | NeighbourTable) -> TokenizerPairInfo:
+    """Describe the tokenizers that a map or table was built for."""
+    return TokenizerPairInfo(
         name_t=built.name_t,
         name_s=built.name_s,
         fingerprint_t=built.fingerprint_t,
@@ -51,10 +51,10 @@ def sides_of(built: VocabMap | NeighbourTable) -> Sides:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class VocabMap:
-    """Map each teacher id to student ids with weights that sum to 1, as CSR rows, the best match first.
+    """Map from each teacher id to student ids with weights that sum to 1, as CSR rows, the best match first.
 
-    A row without entries is an id without a match. `max_edit_distance` and `match_digits` are None for strategies
-    that have no use for them.
+    An empty row is an id without a match. `max_edit_distance` and `match_digits` are None for strategies that do
+    not use them.
     """
 
     strategy: str
@@ -72,32 +72,36 @@ class VocabMap:
 
     @property
     def matched(self) -> Bool[np.ndarray, " vocab_t"]:
-        """Say which teacher ids have a match."""
+        """Mark the teacher ids that have a match."""
         return np.diff(self.indptr) > 0
 
     @property
     def coverage(self) -> float:
-        """Give the share of teacher ids that have a match."""
+        """Share of teacher ids that have a match."""
         return float(self.matched.mean()) if self.size_t else 0.0
 
     def row(self, teacher_id: int) -> list[tuple[int, float]]:
-        """Give a teacher id's student ids and weights; UnknownTokenId outside the vocabulary."""
+        """Return a teacher id's student ids and weights; UnknownTokenId outside the vocabulary."""
         if not 0 <= teacher_id < self.size_t:
             raise UnknownTokenId(self.name_t, teacher_id, self.size_t)
         lo, hi = self.indptr[teacher_id], self.indptr[teacher_id + 1]
         return list(zip(self.ids[lo:hi].tolist(), self.weights[lo:hi].tolist(), strict=True))
 
     def dense(self) -> Int64[np.ndarray, " vocab_t"]:
-        """Give the best student id of each teacher id, −1 where there is none."""
+        """Return the best student id of each teacher id, −1 where there is none."""
         best = np.full(self.size_t, NO_MATCH, np.int64)
         best[self.matched] = self.ids[self.indptr[:-1][self.matched]]
         return best
 
 
-def single(
-    strategy: str, of: Sides, best: Int64[np.ndarray, " vocab_t"], *, match_digits: bool | None = None
+def single_match_map(
+    strategy: str,
+    of: TokenizerPairInfo,
+    best: Int64[np.ndarray, " vocab_t"],
+    *,
+    match_digits: bool | None = None,
 ) -> VocabMap:
-    """Make the map that gives each teacher id one student id, or none where `best` is −1."""
+    """Build a map with at most one student id per teacher id; `best` is −1 where there is none."""
     matched = best >= 0
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(matched, dtype=np.int64)])
     ids = best[matched].astype(np.int32)
@@ -109,12 +113,12 @@ def single(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Neighbours:
-    """Hold for each id of one side its near ids on the other as CSR rows, nearest first.
+    """The near ids of each id of one side, as CSR rows, nearest first.
 
-    `distance` is edits / (sum of lengths). `rank` orders entries across rows and directions by (distance,
-    whether the blanks around the tokens differ, whether neither begins with the other), which is rank // 4,
-    rank // 2 % 2 and rank % 2; equal entries have equal ranks, so that comparing ranks never depends on
-    rounding. In a row, equal ranks go by id.
+    `distance` is edits / (sum of lengths). `rank` orders entries across rows and directions by (distance, whether
+    the stripped whitespace differs, whether neither token is a prefix of the other): rank // 4, rank // 2 % 2 and
+    rank % 2. Ranks are integers, so comparing them does not depend on rounding. In a row, equal ranks are ordered
+    by id.
     """
 
     indptr: Int64[np.ndarray, " bound"]
@@ -123,14 +127,14 @@ class Neighbours:
     rank: Int32[np.ndarray, " entries"]
 
     def row(self, token_id: int) -> list[tuple[int, float]]:
-        """Give an id's near ids and their distances, nearest first."""
+        """Return an id's near ids and their distances, nearest first."""
         lo, hi = self.indptr[token_id], self.indptr[token_id + 1]
         return list(zip(self.ids[lo:hi].tolist(), self.distance[lo:hi].tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class NeighbourTable:
-    """Hold the near tokens of all ids without an exact partner, in both directions."""
+    """The neighbours of all ids without an exact partner, in both directions."""
 
     name_t: str
     name_s: str
@@ -144,12 +148,12 @@ class NeighbourTable:
     s_to_t: Neighbours
 
 
-def check_same_sides(mapping: VocabMap, table: NeighbourTable) -> None:
-    """Refuse a table of other tokenizers than the map's: TokenizerMismatch."""
-    check_sides("the neighbour table", table, sides_of(mapping))
+def check_same_tokenizers(mapping: VocabMap, table: NeighbourTable) -> None:
+    """Raise TokenizerMismatch where a table and a map are of different tokenizers."""
+    check_tokenizers("the neighbour table", table, pair_info_of(mapping))
 
 
-def check_sides(what: str, built: VocabMap | NeighbourTable, wanted: Sides) -> None:
+def check_tokenizers(what: str, built: VocabMap | NeighbourTable, wanted: TokenizerPairInfo) -> None:
     """Refuse what was built for other tokenizers than the wanted ones: TokenizerMismatch."""
     views = ", ".join(f"load_view({name!r})" for name in (wanted["name_t"], wanted["name_s"]))
     fix = f"build it again with `build_neighbours({views})`"

@@ -1,4 +1,4 @@
-"""Tokens made by hand and at random: any spans that a tokenizer could report, and more."""
+"""Hand-made and random token sequences, including spans that no tokenizer would report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROLES = ("bos", "eos", "turn_start", "turn_end", "header_start")
 
 
 class MadeView(TokenizerView):
-    """A vocabulary without a tokenizer."""
+    """A view with a vocabulary but no tokenizer backend."""
 
     def __init__(
         self, name: str, vocabulary: tuple[bytes | None, ...], special: dict[int, SpecialToken]
@@ -31,7 +31,7 @@ class MadeView(TokenizerView):
 
 @dataclass
 class Tokens:
-    """Write down a token sequence, token by token."""
+    """Builder for a token sequence: one call per token."""
 
     text: bytes
     name: str = "made"

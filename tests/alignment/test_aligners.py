@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cdm_toolkit.alignment.aligners import ALIGNERS, align, align_text
-from cdm_toolkit.alignment.groups import faults
+from cdm_toolkit.alignment.groups import invariant_violations
 from cdm_toolkit.errors import BadOption, UnknownName
 
 LINES = Path(__file__).parents[1] / "data" / "multilingual.jsonl"
@@ -26,7 +26,7 @@ def test_each_aligner_covers_a_text(views, aligner):
     found = result.alignment
     assert found.aligner == aligner
     assert (found.n_t, found.n_s) == (len(result.t), len(result.s))
-    assert faults(found) == []
+    assert invariant_violations(found) == []
 
 
 def test_anchored_is_the_byte_truth_on_every_pair(views, lines):
@@ -36,7 +36,7 @@ def test_anchored_is_the_byte_truth_on_every_pair(views, lines):
     for a, b in product(views, views):
         for t, s in zip(encoded[a], encoded[b], strict=True):
             found = align(t, s)
-            assert faults(found, t, s) == []
+            assert invariant_violations(found, t, s) == []
             if not (t.exact.all() and s.exact.all()):
                 continue
             ends = {int(t.end[g.t1 - 1]) for g in found}

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from cdm_toolkit.alignment.aligners import align
 from cdm_toolkit.alignment.anchored import align_anchored
 from cdm_toolkit.alignment.anchored_reference import anchored
-from cdm_toolkit.alignment.groups import faults
-from cdm_toolkit.alignment.sides import Side
+from cdm_toolkit.alignment.groups import invariant_violations
+from cdm_toolkit.alignment.sides import AlignmentSide
 
 
 def rows(alignment):
@@ -26,7 +26,7 @@ def random_weights(data, side):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_agrees_with_its_twin(spans_of_one_text, data):
-    t, s = map(Side.of, data.draw(spans_of_one_text))
+    t, s = map(AlignmentSide.of, data.draw(spans_of_one_text))
     weight_t, weight_s = random_weights(data, t), random_weights(data, s)
     found = align_anchored(t, s, np.array(weight_t, np.int64), np.array(weight_s, np.int64))
     assert (rows(found), links(found)) == anchored(t, s, weight_t, weight_s)
@@ -37,7 +37,7 @@ def test_agrees_with_its_twin(spans_of_one_text, data):
 def test_groups_cover_do_not_cross_and_are_minimal(spans_of_one_text, data):
     t, s = data.draw(spans_of_one_text)
     found = align(t, s)
-    assert faults(found, t, s) == []
+    assert invariant_violations(found, t, s) == []
     cells = {(i, j) for g in found for i in range(g.t0, g.t1) for j in range(g.s0, g.s1)}
     assert set(links(found)) <= cells
     assert {i for i, _ in links(found)} == {i for i, _ in cells}

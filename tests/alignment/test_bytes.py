@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from cdm_toolkit.alignment import bytes_reference
 from cdm_toolkit.alignment.aligners import align
 from cdm_toolkit.alignment.bytes import byte_groups
-from cdm_toolkit.alignment.groups import faults
-from cdm_toolkit.alignment.sides import Side
+from cdm_toolkit.alignment.groups import invariant_violations
+from cdm_toolkit.alignment.sides import AlignmentSide
 from cdm_toolkit.errors import DoesNotSpell
 
 
@@ -17,7 +17,7 @@ def rows(alignment):
     return [(g.t0, g.t1, g.s0, g.s1, g.exact) for g in alignment]
 
 
-def test_groups_stand_between_shared_boundaries(write):
+def test_groups_lie_between_shared_boundaries(write):
     t = write(b"strawberry").token(0, 3).token(3, 10).spans()
     s = write(b"strawberry").token(0, 3).token(3, 5).token(5, 10).spans()
     assert [g.kind for g in align(t, s, aligner="bytes")] == ["1-1", "1-n"]
@@ -32,25 +32,25 @@ def test_half_characters_have_boundaries_inside_a_character(write):
     assert [g.kind for g in align(t, t, aligner="bytes")] == ["1-1", "1-1"]
 
 
-def test_a_dummy_prefix_goes_with_what_follows(write):
+def test_a_dummy_prefix_joins_the_group_after_it(write):
     t = write(b"1").dummy(0).token(0, 1).spans()
     s = write(b"1").token(0, 1).spans()
     assert rows(align(t, s, aligner="bytes")) == [(0, 2, 0, 1, True)]
 
 
-def test_tokens_without_width_at_the_end_go_with_the_last(write):
+def test_zero_width_tokens_at_the_end_join_the_last_group(write):
     t = write(b"a").token(0, 1).token(1, 1, b"x").spans()
     s = write(b"a").token(0, 1).spans()
     assert rows(align(t, s, aligner="bytes")) == [(0, 2, 0, 1, False)]
 
 
-def test_dropped_text_goes_with_what_follows(write):
+def test_dropped_text_joins_the_group_after_it(write):
     t = write(b"a  b").token(0, 1).token(3, 4).spans()
     s = write(b"a  b").token(0, 1).token(1, 2).token(2, 3).token(3, 4).spans()
     assert rows(align(t, s, aligner="bytes")) == [(0, 1, 0, 1, True), (1, 2, 1, 4, False)]
 
 
-def test_text_that_one_side_dropped_wholly_has_no_partner(write):
+def test_text_dropped_by_one_side_is_unmatched(write):
     t = write(b"  ").special_token(0, "bos").special_token(2, "eos").spans()
     s = write(b"  ").special_token(0, "bos").token(0, 2).special_token(2, "eos").spans()
     assert rows(align(t, s, aligner="bytes")) == [(0, 1, 0, 1, True), (1, 1, 1, 2, False), (1, 2, 2, 3, True)]
@@ -92,7 +92,7 @@ def test_special_tokens_without_a_known_role_match_by_content(write):
     assert len(align(t, s, aligner="bytes")) == 2
 
 
-def test_a_special_token_that_stands_in_the_text_is_matched_by_bytes(write):
+def test_a_special_token_in_the_text_is_matched_by_bytes(write):
     t = write(b"<s>a").special_token(0, "bos", 3, "<s>").token(3, 4).spans()
     s = write(b"<s>a").token(0, 1).token(1, 3).token(3, 4).spans()
     assert rows(align(t, s, aligner="bytes")) == [(0, 1, 0, 2, True), (1, 2, 2, 3, True)]
@@ -113,7 +113,7 @@ def test_spans_of_two_texts_are_refused(write, aligner):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_agrees_with_its_twin(spans_of_one_text, data):
-    t, s = map(Side.of, data.draw(spans_of_one_text))
+    t, s = map(AlignmentSide.of, data.draw(spans_of_one_text))
     groups, exact = byte_groups(t, s)
     assert list(zip(map(tuple, groups.tolist()), exact.tolist(), strict=True)) == bytes_reference.byte_groups(
         t, s
@@ -124,7 +124,7 @@ def test_agrees_with_its_twin(spans_of_one_text, data):
 @given(data=st.data())
 def test_groups_cover_do_not_cross_and_are_minimal(spans_of_one_text, data):
     t, s = data.draw(spans_of_one_text)
-    assert faults(align(t, s, aligner="bytes"), t, s) == []
+    assert invariant_violations(align(t, s, aligner="bytes"), t, s) == []
 
 
 @settings(max_examples=200, deadline=None)

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from cdm_toolkit.alignment.aligners import align_text, side_weights
 from cdm_toolkit.alignment.anchored_reference import anchored
 from cdm_toolkit.alignment.chat import align_segments, project
-from cdm_toolkit.alignment.groups import faults
+from cdm_toolkit.alignment.groups import invariant_violations
 from cdm_toolkit.errors import BadOption, DoesNotSpell
 
 QUESTION, ANSWER = (
     "How many apples are in 12 baskets of 48?",
     "12 × 48 = <<12*48=576>>576 apples, Ана said. 🍎\n#### 576",
 )
-# what the families' chat templates make of a question and its answer; {} is a message's content
+# A question and its answer as each family's chat template renders them; {} is a message's content.
 TEMPLATES = {
     "qwen2": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n",
     "llama3": (
@@ -26,7 +26,7 @@ TEMPLATES = {
 
 
 def rendered(view, *contents):
-    """Render by a template, and tell where the contents are."""
+    """Render with a template; return the text and the byte ranges of the contents."""
     pieces, text = [], ""
     for literal, content in zip(TEMPLATES[view.name].split("{}"), (*contents, ""), strict=True):
         start = len((text + literal).encode())
@@ -40,7 +40,7 @@ def spelled(spans, first, last):
 
 
 def within(alignment, spans_t, piece_t):
-    """The groups of a content, by their bytes from where it begins."""
+    """The groups inside a content, as byte offsets from its start."""
     start, end = piece_t
     return [
         (int(spans_t.start[g.t0]) - start, int(spans_t.end[g.t1 - 1]) - start, g.kind, g.exact)
@@ -50,12 +50,12 @@ def within(alignment, spans_t, piece_t):
 
 
 def test_contents_align_as_they_do_alone(views):
-    """Of two templates that keep their markers apart from the text by special tokens or line ends."""
+    """For templates whose markers are separated from the text by special tokens or line ends."""
     t, s = views["llama3"], views["qwen2"]
     spans_t, pieces_t = rendered(t, QUESTION, ANSWER)
     spans_s, pieces_s = rendered(s, QUESTION, ANSWER)
     found = align_segments(spans_t, pieces_t, spans_s, pieces_s)
-    assert faults(found) == []
+    assert invariant_violations(found) == []
     for content, piece in zip((QUESTION, ANSWER), pieces_t, strict=True):
         alone = align_text(t, s, content)
         expected = within(alone.alignment, alone.t, (0, len(content.encode())))
@@ -89,7 +89,7 @@ def test_every_two_templates_cover_and_transpose(views, t, s):
     spans_t, pieces_t = rendered(views[t], QUESTION, ANSWER)
     spans_s, pieces_s = rendered(views[s], QUESTION, ANSWER)
     found = align_segments(spans_t, pieces_t, spans_s, pieces_s)
-    assert faults(found, project(spans_t, pieces_t), project(spans_s, pieces_s)) == []
+    assert invariant_violations(found, project(spans_t, pieces_t), project(spans_s, pieces_s)) == []
     back = align_segments(spans_s, pieces_s, spans_t, pieces_t).transpose()
     assert list(back) == list(found)
     if t == s:
@@ -107,7 +107,7 @@ def test_a_template_without_special_markers_ends_a_turn_by_role(views):
     assert ("</s>", "<|im_end|>") in special
 
 
-def test_what_reaches_out_of_a_content_keeps_the_part_inside(write):
+def test_a_token_across_the_edge_of_a_content_keeps_the_part_inside(write):
     t = write(b"[A]Hi[/A]").token(0, 2).token(2, 5).token(5, 9).spans()
     side = project(t, [(3, 5)])
     assert side.text == b"Hi"
@@ -148,7 +148,7 @@ def test_any_two_renderings_agree_with_the_twin(two_renderings, data):
     groups, links = anchored(side_t, side_s, weight_t, weight_s)
     assert [((g.t0, g.t1, g.s0, g.s1), g.exact) for g in found] == groups
     assert [tuple(link) for link in found.links.tolist()] == links
-    assert faults(found) == []
+    assert invariant_violations(found) == []
     assert list(align_segments(s, pieces_s, t, pieces_t).transpose()) == list(found)
 
 
@@ -157,8 +157,8 @@ def test_any_two_renderings_agree_with_the_twin(two_renderings, data):
 def test_projected_tokens_stay_in_order_and_in_the_text(two_renderings, data):
     t, pieces, _, _ = data.draw(two_renderings)
     side = project(t, pieces)
-    for places in (side.start, side.end, side.part):
-        assert (places[1:] >= places[:-1]).all()
+    for offsets in (side.start, side.end, side.part):
+        assert (offsets[1:] >= offsets[:-1]).all()
     assert (side.start <= side.end).all()
     assert not len(side) or (side.start[0] >= 0 and side.end[-1] <= len(side.text))
 

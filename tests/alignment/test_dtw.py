@@ -8,8 +8,8 @@ from rapidfuzz.distance import Levenshtein
 
 from cdm_toolkit.alignment import dtw_reference, kernels
 from cdm_toolkit.alignment.aligners import align
-from cdm_toolkit.alignment.dtw import Strings, path_groups, warp
-from cdm_toolkit.alignment.groups import faults
+from cdm_toolkit.alignment.dtw import TokenStrings, path_groups, warp
+from cdm_toolkit.alignment.groups import invariant_violations
 from cdm_toolkit.errors import BadOption
 
 tokens = st.lists(
@@ -26,7 +26,7 @@ weight = st.integers(1, 9)
 
 def strings(t, s):
     kinds_t, kinds_s = sorted(set(t)), sorted(set(s))
-    return Strings.of(
+    return TokenStrings.of(
         kinds_t,
         np.array([kinds_t.index(token) for token in t]),
         kinds_s,
@@ -113,20 +113,20 @@ def test_entropies_move_the_path(write):
 def test_any_two_sequences_are_covered(spans_of_one_text, data, aligner):
     (t, _), (s, _) = data.draw(spans_of_one_text), data.draw(spans_of_one_text)
     found = align(t, s, aligner=aligner)
-    assert faults(found) == []
+    assert invariant_violations(found) == []
     if len(t.ids) and len(s.ids):
         cells = {(i, j) for g in found for i in range(g.t0, g.t1) for j in range(g.s0, g.s1)}
         assert {tuple(link) for link in found.links.tolist()} <= cells
 
 
-def test_exact_says_that_both_sides_spell_the_same(write):
+def test_exact_marks_groups_with_equal_bytes(write):
     t = write(b"abc").special_token(0, "bos").token(0, 1).token(1, 3).spans()
     s = write(b"abX").special_token(0, "bos", content="<s>").token(0, 1).token(1, 3).spans()
     assert align(t, s, aligner="dtw").exact.tolist() == [True, True, False]
 
 
-def test_a_table_that_no_machine_holds_is_refused():
-    many = Strings.of([b"a"], np.zeros(1 << 18, np.int64), [b"a"], np.zeros(1 << 18, np.int64))
+def test_a_table_larger_than_memory_is_refused():
+    many = TokenStrings.of([b"a"], np.zeros(1 << 18, np.int64), [b"a"], np.zeros(1 << 18, np.int64))
     ones = np.ones(1 << 18, np.int64)
     with pytest.raises(BadOption, match="give anchored"):
         warp(many, ones, ones)

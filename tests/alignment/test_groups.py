@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from cdm_toolkit.alignment.groups import KINDS, Alignment, Group, faults, in_order
+from cdm_toolkit.alignment.groups import KINDS, Alignment, Group, in_order, invariant_violations
 from cdm_toolkit.alignment.kernels import product_links
 
 
@@ -32,7 +32,7 @@ def test_iteration_gives_plain_groups():
     alignment = made((0, 1, 0, 2), (1, 2, 2, 2), n_t=2, n_s=2)
     assert list(alignment) == [Group(0, 1, 0, 2, True), Group(1, 2, 2, 2, True)]
     assert len(alignment) == 2
-    assert faults(alignment) == []
+    assert invariant_violations(alignment) == []
 
 
 def test_links_are_all_pairs_of_a_group():
@@ -47,7 +47,7 @@ def test_transpose_swaps_and_keeps_the_teachers_unmatched_tokens_first():
     assert back.groups.tolist() == [[0, 2, 0, 0], [2, 2, 0, 1], [2, 4, 1, 3]]
     assert back.links.tolist() == [[2, 1], [2, 2], [3, 1], [3, 2]]
     assert (back.n_t, back.n_s) == (4, 3)
-    assert faults(back) == []
+    assert invariant_violations(back) == []
     assert np.array_equal(back.transpose().groups, alignment.groups)
 
 
@@ -70,16 +70,16 @@ def test_order_within_a_run_of_unmatched_tokens():
         ([(0, 3, 0, 2), (3, 3, 2, 2)], "is empty"),
     ],
 )
-def test_faults_are_found(rows, fault):
-    assert any(fault in found for found in faults(made(*rows, n_t=3, n_s=2)))
+def test_violations_are_found(rows, fault):
+    assert any(fault in found for found in invariant_violations(made(*rows, n_t=3, n_s=2)))
 
 
-def test_a_group_that_can_be_cut_is_a_fault(write):
+def test_a_group_that_can_be_split_is_a_violation(write):
     spans = write(b"ab").token(0, 1).token(1, 2).spans()
-    assert "can be cut" in faults(made((0, 2, 0, 2), n_t=2, n_s=2), spans, spans)[0]
+    assert "can be cut" in invariant_violations(made((0, 2, 0, 2), n_t=2, n_s=2), spans, spans)[0]
 
 
-def test_reading_groups_does_not_load_numba():
+def test_importing_groups_does_not_load_numba():
     imports = "cdm_toolkit.alignment.groups, cdm_toolkit.alignment.aligners, cdm_toolkit.alignment.chat"
     code = f"import sys, {imports}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,6 @@
 """Real tokenizers, real texts, every ordered pair: `anchored` is the truth of byte spans.
 
-The truth is computed here from nothing but the ids that a tokenizer gives and the bytes that they stand for.
+The expected groups are computed here from token ids and their bytes alone.
 """
 
 from __future__ import annotations

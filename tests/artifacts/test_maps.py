@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cdm_toolkit.artifacts import maps
-from cdm_toolkit.artifacts.exports import FORMS, export_map
+from cdm_toolkit.artifacts.exports import FILE_FORMATS, export_map
 from cdm_toolkit.artifacts.maps import (
     cached_table,
     load_map,
@@ -21,9 +21,9 @@ from cdm_toolkit.artifacts.maps import (
 )
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem, MissingExtra, TokenizerMismatch, UnknownName
+from cdm_toolkit.vocab_map.contextual_map import build_contextual_map
 from cdm_toolkit.vocab_map.exact import build_exact
-from cdm_toolkit.vocab_map.possible import build_possible
-from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap, sides_of
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap, pair_info_of
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def table(exact) -> NeighbourTable:
     none = np.zeros(0, np.int32)
     s_to_t = Neighbours(np.zeros(exact.size_s + 1, np.int64), none, np.zeros(0, np.float32), none)
     return NeighbourTable(
-        **sides_of(exact), max_edit_distance=0.3, match_digits=True, t_to_s=t_to_s, s_to_t=s_to_t
+        **pair_info_of(exact), max_edit_distance=0.3, match_digits=True, t_to_s=t_to_s, s_to_t=s_to_t
     )
 
 
 @pytest.fixture(scope="module")
 def mapping(exact, table) -> VocabMap:
-    return build_possible(exact, table)
+    return build_contextual_map(exact, table)
 
 
 def _same(a, b) -> bool:
@@ -159,7 +159,7 @@ def test_an_unwritable_path_leaves_nothing(mapping, tmp_path):
 
 def test_json_has_explicit_ids(mapping, smollm2_view, mistral_view, tmp_path):
     path = tmp_path / "m.json"
-    assert export_map(path, mapping, smollm2_view, mistral_view, form="json") == [path]
+    assert export_map(path, mapping, smollm2_view, mistral_view, file_format="json") == [path]
     read = json.loads(path.read_text(encoding="utf-8"))
     assert read["fingerprint_s"] == mapping.fingerprint_s
     assert read["provenance"]["versions"]["cdm-toolkit"]
@@ -173,12 +173,12 @@ def test_json_has_explicit_ids(mapping, smollm2_view, mistral_view, tmp_path):
 
 def test_csv_and_parquet_hold_the_same_rows(mapping, smollm2_view, mistral_view, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
-    written = export_map(tmp_path / "m.csv", mapping, smollm2_view, mistral_view, form="csv")
+    written = export_map(tmp_path / "m.csv", mapping, smollm2_view, mistral_view, file_format="csv")
     assert [path.name for path in written] == ["m.csv", "m.csv.header.json"]
     assert json.loads(written[1].read_text(encoding="utf-8"))["strategy"] == "contextual"
     with written[0].open(encoding="utf-8", newline="") as file:
         rows = [(int(t), a, int(s), b, float(w)) for t, a, s, b, w in list(csv.reader(file))[1:]]
-    export_map(tmp_path / "m.parquet", mapping, smollm2_view, mistral_view, form="parquet")
+    export_map(tmp_path / "m.parquet", mapping, smollm2_view, mistral_view, file_format="parquet")
     read = pq.read_table(tmp_path / "m.parquet")
     assert json.loads(read.schema.metadata[b"cdm_toolkit"])["name_t"] == "smollm2"
     columns = [column.to_pylist() for column in read.columns]
@@ -188,7 +188,7 @@ def test_csv_and_parquet_hold_the_same_rows(mapping, smollm2_view, mistral_view,
 
 
 def test_npy_is_the_dense_vector(mapping, smollm2_view, mistral_view, tmp_path):
-    export_map(tmp_path / "m.npy", mapping, smollm2_view, mistral_view, form="npy")
+    export_map(tmp_path / "m.npy", mapping, smollm2_view, mistral_view, file_format="npy")
     dense = np.load(tmp_path / "m.npy")
     assert dense.dtype == np.int64
     assert dense.shape == (smollm2_view.vocab_size,)
@@ -199,20 +199,20 @@ def test_npy_is_the_dense_vector(mapping, smollm2_view, mistral_view, tmp_path):
 def test_an_empty_map_can_be_exported(mapping, smollm2_view, mistral_view, tmp_path):
     bounds = np.zeros(mapping.size_t + 1, np.int64)
     empty = replace(mapping, indptr=bounds, ids=mapping.ids[:0], weights=mapping.weights[:0])
-    for form in FORMS:
-        export_map(tmp_path / f"m.{form}", empty, smollm2_view, mistral_view, form=form)
+    for file_format in FILE_FORMATS:
+        export_map(tmp_path / f"m.{file_format}", empty, smollm2_view, mistral_view, file_format=file_format)
     assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["pairs"] == []
     assert load_map(tmp_path / "m.safetensors", smollm2_view, mistral_view).coverage == 0
 
 
-def test_unknown_forms_and_a_missing_pyarrow_are_said(
+def test_unknown_formats_and_a_missing_pyarrow_are_said(
     mapping, smollm2_view, mistral_view, tmp_path, monkeypatch
 ):
     with pytest.raises(UnknownName, match=r"unknown format 'jsn'; did you mean json\?"):
-        export_map(tmp_path / "m", mapping, smollm2_view, mistral_view, form="jsn")
+        export_map(tmp_path / "m", mapping, smollm2_view, mistral_view, file_format="jsn")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra, match=r"pip install \"cdm-toolkit\[export\]\""):
-        export_map(tmp_path / "m", mapping, smollm2_view, mistral_view, form="parquet")
+        export_map(tmp_path / "m", mapping, smollm2_view, mistral_view, file_format="parquet")
     assert list(tmp_path.iterdir()) == []
 
 

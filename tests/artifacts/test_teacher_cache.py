@@ -80,7 +80,7 @@ def cached_rows(made: CacheHeader, numbers: list[int], *, length: int = 9) -> li
         first = number % 4
         positions = time_t - 1 - first
         ids, logprobs = distributions(positions, made.vocab, made.k, seed=number)
-        if made.form == "whole":
+        if made.encoding == "whole":
             order = np.argsort(ids, axis=1)
             ids, logprobs = (np.take_along_axis(array, order, axis=1) for array in (ids, logprobs))
         token_ids = generator.integers(0, made.vocab, time_t).astype(np.int32)
@@ -186,7 +186,7 @@ def test_impossible_candidates_stay_impossible() -> None:
 
 # Round trips through files
 
-FORMS = {
+ENCODINGS = {
     "float32": {"dtype": "float32"},
     "float16": {},
     "quantised": {"quantised": True},
@@ -197,9 +197,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_rows_come_back(tmp_path: Path, form: dict[str, Any]) -> None:
-    made = header(**form)
+@pytest.mark.parametrize("settings", ENCODINGS.values(), ids=ENCODINGS)
+def test_rows_come_back(tmp_path: Path, settings: dict[str, Any]) -> None:
+    made = header(**settings)
     written = filled(tmp_path / "cache", made)
     cache = TeacherCache.open(tmp_path / "cache")
     assert cache.header == made
@@ -246,7 +246,7 @@ def test_rows_of_which_nothing_is_cached(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab", "form", "most"),
+    ("vocab", "settings", "most"),
     [
         (128_256, {}, 300),
         (2**18, {}, 300),
@@ -254,9 +254,9 @@ def test_rows_of_which_nothing_is_cached(tmp_path: Path) -> None:
         (128_256, {"quantised": True}, 150),
     ],
 )
-def test_bytes_a_token(tmp_path: Path, vocab: int, form: dict[str, Any], most: int) -> None:
+def test_bytes_a_token(tmp_path: Path, vocab: int, settings: dict[str, Any], most: int) -> None:
     """A shard of 32 rows of 210 tokens, 140 of them predicted, as GSM8K has them."""
-    made = header(vocab=vocab, k=64, rows=32, rows_per_shard=32, **form)
+    made = header(vocab=vocab, k=64, rows=32, rows_per_shard=32, **settings)
     generator = np.random.default_rng(0)
     rows = []
     for number in range(1, 33):
@@ -274,10 +274,10 @@ def test_bytes_a_token(tmp_path: Path, vocab: int, form: dict[str, Any], most: i
 # Refusals
 
 
-def refusal(folder: Path, number: int = 1, **asked: Any) -> str:
+def refusal(folder: Path, number: int = 1, **options: Any) -> str:
     """Give the line with which opening a cache and reading a row is refused."""
     with pytest.raises(BadArtifact) as caught:
-        TeacherCache.open(folder, **asked).row(number)
+        TeacherCache.open(folder, **options).row(number)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -331,9 +331,9 @@ def test_a_shard_of_another_cache_is_named(folder: Path, tmp_path: Path) -> None
 )
 def test_damaged_descriptions(folder: Path, file: str, content: bytes, words: str) -> None:
     (folder / file).write_bytes(content)
-    said = refusal(folder)
-    assert file in said
-    assert words in said
+    message = refusal(folder)
+    assert file in message
+    assert words in message
 
 
 @pytest.mark.parametrize(("name", "value"), [("version", 3), ("k", "many"), ("form", "new")])

@@ -59,12 +59,12 @@ def test_at_120_columns_all_is_there() -> None:
     assert "teacher 1.000 1.000 1.000 1.000 1.000 0.000 0.000 – –" in lines
 
 
-def test_at_80_columns_bits_and_the_deviations_of_the_sides_give_way() -> None:
+def test_at_80_columns_bits_and_the_stds_of_the_sides_give_way() -> None:
     lines = [" ".join(line.split()) for line in shown(study(), 80)]
     assert "● em 3 0.410 0.410 0.410±0.010 0.590 0.590 1.250 1,500" in lines
 
 
-def test_without_a_gap_outside_the_share_inside_keeps_its_deviation() -> None:
+def test_without_a_gap_outside_the_share_inside_keeps_its_std() -> None:
     made = study()
     better = {"manual": Measured(500, 1000, 100, 100)}
     made = replace(made, start=replace(made.start, outside=better))

@@ -64,7 +64,7 @@ def test_cache_and_info(cdm, words: list[str], tmp_path: Path) -> None:
     assert (about["tokens"], about["size"], about["k"]) == (said["tokens"], said["size"], 100)
     assert about["provenance"]["versions"]["cdm-toolkit"]
     shown = cdm("teacher", "info", tmp_path / "cached")
-    for fact in ("100 likeliest of 49,152 ids, float16", "3, all as they were written", "bytes a token"):
+    for fact in ("top 100 of 49,152 ids, float16", "3, all as they were written", "bytes a token"):
         assert fact in shown.out
 
 

@@ -29,7 +29,7 @@ PROMPTS = (
 
 
 @pytest.mark.parametrize(("bos", "eos"), [("<s>", "</s>"), (None, "</s>")])
-def test_an_answer_is_the_likeliest_token_each_time(make: MakeSubject, bos: str | None, eos: str) -> None:
+def test_an_answer_is_the_most_probable_token_each_time(make: MakeSubject, bos: str | None, eos: str) -> None:
     subject = make(bos=bos, eos=eos)
     prompt = "Ada buys 3 pens."
     ids = [
@@ -81,7 +81,7 @@ def test_what_is_written_does_not_depend_on_the_batch(subject: Subject, settings
     assert generate_batch(subject, PROMPTS[::-1], settings) == alone[::-1]
 
 
-def test_greedy_is_the_likeliest_token_each_time(subject: Subject) -> None:
+def test_greedy_is_the_most_probable_token_each_time(subject: Subject) -> None:
     for prompt, text in zip(PROMPTS, generate_batch(subject, PROMPTS, GenerationSettings(9)), strict=True):
         ids = prompt_ids(subject.tokenizer, prompt, None)
         begin = len(ids)
@@ -117,7 +117,7 @@ def test_each_seed_draws_anew_and_the_same_again(subject: Subject) -> None:
     assert len({*drawn[0], *drawn[2]}) == 4
 
 
-def test_top_p_keeps_the_fewest_likeliest() -> None:
+def test_top_p_keeps_the_fewest_most_probable_tokens() -> None:
     scores = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]]))
     for top_p, kept in ((0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.76, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
         assert torch.isfinite(_top_p(scores, top_p))[0].nonzero().flatten().tolist() == kept

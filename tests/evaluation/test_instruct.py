@@ -103,7 +103,7 @@ def test_the_reference_scores_100_and_its_like_less(rows: Path) -> None:
     assert 0 < scored(suite, lambda asked: ["a colour 3 hi"])["Rouge-L, mine"][0] < 100
 
 
-def test_seeds_are_averaged_and_their_deviation_given(rows: Path) -> None:
+def test_seeds_are_averaged_and_their_standard_deviation_given(rows: Path) -> None:
     suite: Any = open_suite("instruct", Ask(data=rows))
     right = iter([1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0])  # by seed: 3, 1, 2, 0, 1 of 3 rows
     texts = {row["instruction"]: row["output"] for row in ROWS}
@@ -112,9 +112,9 @@ def test_seeds_are_averaged_and_their_deviation_given(rows: Path) -> None:
         (output,) = (output for instruction, output in texts.items() if f"\n{instruction}\n" in asked[0])
         return [(output if isinstance(output, str) else output[0]) if next(right) else ""]
 
-    ((value, deviation, n),) = scored(suite, write).values()
+    ((value, std, n),) = scored(suite, write).values()
     means = [100 * count / 3 for count in (3, 1, 2, 0, 1)]
-    assert (value, deviation, n) == (pytest.approx(fmean(means)), pytest.approx(stdev(means)), 3)
+    assert (value, std, n) == (pytest.approx(fmean(means)), pytest.approx(stdev(means)), 3)
 
 
 def test_a_folder_has_the_sets_as_dskd_does(tmp_path: Path, rows: Path) -> None:

@@ -29,7 +29,7 @@ from cdm_toolkit.hub.students import (
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.samples import sample_path
 from cdm_toolkit.tokdiff.view import TokenizerView
-from cdm_toolkit.vocab_map.row_sources import Rule, row_sources
+from cdm_toolkit.vocab_map.row_sources import SourceKind, row_sources
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +164,12 @@ def test_rows_come_from_where_they_should(
     assert len(tables) == (3 if old.config.model_type == "phi" else 2)
     for before, after in tables:
         assert after.isfinite().all(), "padding rows have no part in it"
-        for rule in Rule:
-            for new_id in torch.from_numpy(sources.rule == rule).nonzero()[:50, 0].tolist():
+        for kind in SourceKind:
+            for new_id in torch.from_numpy(sources.kind == kind).nonzero()[:50, 0].tolist():
                 old_rows = before[sources.row(new_id)]
-                if rule in (Rule.COPIED, Rule.BY_ROLE):
+                if kind in (SourceKind.COPIED, SourceKind.BY_ROLE):
                     assert torch.equal(after[new_id], old_rows[0])
-                elif rule == Rule.MEAN:
+                elif kind == SourceKind.MEAN:
                     assert torch.equal(after[new_id], old_rows.mean(0).bfloat16().float())
     assert given.rows == sources.counts
     assert given.vocab_size == new.config.vocab_size == len(after) == 32_000
@@ -204,7 +204,7 @@ def test_fresh_rows_are_of_the_embeddings_scale(
     smollm2_view: TokenizerView, deepseek_view: TokenizerView
 ) -> None:
     sources = row_sources(smollm2_view, deepseek_view)
-    fresh = torch.from_numpy(sources.rule == Rule.FRESH)
+    fresh = torch.from_numpy(sources.kind == SourceKind.FRESH)
     assert fresh.sum() > 1000
     table = torch.randn(49_200, 16, generator=torch.Generator().manual_seed(1)) * 3 + torch.arange(16)
     made = new_rows(table, sources, torch.Generator().manual_seed(0))[fresh]
@@ -217,7 +217,7 @@ def test_fresh_rows_depend_on_the_seed_alone(
     student: Path, mistral: Loaded, loaded: Callable[[str], Loaded], tmp_path: Path
 ) -> None:
     smollm2 = loaded("smollm2")
-    fresh = torch.from_numpy(row_sources(mistral.view, smollm2.view).rule == Rule.FRESH)
+    fresh = torch.from_numpy(row_sources(mistral.view, smollm2.view).kind == SourceKind.FRESH)
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         state = torch.get_rng_state()

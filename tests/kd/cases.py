@@ -13,7 +13,7 @@ from cdm_toolkit.distill.losses.record import TeacherSays
 from torch import Tensor
 
 from cdm_toolkit.vocab_map.contextual import PairTable
-from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, Sides, single
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, TokenizerPairInfo, single_match_map
 
 from .twins import TWINS, Group, World, softmax
 
@@ -94,7 +94,7 @@ class Case:
 
 def pair_table(world: World) -> PairTable:
     """Lay out exact partners without neighbours."""
-    sides = Sides(
+    sides = TokenizerPairInfo(
         name_t="t",
         name_s="s",
         fingerprint_t="t",
@@ -114,7 +114,7 @@ def pair_table(world: World) -> PairTable:
         t_to_s=nobody(world.vocab_t),
         s_to_t=nobody(world.vocab_s),
     )
-    return PairTable.from_tables(single("exact", sides, np.array(world.partner)), near)
+    return PairTable.from_tables(single_match_map("exact", sides, np.array(world.partner)), near)
 
 
 def ingredients(world: World, name: str) -> Ingredients:

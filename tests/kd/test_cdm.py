@@ -14,10 +14,12 @@ from cdm_toolkit.distill.losses.pick import top_k
 from cdm_toolkit.distill.losses.record import LossParts, TeacherSays, TopK, objective
 
 from cdm_toolkit.vocab_map.contextual import PairTable
-from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, Sides, single
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, TokenizerPairInfo, single_match_map
 
 VOCAB_T, VOCAB_S, K = 14, 16, 5
-SIDES = Sides(name_t="t", name_s="s", fingerprint_t="ft", fingerprint_s="fs", size_t=VOCAB_T, size_s=VOCAB_S)
+SIDES = TokenizerPairInfo(
+    name_t="t", name_s="s", fingerprint_t="ft", fingerprint_s="fs", size_t=VOCAB_T, size_s=VOCAB_S
+)
 
 
 def exact_ids() -> np.ndarray:
@@ -34,7 +36,7 @@ def no_neighbours(size: int) -> Neighbours:
 
 @pytest.fixture
 def cdm_settings() -> CdmSettings:
-    exact = single("exact", SIDES, exact_ids())
+    exact = single_match_map("exact", SIDES, exact_ids())
     near = NeighbourTable(
         **SIDES,
         max_edit_distance=0.3,

@@ -1,4 +1,4 @@
-"""Tokenizers of the families that no wheel ships, trained here in moments."""
+"""Small tokenizers of families that no wheel ships, trained here."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ texts = st.lists(
     st.one_of(st.sampled_from(_FRAGMENTS), st.text(st.characters(exclude_categories=["Cs"]), max_size=6)),
     max_size=12,
 ).map("".join)
-"""Any Unicode text, rich in what tokenizers change."""
+"""Any Unicode text, with many characters that tokenizers change."""
 
 
 def _corpus(multilingual: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Spans cover the text, and say what a tokenizer did to it."""
+"""Spans cover the text, and mark where a tokenizer changed it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def joined(spans):
 
 
 def check(view, text, *, add_special_tokens):
-    """Hold a text's spans to the definition, and to what every span must be."""
+    """Check the spans of a text against the reference and the invariants of spans."""
     spans = view.encode(text, add_special_tokens=add_special_tokens)
     encoding = view.backend.encode(text, add_special_tokens=add_special_tokens)
     literals = [view.literals[i] for i in encoding.ids]
@@ -109,7 +109,7 @@ def test_leave_only_what_the_normalizer_deletes_uncovered(get_view, name, droppe
     if name == "xlmr-like":
         text = f"a{text}"  # tokenizers' Precompiled reports wrong offsets behind what it deletes at the front
     spans = check(get_view(name), text, add_special_tokens=False)
-    # ▁ is a blank to SentencePiece, and is dropped as one where several stand together
+    # ▁ is a blank to SentencePiece, and is dropped as one where several are adjacent
     assert all(category(char)[0] in dropped or char == "▁" for char in uncovered(spans))
 
 
@@ -192,7 +192,7 @@ def test_wordpiece_loses_blanks_case_and_accents(made_view):
     assert spans.exact[(spans.start == 2) & (spans.end == 3)].sum() == 0, "t is not T"
 
 
-def test_an_unknown_character_is_an_unk_that_stands_for_text(made_view):
+def test_an_unk_token_covers_the_unknown_text(made_view):
     view = made_view("unigram")
     spans = view.encode("a\u4f60b")
     (at,) = np.flatnonzero(spans.ids == view.backend.token_to_id("<unk>"))

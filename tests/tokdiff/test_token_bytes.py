@@ -1,4 +1,4 @@
-"""Token bytes against truths that do not come from this package."""
+"""Token bytes against sources outside this package."""
 
 from __future__ import annotations
 

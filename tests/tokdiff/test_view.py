@@ -99,7 +99,7 @@ def test_special_tokens_have_roles(real_view, name, roles):
     assert {content: found[content] for content in roles} == roles
 
 
-def test_a_token_of_two_jobs_keeps_both(qwen2_view):
+def test_a_token_with_two_roles_keeps_both(qwen2_view):
     end = next(token for token in qwen2_view.special.values() if token.content == "<|im_end|>")
     assert (end.role, end.roles) == ("turn_end", {"turn_end", "eos"})
 

@@ -1,4 +1,4 @@
-"""Small vocabularies made of chosen bytes, with all that is awkward in them."""
+"""Small vocabularies of chosen bytes, edge cases included."""
 
 from __future__ import annotations
 

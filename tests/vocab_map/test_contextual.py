@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cdm_toolkit.errors import BadOption, TokenizerMismatch
 from cdm_toolkit.vocab_map import contextual, contextual_reference
 from cdm_toolkit.vocab_map.contextual import PairTable, check_top_k, matched_mass, select_pairs
-from cdm_toolkit.vocab_map.contextual_reference import make_rule, select_reference
+from cdm_toolkit.vocab_map.contextual_reference import make_pairing_rule, select_reference
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.neighbours import build_neighbours
 from cdm_toolkit.vocab_map.partners import partner_rows
@@ -20,7 +20,7 @@ NOTHING = float("-inf")
 def _tables(view_t, view_s, *, max_edit_distance=0.3, match_digits=True, width=32):
     exact = build_exact(view_t, view_s)
     near = build_neighbours(view_t, view_s, max_edit_distance=max_edit_distance, match_digits=match_digits)
-    rule = make_rule(
+    rule = make_pairing_rule(
         view_t,
         view_s,
         partner_rows(exact, near, width=width)[0],
@@ -97,7 +97,7 @@ def test_pairs_are_consistent_and_one_to_one(rng, random_view):
                 assert (int(exact[token_id]) in taken) == (int(exact[token_id]) in usable)
 
 
-def test_a_candidate_that_is_turned_down_takes_its_next_choice(toy_view):
+def test_a_rejected_candidate_takes_its_next_choice(toy_view):
     # Both teacher tokens are nearest to `colors`; the nearer gets it, the other goes to `color`.
     view_t, view_s = toy_view("t", [b"colourx", b"colorss"]), toy_view("s", [b"colors", b"color"])
     table, _ = _tables(view_t, view_s, max_edit_distance=0.4)
@@ -234,7 +234,7 @@ def test_real_candidates_equal_the_twin(smollm2_view, mistral_view, smollm2_to_m
     """Take as candidates the ids of real text and what is near to them, in drawn orders."""
     exact, near = smollm2_to_mistral
     table = PairTable.from_tables(exact, near)
-    rule = make_rule(
+    rule = make_pairing_rule(
         smollm2_view, mistral_view, partner_rows(exact, near)[0], max_edit_distance=0.3, match_digits=False
     )
     text = "Natalia sold 48 clips, colouring unbelievably."
@@ -264,7 +264,7 @@ def test_the_teachers_own_candidates_equal_the_twin(
 
     exact, near = smollm2_to_mistral
     table = PairTable.from_tables(exact, near)
-    rule = make_rule(
+    rule = make_pairing_rule(
         smollm2_view, mistral_view, partner_rows(exact, near)[0], max_edit_distance=0.3, match_digits=False
     )
     model = load_model("smollm2")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cdm_toolkit.vocab_map.keys import guard, token_key
+from cdm_toolkit.vocab_map.keys import must_match, token_key
 
 
 @pytest.mark.parametrize(
@@ -40,5 +40,5 @@ def test_without_stripping_all_stays():
         ("in", "in"),
     ],
 )
-def test_guard_keeps_digits_and_operators(text, expected):
-    assert guard(text) == expected
+def test_must_match_keeps_digits_and_operators(text, expected):
+    assert must_match(text) == expected

@@ -1,4 +1,4 @@
-"""What a new vocabulary's rows are made of: against the twin, and what is said of real vocabularies."""
+"""What a new vocabulary's rows are made of: against the reference, and on real vocabularies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cdm_toolkit.tokdiff.view import TokenizerView, make_view
-from cdm_toolkit.vocab_map.row_sources import Rule, row_sources
+from cdm_toolkit.vocab_map.row_sources import SourceKind, row_sources
 from cdm_toolkit.vocab_map.row_sources_reference import row_sources_reference
 from cdm_toolkit.vocab_map.spelling import build_spellings, fewest_tokens, spell
 from cdm_toolkit.vocab_map.spelling_reference import (
@@ -68,11 +68,11 @@ def test_equal_their_twin(small: list[TokenizerView]) -> None:
     seen = set()
     for old, new in permutations(small, 2):
         found = row_sources(old, new)
-        assert [(Rule(rule), found.row(i)) for i, rule in enumerate(found.rule)] == row_sources_reference(
-            old, new
-        )
-        seen |= set(found.rule.tolist())
-    assert seen == set(Rule), "each rule was put to the test"
+        assert [
+            (SourceKind(kind), found.row(i)) for i, kind in enumerate(found.kind)
+        ] == row_sources_reference(old, new)
+        seen |= set(found.kind.tolist())
+    assert seen == set(SourceKind), "each kind occurs in the test"
 
 
 def test_spellings_equal_their_twin(small: list[TokenizerView]) -> None:
@@ -100,7 +100,7 @@ def test_fewest_tokens_equals_its_twin(text: str, tokens: set[str]) -> None:
 
 def test_a_tokenizer_is_made_of_itself(any_view: TokenizerView) -> None:
     found = row_sources(any_view, any_view)
-    served = found.rule != Rule.FRESH
+    served = found.kind != SourceKind.FRESH
     assert np.diff(found.indptr)[served].tolist() == [1] * served.sum()
     assert found.ids.tolist() == np.flatnonzero(served).tolist()
     assert all(any_view.token_bytes[i] is None for i in np.flatnonzero(~served))
@@ -111,7 +111,7 @@ def test_old_tokens_spell_the_new_bytes_exactly(old: str, new: str, real_view: V
     view_old, view_new = real_view(old), real_view(new)
     found = row_sources(view_old, view_new)
     bounds, ids = found.indptr.tolist(), found.ids.tolist()
-    for i in np.flatnonzero(np.isin(found.rule, (Rule.COPIED, Rule.MEAN))).tolist():
+    for i in np.flatnonzero(np.isin(found.kind, (SourceKind.COPIED, SourceKind.MEAN))).tolist():
         old_bytes = [view_old.token_bytes[old_id] or b"?" for old_id in ids[bounds[i] : bounds[i + 1]]]
         assert b"".join(old_bytes) == view_new.token_bytes[i]
     counts = found.counts

@@ -1,4 +1,4 @@
-"""The neighbour table, MinED and prefix: against their twins, and what they say of real vocabularies."""
+"""The neighbour table, MinED and prefix: against their references, and on real vocabularies."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cdm_toolkit.errors import BadOption, TokenizerMismatch
+from cdm_toolkit.vocab_map.contextual_map import build_contextual_map
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.min_ed import build_min_ed
 from cdm_toolkit.vocab_map.min_ed_reference import min_ed_reference
 from cdm_toolkit.vocab_map.neighbours import build_neighbours
 from cdm_toolkit.vocab_map.neighbours_reference import neighbours_reference
-from cdm_toolkit.vocab_map.possible import build_possible
 from cdm_toolkit.vocab_map.prefix import build_prefix
 from cdm_toolkit.vocab_map.prefix_reference import prefix_reference
 
@@ -70,13 +70,13 @@ def test_prefix_equals_its_twin(rng, random_view):
         assert _as_dict(build_prefix(view_t, view_s)) == prefix_reference(view_t, view_s)
 
 
-def test_guards_keep_numbers_and_operators_apart(toy_view):
+def test_match_digits_keeps_numbers_and_operators_apart(toy_view):
     tokens_t = [b"x12y", b" a==b", b" not", b"colour"]
     tokens_s = [b"x13y", b" a!=b", b" now", b"color"]
     view_t, view_s = toy_view("t", tokens_t), toy_view("s", tokens_s)
-    guarded = build_neighbours(view_t, view_s)
-    assert [guarded.t_to_s.row(i) for i in range(3)] == [[], [], []]
-    assert [student for student, _ in guarded.t_to_s.row(3)] == [3]
+    matching = build_neighbours(view_t, view_s)
+    assert [matching.t_to_s.row(i) for i in range(3)] == [[], [], []]
+    assert [student for student, _ in matching.t_to_s.row(3)] == [3]
     free = build_neighbours(view_t, view_s, match_digits=False)
     assert [student for i in range(4) for student, _ in free.t_to_s.row(i)] == [0, 1, 2, 3]
     assert build_min_ed(view_t, view_s).dense().tolist()[:3] == [-1, -1, -1]
@@ -129,22 +129,22 @@ def test_prefix_reaches_every_ordinary_token_of_real_tokenizers(smollm2_view, mi
         assert matched[ordinary].all()
 
 
-def test_possible_takes_the_exact_partner_or_all_neighbours(toy_view):
+def test_contextual_map_has_the_exact_partner_or_all_neighbours(toy_view):
     view_t = toy_view("t", [b"abcdef", b"colour", b"q"])
     view_s = toy_view("s", [b"abcdef", b"color", b"colours"])
     exact, table = build_exact(view_t, view_s), build_neighbours(view_t, view_s)
-    mapping = build_possible(exact, table)
+    mapping = build_contextual_map(exact, table)
     assert mapping.row(0) == [(0, 1.0)]
     assert [student for student, _ in mapping.row(1)] == [2, 1]
     assert sum(weight for _, weight in mapping.row(1)) == pytest.approx(1)
     assert mapping.row(2) == []
     assert mapping.dense().tolist() == [0, 2, -1]
     with pytest.raises(TokenizerMismatch, match="was built for t "):
-        build_possible(build_exact(view_s, view_t), table)
+        build_contextual_map(build_exact(view_s, view_t), table)
 
 
 @pytest.mark.parametrize("max_edit_distance", [0.0, 1.0, -0.3, 2.0, float("nan")])
-def test_theta_outside_0_and_1_is_refused(max_edit_distance, toy_view):
+def test_max_edit_distance_outside_0_and_1_is_refused(max_edit_distance, toy_view):
     view = toy_view("t", [b"x"])
     with pytest.raises(BadOption, match=r"`max_edit_distance` is .*; give a number between 0 and 1"):
         build_neighbours(view, view, max_edit_distance=max_edit_distance)

@@ -11,9 +11,9 @@ from cdm_toolkit.vocab_map.stats import (
     coverage_by_class,
     coverage_by_frequency,
     coverage_by_ids,
-    mass_on,
-    possible_ids,
-    reachable_by_strategy,
+    mapped_mass,
+    matchable_by_strategy,
+    pairable_ids,
 )
 
 
@@ -37,7 +37,7 @@ def test_coverage_by_ids_frequency_and_class(toy_view):
 
 def test_mass_by_strategy_never_falls_below_the_exact_mass(smollm2_view, mistral_view, smollm2_to_mistral):
     exact, table = smollm2_to_mistral
-    reachable = reachable_by_strategy(
+    reachable = matchable_by_strategy(
         exact, build_min_ed(smollm2_view, mistral_view), build_prefix(smollm2_view, mistral_view), table
     )
     assert list(reachable) == ["exact", "+min-ed", "+contextual", "+prefix"]
@@ -45,14 +45,14 @@ def test_mass_by_strategy_never_falls_below_the_exact_mass(smollm2_view, mistral
         assert (mask >= exact.matched).all()
     logits = np.random.default_rng(0).standard_normal((4, smollm2_view.vocab_size + 128))
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    mass = {name: mass_on(mask, probabilities) for name, mask in reachable.items()}
+    mass = {name: mapped_mass(mask, probabilities) for name, mask in reachable.items()}
     assert (mass["+prefix"] > mass["+contextual"]).all()
     assert (mass["+contextual"] > mass["exact"]).all()
 
 
-def test_possible_ids_count_both_directions(toy_view):
+def test_pairable_ids_count_both_directions(toy_view):
     # `colour` has an exact partner; the student's `color` has none and names it as its neighbour.
     view_t, view_s = toy_view("t", [b"colour", b"zz"]), toy_view("s", [b"colour", b"color"])
     exact, table = build_exact(view_t, view_s), build_neighbours(view_t, view_s)
     assert table.s_to_t.row(1)[0][0] == 0
-    assert possible_ids(exact, table).tolist() == [True, False]
+    assert pairable_ids(exact, table).tolist() == [True, False]

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks._report import Line, Report, medians, once
 from cdm_toolkit.alignment import anchored_reference, dtw_reference
 from cdm_toolkit.alignment.aligners import align
-from cdm_toolkit.alignment.sides import Side, token_string
+from cdm_toolkit.alignment.sides import AlignmentSide, token_string
 from cdm_toolkit.hub.tokenizers import load_view
 from cdm_toolkit.tokdiff.spans import TokenSpans
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -63,7 +63,10 @@ def _anchored(view_t: TokenizerView, view_s: TokenizerView, text: str, rounds: i
         rounds,
         thread_time,
     )
-    twin = once(lambda: anchored_reference.anchored(Side.of(t), Side.of(s), ones_t, ones_s), thread_time)
+    twin = once(
+        lambda: anchored_reference.anchored(AlignmentSide.of(t), AlignmentSide.of(s), ones_t, ones_s),
+        thread_time,
+    )
     size = f"{len(t):,} × {len(s):,} tokens"
     return [
         Line(f"anchored, {size}", found["anchored"], at_most=2),

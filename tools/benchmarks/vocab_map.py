@@ -23,14 +23,14 @@ from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_view
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.contextual import PairTable, matched_mass, select_pairs
-from cdm_toolkit.vocab_map.contextual_reference import make_rule, select_reference
+from cdm_toolkit.vocab_map.contextual_reference import make_pairing_rule, select_reference
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.keys import token_keys
 from cdm_toolkit.vocab_map.min_ed import build_min_ed
 from cdm_toolkit.vocab_map.neighbours import DEFAULT_MAX_EDIT_DISTANCE, build_neighbours, without_partner
 from cdm_toolkit.vocab_map.partners import partner_rows
 from cdm_toolkit.vocab_map.prefix import build_prefix
-from cdm_toolkit.vocab_map.stats import mass_on, reachable_by_strategy
+from cdm_toolkit.vocab_map.stats import mapped_mass, matchable_by_strategy
 
 SAMPLE = Path(__file__).resolve().parents[2] / "cdm_toolkit" / "samples" / "word_problems_train.jsonl"
 POSITIONS, TOP_K, TWIN_POSITIONS = 512, 100, 32
@@ -131,14 +131,14 @@ def _in_context(
         view_t, view_s, max_edit_distance=DEFAULT_MAX_EDIT_DISTANCE, workers=options.workers
     )
     min_ed, prefix = build_min_ed(view_t, view_s, workers=options.workers), build_prefix(view_t, view_s)
-    reachable = reachable_by_strategy(exact, min_ed, prefix, near)
+    reachable = matchable_by_strategy(exact, min_ed, prefix, near)
     found = _candidates(options.teacher, view_t, texts, prefix.dense(), view_s.vocab_size, reachable)
     table = PairTable.from_tables(exact, near)
     everything = select_pairs(table, *found.teacher, *found.student)
     at = torch.arange(POSITIONS) % len(found.teacher[0])
     inputs = [column[at] for column in (*found.teacher, *found.student)]
     fast = medians({"select": partial(select_pairs, table, *inputs)}, options.rounds, thread_time)["select"]
-    rule = make_rule(
+    rule = make_pairing_rule(
         view_t,
         view_s,
         partner_rows(exact, near)[0],
@@ -207,7 +207,7 @@ def _candidates(
         ids = torch.from_numpy(view_t.encode(text).ids.astype(np.int64))
         logprob = model(ids[None]).logits[0].float()[:, : view_t.vocab_size].log_softmax(-1)
         for name, mask in reachable.items():
-            mass[name].append(mass_on(mask, logprob.exp().numpy()))
+            mass[name].append(mapped_mass(mask, logprob.exp().numpy()))
         moved = torch.zeros(len(ids), size_s + 1).index_add_(1, to_student, logprob.exp())
         for ids_out, values_out, values in zip(
             sides[::2], sides[1::2], (logprob, moved[:, :size_s].log()), strict=True

@@ -1,7 +1,7 @@
-"""Run programs that a model wrote, and tell whether their tests were passed.
+"""Sandbox for model-written programs: run a program and its test in isolated processes, and return the outcome.
 
-`isolation` finds what walls the machine offers, `run` runs programs and keeps the time, `records` holds what goes in
-and comes out. The rest runs inside, in processes of its own that import nothing but the standard library: `inside`
-builds the walls from `kernel`, `landlock` and `seccomp`, then `worker` runs the program or `checker` its tests, which
-talk to each other in `plain` values. docs/sandbox.md says what stops what.
+`isolation` detects the isolation layers ("walls") that the machine offers, `execute` runs programs with timeouts,
+`records` has the input and output types. The rest runs inside the sandbox, in separate processes that import nothing
+but the standard library: `inside` sets up the layers from `kernel`, `landlock` and `seccomp`, then `worker` runs the
+program or `checker` its test. The two exchange `plain` values. docs/sandbox.md lists the attacks and what stops them.
 """

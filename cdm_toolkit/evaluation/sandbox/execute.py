@@ -1,7 +1,7 @@
-"""Run programs inside, several at once, and judge what became of each.
+"""Run programs in the sandbox, several in parallel, and return their outcomes.
 
-Two processes a program, each behind walls of its own: one runs the program, one its test. The verdict comes from the
-second over a pipe that the first has never had, with a token that it has never seen.
+Each program takes two separately isolated processes: one runs the program, one its test. The verdict comes from the
+second, over a pipe that the first never has, with a token that the first never knows.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PARENTS = (
     ("cdm_toolkit.evaluation", "evaluation"),
     ("cdm_toolkit.evaluation.sandbox", "evaluation/sandbox"),
 )
-SETUP_SECONDS = 60.0  # until the walls stand; on a busy machine, too
+SETUP_SECONDS = 60.0  # to set up the isolation, even on a busy machine
 END_SECONDS = 10.0
 LONGEST_VERDICT = 65536
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""All that a process inside knows of the environment, until it forgets this too."""
-# The package as it is, without what it imports for other purposes.
+"""The environment of a sandbox process, which it clears after setup."""
+# Import the sandbox modules without running the __init__ of their parent packages.
 START = f"""
 import sys
 for name, folder in {[(name, str(PACKAGE / path)) for name, path in PARENTS]}:
@@ -51,7 +51,7 @@ main()
 
 
 class SetupError(Exception):
-    """Says why the walls could not be built."""
+    """Raised with the reason where the isolation could not be set up."""
 
 
 def run_programs(
@@ -62,19 +62,19 @@ def run_programs(
     workers: int = 1,
     preload: Sequence[str] = (),
 ) -> Iterator[tuple[int, Outcome]]:
-    """Run programs, `workers` at once, and give each one's place and outcome as soon as it is known.
+    """Run programs, `workers` in parallel; yield the index and outcome of each as soon as it has finished.
 
-    `preload` names modules besides the standard library that programs and tests may import. Raises
-    IsolationMissing where the walls that `isolation` names cannot be built.
+    `preload` names modules besides the standard library that programs and tests may import. Raises IsolationMissing
+    where the layers of `isolation` cannot be set up.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
-        places = {
-            pool.submit(run_program, program, isolation=isolation, limits=limits, preload=preload): place
-            for place, program in enumerate(programs)
+        indices = {
+            pool.submit(run_program, program, isolation=isolation, limits=limits, preload=preload): index
+            for index, program in enumerate(programs)
         }
         try:
-            for done in as_completed(places):
-                yield places[done], done.result()
+            for done in as_completed(indices):
+                yield indices[done], done.result()
         except SetupError as error:
             raise IsolationMissing("walls that it had before", str(error)) from None
         finally:
@@ -84,7 +84,7 @@ def run_programs(
 def run_program(
     program: Program, *, isolation: Isolation, limits: Limits = Limits(), preload: Sequence[str] = ()
 ) -> Outcome:
-    """Run one program and its test. Raises SetupError where the walls that `isolation` names cannot be built."""
+    """Run one program and its test. Raises SetupError where the layers of `isolation` cannot be set up."""
     token = secrets.token_hex(16)
     job: dict[str, Any] = {
         "layers": isolation.layers,
@@ -98,17 +98,17 @@ def run_program(
             for _ in range(3)
             for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
         )
-        asked = {"entry_point": program.entry_point}
+        entry = {"entry_point": program.entry_point}
         worker = stack.enter_context(
-            _Cell(
-                {**job, "role": "worker", "work": {**asked, "source": program.source}}, calls_out, answers_in
+            _SandboxProcess(
+                {**job, "role": "worker", "work": {**entry, "source": program.source}}, calls_out, answers_in
             )
         )
         test = {"test": program.test, "helpers": program.helpers, "token": token}
         longest = limits.answer_mib * 2**20
         checker = stack.enter_context(
-            _Cell(
-                {**job, "role": "checker", "work": {**asked, **test, "longest": longest}},
+            _SandboxProcess(
+                {**job, "role": "checker", "work": {**entry, **test, "longest": longest}},
                 answers_out,
                 calls_in,
                 verdict_in,
@@ -116,18 +116,18 @@ def run_program(
         )
         for end in (calls_out, calls_in, answers_out, answers_in, verdict_in):
             end.close()
-        worker.wait_for_walls()
-        checker.wait_for_walls()
+        worker.wait_until_isolated()
+        checker.wait_until_isolated()
         began = time.monotonic()
-        said = _read(verdict_out.fileno(), began + limits.wall_seconds)
+        verdict = _read(verdict_out.fileno(), began + limits.wall_seconds)
         seconds = time.monotonic() - began
-        ends = [cell.end() for cell in (worker, checker)]
-    return _judge(said, token, ends[0], ends[1], limits, seconds)
+        ends = [process.end() for process in (worker, checker)]
+    return _outcome(verdict, token, ends[0], ends[1], limits, seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a process ended, as `waitpid` says, and the processor time that it took."""
+    """How a process ended: its wait status, and its processor time."""
 
     status: int
     cpu_seconds: float
@@ -137,8 +137,8 @@ class _End:
         return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
-class _Cell:
-    """One process behind walls, with the process that built them and waits for its end."""
+class _SandboxProcess:
+    """One isolated process, with the process that set up its isolation and waits for it."""
 
     def __init__(self, job: Mapping[str, Any], *ends: Any) -> None:
         descriptors = [end.fileno() for end in ends]
@@ -147,7 +147,7 @@ class _Cell:
         self._child: int | None = None
         self._end = _End(signal.SIGKILL, 0.0)
         self._process = subprocess.Popen(
-            # -P and -S: nothing but the standard library can be imported
+            # -P and -S: only the standard library can be imported
             [sys.executable, "-s", "-S", "-P", "-B", "-c", START],
             bufsize=0,
             stdin=subprocess.PIPE,
@@ -163,27 +163,27 @@ class _Cell:
             "scratch": self._scratch,
             "mountpoint": tempfile.gettempdir(),
         }
-        self._tell(json.dumps(whole))
+        self._send(json.dumps(whole))
 
-    def __enter__(self) -> _Cell:
+    def __enter__(self) -> _SandboxProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def wait_for_walls(self) -> None:
-        """Wait until the work begins. Raises SetupError."""
+    def wait_until_isolated(self) -> None:
+        """Wait until the isolation is set up and the work begins. Raises SetupError."""
         report = self._report(SETUP_SECONDS)
         if report.get("unshared") and self._mapped:
             _map_users(self._process.pid)
-            self._tell("mapped")
+            self._send("mapped")
             report = self._report(SETUP_SECONDS)
         if "child" not in report:
             raise SetupError(str(report.get("problem", "the process that builds the walls ended")))
         self._child = int(report["child"])
 
     def end(self) -> _End:
-        """End the process, if it has not ended, and whatever it started."""
+        """Terminate the process, if it still runs, and all that it started."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -202,13 +202,13 @@ class _Cell:
         return self._end
 
     def _kill(self) -> None:
-        """End a process that does not answer, from outside."""
+        """Kill an unresponsive process."""
         self._process.kill()
         if self._child is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._child, signal.SIGKILL)
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(line.encode() + b"\n")
@@ -222,7 +222,7 @@ class _Cell:
 
 
 def _map_users(pid: int) -> None:
-    """Tell a new user namespace its users: nobody, and root where we are root, until the walls stand."""
+    """Map users into a new user namespace: nobody, and root during setup if we are root."""
     folder = Path(f"/proc/{pid}")
     try:
         if os.geteuid() == 0:
@@ -245,23 +245,25 @@ def _scratch_folder() -> str:
 
 
 def _read(descriptor: int, deadline: float, *, to_line: bool = False) -> bytes:
-    """Read to the end, the end of a line or the deadline; a verdict or report is short."""
-    said = b""
-    while (left := deadline - time.monotonic()) > 0 and len(said) < LONGEST_VERDICT:
-        poll = select.poll()  # select cannot look at descriptors above 1023
+    """Read up to the end of file or line, the deadline, or LONGEST_VERDICT bytes."""
+    content = b""
+    while (left := deadline - time.monotonic()) > 0 and len(content) < LONGEST_VERDICT:
+        poll = select.poll()  # select does not support descriptors above 1023
         poll.register(descriptor, select.POLLIN)
         if not poll.poll(left * 1000):
             break
         piece = os.read(descriptor, 1 if to_line else 4096)
-        said += piece
+        content += piece
         if not piece or (to_line and piece == b"\n"):
             break
-    return said
+    return content
 
 
-def _judge(said: bytes, token: str, worker: _End, checker: _End, limits: Limits, seconds: float) -> Outcome:
+def _outcome(
+    content: bytes, token: str, worker: _End, checker: _End, limits: Limits, seconds: float
+) -> Outcome:
     try:
-        verdict = json.loads(said)
+        verdict = json.loads(content)
         reason, detail = verdict["reason"], str(verdict["detail"])
         genuine = secrets.compare_digest(str(verdict["token"]), token) and reason in get_args(Reason)
     except (ValueError, KeyError, TypeError):

@@ -1,14 +1,14 @@
-"""The first process inside: build the walls, start the process that works behind them, and wait for its end.
+"""Entry point inside the sandbox: set up the isolation, start the isolated child process, and wait for it.
 
-Started by `run.START`, with a job as a line of JSON on stdin and its reports as lines of JSON on stdout. What works is
-a child: it has neither of the two, and is killed when stdin ends, so that nothing outlives whoever asked for it. In
-its namespace of processes it is the first, with whose end the kernel ends all others. The imports are few and light:
-there are two such starts for every program.
+Started by `execute.START`. The job is a line of JSON on stdin, reports are lines of JSON on stdout. The work is done by
+a child process that has neither, and that is killed when stdin closes, so nothing outlives the caller. The child is
+process 1 of its pid namespace: when it ends, the kernel kills all other processes there. Imports are few and light,
+because this starts twice for every program.
 """
 
 from __future__ import annotations
 
-import ctypes  # noqa: F401  (loaded before the walls stand, as are the others that need libraries of the system)
+import ctypes  # noqa: F401  (imported before isolation, like the other modules that need system libraries)
 import importlib
 import importlib.machinery
 import json
@@ -26,12 +26,12 @@ from typing import Any, NoReturn
 from cdm_toolkit.evaluation.sandbox import checker, kernel, landlock, seccomp, worker
 
 NOBODY = 65534
-# Parts of the standard library that need libraries which lie elsewhere.
+# Standard library modules that need shared libraries outside its folders.
 SYSTEM_BACKED = ("bz2", "ctypes", "decimal", "hashlib", "lzma", "zlib")
 SCRATCH = "/scratch"
 MIB = 2**20
 INPUT, OUTPUT, VERDICT = 3, 4, 5
-"""Where the process that works finds what it may talk through."""
+"""File descriptors of the isolated process."""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         _preload(job["preload"], job["path"])
         library = _library()
         layers = job["layers"]
-        # A user namespace counts its own processes, this one among them; else all of the user's count.
+        # RLIMIT_NPROC counts this process in a new user namespace, else all processes of the user.
         others = 1 if "user" in layers else _running(os.getuid() or NOBODY)
         namespaces = tuple(layer for layer in kernel.NAMESPACES if layer in layers)
         if namespaces:
@@ -65,13 +65,13 @@ def main() -> None:
         if problem:
             raise OSError(problem)
     except OSError as error:
-        _report(problem=_told(error))
+        _report(problem=_message(error))
         return
     _report(child=child)
     _await(child, wake)
 
 
-def _told(error: OSError) -> str:
+def _message(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
 
 
@@ -81,7 +81,7 @@ def _report(**words: object) -> None:
 
 
 def _preload(names: Sequence[str], path: Sequence[str]) -> None:
-    """Import what cannot be imported later: parts of the standard library, and modules found in `path`."""
+    """Import what cannot be imported after isolation: parts of the standard library, and modules from `path`."""
     for name in SYSTEM_BACKED:
         with suppress(ImportError):
             importlib.import_module(name)
@@ -94,7 +94,7 @@ def _preload(names: Sequence[str], path: Sequence[str]) -> None:
 
 
 def _library() -> list[str]:
-    """Find the folders of the standard library, and let nothing else be imported."""
+    """Return the folders of the standard library, and restrict imports to them."""
     folders = [os.path.dirname(os.__file__)]
     compiled = importlib.machinery.PathFinder.find_spec("_ctypes", sys.path)
     if compiled is not None and compiled.origin is not None and os.path.isfile(compiled.origin):
@@ -105,7 +105,7 @@ def _library() -> list[str]:
 
 
 def _enter(namespaces: tuple[str, ...]) -> None:
-    """Enter new namespaces; whoever asked says which users of the old one the new one knows."""
+    """Enter new namespaces; the caller maps the users of the new user namespace."""
     kernel.unshare(namespaces)
     if "user" in namespaces:
         _report(unshared=True)
@@ -114,7 +114,7 @@ def _enter(namespaces: tuple[str, ...]) -> None:
 
 
 def _new_root(library: Sequence[str], mountpoint: str, scratch_mib: int) -> None:
-    """Make a root that has the library, to read, and an empty scratch folder. There is no /proc and no /dev."""
+    """Make a root with the read-only standard library and an empty scratch folder, without /proc and /dev."""
     hidden = kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     sources = [os.open(folder, os.O_PATH | os.O_CLOEXEC) for folder in library]
@@ -139,7 +139,7 @@ def _new_root(library: Sequence[str], mountpoint: str, scratch_mib: int) -> None
 
 
 def _flags(path: str) -> int:
-    """Read the flags of a mount that a user namespace must not take away."""
+    """Return the flags of a mount that must be kept when it is remounted in a user namespace."""
     found = os.statvfs(path).f_flag
     known = {
         os.ST_NOEXEC: kernel.MS_NOEXEC,
@@ -153,7 +153,7 @@ def _flags(path: str) -> int:
 def _work(
     job: Mapping[str, Any], library: Sequence[str], scratch: str, descriptors: Sequence[int], others: int
 ) -> NoReturn:
-    """Confine this process for good and do the work; problems go to the last of the descriptors."""
+    """Isolate this process irreversibly and do the work; setup errors are written to the last descriptor."""
     readiness = descriptors[-1]
     try:
         layers, limits = job["layers"], job["limits"]
@@ -176,7 +176,7 @@ def _work(
         if "seccomp" in layers:
             seccomp.install()
     except OSError as error:
-        os.write(readiness, _told(error).encode())
+        os.write(readiness, _message(error).encode())
         os._exit(1)
     os.close(readiness)
     role = checker.check if job["role"] == "checker" else worker.serve
@@ -187,19 +187,19 @@ def _work(
 
 
 def _take_descriptors(given: Sequence[int]) -> int:
-    """Lay the first of the descriptors at 0 to 2, the others after; close all else; give the last one's place."""
+    """Move the first descriptor to 0, 1 and 2, the others after it; close all else; return the last one's number."""
     wanted = [given[0], given[0], *given]
     above = max(*wanted, len(wanted)) + 1
-    for place, descriptor in enumerate(wanted):
-        os.dup2(descriptor, above + place)
-    for place in range(len(wanted)):
-        os.dup2(above + place, place, inheritable=False)
+    for number, descriptor in enumerate(wanted):
+        os.dup2(descriptor, above + number)
+    for number in range(len(wanted)):
+        os.dup2(above + number, number, inheritable=False)
     os.closerange(len(wanted), 65536)
     return len(wanted) - 1
 
 
 def _become_nobody() -> None:
-    """Leave root, where this process is root, and every capability."""
+    """Drop root, if this process is root, and all capabilities."""
     kernel.drop_capabilities_bound()
     if os.geteuid() == 0:
         os.setgroups([])
@@ -224,7 +224,7 @@ def _limit(limits: Mapping[str, Any], others: int) -> None:
 
 
 def _running(uid: int) -> int:
-    """Count a user's threads."""
+    """Count the threads of a user."""
     count = 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
@@ -234,7 +234,7 @@ def _running(uid: int) -> int:
 
 
 def _await(child: int, wake: int) -> None:
-    """Wait until the child ends or stdin does, end what is left, and report how the child ended."""
+    """Wait until the child ends or stdin closes, kill what is left, and report the child's wait status."""
     status = None
     while status is None:
         ready, _, _ = select.select([sys.stdin.fileno(), wake], [], [])
@@ -245,12 +245,12 @@ def _await(child: int, wake: int) -> None:
         found, ended, usage = os.wait4(child, 0 if sys.stdin.fileno() in ready else os.WNOHANG)
         if found:
             status = ended
-    _end_orphans()
+    _kill_orphans()
     _report(status=status, cpu_seconds=usage.ru_utime + usage.ru_stime)
 
 
-def _end_orphans() -> None:
-    """Kill whatever the child left behind: where there is no namespace of processes, it comes to this process."""
+def _kill_orphans() -> None:
+    """Kill the child's orphans, which without a pid namespace become children of this process."""
     me = os.getpid()
     while True:
         try:

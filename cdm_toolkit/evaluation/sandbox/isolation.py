@@ -1,4 +1,4 @@
-"""Find out what walls this machine offers."""
+"""Detect which isolation layers this machine offers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TRIAL = Program("def answer(n):\n    return [n]\n", "answer", "assert answer(41)
 
 @cache
 def probe() -> Isolation:
-    """Try the walls that this machine may offer by running a program behind them, all of them first.
+    """Detect the layers by running a trial program with them, starting with all of them.
 
-    Raises IsolationMissing where not even a process with limits can be had.
+    Raises IsolationMissing where not even a process with resource limits works.
     """
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise IsolationMissing("everything", f"it is {sys.platform} on {platform.machine()}")
@@ -40,14 +40,14 @@ def probe() -> Isolation:
 
 
 def require(isolation: Isolation) -> None:
-    """Raise IsolationMissing where a wall is missing, with all that are."""
+    """Raise IsolationMissing where layers are missing; it names all of them."""
     if isolation.missing:
         lacking = ", ".join(layer for layer, _ in isolation.missing)
         raise IsolationMissing(lacking, "; ".join(sorted({why for _, why in isolation.missing})))
 
 
 def _combinations() -> Iterator[tuple[str, ...]]:
-    """List what to try: namespaces together, as each is a hole where another is missing, and the two filters."""
+    """Yield the combinations to try: all namespaces or none, as each protects the others, with the two filters."""
     groups = [NAMESPACES, *([NAMESPACES[1:]] if os.geteuid() == 0 else []), ()]
     for namespaces in groups:
         for filters in (("landlock", "seccomp"), ("seccomp",), ("landlock",), ()):

@@ -1,4 +1,4 @@
-"""System calls that Python 3.11 does not offer, each raising OSError with the name of the call."""
+"""System calls that Python 3.11 does not have; each raises OSError with the name of the call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 4, 24, 36
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 CAPABILITY_VERSION_3 = 0x20080522
-# By machine: what the C library has no function for.
+# Numbers, by machine, of calls without a function in the C library.
 _NUMBERS: Mapping[str, Mapping[str, int]] = {
     "x86_64": {"pivot_root": 155, "capset": 126},
     "aarch64": {"pivot_root": 41, "capset": 91},
@@ -44,7 +44,7 @@ def check(name: str, result: int) -> int:
 
 
 def syscall(name: str, number: int, *arguments: object) -> int:
-    """Make a system call. Arguments are pointers, or integers, which are passed as C longs."""
+    """Make a system call. Arguments are pointers or integers; integers are passed as C longs."""
     passed = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
     return check(name, _libc.syscall(ctypes.c_long(number), *passed))
 
@@ -56,7 +56,7 @@ def prctl(name: str, option: int, *arguments: object) -> int:
 
 
 def unshare(layers: tuple[str, ...]) -> None:
-    """Enter new namespaces; the one of processes begins with the next child."""
+    """Enter new namespaces; a new pid namespace applies to the next child."""
     check("unshare", _libc.unshare(sum(NAMESPACES[layer] for layer in layers)))
 
 
@@ -66,7 +66,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def pivot_root(folder: str) -> None:
-    """Make a mounted folder the root, and let the old root go."""
+    """Make a mounted folder the root, and unmount the old root."""
     os.chdir(folder)
     syscall("pivot_root", _NUMBERS[platform.machine()]["pivot_root"], b".", b".")
     check("umount", _libc.umount2(b".", MNT_DETACH))
@@ -74,12 +74,12 @@ def pivot_root(folder: str) -> None:
 
 
 def drop_capabilities_bound() -> None:
-    """Give up every capability for good, whatever is executed later; needs CAP_SETPCAP."""
+    """Remove all capabilities from the bounding set, so that no exec can regain them; needs CAP_SETPCAP."""
     for capability in range(64):
         try:
             prctl("PR_CAPBSET_DROP", PR_CAPBSET_DROP, capability)
         except OSError:
-            return  # the first that the kernel does not know, or not ours to drop
+            return  # the first one unknown to the kernel, or CAP_SETPCAP is missing
 
 
 def drop_capabilities() -> None:

@@ -1,6 +1,6 @@
-"""Rules of the kernel for paths, which need no privilege: read the library, write the scratch folder, else nothing.
+"""Landlock, unprivileged path rules of the kernel: read the standard library, use the scratch folder, nothing else.
 
-Source: the kernel's userspace-api/landlock documentation. Calls have the same numbers on every machine.
+Source: the kernel's userspace-api/landlock documentation. System call numbers are the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ VERSION_FLAG, PATH_BENEATH = 1, 1
 EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3
 MAKE_CHAR, MAKE_SOCK, MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 11
 PACKAGES = ("site-packages", "dist-packages")
-"""Folders inside the standard library's that are none of it: a data set with the answers may lie there."""
+"""Folders inside the standard library's folder that are not part of it, and may hold a data set with the answers."""
 
 
 def version() -> int:
-    """Ask the kernel which version of the interface it has. Raises OSError where it has none."""
+    """Return the kernel's version of the Landlock interface. Raises OSError where it has none."""
     return kernel.syscall("landlock_create_ruleset", CREATE_RULESET, None, 0, VERSION_FLAG)
 
 
 def restrict(library: Sequence[str], scratch: str) -> None:
-    """Allow this process to read the library's folders and to use the scratch folder; no new privileges before."""
+    """Restrict this process to the library and scratch folders; PR_SET_NO_NEW_PRIVS must be set before."""
     abi = version()
     paths = (1 << 13) - 1 | (abi >= 2) << 13 | (abi >= 3) << 14 | (abi >= 5) << 15
     network, scope = (3, 3) if abi >= 6 else (3 if abi >= 4 else 0, 0)
@@ -35,7 +35,7 @@ def restrict(library: Sequence[str], scratch: str) -> None:
     for folder in library:
         _allow(ruleset, folder, READ_DIR)
         for entry in os.scandir(folder):
-            if entry.name not in PACKAGES and os.path.exists(entry.path):  # a link may lead nowhere
+            if entry.name not in PACKAGES and os.path.exists(entry.path):  # skips broken links
                 _allow(ruleset, entry.path, READ_FILE | (READ_DIR if entry.is_dir() else 0) | EXECUTE)
     _allow(ruleset, scratch, paths & ~(EXECUTE | MAKE_CHAR | MAKE_SOCK | MAKE_BLOCK))
     kernel.syscall("landlock_restrict_self", RESTRICT_SELF, ruleset, 0)

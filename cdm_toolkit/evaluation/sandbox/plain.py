@@ -1,7 +1,7 @@
-"""Plain values as text, so that what an untrusted program answers is data and nothing else.
+"""Encode plain values as text, so that the results of an untrusted program are only data.
 
-None, booleans, numbers, texts, bytes, and lists, tuples, sets and dictionaries of them, as JSON in which every array
-starts with the name of its kind. Decoding makes values of exactly these types: no method of the program comes along.
+None, booleans, numbers, strings, bytes, and lists, tuples, sets and dictionaries of them, as JSON in which every array
+starts with the name of its type. Decoding creates values of exactly these types, without methods of the program.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-DEEPEST = 100
+MAX_DEPTH = 100
 EXACT_IN_JSON = 2**53
 _SEQUENCES: Mapping[str, Callable[[Iterable[Any]], Any]] = {
     "list": list,
@@ -21,11 +21,11 @@ _SEQUENCES: Mapping[str, Callable[[Iterable[Any]], Any]] = {
 
 
 class NotPlainError(ValueError):
-    """Says that a value is no plain data, or that a text encodes none."""
+    """Raised for a value that is not plain, or a text that does not encode one."""
 
 
 def encode(value: object) -> str:
-    """Write a value as one line of ASCII. An instance of a plain type's subclass is written as the plain type.
+    """Encode a value as one line of ASCII. An instance of a subclass of a plain type is encoded as the plain type.
 
     Raises NotPlainError.
 
@@ -36,7 +36,7 @@ def encode(value: object) -> str:
 
 
 def decode(text: str | bytes) -> Any:
-    """Read what `encode` wrote. Raises NotPlainError."""
+    """Decode the output of `encode`. Raises NotPlainError."""
     try:
         return _value(json.loads(text), 0)
     except NotPlainError:
@@ -46,14 +46,14 @@ def decode(text: str | bytes) -> Any:
 
 
 def _tagged(value: object, depth: int) -> Any:
-    if depth > DEEPEST:
-        raise NotPlainError(f"it is nested more than {DEEPEST} deep")
+    if depth > MAX_DEPTH:
+        raise NotPlainError(f"it is nested more than {MAX_DEPTH} deep")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
-        # In base 16, as Python limits how long an integer may be read or written in base 10.
+        # In base 16, because Python limits the length of integers in base 10.
         exact = int.__int__(value)
         return exact if abs(exact) < EXACT_IN_JSON else ["int", hex(exact)]
     if isinstance(value, float):
@@ -72,8 +72,8 @@ def _tagged(value: object, depth: int) -> Any:
 
 
 def _value(tagged: Any, depth: int) -> Any:
-    if depth > DEEPEST:
-        raise NotPlainError(f"it is nested more than {DEEPEST} deep")
+    if depth > MAX_DEPTH:
+        raise NotPlainError(f"it is nested more than {MAX_DEPTH} deep")
     if tagged is None or type(tagged) in (bool, int, str):
         return tagged
     if type(tagged) is not list or not tagged or type(tagged[0]) is not str:

@@ -1,4 +1,4 @@
-"""What goes into the sandbox and comes out."""
+"""Input and output types of the sandbox."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pydantic import Field
 from cdm_toolkit.artifacts.settings import Settings
 
 LAYERS = ("user", "mount", "pid", "network", "ipc", "uts", "landlock", "seccomp")
-"""Walls that a machine may lack: six namespaces, the kernel's path rules, and its filter of system calls."""
+"""Isolation layers that a machine may lack: six namespaces, path rules (Landlock), system call filter (seccomp)."""
 
 Reason = Literal[
-    "passed",  # the test came to its end
+    "passed",  # the test ran to its end
     "failed",  # an assertion did not hold
     "raised",  # the program or the test raised something else
-    "unloadable",  # the program could not be loaded: its syntax, or what its top level does
-    "ended",  # the program's process ended before it answered
-    "cpu",  # as before, at its limit of processor time
-    "timeout",  # the wall clock ran out
-    "not plain",  # it answered with something that is no plain value, or is too large
-    "unchecked",  # the test could not do its work: it called nothing, or with what is no plain value
+    "unloadable",  # the program could not be loaded: a syntax error, or its top level raised
+    "ended",  # the program's process ended before it returned
+    "cpu",  # the same, at the limit of processor time
+    "timeout",  # the limit of wall time was reached
+    "not plain",  # it returned something that is not a plain value, or is too large
+    "unchecked",  # the test is not conclusive: it called nothing, or with arguments that are not plain
 ]
 
 
 class Limits(Settings):
-    """What one program may use. Its tests, in a process of their own, have the same limits."""
+    """Resource limits of a program. Its test, in a separate process, has the same limits."""
 
     wall_seconds: float = Field(default=15.0, gt=0)
     """From the start of its process to the end of its tests."""
@@ -34,17 +34,17 @@ class Limits(Settings):
     memory_mib: int = Field(default=512, ge=64)
     """Address space of a process."""
     scratch_mib: int = Field(default=16, ge=1)
-    """Files in its scratch folder, and the size of each."""
+    """Total size of the scratch folder, and of each file."""
     processes: int = Field(default=16, ge=1)
-    """Threads; processes too where no filter of system calls forbids them."""
+    """Threads; also processes, where seccomp does not forbid them."""
     open_files: int = Field(default=64, ge=16)
     answer_mib: int = Field(default=8, ge=1)
-    """One answer to its tests, encoded."""
+    """Size of one encoded result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Hold a program and what it is judged by."""
+    """A program and its test."""
 
     source: str
     entry_point: str
@@ -52,12 +52,12 @@ class Program:
     test: str
     """Source that defines `check(candidate)`, or asserts as it is executed."""
     helpers: str = ""
-    """Source that the test may use, from whoever wrote the test: never the program's own."""
+    """Source code that the test may use; from the data set, never from the program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Hold what became of a program."""
+    """The outcome of running a program."""
 
     reason: Reason
     detail: str
@@ -70,11 +70,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """Hold the walls that stand around a program, and why others do not."""
+    """The isolation layers in use, and the missing ones."""
 
     layers: tuple[str, ...]
     missing: tuple[tuple[str, str], ...] = ()
-    """Layer and reason."""
+    """Missing layers, each with the reason."""
 
     def __str__(self) -> str:
         on = ", ".join((*self.layers, "no new privileges", "resource limits"))

@@ -1,7 +1,7 @@
-"""A filter of system calls: what a program that computes has no use for is refused.
+"""seccomp filter: refuse system calls that a computing program does not need.
 
-Refused with EPERM, so that Python raises PermissionError and the program goes on; a call made as another machine's
-kills it. New processes are refused, threads are not. Numbers: the kernel's syscall tables.
+Refused calls fail with EPERM, so Python raises PermissionError and the program continues; a call with another
+architecture's convention kills it. New processes are refused, threads are not. Numbers: the kernel's syscall tables.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from cdm_toolkit.evaluation.sandbox import kernel
 
 MACHINES: Mapping[str, int] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""The machines whose numbers are known, with the audit architecture that a call reports."""
+"""Supported machines, with the audit architecture that seccomp reports."""
 
 # Name: number on x86_64, on aarch64; None where the machine has no such call.
 REFUSED: Mapping[str, tuple[int | None, int | None]] = {
@@ -49,7 +49,7 @@ REFUSED: Mapping[str, tuple[int | None, int | None]] = {
     "sched_setaffinity": (203, 122),
     "sched_setattr": (314, 274),
     "ioprio_set": (251, 30),
-    # memory that no limit counts
+    # memory that is not counted by the limits
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -57,7 +57,7 @@ REFUSED: Mapping[str, tuple[int | None, int | None]] = {
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
-    # walls and namespaces
+    # mounts and namespaces
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
@@ -71,7 +71,7 @@ REFUSED: Mapping[str, tuple[int | None, int | None]] = {
     "fsmount": (432, 432),
     "fspick": (433, 433),
     "mount_setattr": (442, 442),
-    # parts of the kernel that are large, rarely needed, and known for their faults
+    # large, rarely used parts of the kernel with a history of vulnerabilities
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -110,7 +110,7 @@ PR_SET_SECCOMP, MODE_FILTER = 22, 2
 
 
 def install() -> None:
-    """Filter this process's system calls from now on; no new privileges must be set before."""
+    """Install the filter in this process; PR_SET_NO_NEW_PRIVS must be set before."""
     program = b"".join(struct.pack("=HBBI", *step) for step in steps(platform.machine()))
     buffer = ctypes.create_string_buffer(program, len(program))
 
@@ -122,7 +122,7 @@ def install() -> None:
 
 
 def steps(machine: str) -> Iterator[tuple[int, int, int, int]]:
-    """List the filter's steps: code, how many to skip if true, if false, and the operand."""
+    """Yield the BPF instructions of the filter: (code, jump if true, jump if false, operand)."""
     column = tuple(MACHINES).index(machine)
     yield LOAD, 0, 0, MACHINE_AT
     yield JUMP_IF_EQUAL, 1, 0, MACHINES[machine]
@@ -135,7 +135,7 @@ def steps(machine: str) -> Iterator[tuple[int, int, int, int]]:
         if (number := numbers[column]) is not None:
             yield JUMP_IF_EQUAL, 0, 1, number
             yield RETURN, 0, 0, ERRNO | errno.EPERM
-    # The C library falls back to clone, whose flags a filter can read.
+    # With ENOSYS, the C library falls back to clone, whose flags the filter can inspect.
     yield JUMP_IF_EQUAL, 0, 1, CLONE3[column]
     yield RETURN, 0, 0, ERRNO | errno.ENOSYS
     yield JUMP_IF_EQUAL, 0, 4, CLONE[column]
@@ -145,12 +145,12 @@ def steps(machine: str) -> Iterator[tuple[int, int, int, int]]:
     yield RETURN, 0, 0, ALLOW
     yield JUMP_IF_EQUAL, 0, 4, PRLIMIT[column]
     yield LOAD, 0, 0, ARGUMENT_AT
-    yield JUMP_IF_EQUAL, 1, 0, 0  # its own limits, not another process's
+    yield JUMP_IF_EQUAL, 1, 0, 0  # pid 0: its own limits
     yield RETURN, 0, 0, ERRNO | errno.EPERM
     yield RETURN, 0, 0, ALLOW
     yield JUMP_IF_EQUAL, 0, 1 + len(REFUSED_OPTIONS), PRCTL[column]
     yield LOAD, 0, 0, ARGUMENT_AT
-    for place, option in enumerate(REFUSED_OPTIONS):
-        yield JUMP_IF_EQUAL, len(REFUSED_OPTIONS) - place, 0, option
+    for index, option in enumerate(REFUSED_OPTIONS):
+        yield JUMP_IF_EQUAL, len(REFUSED_OPTIONS) - index, 0, option
     yield RETURN, 0, 0, ALLOW
     yield RETURN, 0, 0, ERRNO | errno.EPERM

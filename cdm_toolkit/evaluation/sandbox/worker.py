@@ -1,7 +1,7 @@
-"""The process that runs the program: it loads the source, then answers calls of the function that the test names.
+"""The process that runs the program: it loads the source, then serves calls of its entry point from the test.
 
-Nothing here is a wall: the program may do what it likes with this process. Whatever it writes to the test is read
-as a plain value.
+Nothing here is a security boundary: the program has full control of this process. All that it writes to the test is
+decoded as plain values.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ LONGEST_TEXT = 300
 
 
 def serve(work: Mapping[str, Any], calls: int, answers: int, verdict: int) -> None:
-    """Load the program and answer calls until there are no more."""
+    """Load the program and serve calls until there are no more."""
     with (
         open(answers, "w", encoding="ascii", closefd=False) as sink,
         open(calls, "rb", closefd=False) as source,
     ):
-        module = ModuleType("program")  # in sys.modules, as dataclasses and typing look names up there
+        module = ModuleType("program")  # in sys.modules, because dataclasses and typing look up names there
         sys.modules["program"] = module
         try:
             exec(compile(work["source"], "<program>", "exec"), vars(module))
         except BaseException as error:
-            sink.write(_line(unloadable=_told(error)))
+            sink.write(_line(unloadable=_message(error)))
             return
         function = vars(module).get(work["entry_point"])
         if function is None:
@@ -43,27 +43,27 @@ def serve(work: Mapping[str, Any], calls: int, answers: int, verdict: int) -> No
 
 
 def _answer(function: Any, line: bytes) -> str:
-    """Call the function, and encode what it answers or what becomes of the attempt as a line."""
+    """Call the function; encode its result or exception as a line."""
     arguments, named = plain.decode(line)
     try:
         value = function(*arguments, **named)
     except BaseException as error:
-        return _line(raised=_kind(error), text=_told(error))
+        return _line(raised=_builtin_class(error), text=_message(error))
     try:
         return _line(value=plain.encode(value))
     except plain.NotPlainError as error:
         return _line(not_plain=str(error))
     except BaseException as error:
-        return _line(not_plain=_told(error))
+        return _line(not_plain=_message(error))
 
 
-def _kind(error: BaseException) -> str:
-    """Name the nearest class of an exception that the test knows as well."""
+def _builtin_class(error: BaseException) -> str:
+    """Return the nearest built-in class of an exception."""
     known = (kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
     return next(known, "BaseException")
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     try:
         text = " ".join(str(error).split())
     except BaseException:

@@ -1,7 +1,7 @@
-"""Edit distance between tokens, over characters where it can be and over bytes where it cannot.
+"""Edit distance between tokens, over characters where both are valid UTF-8, else over bytes.
 
-Two tokens that are whole characters are compared character by character; where either is not (half a
-character, say), both are compared byte by byte. A vocabulary therefore meets the other in up to three blocks.
+A token that is part of a multi-byte character is not valid UTF-8. The comparison of two vocabularies is therefore
+split into up to three blocks, each in one unit.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from cdm_toolkit.vocab_map.edit_distance import Pairs, Progress, Strings, pack
-from cdm_toolkit.vocab_map.keys import TokenKey, guard_codes
+from cdm_toolkit.vocab_map.edit_distance import NearPairs, PackedStrings, ProgressCallback, pack
+from cdm_toolkit.vocab_map.keys import TokenKey, must_match_codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """Hold tokens that meet in one unit; `tie` orders the choices by (length in bytes, id)."""
+class DistanceBlock:
+    """Tokens that are compared in one unit (characters or bytes); `tie` orders choices by (length in bytes, id)."""
 
     query_ids: Int64[np.ndarray, " queries"]
     choice_ids: Int64[np.ndarray, " choices"]
     tie: Int32[np.ndarray, " choices"]
-    queries: Strings
-    choices: Strings
+    queries: PackedStrings
+    choices: PackedStrings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NearIds:
-    """Hold pairs of ids with their distance in edits, the sum of lengths, and the choice's place in ties."""
+class NearIdPairs:
+    """Pairs of ids with the number of edits, the sum of lengths, and the choice's rank in ties."""
 
     query: Int64[np.ndarray, " pairs"]
     choice: Int64[np.ndarray, " pairs"]
@@ -38,8 +38,10 @@ class NearIds:
     tie: Int32[np.ndarray, " pairs"]
 
 
-def blocks(queries: Sequence[TokenKey], choices: Sequence[TokenKey], *, match_digits: bool) -> list[Block]:
-    """Split a comparison by unit, so that each pair of tokens meets in exactly one block."""
+def distance_blocks(
+    queries: Sequence[TokenKey], choices: Sequence[TokenKey], *, match_digits: bool
+) -> list[DistanceBlock]:
+    """Split a comparison by unit; each pair of tokens is in exactly one block."""
     by_tie = sorted(range(len(choices)), key=lambda i: (len(choices[i].data), choices[i].id))
     tie = np.empty(len(choices), np.int32)
     tie[by_tie] = np.arange(len(choices))
@@ -53,17 +55,17 @@ def blocks(queries: Sequence[TokenKey], choices: Sequence[TokenKey], *, match_di
     ]
 
 
-def search(
-    through: Sequence[Block],
-    find: Callable[[Strings, Strings, Progress | None], Pairs],
-    progress: Progress | None,
-) -> Iterator[NearIds]:
-    """Yield what `find` finds in each block, in ids; `progress` gets (queries done, queries in all)."""
-    total, done = sum(len(block.query_ids) for block in through), 0
-    for block in through:
+def search_blocks(
+    token_blocks: Sequence[DistanceBlock],
+    find: Callable[[PackedStrings, PackedStrings, ProgressCallback | None], NearPairs],
+    progress: ProgressCallback | None,
+) -> Iterator[NearIdPairs]:
+    """Run `find` on each block and yield its pairs as ids; `progress` gets (queries done, all queries)."""
+    total, done = sum(len(block.query_ids) for block in token_blocks), 0
+    for block in token_blocks:
         pairs = find(block.queries, block.choices, _part_of(progress, done, total))
         done += len(block.query_ids)
-        yield NearIds(
+        yield NearIdPairs(
             block.query_ids[pairs.query],
             block.choice_ids[pairs.choice],
             pairs.edits,
@@ -72,11 +74,11 @@ def search(
         )
 
 
-def joined(parts: Sequence[NearIds]) -> NearIds:
-    """Put pairs from several blocks together."""
-    nothing = NearIds(*(np.zeros(0, np.int64),) * 2, *(np.zeros(0, np.int32),) * 3)
+def concatenate_pairs(parts: Sequence[NearIdPairs]) -> NearIdPairs:
+    """Concatenate the pairs of several blocks."""
+    nothing = NearIdPairs(*(np.zeros(0, np.int64),) * 2, *(np.zeros(0, np.int32),) * 3)
     columns = ("query", "choice", "edits", "total", "tie")
-    return NearIds(
+    return NearIdPairs(
         *(np.concatenate([getattr(part, column) for part in (nothing, *parts)]) for column in columns)
     )
 
@@ -87,17 +89,19 @@ def _block(
     tie: Int32[np.ndarray, " choices"],
     *,
     match_digits: bool,
-) -> Block:
+) -> DistanceBlock:
     codes: dict[str, int] = {}
-    guard_q = np.array(guard_codes(queries, codes, match_digits=match_digits), np.int32)
-    guard_c = np.array(guard_codes(choices, codes, match_digits=match_digits), np.int32)
+    must_match_q = np.array(must_match_codes(queries, codes, match_digits=match_digits), np.int32)
+    must_match_c = np.array(must_match_codes(choices, codes, match_digits=match_digits), np.int32)
     texts_q = [key.text for key in queries if key.text is not None]
     texts_c = [key.text for key in choices if key.text is not None]
     if len(texts_q) == len(queries) and len(texts_c) == len(choices):
-        packed = pack(texts_q, texts_c, (guard_q, guard_c), tie)
+        packed = pack(texts_q, texts_c, (must_match_q, must_match_c), tie)
     else:
-        packed = pack([key.data for key in queries], [key.data for key in choices], (guard_q, guard_c), tie)
-    return Block(_ids(queries), _ids(choices), tie, *packed)
+        packed = pack(
+            [key.data for key in queries], [key.data for key in choices], (must_match_q, must_match_c), tie
+        )
+    return DistanceBlock(_ids(queries), _ids(choices), tie, *packed)
 
 
 def _by_wholeness(keys: Sequence[TokenKey]) -> tuple[list[int], list[int]]:
@@ -109,5 +113,5 @@ def _ids(keys: Sequence[TokenKey]) -> Int64[np.ndarray, " keys"]:
     return np.array([key.id for key in keys], np.int64)
 
 
-def _part_of(progress: Progress | None, done: int, total: int) -> Progress | None:
+def _part_of(progress: ProgressCallback | None, done: int, total: int) -> ProgressCallback | None:
     return None if progress is None else lambda part, _: progress(done + part, total)

@@ -1,19 +1,19 @@
-"""The static picture of contextual matching: all student ids that a teacher id may be paired with."""
+"""Static form of the contextual mapping: all student ids that a teacher id may be paired with."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap, check_same_sides, sides_of
+from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap, check_same_tokenizers, pair_info_of
 
 
-def build_possible(exact: VocabMap, table: NeighbourTable) -> VocabMap:
+def build_contextual_map(exact: VocabMap, table: NeighbourTable) -> VocabMap:
     """Map each teacher id to its exact partner at weight 1, else to its neighbours, the nearest first.
 
-    A neighbour's weight is in proportion to max_edit_distance − distance; which one is taken at a position is decided
-    there (`contextual.py`). TokenizerMismatch where map and table are not of the same tokenizers.
+    A neighbour's weight is proportional to max_edit_distance − distance. Which neighbour is used at a position is
+    decided there (`contextual.py`). TokenizerMismatch where map and table are of different tokenizers.
     """
-    check_same_sides(exact, table)
+    check_same_tokenizers(exact, table)
     near = table.t_to_s
     counts = np.where(exact.matched, 1, np.diff(near.indptr))
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
@@ -27,7 +27,7 @@ def build_possible(exact: VocabMap, table: NeighbourTable) -> VocabMap:
     weights /= np.bincount(row, weights, len(counts))[row]
     return VocabMap(
         strategy="contextual",
-        **sides_of(exact),
+        **pair_info_of(exact),
         indptr=indptr,
         ids=ids,
         weights=weights.astype(np.float32),

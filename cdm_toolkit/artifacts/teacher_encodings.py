@@ -1,4 +1,7 @@
-"""The forms in which a cache keeps a teacher's likeliest candidates; each array has one row a position."""
+"""Encodings of the teacher's top-k candidates in a cache: whole, plain or quantised.
+
+Each array has one row per position.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from cdm_toolkit.artifacts.teacher_header import CacheHeader
 from cdm_toolkit.artifacts.teacher_packing import (
     HEAD,
     TAIL_BITS,
-    Levels,
+    QuantisedLogprobs,
     id_bits,
     log_rest,
     pack,
@@ -31,13 +34,13 @@ def pack_candidates(
     ids: Int32[np.ndarray, "position topk"],
     logprobs: Float32[np.ndarray, "position topk"],
 ) -> Arrays:
-    """Write candidates, best first, in the form that the header names."""
-    return _FORMS[header.form][0](header, ids, logprobs)
+    """Encode candidates, most probable first, with the header's encoding."""
+    return _ENCODINGS[header.encoding][0](header, ids, logprobs)
 
 
 def unpack_candidates(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """Read ids and log-probabilities back; the ids are what they were."""
-    return _FORMS[header.form][1](header, arrays)
+    """Decode ids and log-probabilities; ids are exact, log-probabilities rounded."""
+    return _ENCODINGS[header.encoding][1](header, arrays)
 
 
 def _pack_whole(header: CacheHeader, _ids: np.ndarray, logprobs: np.ndarray) -> Arrays:
@@ -77,14 +80,14 @@ def _unpack_quantised(header: CacheHeader, arrays: Arrays) -> tuple[np.ndarray, 
         ids = np.concatenate((ids, unpack_set(arrays["tail_ids"], tail, header.vocab)), axis=1)
         tail_levels = unpack(arrays["tail"], tail, TAIL_BITS).astype(np.uint8)
     rest = (arrays[name] for name in ("ranges", "log_tail", "log_rest"))
-    logprobs = restore(Levels(arrays["head"], tail_levels, *rest))
+    logprobs = restore(QuantisedLogprobs(arrays["head"], tail_levels, *rest))
     order = np.argsort(-logprobs, axis=1, kind="stable")
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
 
 
 _Pack = Callable[[CacheHeader, np.ndarray, np.ndarray], Arrays]
 _Unpack = Callable[[CacheHeader, Arrays], tuple[np.ndarray, np.ndarray]]
-_FORMS: Mapping[str, tuple[_Pack, _Unpack]] = {
+_ENCODINGS: Mapping[str, tuple[_Pack, _Unpack]] = {
     "whole": (_pack_whole, _unpack_whole),
     "plain": (_pack_plain, _unpack_plain),
     "quantised": (_pack_quantised, _unpack_quantised),
