@@ -140,6 +140,8 @@ class MethodConfig(Settings):
     @model_validator(mode="after")
     def _is_a_method(self) -> MethodConfig:
         given = self._given()
+        if "weight" in given:
+            raise Faults([Fault("weight", "is no setting of a study: there is one teacher")])
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(_not_known("preset", self.preset, PRESETS))
         if not self.has_teacher:

@@ -25,7 +25,7 @@ LEAST, MOST = 200, 500
 """Bytes of a piece."""
 HELD_OUT = 4
 """One document of so many is held out."""
-NOT_BY_P_TOLD = 60
+NOT_BY_CHANCE = 60
 """Characters of a paragraph that two documents have from one another."""
 _LEFT_OUT = {
     "test",
@@ -114,7 +114,7 @@ def _long_paragraphs(text: str) -> Iterator[str]:
     """Give the paragraphs that are too long to recur by chance; how far they are indented does not matter."""
     for found in _PARAGRAPH.finditer(text):
         paragraph = " ".join(found.group().split())
-        if len(paragraph) >= NOT_BY_P_TOLD:
+        if len(paragraph) >= NOT_BY_CHANCE:
             yield paragraph
 
 

@@ -229,23 +229,23 @@ def test_rows_that_some_side_would_cut_are_passed_over(
 
 def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
     study = make("max_length=12")
-    with pytest.raises(BadOption, match=r"train.sums.rows is 6; give at most 0, or a longer max_length"):
+    with pytest.raises(BadOption, match=r"`train.sums.rows` is 6; give at most 0, or a longer max_length"):
         prepare(study, claimed(study, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ("train.more={path: none.jsonl}", "give the places: --set train.more.path=FILE"),
-        ("outside.more={path: none.jsonl}", "give the places: --set outside.more.path=FILE"),
-        ("train.sums.rows=100000", "train.sums.rows is 100000; give at most"),
-        ("inside.sums.rows=100000", "inside.sums.rows is 100000; give at most"),
+        ("train.more={path: none.jsonl}", "give the paths: `train.more.path`"),
+        ("outside.more={path: none.jsonl}", "give the paths: `outside.more.path`"),
+        ("train.sums.rows=100000", "`train.sums.rows` is 100000; give at most"),
+        ("inside.sums.rows=100000", "`inside.sums.rows` is 100000; give at most"),
         ("outside.more={path: 'python:cod'}", "did you mean python:code?"),
         ("outside.more={path: 'python:code', rows: 3}", "2 of its 3 rows are trained on"),
         ("inside.code={path: 'python:code', rows: 4}", "2 of its 4 rows are trained on"),
         ("student={transplant: none/such, tokenizer: gpt2}", "cannot find 'none/such'"),
-        ("student={size: 3q, tokenizer: gpt2}", "size is '3q'"),
-        ("student={size: 1m, tokenizer: gpt2, entries: 3}", "entries is 3"),
+        ("student={size: 3q, tokenizer: gpt2}", "`size` is '3q'"),
+        ("student={size: 1m, tokenizer: gpt2, entries: 3}", "`entries` is 3"),
         ("teacher=none/such", "cannot find 'none/such'"),
         ("suites={mth: {limit: 2}}", "did you mean math?"),
         ("teacher_cache=none", "none"),
@@ -418,7 +418,9 @@ def test_a_cell_of_another_origin_is_told(study: StudyConfig, copied: StudyFolde
     content = json.loads(file.read_text())
     content["provenance"]["fingerprints"]["training rows"] = "0"
     file.write_text(json.dumps(content))
-    with pytest.raises(BadArtifact, match=r"another training rows than this study; run it again: --cell 2"):
+    with pytest.raises(
+        BadArtifact, match=r"another training rows than this study; run it again with `cell=2`"
+    ):
         put_together(study, copied, command="x")
 
 
@@ -475,7 +477,7 @@ def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -
     for index in (1, 3):
         stored = copied.read_cell(study, grid(study)[index])
         assert figures(stored.result) == figures(before[index].result), "another process gives the same bits"
-        assert "--cell" in stored.provenance["command"]
+        assert grid(study)[index].name in stored.provenance["command"]
 
 
 @pytest.mark.slow

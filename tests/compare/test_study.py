@@ -113,7 +113,7 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
         ("methods.spelling.student=gpt2", "the cells of a study share"),
         ("methods.spelling.model=gpt2", "the cells of a study share"),
         ("methods.spelling.seed=1", "the cells of a study share"),
-        ("methods.spelling.weight=2", "methods.spelling.weight is no setting"),
+        ("methods.spelling.weight=2", "methods.spelling.weight is no setting of a study"),
         ("methods.cdm.preset=papre", "did you mean paper?"),
         ("methods.sft={alpha: 0.3}", "alpha has no use without a method"),
         ("methods.sft={max_edit_distance: 0.3}", "max_edit_distance is of a method: name it"),

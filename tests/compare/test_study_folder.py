@@ -48,7 +48,7 @@ def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None
         "steps is 25 there and 3 now",
         "run.weight_decay is 0.0 there and 0.1 now",
         "outside.more is only now",
-        "--overwrite",
+        "`overwrite`",
     ):
         assert words in str(caught.value)
     assert folder.read_study() == study
@@ -57,13 +57,13 @@ def test_a_folder_is_one_studys(study: StudyConfig, folder: StudyFolder) -> None
 def test_many_differences_are_counted(study: StudyConfig, folder: StudyFolder) -> None:
     begun(folder, study)
     sets = ["steps=3", "max_length=99", "run.lr=0.1", "threads=2", "student.entries=90", "teacher=gpt2"]
-    with pytest.raises(BadArtifact, match=r"there and .* now and 2 more; give another --output"):
+    with pytest.raises(BadArtifact, match=r"there and .* now and 2 more; give another `output`"):
         folder.claim(from_file("quickstart-small", sets))
 
 
 def test_what_is_said_of_a_study_may_change(folder: StudyFolder, study: StudyConfig) -> None:
     begun(folder, study)
-    folder.claim(from_file("quickstart-small", ["name=other", "about=Another", "default=em"]))
+    folder.claim(from_file("quickstart-small", ["name=other", "about=Another", "default=exact"]))
     assert folder.read_study().about == "Another"
 
 
@@ -85,7 +85,7 @@ def test_a_study_that_could_not_begin_may_be_put_right(folder: StudyFolder, stud
 
 def test_a_study_may_grow(folder: StudyFolder, study: StudyConfig) -> None:
     begun(folder, study)
-    sets = ["methods.more={method: em}", "seeds=[0,1]", "curves={em: [0.2]}", "alpha=0.4"]
+    sets = ["methods.more={method: exact}", "seeds=[0,1]", "curves={exact: [0.2]}", "alpha=0.4"]
     grown = from_file("quickstart-small", sets)
     folder.check(grown)
     assert folder.read_study() == study
@@ -103,7 +103,7 @@ def test_the_order_of_methods_is_kept(folder: StudyFolder, study: StudyConfig) -
 def test_a_study_that_runs_keeps_its_own_file(folder: StudyFolder, study: StudyConfig) -> None:
     begun(folder, study)
     with folder.kept(study) as file:
-        folder.claim(from_file("quickstart-small", ["methods.more={method: em}"]))
+        folder.claim(from_file("quickstart-small", ["methods.more={method: exact}"]))
         assert from_file(str(file)) == study
     assert not file.exists()
 
@@ -136,7 +136,7 @@ def test_a_place_that_is_a_file(tmp_path: Path, study: StudyConfig) -> None:
         StudyFolder(tmp_path / "out").claim(study)
 
 
-THE_SAME = from_file("quickstart-small", ["methods.cdm.top_k=64"])
+THE_SAME = from_file("quickstart-small", ["methods.spelling.top_k=64"])
 """A study whose method cdm is that of `stored`."""
 
 
@@ -169,8 +169,10 @@ def test_a_cell_with_other_options_is_told(
     folder: StudyFolder, stored: Stored, option: str, told: str
 ) -> None:
     folder.write_cell(stored)
-    other = from_file("quickstart-small", ["methods.cdm.top_k=64", f"methods.cdm.{option}"])
-    with pytest.raises(BadArtifact, match=f"{told}; give the method another name, or run it again: --cell 0"):
+    other = from_file("quickstart-small", ["methods.spelling.top_k=64", f"methods.spelling.{option}"])
+    with pytest.raises(
+        BadArtifact, match=f"{told}; give the method another name, or run it again with `cell=0`"
+    ):
         folder.read_cell(other, stored.result.cell)
 
 
@@ -188,7 +190,7 @@ def test_a_damaged_cell_is_told(folder: StudyFolder, stored: Stored, damage: Cal
     folder.write_cell(stored)
     file = folder.of(stored.result.cell) / CELL_FILE
     file.write_text(damage(file.read_text()))
-    with pytest.raises(BadArtifact, match=r"it is damaged .*; run it again: --cell 0 --overwrite"):
+    with pytest.raises(BadArtifact, match=r"it is damaged .*; run it again with `cell=0` and `overwrite`"):
         folder.read_cell(THE_SAME, stored.result.cell)
 
 
@@ -196,7 +198,7 @@ def test_all_cells_that_cannot_be_used_are_told_at_once(folder: StudyFolder, sto
     folder.write_cell(stored)
     more = replace(stored.result.cell, seed=5, index=4)
     folder.write_cell(replace(stored, result=replace(stored.result, cell=more)))
-    other = from_file("quickstart-small", ["methods.cdm.top_k=65"])
+    other = from_file("quickstart-small", ["methods.spelling.top_k=65"])
     with pytest.raises(BadArtifact, match=r"2 cells cannot be used; the first: .* with other options"):
         folder.read_cells(other, [stored.result.cell, more])
     assert list(folder.read_cells(THE_SAME, [stored.result.cell, more])) == [stored.result.cell, more]

@@ -74,7 +74,7 @@ def test_pictures_come_light_and_dark_and_are_told_to_those_who_do_not_see(outli
     media = [attributes["media"] for tag, attributes in outline.tags if tag == "source"]
     assert media == ["(prefers-color-scheme: dark)"] * 3
     alts = [attributes["alt"] or "" for tag, attributes in outline.tags if tag == "img"]
-    assert "spelling: inside 0.595, outside 0.434, on the front; " in alts[0]
+    assert "spelling: inside 0.595, outside 0.434, on the Pareto front; " in alts[0]
     assert "best first" in alts[1]
     assert alts[2].startswith("Lines of cross-entropy")
 
@@ -93,7 +93,7 @@ def test_the_page_says_what_was_compared_and_what_came_out(outline: Outline) -> 
 
 
 def test_the_best_figure_of_a_column_is_bold(page: str) -> None:
-    assert '<td class="figure best first">0.595 <span class="spread">± 0.009</span></td>' in page
+    assert '<td class="figure best first">0.595 <span class="spread">± 0.010</span></td>' in page
     assert '<td class="figure first">0.474 <span class="spread">± 0.009</span></td>' in page
 
 
@@ -107,7 +107,7 @@ def test_every_kind_and_every_point_over_alpha_has_its_figures(outline: Outline)
 def test_settings_show_where_methods_differ(page: str) -> None:
     settings = page.split("<h2>Settings</h2>")[1].split("</table>")[0]
     row = next(line for line in settings.split("<tr>") if "spelling k=20" in line)
-    assert "<code>teachers.0.method: cdm</code> <code>teachers.0.top_k: 20</code>" in row
+    assert "<code>teachers.0.method: spelling</code> <code>teachers.0.top_k: 20</code>" in row
     assert "teachers: []" in next(line for line in settings.split("<tr>") if ">sft<" in line)
     assert "lr" not in settings
     assert "seed" not in settings
@@ -120,7 +120,7 @@ def test_settings_of_the_teacher_that_are_the_same_for_all_who_have_one_are_left
     page = study_page(make_study(("sft", "exact", "spelling")))
     settings = page.split("<h2>Settings</h2>")[1].split("</table>")[0]
     assert "top_k" not in settings
-    assert "teachers.0.method: em" in settings
+    assert "teachers.0.method: exact" in settings
 
 
 def test_everything_from_outside_is_escaped(make_study: Make) -> None:

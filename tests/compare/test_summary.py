@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare.summary import Gap, Mean, Verdict, _chance, _front, compare, summarize
+from cdm_toolkit.compare.summary import Gap, Mean, Verdict, _p_value, _front, compare, summarize
 from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, StudyResult
 
 Make = Callable[..., StudyResult]
@@ -215,16 +215,16 @@ def test_behind_and_level_are_said_in_words() -> None:
     assert level.text == "spelling and exact cannot be told apart: 0.003 ± 0.023 (3 seeds)"
 
 
-def test_what_chance_gives_as_well_is_said() -> None:
+def test_what_p_value_gives_as_well_is_said() -> None:
     found = compare("spelling", by_seed(0.41, 0.43), "exact", by_seed(0.39, 0.39))
     # t = 0.03 / (0.0141 / √2) = 3 with one degree of freedom
-    assert found.chance == pytest.approx(0.2048, abs=1e-4)
+    assert found.p_value == pytest.approx(0.2048, abs=1e-4)
     assert found.text == "spelling beats exact by 0.030 ± 0.014 (2 seeds); p = 0.20"
 
 
-def test_what_chance_gives_more_often_than_one_time_in_four_is_not_believed() -> None:
+def test_what_p_value_gives_more_often_than_one_time_in_four_is_not_believed() -> None:
     found = compare("spelling", by_seed(0.40, 0.42), "exact", by_seed(0.39, 0.39))
-    assert found.chance == pytest.approx(0.2952, abs=1e-4)  # t = 2
+    assert found.p_value == pytest.approx(0.2952, abs=1e-4)  # t = 2
     assert found.text == "spelling and exact cannot be told apart: 0.020 ± 0.014 (2 seeds)"
 
 
@@ -247,7 +247,7 @@ def test_without_a_common_seed_means_are_compared_with_the_pooled_deviation() ->
     pooled = sqrt((0.02 + 0.02) / 3)
     assert found.difference == pytest.approx(0.4)
     assert found.std == pytest.approx(sqrt(2) * pooled)
-    assert found.chance == pytest.approx(_chance(0.4, pooled * sqrt(1 / 2 + 1 / 3), 3))
+    assert found.p_value == pytest.approx(_p_value(0.4, pooled * sqrt(1 / 2 + 1 / 3), 3))
     assert "(no seed in common)" in found.text
 
 
@@ -260,7 +260,7 @@ def test_one_seed_each_tells_nothing_apart() -> None:
 def test_equal_runs_are_told_apart_by_nothing_and_a_constant_lead_by_all() -> None:
     assert not compare("a", by_seed(0.5, 0.25), "b", by_seed(0.5, 0.25)).told_apart
     lead = compare("a", by_seed(0.75, 0.5), "b", by_seed(0.5, 0.25))
-    assert (lead.std, lead.chance, lead.ahead) == (0.0, 0.0, True)
+    assert (lead.std, lead.p_value, lead.ahead) == (0.0, 0.0, True)
 
 
 _FIGURES = st.dictionaries(st.integers(0, 3), st.integers(-8, 8).map(lambda n: n / 8), min_size=1)
@@ -277,10 +277,10 @@ def test_turning_a_comparison_round_turns_its_sign(a: dict[int, float], b: dict[
 @pytest.mark.parametrize(
     ("statistic", "freedom"), [(12.7062, 1), (4.3027, 2), (3.1824, 3), (2.7764, 4), (2.5706, 5), (2.2281, 10)]
 )
-def test_chance_is_that_of_the_tables_of_student_s_t(statistic: float, freedom: int) -> None:
-    assert _chance(statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
-    assert _chance(-statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
-    assert _chance(0.0, 1.0, freedom) == pytest.approx(1.0)
+def test_p_value_is_that_of_the_tables_of_student_s_t(statistic: float, freedom: int) -> None:
+    assert _p_value(statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
+    assert _p_value(-statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
+    assert _p_value(0.0, 1.0, freedom) == pytest.approx(1.0)
 
 
 # Words
@@ -296,7 +296,7 @@ def test_the_headline_counts_the_verdicts(full_study: StudyResult) -> None:
 def test_a_default_that_beats_nobody_is_told_so(make_study: Make) -> None:
     assert (
         summarize(make_study(("exact", "spelling"), default="exact")).headline
-        == "em beats none of 1 methods, is behind 1."
+        == "exact beats none of 1 methods, is behind 1."
     )
 
 

@@ -64,7 +64,7 @@ def test_more_rows_than_there_are(split: Split) -> None:
     every = text_rows("python:manual", split=split)
     assert text_rows("python:manual", rows=len(every), split=split) == every
     with pytest.raises(
-        BadOption, match=f"rows is {len(every) + 1}; give at most {len(every)}: python:manual"
+        BadOption, match=f"`rows` is {len(every) + 1}; give at most {len(every)}: python:manual"
     ):
         text_rows("python:manual", rows=len(every) + 1, split=split)
 
@@ -147,12 +147,12 @@ def test_other_paths_are_read_as_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "1 + 1", "answer": "2"}\n{"text": "three"}\n', encoding="utf-8")
     assert [row.text for row in text_rows(str(file))] == ["1 + 1\n2", "three"]
-    with pytest.raises(BadOption, match="rows is 3; give at most 2"):
+    with pytest.raises(BadOption, match="`rows` is 3; give at most 2"):
         text_rows(str(file), rows=3)
 
 
 def test_a_file_has_no_part_to_hold_out() -> None:
-    with pytest.raises(BadOption, match="split is 'heldout'; give it with one of python:code"):
+    with pytest.raises(BadOption, match="`split` is 'heldout'; give it with one of python:code"):
         text_rows("sample:train", split="heldout")
 
 

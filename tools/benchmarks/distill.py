@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
 
+from benchmarks._report import Line, Report, medians, once
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
