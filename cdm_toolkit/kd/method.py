@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from cdm_toolkit.kd.types import (
 SettingsT = TypeVar("SettingsT", bound=MethodSettings)
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Where a signal comes from, other than a model in memory: see `cdm_toolkit.teachers`."""
 
