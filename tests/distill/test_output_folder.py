@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.distill.output import check_seal, claim_output, last_checkpoint, seal_checkpoint
+from cdm_toolkit.distill.output_folder import check_seal, claim_output, last_checkpoint, seal_checkpoint
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from cdm_toolkit.artifacts.maps import load_or_build_neighbours
 from cdm_toolkit.distill.collate import Batch, Collator, TeacherLayout
 from cdm_toolkit.distill.data import Features, TeacherSide, build_features, side_of
 from cdm_toolkit.distill.gather import logits_at
@@ -19,6 +17,8 @@ from cdm_toolkit.distill.losses.combine import Reader, loss_parts
 from cdm_toolkit.distill.losses.record import LossParts, TeacherSays, objective
 from cdm_toolkit.distill.rows import Row
 from cdm_toolkit.distill.teacher import OnlineTeacher
+
+from cdm_toolkit.artifacts.maps import load_or_build_neighbours
 from cdm_toolkit.errors import SourceNotFound
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student

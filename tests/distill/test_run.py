@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cdm_toolkit.distill.config import DistillConfig, from_mapping
+from cdm_toolkit.distill.output import last_checkpoint
+from cdm_toolkit.distill.teacher import OnlineTeacher
 
 from cdm_toolkit.distill import run as run_module
 from cdm_toolkit.distill import trainer as trainer_module
-from cdm_toolkit.distill.config import DistillConfig, from_mapping
-from cdm_toolkit.distill.output import last_checkpoint
 from cdm_toolkit.distill.plan import plan
 from cdm_toolkit.distill.prepare import Progress
 from cdm_toolkit.distill.run import RunResult, run
-from cdm_toolkit.distill.teacher import OnlineTeacher
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,

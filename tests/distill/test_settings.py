@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from cdm_toolkit.distill.config import PRESETS, from_file, from_mapping
+
 from cdm_toolkit.errors import BadRunConfig, UnknownName
 
 NEEDED: dict[str, Any] = {"student": "s", "data": "d", "output": "o"}

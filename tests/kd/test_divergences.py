@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdm_toolkit.distill.losses.buckets import bucket_kl
+from cdm_toolkit.kd.divergences import bucket_kl
 
 TEMPERATURES = st.floats(0.3, 4.0)
 

@@ -15,7 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from cdm_toolkit.distill.gather import logits_at
+from cdm_toolkit.kd.model_logits import logits_at
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {
