@@ -62,7 +62,7 @@ def config(tiny, tmp_path: Path):
             "data": {"path": tiny.data},
             "output": str(tmp_path / "out"),
             "teachers": [{"model": tiny.teacher, "top_k": 40}],
-            "train": {"batch_size": 4, "max_steps": 4, "lr": 3e-3, "log_every": 1} | train,
+            "train": {"batch_size": 4, "max_steps": 4, "lr": 3e-3, "log_every": 1, "device": "cpu"} | train,
         }
         return from_mapping(merged(chosen, settings or {}))
 

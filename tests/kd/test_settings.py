@@ -40,7 +40,12 @@ def test_defaults_are_without_fault() -> None:
 
 def test_fields_say_what_they_are() -> None:
     share, count, most, flag, positions = fields_of(Every)
-    assert (share.name, share.default, share.about, share.kind) == ("share", 0.5, "Between two bounds.", float)
+    assert (share.name, share.default, share.about, share.kind) == (
+        "share",
+        0.5,
+        "Between two bounds.",
+        float,
+    )
     assert str(share.bounds) == "a number above 0 and below 1"
     assert str(count.bounds) == "a number of at least 1"
     assert (most.default, most.kind) == (None, int | None)
