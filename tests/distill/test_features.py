@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cdm_toolkit
 from cdm_toolkit.distill import features as module
 from cdm_toolkit.distill.feature_store import StoredFeatures
 from cdm_toolkit.distill.features import RowCounts, build_features
@@ -638,3 +642,44 @@ def test_real_entropies_weigh_the_papers_alignment(
     build_features(short, *both, entropies=ModelEntropies({0: lambda: model, 1: lambda: model}, "smollm2"))
     assert all(len(set(weights)) > 1 for weights in weighed)
     assert len(weighed) == 6
+
+
+# The code
+
+STEP = """
+import sys
+from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, tokenizer_side
+
+student, teacher, rows = sys.argv[1:]
+sides = [tokenizer_side(each.tokenizer, each.view) for each in map(load_tokenizer, (student, teacher))]
+build_features(read_rows(rows), sides[0], [TeacherSide(sides[1])])
+print(sys.modules["cdm_toolkit"].__file__)
+"""
+
+
+def test_a_changed_aligner_makes_new_features(tiny, tmp_path: Path) -> None:
+    """Copies of the package with one cache: an edited copy makes its own features, an equal one finds them."""
+    package, folders = Path(cdm_toolkit.__file__).parent, []
+    for copy in ("first", "equal", "edited"):
+        place = tmp_path / copy
+        shutil.copytree(package, place / "cdm_toolkit", ignore=shutil.ignore_patterns("__pycache__"))
+        if copy == "edited":
+            with (place / "cdm_toolkit" / "alignment" / "anchored.py").open("a") as file:
+                file.write("# a change\n")
+        done = subprocess.run(
+            [sys.executable, "-c", STEP, tiny.student, tiny.teacher, tiny.data],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(place), "CDM_CACHE": str(tmp_path / "cache")},
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(place / "cdm_toolkit" / "__init__.py")
+        folders.append(sorted(path.name for path in (tmp_path / "cache" / "features").iterdir()))
+    first, equal, edited = folders
+    assert first == equal
+    assert (len(first), len(edited)) == (1, 2)

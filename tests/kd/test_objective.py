@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cdm_toolkit.errors import BadOption
+from cdm_toolkit.errors import BadOption, CdmError
 from cdm_toolkit.kd import KL, AlignedBatch, Objective, Spelling, TokenizerPair, collate
 
 from .conftest import Side
@@ -118,8 +118,6 @@ def test_what_a_single_method_refuses_is_refused(
     wrong: str,
 ) -> None:
     """An objective checks the pairs, the logits and the signals as its methods do."""
-    from cdm_toolkit.errors import CdmError
-
     objective = Objective(methods)
     signals = objective.signals([teacher.model, own_teacher], batch)
     logits = batch.student_logits_at(student.model)

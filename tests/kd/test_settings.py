@@ -103,7 +103,7 @@ def test_all_faults_are_listed_at_once() -> None:
         "every has 3 faults: share is 2: give a number above 0 and below 1; count is 'many': give a whole number; "
         "flg is no setting, did you mean flag?; mend them and run again"
     )
-    with pytest.raises(Faults, match="share is 2.*count is 0"):
+    with pytest.raises(Faults, match=r"share is 2.*count is 0"):
         Every(share=2, count=0)
 
 
