@@ -14,10 +14,14 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     [
-        *("cdm_toolkit.tokdiff", "cdm_toolkit.alignment", "cdm_toolkit.vocab_map", "cdm_toolkit.artifacts"),
-        "cdm_toolkit.hub.batches",  # the others name torch and transformers, which they import when they run
+        "cdm_toolkit.tokdiff",
+        "cdm_toolkit.alignment",
+        "cdm_toolkit.vocab_map",
+        "cdm_toolkit.kd",
+        "cdm_toolkit.teachers",
     ],
-    "beartype.beartype",
+    # a whole number is a float, as PEP 484 has it
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
 settings.register_profile("cdm", deadline=None, derandomize=True)

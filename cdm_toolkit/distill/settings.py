@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from cdm_toolkit.alignment.aligners import AlignerName
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
@@ -62,45 +63,20 @@ class TeacherConfig(Settings):
     """Weights of tokens in entropy-dtw: uniform, or models: the entropies of both models' predictions before
     training (a pass of each over the data)."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _canonical_name(cls, given: Any) -> Any:
-        """Turn an alias of a method into its name; a name that is none is a fault of its own."""
-        if isinstance(given, Mapping) and isinstance(given.get("method"), str):
-            try:
-                return {**given, "method": find_method(given["method"]).name}
-            except UnknownName as error:
-                raise Faults([Fault("method", f"is {given['method']!r}: {error.fix}")]) from None
-        return given
-
-    @model_validator(mode="after")
-    def _fits_the_method(self) -> TeacherConfig:
-        faults = [*_old_names(self), *self._misplaced()]
-        known = {fault.name for fault in faults}
-        values, others = checked(self.method_class.Settings, self.method_options)
-        faults += [_in_context(fault, self) for fault in others if fault.name not in known]
-        if self.cache and self.method_options.get("positions") == "mean":
-            faults.append(
-                Fault(
-                    "cache", "has no whole logits, which positions mean needs: leave it out, or take boundary"
-                )
-            )
-        if self.entropy == "models" and self.aligner != "entropy-dtw":
-            faults.append(
-                Fault("entropy", f"models is of no use to aligner {self.aligner}, only to entropy-dtw")
-            )
+    def _fits_the_method(cls, given: Any, handler: ModelWrapValidatorHandler[TeacherConfig]) -> TeacherConfig:
+        """Check the method's settings, also where a field has a fault: all are listed at once."""
+        if not isinstance(given, Mapping):
+            return handler(given)
+        settings, faults = _method_settings(given)
+        try:
+            made = handler({**given, **settings})
+        except ValidationError as error:
+            raise _with_faults(error, faults) from None
         if faults:
             raise Faults(faults)
-        self.__pydantic_extra__.update(values)  # type: ignore[union-attr]
-        return self
-
-    def _misplaced(self) -> list[Fault]:
-        if not self.method_class.same_tokenizer:
-            return []
-        set_here = [name for name in ACROSS_TOKENIZERS if name in self.model_fields_set]
-        return [
-            Fault(name, f"is of no use to {self.method}, which is for one tokenizer") for name in set_here
-        ]
+        return made
 
     @property
     def method_class(self) -> type[Method[Any, Any]]:
@@ -131,22 +107,78 @@ class TeacherConfig(Settings):
         return {"method": self.method} | across | found
 
 
-def _old_names(teacher: TeacherConfig) -> list[Fault]:
+def _method_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+    """Give a teacher's method by its name and the method's settings as they are kept, and what is wrong."""
+    name = given.get("method", DEFAULT_METHOD)
+    options = {name: value for name, value in given.items() if name not in TeacherConfig.model_fields}
+    if not isinstance(name, str):
+        return {}, []
+    try:
+        method = find_method(name)
+    except UnknownName as error:
+        return {}, [Fault("method", f"is {name!r}: {error.fix}"), *_faults_anywhere(options)]
+    values, others = checked(method.Settings, options)
+    faults = [*_old_names(options), *_useless(method, given)]
+    named = {fault.name for fault in faults}
+    faults += [_in_context(fault, method) for fault in others if fault.name not in named]
+    return values | ({"method": method.name} if "method" in given else {}), faults
+
+
+def _faults_anywhere(options: Mapping[str, Any]) -> list[Fault]:
+    """Check settings of a method that nobody knows as the first method has them that has one of the name."""
+    kinds = list(methods().values())
+    owners = {name: next((kind for kind in kinds if name in _setting_names(kind)), None) for name in options}
+    return [
+        fault
+        for name, owner in owners.items()
+        if owner is not None
+        for fault in checked(owner.Settings, {name: options[name]})[1]
+    ]
+
+
+def _useless(method: type[Method[Any, Any]], given: Mapping[str, Any]) -> Iterator[Fault]:
+    """Find settings of a teacher that do not go with its method or with one another."""
+    if method.same_tokenizer:
+        for name in ACROSS_TOKENIZERS:
+            if name in given:
+                yield Fault(name, f"is of no use to {method.name}, which is for one tokenizer")
+        return
+    if given.get("cache") and given.get("positions") == "mean":
+        yield Fault(
+            "cache", "has no whole logits, which positions mean needs: leave it out, or take boundary"
+        )
+    aligner = given.get("aligner", TeacherConfig.model_fields["aligner"].default)
+    if given.get("entropy") == "models" and aligner != "entropy-dtw":
+        yield Fault("entropy", f"models is of no use to aligner {aligner}, only to entropy-dtw")
+
+
+def _with_faults(error: ValidationError, faults: list[Fault]) -> ValidationError:
+    """Add faults to those that pydantic has found."""
+    lines = [
+        InitErrorDetails(type=line["type"], loc=line["loc"], input=line["input"], ctx=line.get("ctx", {}))
+        for line in error.errors(include_url=False)
+    ]
+    if faults:
+        lines.append(InitErrorDetails(type="value_error", loc=(), input=None, ctx={"error": Faults(faults)}))
+    return ValidationError.from_exception_data(error.title, lines)
+
+
+def _old_names(options: Mapping[str, Any]) -> list[Fault]:
     """Name the method that `mapping` chose before `cdm` and `spelling` were two methods."""
-    mapping = teacher.method_options.get("mapping")
+    mapping = options.get("mapping")
     if mapping is None:
         return []
     wanted = "cdm" if mapping == "near" else "spelling"
     return [Fault("mapping", f"is gone: give method {wanted}, which is what mapping {mapping} was")]
 
 
-def _in_context(fault: Fault, teacher: TeacherConfig) -> Fault:
+def _in_context(fault: Fault, method: type[Method[Any, Any]]) -> Fault:
     """Say of an unknown setting whether other methods have it, or which of all settings is meant."""
-    own = [field.name for field in fields_of(teacher.method_class.Settings)]
+    own = [field.name for field in fields_of(method.Settings)]
     if fault.name in own:
         return fault
-    if any(fault.name in _setting_names(method) for method in methods().values()):
-        return Fault(fault.name, f"is of no use to {teacher.method}: it has {', '.join(own)}")
+    if any(fault.name in _setting_names(other) for other in methods().values()):
+        return Fault(fault.name, f"is of no use to {method.name}: it has {', '.join(own)}")
     return Fault(fault.name, unknown_setting(fault.name, [*own, *TeacherConfig.model_fields]))
 
 

@@ -13,8 +13,8 @@ from cdm_toolkit.alignment.aligners import align
 from cdm_toolkit.errors import DoesNotSpell
 from cdm_toolkit.kd.tokenized_rows import TokenizedRow
 
-Entropy = Float[np.ndarray, " token"]
-Groups = Int32[np.ndarray, "group 4"]
+Groups = Int32[np.ndarray, "_ 4"]
+"""t0, t1, s0, s1 of each group: each teacher has as many as it has."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,8 +56,8 @@ def align_groups(
     t: TokenizedRow,
     s: TokenizedRow,
     aligner: str = "anchored",
-    entropy_t: Entropy | None = None,
-    entropy_s: Entropy | None = None,
+    entropy_t: Float[np.ndarray, " token_t"] | None = None,
+    entropy_s: Float[np.ndarray, " token_s"] | None = None,
 ) -> Groups:
     """Align a row's two sides; gives the groups with tokens on both, as indices of ids.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +15,7 @@ from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, sparse_logp
 from cdm_toolkit.kd.types import KDSums, LogprobRequest, LossSums, StudentLogits, TeacherSignal
 
 
+@runtime_checkable
 class TwoPhases(Protocol):
     """What a loss needs of a method."""
 

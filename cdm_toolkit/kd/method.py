@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from cdm_toolkit.kd.types import (
 SettingsT = TypeVar("SettingsT", bound=MethodSettings)
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Where a signal comes from, other than a model in memory: see `cdm_toolkit.teachers`."""
 
@@ -166,12 +167,18 @@ class Method(nn.Module, Generic[SettingsT, State]):
         labels alone (`batch.student_logits_at(student)`). Raises TokenizerMismatch for a batch of another pair,
         BadOption for logits or a signal that do not fit.
         """
-        side = self._side(batch)
-        self._check_signal(signal)
+        side = self.check(batch, signal)
         at_labels = batch.at_labels(logits, vocab=self.pair.vocab_s)
         inputs = None if side.empty else LossInputs.of(self, signal, batch, side)
         sums = loss_sums(at_labels, batch.labels, [inputs])
         return output_of(sums, labels=len(batch.labels), groups=side.groups)
+
+    def check(self, batch: AlignedBatch, signal: TeacherSignal | None) -> AlignedTeacher:
+        """Give the teacher's side of a batch that fits, as its signal does. TokenizerMismatch, BadOption."""
+        side = self._side(batch)
+        if signal is not None:
+            self._check_signal(signal)
+        return side
 
     def _side(self, batch: AlignedBatch) -> AlignedTeacher:
         if len(batch.teachers) != 1:

@@ -87,8 +87,15 @@ class Objective(nn.Module):
     def forward(
         self, logits: Tensor, signals: Sequence[TeacherSignal | None], batch: AlignedBatch
     ) -> ObjectiveOutput:
-        """Compute the objective; `logits` are whole or at the labels, as a single method takes them."""
-        at_labels = batch.at_labels(logits)
+        """Compute the objective; `logits` are whole or at the labels, as a single method takes them.
+
+        Raises what the methods raise for batches, logits and signals that do not fit.
+        """
+        vocab = None
+        for nth, (method, signal) in enumerate(zip(self._methods(), signals, strict=True)):
+            method.check(batch.of_teacher(nth), signal)
+            vocab = method.pair.vocab_s
+        at_labels = batch.at_labels(logits, vocab=vocab)
         inputs = [
             None if signal is None else LossInputs.of(method, signal, batch, side)
             for method, signal, side in zip(self._methods(), signals, batch.teachers, strict=True)

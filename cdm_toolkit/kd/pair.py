@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -36,6 +36,7 @@ Table = TypeVar("Table")
 RowLike = Mapping[str, Any] | Row
 
 
+@runtime_checkable
 class NeighbourBuilder(Protocol):
     """Builds, or finds in a cache, the table of near tokens of two vocabularies."""
 

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cdm_toolkit.errors import BadRunConfig
+
+Made = TypeVar("Made", bound="MethodSettings")
 
 DEFAULT_TOP_K = 100
 """Candidates at a position where nothing else is set."""
@@ -133,7 +135,7 @@ class MethodSettings:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def make(cls, given: Mapping[str, Any], *, source: str) -> Self:
+    def make(cls: type[Made], given: Mapping[str, Any], *, source: str) -> Made:
         """Make settings of a mapping. BadRunConfig names `source` and all faults, unknown settings among them."""
         values, faults = checked(cls, given)
         if faults:

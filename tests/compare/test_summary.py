@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare.summary import Gap, Mean, Verdict, _p_value, _front, compare, summarize
+from cdm_toolkit.compare.summary import Gap, Mean, Verdict, _front, _p_value, compare, summarize
 from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, StudyResult
 
 Make = Callable[..., StudyResult]

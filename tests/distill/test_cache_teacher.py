@@ -1,4 +1,4 @@
-"""A cached teacher says what the model says, whatever batch, machine or interruption made the cache."""
+"""A cached teacher gives the signal that the model gives, whatever batch, machine or interruption made the cache."""
 
 from __future__ import annotations
 
@@ -10,22 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cdm_toolkit.distill.cached_teacher import CachedTeacher, check_rows, open_cache
-from cdm_toolkit.distill.collate import Collator, TeacherLayout
-from cdm_toolkit.distill.data import build_features
-from cdm_toolkit.distill.losses.buckets import bucket_kl
-from cdm_toolkit.distill.reading import TeacherSide, side_of
-from cdm_toolkit.distill.rows import read_rows
-from cdm_toolkit.distill.teacher import OnlineTeacher
-from cdm_toolkit.distill.teacher_cache import CacheResult, CacheSettings, write_cache
 
 from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
-from cdm_toolkit.distill import teacher_cache as module
+from cdm_toolkit.distill import cache_teacher as module
+from cdm_toolkit.distill.cache_teacher import CacheResult, CacheSettings, write_cache
+from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain, TokenizerMismatch
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd.batch import Collator
+from cdm_toolkit.kd.divergences import bucket_kl
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, tokenizer_side
+from cdm_toolkit.kd.types import SignalRequest
+from cdm_toolkit.teachers import Cached, Local
+from cdm_toolkit.teachers.cached import check_rows, open_cache
 
 K = 16
+
+PAIR = (("t", "s"),)
+
+
+def side_of(name: str) -> TokenizerSide:
+    loaded = load_tokenizer(name)
+    return tokenizer_side(loaded.tokenizer, loaded.view)
 
 
 def make(tiny, folder: Path, **changed: Any) -> CacheResult:
@@ -42,7 +50,7 @@ def folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def features(tiny, tmp_path_factory: pytest.TempPathFactory):
-    student, teacher = (side_of(load_tokenizer(name)) for name in (tiny.student, tiny.teacher))
+    student, teacher = (side_of(name) for name in (tiny.student, tiny.teacher))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDM_CACHE", str(tmp_path_factory.mktemp("cache")))
         return build_features(read_rows(tiny.data), student, [TeacherSide(teacher)])[0]
@@ -55,7 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_each_position_is_what_the_model_says(tiny, folder: Path) -> None:
     """Row by row, without padding: the top k, and the token that follows."""
     model, cache = load_model(tiny.teacher), TeacherCache.open(folder)
-    side = side_of(load_tokenizer(tiny.teacher))
+    side = side_of(tiny.teacher)
     for row in read_rows(tiny.data):
         found = cache.row(row.number)
         ids = side.framed(side.view.encode(row.text).ids, ended=True)
@@ -71,7 +79,7 @@ def test_each_position_is_what_the_model_says(tiny, folder: Path) -> None:
 
 
 def test_the_first_position_is_before_the_first_token_of_the_completion(tiny, folder: Path) -> None:
-    cache, side = TeacherCache.open(folder), side_of(load_tokenizer(tiny.teacher))
+    cache, side = TeacherCache.open(folder), side_of(tiny.teacher)
     for row in read_rows(tiny.data):
         found, spans = cache.row(row.number), side.view.encode(row.text)
         inside = spans.start >= row.completion_start
@@ -111,7 +119,7 @@ def test_padded_embedding_rows_are_left_out(
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["before groups", "whole tokens"])
 @pytest.mark.parametrize("form", ["top", "whole"])
-def test_equals_the_online_teacher(
+def test_equals_the_teacher_in_memory(
     tiny, folder: Path, features, tmp_path: Path, tokens: bool, form: str
 ) -> None:
     model = load_model(tiny.teacher)
@@ -120,12 +128,12 @@ def test_equals_the_online_teacher(
         make(tiny, tmp_path, k=0)
         folder = tmp_path
     k = vocab if form == "whole" else K - 3
-    online, cached = OnlineTeacher(model, vocab_t=vocab, k=k), CachedTeacher(TeacherCache.open(folder), k=k)
+    online, cached = Local(model, vocab=vocab), Cached(TeacherCache.open(folder))
+    request = SignalRequest(k, token_logprobs=tokens)
     rows = [features[nth] for nth in (3, 0, 17, 9)]
     for padding in ("right", "left"):
-        batch = Collator((TeacherLayout(tokens=tokens, padding=padding),))(rows)
-        asked, numbers = batch["teachers"][0], batch["rows"]
-        expected, found = online.says(asked, numbers), cached.says(asked, numbers)
+        batch = Collator(PAIR, teacher_padding=padding)(rows)
+        expected, found = online.signal(batch, request), cached.signal(batch, request)
         assert torch.allclose(found.top.logprobs, expected.top.logprobs, atol=1e-5)
         student = torch.randn(
             len(found.top.ids), vocab, generator=torch.Generator().manual_seed(0)
@@ -147,21 +155,23 @@ def test_rows_without_groups_in_a_batch_are_passed_over(folder: Path, features) 
 
     first, second = features[0], features[1]
     bare = replace(first.teachers[0], ids=first.teachers[0].ids[:1], groups=first.teachers[0].groups[:0])
-    batch = Collator((TeacherLayout(),))([replace(first, teachers=(bare,)), second])
-    cached = CachedTeacher(TeacherCache.open(folder), k=K)
-    found = cached.says(batch["teachers"][0], batch["rows"])
-    alone = Collator((TeacherLayout(),))([second])
-    expected = cached.says(alone["teachers"][0], alone["rows"])
+    batch = Collator(PAIR)([replace(first, teachers=(bare,)), second])
+    cached = Cached(TeacherCache.open(folder))
+    found = cached.signal(batch, SignalRequest(K))
+    expected = cached.signal(Collator(PAIR)([second]), SignalRequest(K))
     assert torch.equal(found.top.ids, expected.top.ids)
 
 
-def test_more_candidates_than_there_are(folder: Path) -> None:
+def test_more_candidates_than_there_are(folder: Path, features) -> None:
+    cached, batch = Cached(TeacherCache.open(folder)), Collator(PAIR)([features[0]])
     with pytest.raises(BadOption, match=f"at most {K}: "):
-        CachedTeacher(TeacherCache.open(folder), k=K + 1)
+        cached.signal(batch, SignalRequest(K + 1))
+    with pytest.raises(BadOption, match="no whole logits"):
+        cached.signal(batch, SignalRequest(K, mean_logits=True))
 
 
 def features_of(tiny, *, max_length: int = 512, rows: slice = slice(None)) -> Any:
-    student, teacher = (side_of(load_tokenizer(name)) for name in (tiny.student, tiny.teacher))
+    student, teacher = (side_of(name) for name in (tiny.student, tiny.teacher))
     return build_features(read_rows(tiny.data)[rows], student, [TeacherSide(teacher)], max_length=max_length)[
         0
     ]
@@ -183,7 +193,7 @@ def test_rows_of_a_run_are_checked(
 
 
 def test_other_data_and_another_tokenizer_are_refused(tiny, folder: Path, tmp_path: Path) -> None:
-    rows, side = read_rows(tiny.data), side_of(load_tokenizer(tiny.teacher))
+    rows, side = read_rows(tiny.data), side_of(tiny.teacher)
     open_cache(folder, side, rows, "none")
     open_cache(folder, side, [*rows, rows[0]], "none")
     with pytest.raises(BadArtifact, match="its data is "):
@@ -191,7 +201,7 @@ def test_other_data_and_another_tokenizer_are_refused(tiny, folder: Path, tmp_pa
     with pytest.raises(BadArtifact, match="its template is none"):
         open_cache(folder, side, rows, "chat")
     with pytest.raises(TokenizerMismatch):
-        open_cache(folder, side_of(load_tokenizer(tiny.student)), rows, "none")
+        open_cache(folder, side_of(tiny.student), rows, "none")
 
 
 # Interruptions, parts
@@ -205,16 +215,16 @@ def test_goes_on_where_it_stopped(tiny, tmp_path: Path, monkeypatch: pytest.Monk
     at_once, in_two = tmp_path / "at once", tmp_path / "in two"
     make(tiny, at_once)
     asked = 0
-    ask = module.ask
+    run_teacher = module.sparse_teacher_logprobs
 
     def stops(*given: Any, **settings: Any) -> Any:
         nonlocal asked
         asked += 1
         if asked > 3:
             raise _Stopped
-        return ask(*given, **settings)
+        return run_teacher(*given, **settings)
 
-    monkeypatch.setattr(module, "ask", stops)
+    monkeypatch.setattr(module, "sparse_teacher_logprobs", stops)
     with pytest.raises(_Stopped):
         make(tiny, in_two, batch_size=3)
     monkeypatch.undo()
@@ -300,7 +310,7 @@ def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:
     (tmp_path / "teacher" / "chat_template.jinja").write_text(template)
     model = str(tmp_path / "teacher")
     make(tiny, tmp_path / "cache", model=model, template="chat")
-    side, rows = side_of(load_tokenizer(model)), read_rows(tiny.data)
+    side, rows = side_of(model), read_rows(tiny.data)
     row = open_cache(tmp_path / "cache", side, rows, "chat").row(1)
     assert row.token_ids[0] == row.token_ids[1:][row.token_ids[1:] == row.token_ids[0]][0]  # two turns begin
     completion = side.view.encode(rows[0].completion).ids
@@ -309,7 +319,7 @@ def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:
     with pytest.raises(BadArtifact, match="--template is chat"):
         make(tiny, tmp_path / "cache", model=model, template="chat")
     with pytest.raises(BadArtifact, match="its template is chat"):
-        open_cache(tmp_path / "cache", side_of(load_tokenizer(model)), rows, "chat")
+        open_cache(tmp_path / "cache", side_of(model), rows, "chat")
 
 
 def test_nothing_to_say(tiny, tmp_path: Path) -> None:

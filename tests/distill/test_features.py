@@ -1,9 +1,12 @@
-"""Features of rows: labels, groups, cuts, counts, chats and the cache, with real tokenizers."""
+"""AlignedRow of rows: labels, groups, cuts, counts, chats and the cache, with real tokenizers."""
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cdm_toolkit.distill.data import Features, RowCounts, Side, TeacherSide, build_features, template_notes
-from cdm_toolkit.distill.rows import Message, Row
-from cdm_toolkit.hub.chat import ChatTemplate
 
-from cdm_toolkit.distill import data
+import cdm_toolkit
+from cdm_toolkit.distill import features as module
+from cdm_toolkit.distill.feature_store import StoredFeatures
+from cdm_toolkit.distill.features import RowCounts, build_features
 from cdm_toolkit.errors import BadArtifact, BadOption, UnsupportedTokenizer
+from cdm_toolkit.kd.aligned_rows import AlignedRow
+from cdm_toolkit.kd.chat import ChatTemplate
+from cdm_toolkit.kd.rows import Message, Row
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, template_notes
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 PAIRS = [("smollm2", "mistral"), ("mistral", "smollm2"), ("gpt2", "mistral"), ("smollm2", "smollm2")]
@@ -42,13 +49,13 @@ def id_of(view: TokenizerView, role: str) -> int | None:
     return min((token.id for token in view.special.values() if role in token.roles), default=None)
 
 
-def side(view: TokenizerView, source: str | None = None) -> Side:
+def side(view: TokenizerView, source: str | None = None) -> TokenizerSide:
     bos, eos = id_of(view, "bos"), id_of(view, "eos")
     special = {
         f"{role}_token": view.special[i].content for role, i in (("bos", bos), ("eos", eos)) if i is not None
     }
     chat = ChatTemplate(view.name, source, tuple(sorted(special.items()))) if source else None
-    return Side(view, eos if bos is None else bos, eos, chat)
+    return TokenizerSide(view, eos if bos is None else bos, eos, chat)
 
 
 def spelled(view: TokenizerView, ids: np.ndarray) -> bytes:
@@ -58,12 +65,12 @@ def spelled(view: TokenizerView, ids: np.ndarray) -> bytes:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give each test a cache of its own."""
-    monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "features"
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
-def sides(request: pytest.FixtureRequest, real_view) -> tuple[Side, Side]:
+def sides(request: pytest.FixtureRequest, real_view) -> tuple[TokenizerSide, TokenizerSide]:
     """Give student and teacher."""
     teacher, student = request.param
     return side(real_view(student)), side(real_view(teacher))
@@ -74,7 +81,9 @@ def rows(gsm8k_rows: list[dict[str, str]]) -> list[Row]:
     return [Row(i, row["question"], row["answer"]) for i, row in enumerate(gsm8k_rows[:40], 1)]
 
 
-def check_groups(row: Row, features: Features, student: Side, teacher: Side, nth: int = 0) -> None:
+def check_groups(
+    row: Row, features: AlignedRow, student: TokenizerSide, teacher: TokenizerSide, nth: int = 0
+) -> None:
     """See that what stands before each group, and the group itself, is the same text on both sides."""
     completion = row.text.encode()[row.completion_start :]
     before_t = before_s = b""
@@ -92,7 +101,7 @@ def check_groups(row: Row, features: Features, student: Side, teacher: Side, nth
 
 
 def test_labels_spell_the_completion_and_groups_share_their_context(
-    sides: tuple[Side, Side], rows: list[Row]
+    sides: tuple[TokenizerSide, TokenizerSide], rows: list[Row]
 ) -> None:
     student, teacher = sides
     features, counts = build_features(rows, student, [TeacherSide(teacher)], max_length=1024)
@@ -110,7 +119,7 @@ def test_labels_spell_the_completion_and_groups_share_their_context(
 
 @pytest.mark.parametrize("max_length", [60, 120, 180])
 def test_long_rows_are_cut_at_a_shared_boundary(
-    sides: tuple[Side, Side], rows: list[Row], max_length: int
+    sides: tuple[TokenizerSide, TokenizerSide], rows: list[Row], max_length: int
 ) -> None:
     student, teacher = sides
     features, counts = build_features(rows, student, [TeacherSide(teacher)], max_length=max_length)
@@ -163,17 +172,17 @@ def test_each_teacher_alone_has_the_groups_that_it_has_among_others(real_view, r
 def test_a_teacher_that_does_not_align_neither_cuts_nor_counts_as_all(
     real_view, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cdm_toolkit.distill import fit
     from cdm_toolkit.errors import DoesNotSpell
+    from cdm_toolkit.kd import aligned_rows
 
-    align = fit.align
+    align = aligned_rows.align
 
     def refuse_bytes(*sides: object, aligner: str, **settings: object) -> object:
         if aligner == "bytes":
             raise DoesNotSpell("teacher", 0, "a", b"b")
         return align(*sides, aligner=aligner, **settings)
 
-    monkeypatch.setattr(fit, "align", refuse_bytes)
+    monkeypatch.setattr(aligned_rows, "align", refuse_bytes)
     student, teacher = side(real_view("mistral")), side(real_view("gpt2"))
     both = [TeacherSide(teacher), TeacherSide(teacher, "bytes")]
     features, counts = build_features(rows, student, both, max_length=180)
@@ -186,7 +195,7 @@ def test_a_teacher_that_does_not_align_neither_cuts_nor_counts_as_all(
     assert [one.student_ids.tolist() for one in only] == [one.student_ids.tolist() for one in free]
 
 
-def test_a_text_is_learned_from_its_first_token(sides: tuple[Side, Side]) -> None:
+def test_a_text_is_learned_from_its_first_token(sides: tuple[TokenizerSide, TokenizerSide]) -> None:
     student, teacher = sides
     (one,), _ = build_features([Row(1, "", "Two cats sit.")], student, [TeacherSide(teacher)])
     assert one.label_from == 1
@@ -204,7 +213,7 @@ def test_a_token_that_straddles_the_boundary_is_no_label(real_view) -> None:
     assert counts.trained == 1
 
 
-def test_empty_and_too_long_rows_are_counted(sides: tuple[Side, Side]) -> None:
+def test_empty_and_too_long_rows_are_counted(sides: tuple[TokenizerSide, TokenizerSide]) -> None:
     student, teacher = sides
     rows = [Row(1, "question", ""), Row(2, "word " * 50, "answer"), Row(3, "q", "fine")]
     for others in ([TeacherSide(teacher)], []):
@@ -218,7 +227,9 @@ def test_empty_and_too_long_rows_are_counted(sides: tuple[Side, Side]) -> None:
         build_features([], student)
 
 
-def test_without_a_teacher_there_are_no_groups(sides: tuple[Side, Side], rows: list[Row]) -> None:
+def test_without_a_teacher_there_are_no_groups(
+    sides: tuple[TokenizerSide, TokenizerSide], rows: list[Row]
+) -> None:
     student, teacher = sides
     alone, counts = build_features(rows, student)
     together, _ = build_features(rows, student, [TeacherSide(teacher)])
@@ -251,17 +262,17 @@ def test_counts_read_as_a_line() -> None:
 def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the rows that are read by a tokenizer."""
     found: list[int] = []
-    read = data.read
+    tokenize_rows = module.tokenize_rows
 
-    def counted(side: Side, rows: Sequence[Row], template: str) -> object:
+    def counted(side: TokenizerSide, rows: Sequence[Row], template: str) -> object:
         found.append(len(rows))
-        return read(side, rows, template)
+        return tokenize_rows(side, rows, template)
 
-    monkeypatch.setattr(data, "read", counted)
+    monkeypatch.setattr(module, "tokenize_rows", counted)
     return found
 
 
-def as_lists(features: Sequence[Features]) -> list[object]:
+def as_lists(features: Sequence[AlignedRow]) -> list[object]:
     return [
         (
             one.row,
@@ -288,7 +299,7 @@ def test_a_second_run_reads_the_cache(real_view, rows: list[Row], tokenized: lis
 def test_whatever_goes_in_names_the_cache(real_view, rows: list[Row], cache: Path) -> None:
     student, teacher = side(real_view("mistral"), LLAMA2), side(real_view("smollm2"), CHATML)
     few = rows[:3]
-    variants: list[tuple[list[Row], Side, list[TeacherSide], dict[str, object]]] = [
+    variants: list[tuple[list[Row], TokenizerSide, list[TeacherSide], dict[str, object]]] = [
         (few, student, [TeacherSide(teacher)], {}),
         (rows[:2], student, [TeacherSide(teacher)], {}),
         ([replace(few[0], number=9), *few[1:]], student, [TeacherSide(teacher)], {}),
@@ -334,7 +345,7 @@ def test_damaged_files_are_made_anew(
         case _:
             header.write_text("{")
     with pytest.raises(BadArtifact, match="remove the folder"):
-        data.StoredFeatures(folder)
+        StoredFeatures(folder)
     features, _ = build_features(rows, student)
     assert as_lists(features) == before
     assert sum(tokenized) == 80
@@ -348,11 +359,11 @@ def test_a_file_that_says_what_was_written_but_is_not_is_damaged(
     arrow, header = folder / "part.arrow", folder / "header.json"
     arrow.write_bytes(b"x" * arrow.stat().st_size)
     with pytest.raises(BadArtifact, match="cannot be read"):
-        data.StoredFeatures(folder)
+        StoredFeatures(folder)
     build_features(rows, side(real_view("gpt2")))
     header.write_text(json.dumps(json.loads(header.read_text()) | {"rows": 41}))
     with pytest.raises(BadArtifact, match="does not have the rows"):
-        data.StoredFeatures(folder)
+        StoredFeatures(folder)
 
 
 def test_an_interrupted_run_leaves_nothing(real_view, rows: list[Row], cache: Path) -> None:
@@ -388,9 +399,9 @@ def test_several_processes_make_the_same(
     many = [replace(row, number=nth) for nth, row in enumerate(rows * 8, 1)]
     student, teacher = side(real_view("gpt2"), PLAIN), TeacherSide(side(real_view("smollm2"), CHATML))
     alone = as_lists(build_features(many, student, [teacher], template="chat")[0])
-    monkeypatch.setattr(data, "ROWS_FOR_A_PROCESS", 100)
+    monkeypatch.setattr(module, "ROWS_FOR_A_PROCESS", 100)
     monkeypatch.setattr(datasets.arrow_dataset, "mp", multiprocess.get_context(start))
-    monkeypatch.setattr(data, "_fingerprint", lambda *_: "another")
+    monkeypatch.setattr(module, "_fingerprint", lambda *_: "another")
     done: list[int] = []
     several, counts = build_features(many, student, [teacher], template="chat", workers=2, on_row=done.append)
     assert len(list(several.folder.glob("*.arrow"))) == 2
@@ -400,7 +411,7 @@ def test_several_processes_make_the_same(
     assert done[-1] == len(many)
     assert capfd.readouterr() == ("", ""), "nothing on the screen"
 
-    monkeypatch.setattr(data, "_fingerprint", lambda *_: "a third")
+    monkeypatch.setattr(module, "_fingerprint", lambda *_: "a third")
     many[250] = Row(251, "", "no conversation")
     with pytest.raises(BadOption, match="row 251 is a text"):
         build_features(many, student, [teacher], template="chat", workers=2)
@@ -579,13 +590,13 @@ def test_entropies_are_of_what_the_models_read(
     real_view, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[np.ndarray, np.ndarray]] = []
-    pairs = data.pairs
+    align_groups = module.align_groups
 
     def seen(t: object, s: object, aligner: str, entropy_t: np.ndarray, entropy_s: np.ndarray) -> object:
         given.append((entropy_t, entropy_s))
-        return pairs(t, s, aligner, entropy_t, entropy_s)
+        return align_groups(t, s, aligner, entropy_t, entropy_s)
 
-    monkeypatch.setattr(data, "pairs", seen)
+    monkeypatch.setattr(module, "align_groups", seen)
     asked: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
     student, teacher = side(real_view("mistral")), side(real_view("smollm2"))
     teachers = [TeacherSide(teacher, "entropy-dtw"), TeacherSide(teacher, "bytes")]
@@ -608,9 +619,8 @@ def test_entropies_are_of_what_the_models_read(
 def test_real_entropies_weigh_the_papers_alignment(
     real_view, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cdm_toolkit.distill.entropies import ModelEntropies
-
     from cdm_toolkit.alignment import aligners
+    from cdm_toolkit.distill.model_entropies import ModelEntropies
     from cdm_toolkit.hub.models import load_model
 
     weighed: list[list[int]] = []
@@ -632,3 +642,44 @@ def test_real_entropies_weigh_the_papers_alignment(
     build_features(short, *both, entropies=ModelEntropies({0: lambda: model, 1: lambda: model}, "smollm2"))
     assert all(len(set(weights)) > 1 for weights in weighed)
     assert len(weighed) == 6
+
+
+# The code
+
+STEP = """
+import sys
+from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, tokenizer_side
+
+student, teacher, rows = sys.argv[1:]
+sides = [tokenizer_side(each.tokenizer, each.view) for each in map(load_tokenizer, (student, teacher))]
+build_features(read_rows(rows), sides[0], [TeacherSide(sides[1])])
+print(sys.modules["cdm_toolkit"].__file__)
+"""
+
+
+def test_a_changed_aligner_makes_new_features(tiny, tmp_path: Path) -> None:
+    """Copies of the package with one cache: an edited copy makes its own features, an equal one finds them."""
+    package, folders = Path(cdm_toolkit.__file__).parent, []
+    for copy in ("first", "equal", "edited"):
+        place = tmp_path / copy
+        shutil.copytree(package, place / "cdm_toolkit", ignore=shutil.ignore_patterns("__pycache__"))
+        if copy == "edited":
+            with (place / "cdm_toolkit" / "alignment" / "anchored.py").open("a") as file:
+                file.write("# a change\n")
+        done = subprocess.run(
+            [sys.executable, "-c", STEP, tiny.student, tiny.teacher, tiny.data],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(place), "CDM_CACHE": str(tmp_path / "cache")},
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(place / "cdm_toolkit" / "__init__.py")
+        folders.append(sorted(path.name for path in (tmp_path / "cache" / "features").iterdir()))
+    first, equal, edited = folders
+    assert first == equal
+    assert (len(first), len(edited)) == (1, 2)

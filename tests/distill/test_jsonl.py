@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from cdm_toolkit.distill.rows import Message, Row, read_rows
 
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.errors import BadRow, FileProblem
+from cdm_toolkit.kd.rows import Message, Row
 
 
 def write(path: Path, *rows: object) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cdm_toolkit.distill.output import check_seal, claim_output, last_checkpoint, seal_checkpoint
 
+from cdm_toolkit.distill.output_folder import check_seal, claim_output, last_checkpoint, seal_checkpoint
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 

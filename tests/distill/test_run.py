@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cdm_toolkit.distill.config import DistillConfig, from_mapping
-from cdm_toolkit.distill.output import last_checkpoint
-from cdm_toolkit.distill.teacher import OnlineTeacher
 
 from cdm_toolkit.distill import run as run_module
 from cdm_toolkit.distill import trainer as trainer_module
+from cdm_toolkit.distill.output_folder import last_checkpoint
 from cdm_toolkit.distill.plan import plan
 from cdm_toolkit.distill.prepare import Progress
 from cdm_toolkit.distill.run import RunResult, run
+from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,
@@ -34,6 +33,7 @@ from cdm_toolkit.errors import (
 )
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.teachers import Local
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def config(tiny, tmp_path: Path):
             "data": {"path": tiny.data},
             "output": str(tmp_path / "out"),
             "teachers": [{"model": tiny.teacher, "top_k": 40}],
-            "train": {"batch_size": 4, "max_steps": 4, "lr": 3e-3, "log_every": 1} | train,
+            "train": {"batch_size": 4, "max_steps": 4, "lr": 3e-3, "log_every": 1, "device": "cpu"} | train,
         }
         return from_mapping(merged(chosen, settings or {}))
 
@@ -157,10 +157,10 @@ def test_sft_needs_no_teacher(config) -> None:
     assert all(log.teachers == () for log in result.losses)
 
 
-@pytest.mark.parametrize("method", ["em", "mined", "prefix", "uld", "alm", "gold"])
+@pytest.mark.parametrize("method", ["cdm", "exact", "min-ed", "prefix", "uld", "alm", "gold"])
 def test_each_method_across_tokenizers_trains(config, tiny, method: str) -> None:
     teacher = {"model": tiny.teacher, "method": method} | ({} if method == "alm" else {"top_k": 40})
-    result = run(config({"teachers": [teacher], "alpha": 0.0}, max_steps=12, bucket=False, lr=1e-2))
+    result = run(config({"teachers": [teacher], "alpha": 0.0}, max_steps=12, group_by_length=False, lr=1e-2))
     kd = [log.teachers[0].kd for log in result.losses]
     assert sum(kd[-3:]) < sum(kd[:3]), "the loss goes down"
     assert all(log.grad_norm > 0 for log in result.losses)
@@ -179,14 +179,14 @@ def test_each_method_of_one_tokenizer_trains(config, tiny, tmp_path: Path, metho
 
 def test_two_teachers_in_one_run(config, tiny, tmp_path: Path) -> None:
     both = [
-        {"model": tiny.teacher, "method": "cdm", "top_k": 40, "weight": 0.25},
+        {"model": tiny.teacher, "method": "spelling", "top_k": 40, "weight": 0.25},
         {"model": tiny.student, "method": "kl", "top_k": 40, "weight": 0.75},
     ]
     result = run(config({"teachers": both, "alpha": 0.2}))
     alone = run(config({"output": str(tmp_path / "alone"), "teachers": both[:1]}))
     for log in result.losses:
-        cdm, kl = log.teachers
-        expected = 0.2 * log.ce + 0.8 * (0.25 * cdm.kd + 0.75 * kl.kd)
+        spelling, kl = log.teachers
+        expected = 0.2 * log.ce + 0.8 * (0.25 * spelling.kd + 0.75 * kl.kd)
         assert log.loss == pytest.approx(expected, rel=1e-5)
     assert result.losses[0].teachers[0] == alone.losses[0].teachers[0]
     assert result.losses[0].teachers[1].kd == pytest.approx(0, abs=1e-5)
@@ -268,13 +268,13 @@ def test_mixed_precision_trains(config) -> None:
 
 def test_mixed_precision_makes_no_float32_copy_of_the_logits(config, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    loss_parts = trainer_module.loss_parts
+    loss_sums = trainer_module.loss_sums
 
     def look(logits: torch.Tensor, *others: Any) -> Any:
         seen.append(logits.dtype)
-        return loss_parts(logits, *others)
+        return loss_sums(logits, *others)
 
-    monkeypatch.setattr(trainer_module, "loss_parts", look)
+    monkeypatch.setattr(trainer_module, "loss_sums", look)
     run(config(dtype="bfloat16", max_steps=2))
     assert seen == [torch.bfloat16, torch.bfloat16]
 
@@ -413,8 +413,6 @@ def test_logits_that_are_not_finite_stop_the_run_and_name_the_row(
     config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log_every: int
 ) -> None:
     """Whether lines are logged or not: a checkpoint of such weights is never written."""
-    from cdm_toolkit.distill import trainer as trainer_module
-
     real, poisoned = trainer_module.logits_at, []
 
     def logits_at(model: Any, head: Any, at: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -433,15 +431,15 @@ def test_logits_that_are_not_finite_stop_the_run_and_name_the_row(
     assert not (output / "config.json").exists()
 
 
-def test_a_teacher_that_says_nothing_finite_stops_the_run(config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = OnlineTeacher.says
+def test_a_signal_that_is_not_finite_stops_the_run(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Local.signal
 
-    def says(self: OnlineTeacher, batch: Any, rows: Any) -> Any:
-        said = real(self, batch, rows)
-        said.top.logprobs.fill_(torch.nan)
-        return said
+    def signal(self: Local, batch: Any, request: Any) -> Any:
+        found = real(self, batch, request)
+        found.top.logprobs.fill_(torch.nan)
+        return found
 
-    monkeypatch.setattr(OnlineTeacher, "says", says)
+    monkeypatch.setattr(Local, "signal", signal)
     with pytest.raises(NotFinite, match=r"the loss of rows \d+, .* at step 1, no checkpoint was due"):
         run(config())
 
@@ -466,14 +464,14 @@ def test_a_plan_measures_and_writes_nothing(config, tiny, tmp_path: Path) -> Non
     chosen = config(max_steps=None, epochs=3, batch_size=5, grad_accumulation=2)
     planned = plan(chosen)
     assert not (tmp_path / "out").exists()
-    assert (planned.steps_an_epoch, planned.steps, planned.rows_a_step) == (3, 9, 10)
+    assert (planned.steps_an_epoch, planned.steps, planned.rows_per_step) == (3, 9, 10)
     assert planned.rows.trained == planned.looked_at == 24
-    (lesson,) = planned.lessons
+    (measured,) = planned.teachers
     result = run(config(batch_size=24, max_steps=1))
     (teacher,) = result.losses[0].teachers
-    assert lesson.matched_mass == pytest.approx(teacher.matched_mass, abs=1e-5)
-    assert lesson.aligned_share == pytest.approx(teacher.aligned_share)
-    assert (planned.ce, lesson.kd) == pytest.approx((result.losses[0].ce, teacher.kd), abs=1e-5)
+    assert measured.matched_mass == pytest.approx(teacher.matched_mass, abs=1e-5)
+    assert measured.aligned_share == pytest.approx(teacher.aligned_share)
+    assert (planned.ce, measured.kd) == pytest.approx((result.losses[0].ce, teacher.kd), abs=1e-5)
     weights = sum(p.numel() for p in load_model(tiny.student).parameters()) * 4
     assert planned.memory["student weights"] == weights
     assert planned.tokens_an_epoch == result.tokens

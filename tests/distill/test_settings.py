@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cdm_toolkit.distill.config import PRESETS, from_file, from_mapping
 
+from cdm_toolkit.distill.settings import PRESETS, from_file, from_mapping
 from cdm_toolkit.errors import BadRunConfig, UnknownName
 
 NEEDED: dict[str, Any] = {"student": "s", "data": "d", "output": "o"}
@@ -17,7 +17,7 @@ ONE: dict[str, Any] = NEEDED | {"teachers": [{"model": "t"}]}
 
 def test_defaults_are_without_fault() -> None:
     config = from_mapping(ONE)
-    assert (config.teachers[0].method, config.data.path, config.ce_weight) == ("cdm", "d", 0.5)
+    assert (config.teachers[0].method, config.data.path, config.ce_weight) == ("spelling", "d", 0.5)
     assert from_mapping(NEEDED).ce_weight == 1, "without a teacher there is nothing but cross-entropy"
 
 
@@ -41,8 +41,7 @@ def test_all_faults_are_listed_at_once() -> None:
         "output is missing",
         "data.max_length is 3",
         "alpha is 1.5: give a number of at most 1",
-        "teachers.0.method is 'cdn': give one of cdm, em,",
-        "(did you mean cdm?)",
+        "teachers.0.method is 'cdn': did you mean cdm? known: alm, cdm, exact,",
         "teachers.0.temperature is 0: give a number above 0",
         "teachers.0.max_edit_distance is 1.0",
         "teachers.0.top_k is 0",
@@ -56,19 +55,44 @@ def test_all_faults_are_listed_at_once() -> None:
         assert part in message
 
 
+def test_faults_of_a_method_are_listed_beside_those_of_the_teacher() -> None:
+    teacher = {"method": "kl", "weight": 0, "temperature": 0, "dtype": "int8", "aligner": "dtw", "tau": 1}
+    with pytest.raises(BadRunConfig) as caught:
+        from_mapping(NEEDED | {"teachers": [teacher]})
+    assert sorted(fault.split()[0] for fault in caught.value.faults) == [
+        f"teachers.0.{name}" for name in ("aligner", "dtype", "model", "tau", "temperature", "weight")
+    ]
+
+
+def test_a_method_may_be_given_by_an_alias_and_numbers_as_texts() -> None:
+    teachers = [
+        {"model": "t", "method": name, "temperature": "1e-1"} for name in ("em", "min_ed", "reverse_kl")
+    ]
+    config = from_mapping(NEEDED | {"teachers": teachers})
+    assert [one.method for one in config.teachers] == ["exact", "min-ed", "reverse-kl"]
+    assert {one.method_settings.temperature for one in config.teachers} == {0.1}  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("teacher", "reason"),
     [
-        ({"method": "kl", "max_edit_distance": 0.2}, "kl has no use for max_edit_distance"),
+        (
+            {"method": "kl", "max_edit_distance": 0.2},
+            "max_edit_distance is of no use to kl: it has temperature, top_k",
+        ),
         (
             {"method": "uld", "match_digits": True, "rest_bucket": False},
-            "uld has no use for match_digits, rest_bucket",
+            "match_digits is of no use to uld: .*rest_bucket is of no use to uld: ",
         ),
-        ({"method": "alm", "temperature": 2}, "alm has no use for temperature"),
-        ({"mapping": "near", "positions": "mean", "cache": "c"}, "positions mean needs whole logits"),
-        ({"max_edit_distance": 0.2}, "cdm with mapping spelled has no use for max_edit_distance"),
-        ({"mapping": "near", "inside": False}, "cdm with mapping near has no use for inside"),
-        ({"entropy": "models"}, "aligner anchored has no use for entropy models"),
+        ({"method": "alm", "temperature": 2}, "temperature is of no use to alm: it has tau"),
+        ({"method": "cdm", "positions": "mean", "cache": "c"}, "no whole logits, which positions mean needs"),
+        ({"max_edit_distance": 0.2}, "max_edit_distance is of no use to spelling"),
+        ({"method": "cdm", "intra_group": False}, "intra_group is of no use to cdm"),
+        ({"entropy": "models"}, "entropy models is of no use to aligner anchored"),
+        ({"method": "kl", "aligner": "dtw"}, "aligner is of no use to kl, which is for one tokenizer"),
+        ({"mapping": "near"}, "mapping is gone: give method cdm"),
+        ({"mapping": "spelled"}, "mapping is gone: give method spelling"),
+        ({"top_kk": 5}, "top_kk is no setting, did you mean top_k?"),
     ],
 )
 def test_an_option_that_a_method_does_not_look_at_is_a_fault(teacher: dict[str, Any], reason: str) -> None:
@@ -87,7 +111,7 @@ def test_the_preset_goes_under_what_is_given() -> None:
     first, second = config.teachers
     assert (config.alpha, first.temperature, first.positions, first.entropy) == (0.9, 2.0, "mean", "models")
     assert (first.rest_bucket, first.match_digits, first.exact_always) == (False, False, False)
-    assert (second.temperature, second.positions) == (0.8, "boundary"), "kl takes what it has a use for"
+    assert second.method_options == {"temperature": 0.8, "top_k": 100}, "kl takes what it has a use for"
     aligned = from_mapping(
         NEEDED | {"preset": "paper", "teachers": [{"model": "a", "aligner": "anchored"}]}
     ).teachers[0]
@@ -114,8 +138,8 @@ def test_the_preset_is_the_papers() -> None:
 def test_a_run_file_with_assignments_over_it(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("student: s\ndata: d\noutput: o\nteachers:\n  - model: t\ntrain:\n  lr: 3e-4\n")
-    config = from_file(file, ["train.lr=2e-5", "teachers.0.inside=false", "alpha=0.25"])
-    assert (config.train.lr, config.teachers[0].inside, config.alpha) == (2e-5, False, 0.25)
+    config = from_file(file, ["train.lr=2e-5", "teachers.0.intra_group=false", "alpha=0.25"])
+    assert (config.train.lr, config.teachers[0].intra_group, config.alpha) == (2e-5, False, 0.25)
     assert from_file(file).train.lr == 3e-4, "YAML reads 3e-4 as a text, a run file as a number"
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from cdm_toolkit.distill.losses.combine import Reader
-from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
-from cdm_toolkit.distill.losses.pick import top_k
-from cdm_toolkit.distill.losses.record import TeacherSays
 from torch import Tensor
 
+from cdm_toolkit.kd.loss_sums import LossInputs
+from cdm_toolkit.kd.method import Method, find_method
+from cdm_toolkit.kd.pair import TokenizerPair
+from cdm_toolkit.kd.settings import fields_of
+from cdm_toolkit.kd.sparse_logprobs import top_k
+from cdm_toolkit.kd.types import TeacherSignal
 from cdm_toolkit.vocab_map.contextual import PairTable
-from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, TokenizerPairInfo, single_match_map
+from cdm_toolkit.vocab_map.spelling import Spellings
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, TokenizerPairInfo, VocabMap
 
 from .twins import TWINS, Group, World, softmax
 
@@ -45,7 +49,7 @@ class Case:
     def first(self, group: Tensor) -> Tensor:
         return torch.searchsorted(group, torch.arange(self.groups))
 
-    def says(self, *, tokens: bool) -> TeacherSays:
+    def signal(self, *, tokens: bool) -> TeacherSignal:
         world, logits = (
             self.world,
             self.teacher_logits.to(torch.promote_types(self.logits.dtype, torch.float32)),
@@ -53,16 +57,16 @@ class Case:
         k = min(world.top_k, world.vocab_t)
         top = top_k(logits, k, real=world.vocab_t, rows=self.first(self.group_t))
         if not tokens:
-            return TeacherSays(top)
+            return TeacherSignal(top)
         chosen = logits[:, : world.vocab_t].log_softmax(-1).gather(1, self.teacher_ids[:, None])[:, 0]
-        return TeacherSays(top, chosen, self.group_t)
+        return TeacherSignal(top, chosen, self.group_t)
 
-    def reader(self, name: str) -> Reader:
-        spec = METHODS[name]
-        tokens = spec.needs_tokens or spec.needs_student_tokens
-        return Reader(
-            method=build_method(name, ingredients(self.world, name)),
-            says=self.says(tokens=spec.needs_tokens),
+    def inputs(self, name: str) -> LossInputs:
+        kind = find_method(name)
+        tokens = kind.reads_teacher_tokens or kind.reads_student_tokens
+        return LossInputs(
+            method=method_of(self.world, name),
+            signal=self.signal(tokens=kind.reads_teacher_tokens),
             vocab_s=self.world.vocab_s,
             student_rows=self.rows[self.first(self.group_s)],
             token_rows=self.rows if tokens else None,
@@ -92,46 +96,100 @@ class Case:
         return tuple(totals.tolist())
 
 
-def pair_table(world: World) -> PairTable:
-    """Lay out exact partners without neighbours."""
-    sides = TokenizerPairInfo(
-        name_t="t",
-        name_s="s",
-        fingerprint_t="t",
-        fingerprint_s="s",
-        size_t=world.vocab_t,
-        size_s=world.vocab_s,
-    )
+class WorldPair(TokenizerPair):
+    """A pair without tokenizers, whose tables are a world's."""
+
+    name_t, name_s = "t", "s"
+    same_tokenizer = True
+
+    def __new__(cls, world: World) -> WorldPair:
+        made = super().__new__(cls)
+        made.world = world
+        return made
+
+    def __init__(self, world: World) -> None:
+        """Leave out what the base class makes of tokenizers."""
+
+    @property
+    def vocab_t(self) -> int:
+        return self.world.vocab_t
+
+    @property
+    def vocab_s(self) -> int:
+        return self.world.vocab_s
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        return "t", "s"
+
+    @property
+    def sides(self) -> TokenizerPairInfo:
+        return TokenizerPairInfo(
+            name_t="t",
+            name_s="s",
+            fingerprint_t="t",
+            fingerprint_s="s",
+            size_t=self.vocab_t,
+            size_s=self.vocab_s,
+        )
+
+    def exact_map(self) -> VocabMap:
+        return single_match_map("exact", self.sides, np.array(self.world.partner))
+
+    def prefix_map(self) -> VocabMap:
+        return self.exact_map()
+
+    def min_ed_map(self, *, match_digits: bool = True) -> VocabMap:
+        return self.exact_map()
+
+    def spellings(self) -> Spellings:
+        """Spell the teacher's ids as the world does.
+
+        Rows after them, which no candidate has, let each student id begin with whatever token the world says.
+        """
+        world = self.world
+        of_t = [[*way, *[-1] * LONGEST][:LONGEST] for way in world.ways]
+        of_t += [[i, *[-1] * (LONGEST - 1)] for i in range(world.vocab_s)]
+        of_s = [-1 if i < 0 else world.vocab_t + i for i in world.beginning]
+        return Spellings(np.array(of_t, np.int32), np.array(of_s, np.int32))
+
+    def near_ids(
+        self, *, max_edit_distance: float = 0.3, match_digits: bool = True, both_directions: bool = True
+    ) -> PairTable:
+        """Lay out exact partners without neighbours."""
+        near = NeighbourTable(
+            **self.sides,
+            max_edit_distance=max_edit_distance,
+            match_digits=match_digits,
+            t_to_s=no_neighbours(self.vocab_t),
+            s_to_t=no_neighbours(self.vocab_s),
+        )
+        return PairTable.from_tables(self.exact_map(), near)
+
+
+def no_neighbours(size: int) -> Neighbours:
     none = np.zeros(0, np.int32)
-
-    def nobody(size: int) -> Neighbours:
-        return Neighbours(np.zeros(size + 1, np.int64), none, none.astype(np.float32), none)
-
-    near = NeighbourTable(
-        **sides,
-        max_edit_distance=0.3,
-        match_digits=True,
-        t_to_s=nobody(world.vocab_t),
-        s_to_t=nobody(world.vocab_s),
-    )
-    return PairTable.from_tables(single_match_map("exact", sides, np.array(world.partner)), near)
+    return Neighbours(np.zeros(size + 1, np.int64), none, none.astype(np.float32), none)
 
 
-def ingredients(world: World, name: str) -> Ingredients:
-    return Ingredients(
-        vocab_t=world.vocab_t,
-        vocab_s=world.vocab_s,
-        partner=torch.tensor(world.partner),
-        pairs=pair_table(world) if name == "cdm-near" else None,
-        spelling=torch.tensor([[*way, *[-1] * LONGEST][:LONGEST] for way in world.ways]),
-        beginning=torch.tensor(world.beginning) if world.longer else None,
-        inside=world.inside,
-        temperature=world.temperature,
-        top_k=world.top_k,
-        rest_bucket=world.rest,
-        beta=world.beta,
-        tau=world.tau,
-    )
+def method_of(world: World, name: str) -> Method[Any, Any]:
+    """Build a method with the settings of a world that it has."""
+    kind = find_method(name)
+    smaller = min(world.vocab_t, world.vocab_s)
+    wanted = {
+        "temperature": world.temperature,
+        "top_k": min(world.top_k, smaller),
+        "rest_bucket": world.rest,
+        "beta": world.beta,
+        "tau": world.tau,
+        "intra_group": world.intra_group,
+        "both_directions": world.both_directions,
+    }
+    known = {field.name for field in fields_of(kind.Settings)}
+    method = kind(WorldPair(world), **{setting: wanted[setting] for setting in known & wanted.keys()})
+    if "top_k" in known:  # whole vocabularies of different sizes are in no run, but in the publications' sums
+        method.top_k = min(world.top_k, world.vocab_s)
+    return method
 
 
 LONGEST = 4
@@ -151,13 +209,13 @@ def draw(
     beta: float = 0.3,
     tau: float = 100.0,
     spread: float = 2.0,
-    inside: bool = True,
-    longer: bool = True,
+    intra_group: bool = True,
+    both_directions: bool = True,
     sizes: tuple[int, int] = (9, 12),
 ) -> Case:
     """Draw logits of both models, and groups of one to three tokens."""
     generator = torch.Generator().manual_seed(seed)
-    shared = METHODS[name].same_tokenizer
+    shared = find_method(name).same_tokenizer
     vocab_t, vocab_s = (sizes[0], sizes[0]) if shared else sizes
 
     def logits(rows: int, width: int) -> Tensor:
@@ -182,7 +240,7 @@ def draw(
         partner[torch.randperm(vocab_t, generator=generator)[:3]] = -1
     elif partners == "none":
         partner[:] = -1
-    elif partners == "many to one" and name != "cdm-near":  # whose pairs are one to one
+    elif partners == "many to one" and name != "cdm":  # whose pairs are one to one
         partner = torch.randint(-1, 3, (vocab_t,), generator=generator)
     ways = [[] if partners == "none" else [i] if i >= 0 else more() for i in partner.tolist()]
     teacher_ids = torch.randint(0, vocab_t, (len(group_t),), generator=generator)
@@ -194,15 +252,15 @@ def draw(
             vocab_t=vocab_t,
             vocab_s=vocab_s,
             partner=tuple(partner.tolist()),
-            top_k=min(k, vocab_t, vocab_s) if name.startswith("cdm") else k,
+            top_k=min(k, vocab_t, vocab_s) if name in ("spelling", "cdm") else k,
             temperature=temperature,
             rest=rest,
             beta=beta,
             tau=tau,
             ways=tuple(map(tuple, ways)),
             longest=LONGEST,
-            inside=inside,
-            longer=longer,
+            intra_group=intra_group,
+            both_directions=both_directions,
             beginning=tuple(torch.randint(-1, vocab_s, (vocab_s,), generator=generator).tolist()),
         ),
         logits=logits(len(labels), vocab_s + padding),
@@ -225,7 +283,7 @@ def alike(name: str, seed: int, *, k: int = 4, temperature: float = 0.8, rest: b
     case = draw(name, seed, k=k, temperature=temperature, rest=rest, padding=2, sizes=(9, 9))
     world, tokens = case.world, len(case.group_t)
     shuffled = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
-    to_student = torch.arange(9) if METHODS[name].same_tokenizer else shuffled
+    to_student = torch.arange(9) if find_method(name).same_tokenizer else shuffled
     partner = to_student.clone()
     partner[[2, 5]] = -1
     logits = torch.full((tokens, world.vocab_s + 2), -1e4, dtype=torch.float64)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from cdm_toolkit.distill.losses.cdm import CdmSettings, cdm
-from cdm_toolkit.distill.losses.combine import Reader, loss_parts
-from cdm_toolkit.distill.losses.pick import top_k
-from cdm_toolkit.distill.losses.record import LossParts, TeacherSays, TopK, objective
 
-from cdm_toolkit.vocab_map.contextual import PairTable
-from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, TokenizerPairInfo, single_match_map
+from cdm_toolkit.kd.cdm import CDM
+from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
+from cdm_toolkit.kd.objective import weighted_loss
+from cdm_toolkit.kd.sparse_logprobs import top_k
+from cdm_toolkit.kd.types import LossSums, TeacherSignal, TopK
+
+from .cases import World, WorldPair
 
 VOCAB_T, VOCAB_S, K = 14, 16, 5
-SIDES = TokenizerPairInfo(
-    name_t="t", name_s="s", fingerprint_t="ft", fingerprint_s="fs", size_t=VOCAB_T, size_s=VOCAB_S
-)
 
 
 def exact_ids() -> np.ndarray:
@@ -29,28 +26,29 @@ def exact_ids() -> np.ndarray:
     return ids
 
 
-def no_neighbours(size: int) -> Neighbours:
-    none = np.zeros(0, np.int32)
-    return Neighbours(np.zeros(size + 1, np.int64), none, none.astype(np.float32), none)
+@pytest.fixture(scope="module")
+def pair() -> WorldPair:
+    """Make a pair with exact partners and no neighbours."""
+    return WorldPair(
+        World(
+            vocab_t=VOCAB_T,
+            vocab_s=VOCAB_S,
+            partner=tuple(exact_ids().tolist()),
+            top_k=K,
+            temperature=0.8,
+            rest=True,
+            beta=0.5,
+            tau=1.0,
+            ways=(),
+            beginning=(),
+            longest=1,
+        )
+    )
 
 
 @pytest.fixture
-def cdm_settings() -> CdmSettings:
-    exact = single_match_map("exact", SIDES, exact_ids())
-    near = NeighbourTable(
-        **SIDES,
-        max_edit_distance=0.3,
-        match_digits=True,
-        t_to_s=no_neighbours(VOCAB_T),
-        s_to_t=no_neighbours(VOCAB_S),
-    )
-    return CdmSettings(
-        table=PairTable.from_tables(exact, near),
-        exact=torch.from_numpy(exact.dense()),
-        top_k=K,
-        temperature=0.8,
-        rest_bucket=True,
-    )
+def method(pair: WorldPair) -> CDM:
+    return CDM(pair, top_k=K, temperature=0.8)
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,15 @@ class Gathered:
     student_group: torch.Tensor | None
     teacher: TopK
 
-    def parts(self, settings: CdmSettings) -> LossParts:
-        reader = Reader(
-            method=partial(cdm, settings=settings),
-            says=TeacherSays(self.teacher),
+    def sums(self, method: CDM) -> LossSums:
+        inputs = LossInputs(
+            method=method,
+            signal=TeacherSignal(self.teacher),
             vocab_s=VOCAB_S,
             student_rows=self.student_rows,
             student_group=self.student_group,
         )
-        return loss_parts(self.student_logits, self.labels, [reader])
+        return loss_sums(self.student_logits, self.labels, [inputs])
 
 
 def gathered(seed: int, *, tokens: int = 6, mean: bool = False) -> Gathered:
@@ -126,28 +124,28 @@ def cdm_twin(
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("rest", [False, True])
 @pytest.mark.parametrize("exact_always", [False, True])
-def test_equals_twin(cdm_settings: CdmSettings, mean: bool, rest: bool, exact_always: bool) -> None:
-    chosen = replace(cdm_settings, rest_bucket=rest, exact=cdm_settings.exact if exact_always else None)
+def test_equals_twin(pair: WorldPair, mean: bool, rest: bool, exact_always: bool) -> None:
+    chosen = CDM(pair, top_k=K, temperature=0.8, rest_bucket=rest, exact_always=exact_always)
     for seed in range(20):
         inputs = gathered(seed, mean=mean)
-        parts = inputs.parts(chosen)
+        sums = inputs.sums(chosen)
         twin = cdm_twin(inputs, temperature=0.8, rest=rest, exact_always=exact_always)
-        found = (parts.ce.item(), parts.kd[0].kd.item(), parts.kd[0].matched_mass.item())
+        found = (sums.ce.item(), sums.kd[0].kd.item(), sums.kd[0].matched_mass.item())
         assert found == pytest.approx(twin, rel=1e-6)
 
 
 @pytest.mark.parametrize("mean", [False, True])
-def test_gradient_is_that_of_finite_differences(cdm_settings: CdmSettings, mean: bool) -> None:
+def test_gradient_is_that_of_finite_differences(method: CDM, mean: bool) -> None:
     inputs = gathered(3, mean=mean)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        parts = replace(inputs, student_logits=logits).parts(cdm_settings)
-        return objective(parts, alpha=0.3, weights=[1], tokens=6, positions=[4])
+        sums = replace(inputs, student_logits=logits).sums(method)
+        return weighted_loss(sums, alpha=0.3, weights=[1], labels=6, groups=[4])
 
     assert torch.autograd.gradcheck(loss, inputs.student_logits)
 
 
-def test_of_equal_models_is_zero(cdm_settings: CdmSettings) -> None:
+def test_of_equal_models_is_zero(method: CDM) -> None:
     """A student that says what the teacher says: for each pair the same probability, and the same rest."""
     generator = torch.Generator().manual_seed(5)
     teacher = torch.randn(4, VOCAB_T, generator=generator, dtype=torch.float64).softmax(-1)
@@ -161,10 +159,10 @@ def test_of_equal_models_is_zero(cdm_settings: CdmSettings) -> None:
     inputs = Gathered(
         student.log(), torch.zeros(6, dtype=torch.long), rows, None, top_k(teacher.log(), K, real=VOCAB_T)
     )
-    assert inputs.parts(cdm_settings).kd[0].kd.item() == pytest.approx(0, abs=1e-9)
+    assert inputs.sums(method).kd[0].kd.item() == pytest.approx(0, abs=1e-9)
 
 
-def test_batches_add_up(cdm_settings: CdmSettings) -> None:
+def test_batches_add_up(method: CDM) -> None:
     """Batch 4 is four batches of 1, each weighted by its labels and positions."""
     singles = [gathered(seed, tokens=6) for seed in range(4)]
     joined = Gathered(
@@ -178,17 +176,17 @@ def test_batches_add_up(cdm_settings: CdmSettings) -> None:
         ),
     )
 
-    def loss(one: Gathered, *, tokens: int, positions: int) -> float:
-        parts = one.parts(cdm_settings)
-        return objective(parts, alpha=0.4, weights=[1], tokens=tokens, positions=[positions]).item()
+    def loss(one: Gathered, *, labels: int, groups: int) -> float:
+        sums = one.sums(method)
+        return weighted_loss(sums, alpha=0.4, weights=[1], labels=labels, groups=[groups]).item()
 
-    together = loss(joined, tokens=24, positions=16)
-    assert together == pytest.approx(sum(loss(one, tokens=24, positions=16) for one in singles), abs=1e-12)
-    weighted = sum(loss(one, tokens=6, positions=4) * 4 / 16 for one in singles)
+    together = loss(joined, labels=24, groups=16)
+    assert together == pytest.approx(sum(loss(one, labels=24, groups=16) for one in singles), abs=1e-12)
+    weighted = sum(loss(one, labels=6, groups=4) * 4 / 16 for one in singles)
     assert together == pytest.approx(weighted, abs=1e-12)
 
 
-def test_permuting_positions_changes_nothing(cdm_settings: CdmSettings) -> None:
+def test_permuting_positions_changes_nothing(method: CDM) -> None:
     inputs = gathered(6)
     order = torch.tensor([2, 0, 3, 1])
     permuted = replace(
@@ -196,5 +194,5 @@ def test_permuting_positions_changes_nothing(cdm_settings: CdmSettings) -> None:
         student_rows=inputs.student_rows[order],
         teacher=TopK(inputs.teacher.ids[order], inputs.teacher.logprobs[order]),
     )
-    found, expected = (one.parts(cdm_settings).kd[0].kd.item() for one in (permuted, inputs))
+    found, expected = (one.sums(method).kd[0].kd.item() for one in (permuted, inputs))
     assert found == pytest.approx(expected, abs=1e-12)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from cdm_toolkit.hub.chat import ChatTemplate, chat_template, render
+from cdm_toolkit.hub.chat import ChatTemplate, chat_template
 
 from cdm_toolkit.errors import UnsupportedTokenizer
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
+from cdm_toolkit.kd import TokenizerPair
+from cdm_toolkit.kd.chat import ChatTemplate, chat_template
 
 CHAT = [
     {"role": "user", "content": "Wie heißt user?"},
@@ -29,12 +31,18 @@ def loaded(name: str, template: str | None = None) -> Loaded:
     return found
 
 
+def template_of(tokenizer: Loaded) -> ChatTemplate | None:
+    return chat_template(tokenizer.tokenizer, tokenizer.view.name)
+
+
 @pytest.mark.parametrize(("name", "template"), [("smollm2", None), ("mistral", LLAMA2)])
 def test_the_text_is_what_transformers_makes_and_contents_are_where_they_are(
     name: str, template: str | None
 ) -> None:
     tokenizer = loaded(name, template)
-    rendered = render(tokenizer, CHAT)
+    of_tokenizer = template_of(tokenizer)
+    assert of_tokenizer
+    rendered = of_tokenizer.render(CHAT)
     assert rendered.text == tokenizer.tokenizer.apply_chat_template(CHAT, tokenize=False)
     text = rendered.text.encode()
     for message, content, whole in zip(CHAT, rendered.contents, rendered.whole, strict=True):
@@ -47,7 +55,7 @@ def test_the_text_is_what_transformers_makes_and_contents_are_where_they_are(
 
 
 def test_a_template_goes_to_other_processes_as_text() -> None:
-    template = chat_template(loaded("smollm2"))
+    template = template_of(loaded("smollm2"))
     assert template
     copy = pickle.loads(pickle.dumps(template))
     assert copy == template
@@ -62,12 +70,12 @@ def test_what_a_template_leaves_out_has_no_place() -> None:
 
 def test_tokenizers_without_a_usable_template_are_named() -> None:
     plain = loaded("gpt2")
-    assert chat_template(plain) is None
+    assert template_of(plain) is None
     with pytest.raises(UnsupportedTokenizer, match=r"gpt2.*no chat template"):
-        render(plain, CHAT)
+        TokenizerPair(plain.tokenizer, plain.tokenizer, names=("gpt2", "gpt2")).align_chat(CHAT)
     plain.tokenizer.chat_template = {"a": LLAMA2, "b": LLAMA2}  # type: ignore[assignment]
     with pytest.raises(UnsupportedTokenizer, match="none of which is the default"):
-        render(plain, CHAT)
+        template_of(plain)
 
 
 @pytest.mark.parametrize(

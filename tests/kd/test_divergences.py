@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from cdm_toolkit.distill.losses.buckets import bucket_kl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cdm_toolkit.kd.divergences import bucket_kl
 
 TEMPERATURES = st.floats(0.3, 4.0)
 

@@ -1,50 +1,46 @@
-"""All methods, through `loss_parts`: their twins, their gradients, and what holds for each of them."""
+"""All methods, through `loss_sums`: their twins, their gradients, and what holds for each of them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from cdm_toolkit.distill.losses import spelled
-from cdm_toolkit.distill.losses.combine import Reader, loss_parts
-from cdm_toolkit.distill.losses.gold import GoldSettings, gold
-from cdm_toolkit.distill.losses.methods import METHODS, Ingredients, build_method
-from cdm_toolkit.distill.losses.pick import _LogProbs, log_sum_exp, top_k
-from cdm_toolkit.distill.losses.record import (
-    KdParts,
-    Method,
-    Reading,
-    StudentSees,
-    TeacherSays,
-    TopK,
-    objective,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from cdm_toolkit.errors import UnknownName
-from cdm_toolkit.vocab_map.contextual import PairTable
+from cdm_toolkit.kd import find_method, methods, spelling
+from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
+from cdm_toolkit.kd.method import Method
+from cdm_toolkit.kd.objective import weighted_loss
+from cdm_toolkit.kd.sparse_logprobs import _SparseLogprobs, log_sum_exp, top_k
+from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
 
-from .cases import PARTNERS, Case, alike, cast, draw
+from .cases import PARTNERS, Case, WorldPair, alike, cast, draw
 from .twins import TWINS
 
-every_method = pytest.mark.parametrize("name", METHODS)
+MADE_OF_A_MAP = {"spelling", "cdm", "exact", "min-ed", "prefix"}
+"""Methods that compare nothing but ids with a match."""
+WORLD = draw("exact", 0).world
+
+every_method = pytest.mark.parametrize("name", methods())
 
 
-def kd_of(case: Case, name: str) -> KdParts:
-    (kd,) = loss_parts(case.logits, case.labels, [case.reader(name)]).kd
+def kd_of(case: Case, name: str) -> KDSums:
+    (kd,) = loss_sums(case.logits, case.labels, [case.inputs(name)]).kd
     return kd
 
 
-def values(kd: KdParts) -> tuple[float, float, float]:
+def values(kd: KDSums) -> tuple[float, float, float]:
     return kd.kd.item(), kd.matched_mass.item(), kd.pairs.item()
 
 
 def test_each_method_has_a_twin() -> None:
-    assert set(TWINS) == set(METHODS)
+    assert set(TWINS) == set(methods())
 
 
 @every_method
@@ -59,8 +55,8 @@ def test_each_method_has_a_twin() -> None:
     rest=st.booleans(),
     beta=st.sampled_from([0.1, 0.5, 0.8]),
     tau=st.sampled_from([1.0, 100.0]),
-    inside=st.booleans(),
-    longer=st.booleans(),
+    intra_group=st.booleans(),
+    both_directions=st.booleans(),
 )
 @settings(max_examples=60)
 def test_equals_twin(name: str, seed: int, **options: object) -> None:
@@ -70,12 +66,12 @@ def test_equals_twin(name: str, seed: int, **options: object) -> None:
 
 
 def test_the_largest_outcomes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spelled, "OUTCOMES", 2)
+    monkeypatch.setattr(spelling, "OUTCOMES", 2)
     for seed in range(20):
-        case = draw("cdm", seed, k=9)
+        case = draw("spelling", seed, k=9)
         fewer = replace(case, world=replace(case.world, outcomes=2))
-        assert values(kd_of(case, "cdm")) == pytest.approx(fewer.twin("cdm"), rel=1e-7, abs=2e-6)
-        assert fewer.twin("cdm") != case.twin("cdm")
+        assert values(kd_of(case, "spelling")) == pytest.approx(fewer.twin("spelling"), rel=1e-7, abs=2e-6)
+        assert fewer.twin("spelling") != case.twin("spelling")
 
 
 @every_method
@@ -92,11 +88,11 @@ def test_equals_twin_in_training_precision(name: str, dtype: torch.dtype, tolera
 def test_gradient_is_that_of_finite_differences(name: str, k: int) -> None:
     for partners in PARTNERS:
         case = draw(name, 3, k=k, partners=partners, temperature=0.8, tau=7.0)
-        reader = case.reader(name)
+        inputs = case.inputs(name)
 
-        def loss(logits: torch.Tensor, case: Case = case, reader: Reader = reader) -> torch.Tensor:
-            parts = loss_parts(logits, case.labels, [reader])
-            return objective(parts, alpha=0.3, weights=[1.7], tokens=6, positions=[4])
+        def loss(logits: torch.Tensor, case: Case = case, inputs: LossInputs = inputs) -> torch.Tensor:
+            sums = loss_sums(logits, case.labels, [inputs])
+            return weighted_loss(sums, alpha=0.3, weights=[1.7], labels=6, groups=[4])
 
         assert torch.autograd.gradcheck(loss, case.logits.clone().requires_grad_(), eps=1e-7, atol=1e-6)
 
@@ -104,17 +100,21 @@ def test_gradient_is_that_of_finite_differences(name: str, k: int) -> None:
 @every_method
 def test_moves_the_student_and_only_the_student(name: str) -> None:
     case = draw(name, 4, tau=3.0)
-    reader, logits = case.reader(name), case.logits.clone().requires_grad_()
-    says = reader.says
-    told = [says.top.logprobs.clone().requires_grad_()]
-    if says.token_logprobs is not None:
-        told.append(says.token_logprobs.clone().requires_grad_())
-    asked = replace(says, top=TopK(says.top.ids, told[0]), token_logprobs=told[1] if told[1:] else None)
-    (kd,) = loss_parts(logits, case.labels, [replace(reader, says=asked)]).kd
+    inputs, logits = case.inputs(name), case.logits.clone().requires_grad_()
+    given = inputs.signal
+    of_teacher = [given.top.logprobs.clone().requires_grad_()]
+    if given.token_logprobs is not None:
+        of_teacher.append(given.token_logprobs.clone().requires_grad_())
+    signal = replace(
+        given,
+        top=TopK(given.top.ids, of_teacher[0]),
+        token_logprobs=of_teacher[1] if of_teacher[1:] else None,
+    )
+    (kd,) = loss_sums(logits, case.labels, [replace(inputs, signal=signal)]).kd
     kd.kd.backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0.001
-    assert all(one.grad is None for one in told)
+    assert all(one.grad is None for one in of_teacher)
     assert not kd.matched_mass.requires_grad
     assert not kd.pairs.requires_grad
 
@@ -134,7 +134,7 @@ def test_is_not_negative(name: str) -> None:
         assert kd_of(draw(name, seed), name).kd.item() > -1e-12
 
 
-@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.tables and name != "gold"])
+@pytest.mark.parametrize("name", sorted(MADE_OF_A_MAP))
 @pytest.mark.parametrize("rest", [True, False])
 def test_without_a_pair_there_is_nothing_to_learn(name: str, rest: bool) -> None:
     case = draw(name, 5, partners="none", rest=rest)
@@ -160,10 +160,10 @@ def test_a_batch_is_the_sum_of_its_texts(name: str) -> None:
         rows=torch.cat((first.rows, second.rows + first.positions)),
         group_s=torch.cat((first.group_s, second.group_s + first.groups)),
     )
-    apart = [loss_parts(case.logits, case.labels, [case.reader(name)]) for case in (first, second)]
-    together = loss_parts(joined.logits, joined.labels, [joined.reader(name)])
-    assert together.ce.item() == pytest.approx(sum(parts.ce.item() for parts in apart), abs=1e-12)
-    sums = [sum(side) for side in zip(*(values(parts.kd[0]) for parts in apart), strict=True)]
+    apart = [loss_sums(case.logits, case.labels, [case.inputs(name)]) for case in (first, second)]
+    together = loss_sums(joined.logits, joined.labels, [joined.inputs(name)])
+    assert together.ce.item() == pytest.approx(sum(one.ce.item() for one in apart), abs=1e-12)
+    sums = [sum(side) for side in zip(*(values(one.kd[0]) for one in apart), strict=True)]
     assert values(together.kd[0]) == pytest.approx(sums, abs=1e-12)
 
 
@@ -182,7 +182,7 @@ def test_certain_models_have_finite_gradients(name: str) -> None:
             assert torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.needs_top_k])
+@pytest.mark.parametrize("name", [name for name, kind in methods().items() if kind.reads_top_k()])
 def test_candidates_without_a_probability_count_for_nothing(name: str) -> None:
     """A teacher that rules ids out, with all its ids asked for."""
     case = draw(name, 8, k=9, partners="all")
@@ -197,7 +197,7 @@ def test_candidates_without_a_probability_count_for_nothing(name: str) -> None:
     assert torch.isfinite(loud.grad).all()
 
 
-@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.needs_tokens])
+@pytest.mark.parametrize("name", [name for name, kind in methods().items() if kind.reads_teacher_tokens])
 def test_a_text_that_a_model_rules_out_is_finite(name: str) -> None:
     case = draw(name, 8)
     case.teacher_logits[:, 3] = -torch.inf
@@ -221,53 +221,76 @@ def test_a_teacher_that_is_no_number_is_not_passed_over(name: str) -> None:
 @every_method
 def test_no_groups(name: str) -> None:
     case = draw(name, 9)
-    reader = case.reader(name)
+    inputs = case.inputs(name)
     nobody = torch.zeros(0, dtype=torch.long)
-    top = TopK(reader.says.top.ids[:0], reader.says.top.logprobs[:0])
-    spec = METHODS[name]
-    tokens = spec.needs_tokens or spec.needs_student_tokens
-    says = TeacherSays(top)
-    if spec.needs_tokens:
-        assert reader.says.token_logprobs is not None
-        says = TeacherSays(top, reader.says.token_logprobs[:0], nobody)
-    empty = Reader(
-        method=reader.method,
-        says=says,
-        vocab_s=reader.vocab_s,
+    top = TopK(inputs.signal.top.ids[:0], inputs.signal.top.logprobs[:0])
+    kind = find_method(name)
+    tokens = kind.reads_teacher_tokens or kind.reads_student_tokens
+    signal = TeacherSignal(top)
+    if kind.reads_teacher_tokens:
+        assert inputs.signal.token_logprobs is not None
+        signal = TeacherSignal(top, inputs.signal.token_logprobs[:0], nobody)
+    empty = LossInputs(
+        method=inputs.method,
+        signal=signal,
+        vocab_s=inputs.vocab_s,
         student_rows=nobody,
         token_rows=nobody if tokens else None,
         token_ids=nobody if tokens else None,
         token_group=nobody if tokens else None,
     )
-    (kd,) = loss_parts(case.logits, case.labels, [empty]).kd
+    (kd,) = loss_sums(case.logits, case.labels, [empty]).kd
     assert values(kd) == (0, 0, 0)
 
 
 def test_a_method_does_not_see_a_gradient() -> None:
-    case = draw("em", 10)
-    seen: list[StudentSees] = []
-    reader = case.reader("em")
+    case = draw("exact", 10)
+    seen: list[StudentLogits] = []
+    inputs = case.inputs("exact")
 
-    def method(sees: StudentSees, says: TeacherSays) -> Reading:
-        seen.append(sees)
-        return reader.method(sees, says)
+    class Looks:
+        def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[Any]:
+            seen.append(student)
+            return inputs.method.select(student, signal)
 
-    loss_parts(case.logits.clone().requires_grad_(), case.labels, [replace(reader, method=method)])
+        def loss(self, logprobs: torch.Tensor, request: LogprobRequest[Any], signal: TeacherSignal) -> KDSums:
+            return inputs.method.loss(logprobs, request, signal)
+
+    loss_sums(case.logits.clone().requires_grad_(), case.labels, [replace(inputs, method=Looks())])
     assert not seen[0].logits.requires_grad
     assert not seen[0].lse.requires_grad
 
 
 def test_unknown_method() -> None:
     with pytest.raises(UnknownName, match="did you mean gold"):
-        build_method("golf", Ingredients(vocab_t=3, vocab_s=3))
+        find_method("golf")
 
 
-def fake_gold(given: Ingredients) -> Method:
-    """Set GOLD up by hand: its weights are numbers, which only real tables have."""
-    assert given.partner is not None
-    claimed = torch.zeros(given.vocab_s, dtype=torch.bool, device="cuda")
-    settings = GoldSettings(given.partner, claimed, given.top_k, 0.7, 0.3, given.temperature)
-    return partial(gold, settings=settings)
+def on_cuda(name: str, *, vocab_t: int, vocab_s: int, k: int) -> Method[Any, Any]:
+    """Set a method up by hand, with tables without values: a real pair has none on fake CUDA."""
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=torch.long, device="cuda")
+
+    kind = find_method(name)
+    method = kind.__new__(kind)
+    nn.Module.__init__(method)
+    method.pair, method.top_k = WorldPair(replace(WORLD, vocab_t=vocab_t, vocab_s=vocab_s)), k
+    method.settings = kind.Settings() if name == "alm" else kind.Settings(temperature=0.8)
+    tables = {
+        "partner": ids(vocab_t),
+        "claimed": ids(vocab_s).bool(),
+        "partner_ids": ids(vocab_t + 1, 32),
+        "partner_keys": ids(vocab_t + 1, 32).int(),
+        "exact": ids(vocab_t),
+        "spelling": ids(vocab_t, 8),
+        "beginning": ids(vocab_s),
+    }
+    for table, values in tables.items():
+        method.register_buffer(table, values, persistent=False)
+    if name == "gold":
+        method.matched_weight = 0.7  # a number, which only real tables have
+    return method
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -280,35 +303,27 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    spec = METHODS[name]
-    student_tokens = spec.needs_tokens or spec.needs_student_tokens
+    kind = find_method(name)
+    student_tokens = kind.reads_teacher_tokens or kind.reads_student_tokens
     if mean and student_tokens:
         pytest.skip("whole tokens are rows of the labels' logits")
     vocab_s = 32_000
-    vocab_t = vocab_s if spec.same_tokenizer else 49_152
+    vocab_t = vocab_s if kind.same_tokenizer else 49_152
     tokens, groups, k = 256, 200, 100
     with FakeTensorMode():
 
         def ids(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.long, device="cuda")
 
-        given = Ingredients(
-            vocab_t=vocab_t,
-            vocab_s=vocab_s,
-            partner=ids(vocab_t),
-            pairs=PairTable(ids(vocab_t + 1, 32), ids(vocab_t + 1, 32).int(), vocab_s),
-            spelling=ids(vocab_t, 8),
-            beginning=ids(vocab_s),
-            top_k=k,
-            temperature=0.8,
-        )
-        method = fake_gold(given) if name == "gold" else build_method(name, given)
+        method = on_cuda(name, vocab_t=vocab_t, vocab_s=vocab_s, k=k)
         logits = torch.zeros(tokens, vocab_s + 64, device="cuda", dtype=torch.bfloat16)
         teacher = top_k(torch.zeros(groups, vocab_t, device="cuda", dtype=torch.bfloat16), k, real=vocab_t)
         token = ids(240) if student_tokens else None
-        reader = Reader(
+        inputs = LossInputs(
             method=method,
-            says=TeacherSays(teacher, *((ids(240).float(), ids(240)) if spec.needs_tokens else ())),
+            signal=TeacherSignal(
+                teacher, *((ids(240).float(), ids(240)) if kind.reads_teacher_tokens else ())
+            ),
             vocab_s=vocab_s,
             student_rows=ids(groups),
             student_group=ids(groups) if mean else None,
@@ -316,12 +331,12 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
             token_ids=token,
             token_group=token,
         )
-        parts = loss_parts(logits, ids(tokens), [reader, None, reader])
-        loss = objective(
-            parts, alpha=0.5, weights=[1, 2, 3], tokens=torch.tensor(tokens), positions=[groups, 0, groups]
+        sums = loss_sums(logits, ids(tokens), [inputs, None, inputs])
+        loss = weighted_loss(
+            sums, alpha=0.5, weights=[1, 2, 3], labels=torch.tensor(tokens), groups=[groups, 0, groups]
         )
         assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
 
         saved = SimpleNamespace(saved_tensors=(logits, log_sum_exp(logits), ids(groups), ids(groups)))
-        gradient, *_ = _LogProbs.backward(saved, torch.zeros(groups, device="cuda"))
+        gradient, *_ = _SparseLogprobs.backward(saved, torch.zeros(groups, device="cuda"))
         assert (gradient.device.type, gradient.dtype, gradient.shape) == ("cuda", logits.dtype, logits.shape)

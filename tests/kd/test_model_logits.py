@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cdm_toolkit.distill.gather import logits_at
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -15,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+from cdm_toolkit.kd.model_logits import logits_at
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {

@@ -8,20 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cdm_toolkit.distill.losses.alm import binary_kl, log1mexp
-from cdm_toolkit.distill.losses.buckets import generalised_jsd
-from cdm_toolkit.distill.losses.combine import loss_parts
-from cdm_toolkit.distill.losses.gold import gold_settings
-from cdm_toolkit.distill.losses.record import TopK
-from cdm_toolkit.distill.losses.static_map import merged
-from cdm_toolkit.distill.losses.uld import sorted_l1
 
-from .cases import Case, draw
+from cdm_toolkit.kd.alm import binary_kl, log1mexp
+from cdm_toolkit.kd.divergences import generalised_jsd
+from cdm_toolkit.kd.gold import GOLD
+from cdm_toolkit.kd.loss_sums import loss_sums
+from cdm_toolkit.kd.static_map import merged
+from cdm_toolkit.kd.types import TopK
+from cdm_toolkit.kd.uld import sorted_l1
+
+from .cases import Case, draw, method_of
 from .twins import jsd, kl, softmax
 
 
 def kd_of(case: Case, name: str) -> float:
-    return loss_parts(case.logits, case.labels, [case.reader(name)]).kd[0].kd.item()
+    return loss_sums(case.logits, case.labels, [case.inputs(name)]).kd[0].kd.item()
 
 
 def distributions(case: Case, temperature: float) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -123,10 +124,12 @@ def test_gold_of_whole_vocabularies_is_its_trainers() -> None:
         assert kd_of(case, "gold") == pytest.approx(gold_by_its_trainer(case), rel=1e-9)
 
 
-def test_gold_settings() -> None:
-    settings = gold_settings(torch.tensor([4, -1, 0, 4]), vocab_s=6, top_k=3, temperature=1.0, beta=0.5)
-    assert settings.claimed.tolist() == [True, False, False, False, True, False]
-    assert (settings.matched_weight, settings.unmatched_weight) == (0.75, 0.25)
+def test_gold_tables() -> None:
+    world = replace(draw("gold", 0).world, vocab_t=4, vocab_s=6, partner=(4, -1, 0, 4), top_k=3)
+    method = method_of(world, "gold")
+    assert isinstance(method, GOLD)
+    assert method.claimed.tolist() == [True, False, False, False, True, False]
+    assert (method.matched_weight, 1 - method.matched_weight) == (0.75, 0.25)
 
 
 def test_merging_adds_probabilities_up() -> None:

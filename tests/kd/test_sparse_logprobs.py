@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cdm_toolkit.distill.losses import pick
-from cdm_toolkit.distill.losses.pick import log_probs, log_sum_exp, top_k
+
+from cdm_toolkit.kd import sparse_logprobs as module
+from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, sparse_logprobs, top_k
 
 
 @pytest.fixture
@@ -24,31 +25,31 @@ def log_softmax_twin(logits: np.ndarray) -> np.ndarray:
 
 
 def test_equals_twin(logits: torch.Tensor) -> None:
-    picked = log_probs(logits, log_sum_exp(logits), ROWS, IDS)
+    picked = sparse_logprobs(logits, log_sum_exp(logits), ROWS, IDS)
     assert np.allclose(picked, log_softmax_twin(logits.numpy())[ROWS, IDS], atol=1e-14)
 
 
 def test_gradient_is_that_of_finite_differences(logits: torch.Tensor) -> None:
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: log_probs(z, log_sum_exp(z.detach()), ROWS, IDS), logits)
+    assert torch.autograd.gradcheck(lambda z: sparse_logprobs(z, log_sum_exp(z.detach()), ROWS, IDS), logits)
 
 
 def test_chunks_change_nothing(logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def all_of(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         z = z.clone().requires_grad_()
-        log_probs(z, log_sum_exp(z.detach()), ROWS, IDS).pow(2).sum().backward()
+        sparse_logprobs(z, log_sum_exp(z.detach()), ROWS, IDS).pow(2).sum().backward()
         best = top_k(z.detach(), 4, real=9, rows=ROWS)
         return z.grad, best.ids, best.logprobs  # type: ignore[return-value]
 
     whole = all_of(logits)
-    monkeypatch.setattr(pick, "CHUNK_ELEMENTS", 2 * 11)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 11)
     assert all(torch.equal(a, b) for a, b in zip(whole, all_of(logits), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(logits: torch.Tensor, dtype: torch.dtype) -> None:
     half = logits.to(dtype).requires_grad_()
-    picked = log_probs(half, log_sum_exp(half.detach()), ROWS, IDS)
+    picked = sparse_logprobs(half, log_sum_exp(half.detach()), ROWS, IDS)
     assert picked.dtype == torch.float32
     expected = half.detach().float().log_softmax(-1)[ROWS, IDS]
     assert torch.allclose(picked, expected, atol=1e-6)
@@ -64,7 +65,7 @@ def test_half_precision_keeps_the_gradient_of_a_confident_label() -> None:
     exact = half.double().requires_grad_()
     half.requires_grad_()
     rows, ids, weights = torch.tensor([0, 1, 1]), torch.tensor([3, 5, 5]), torch.tensor([1.0, 0.5, 0.25])
-    (log_probs(half, log_sum_exp(half.detach()), rows, ids) * weights).sum().backward()
+    (sparse_logprobs(half, log_sum_exp(half.detach()), rows, ids) * weights).sum().backward()
     (exact.log_softmax(-1)[rows, ids] * weights).sum().backward()
     assert half.grad is not None
     assert exact.grad is not None
@@ -74,7 +75,7 @@ def test_half_precision_keeps_the_gradient_of_a_confident_label() -> None:
 def test_no_rows() -> None:
     empty = torch.zeros(0, 5, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
-    log_probs(empty, log_sum_exp(empty.detach()), none, none).sum().backward()
+    sparse_logprobs(empty, log_sum_exp(empty.detach()), none, none).sum().backward()
     assert top_k(empty.detach(), 3, real=5).ids.shape == (0, 3)
 
 

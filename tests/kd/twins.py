@@ -47,8 +47,8 @@ class World:
     """The student id that stands for the teacher token that each student id begins with."""
     longest: int
     """Tokens of a spelling that a method knows."""
-    inside: bool = True
-    longer: bool = True
+    intra_group: bool = True
+    both_directions: bool = True
     """Look from the student's candidates too."""
     outcomes: int = 128
 
@@ -111,7 +111,7 @@ def static_map_twin(group: Group, world: World) -> tuple[float, float, int]:
     return kd, *matched(group, world)
 
 
-def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
+def spelling_twin(group: Group, world: World) -> tuple[float, float, int]:
     """Walk through the group's tokens: who of the candidates is still spelled like the text, and goes on how?"""
     candidates = group.teacher
     kd = 0.0
@@ -119,7 +119,7 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
         list(world.ways[teacher_id]) == group.text for teacher_id in candidates
     )
     for place, student in enumerate(group.at_tokens):
-        if place and not (expected and world.inside):
+        if place and not (expected and world.intra_group):
             break
         masses: dict[int, float] = {}
         for teacher_id, mass in candidates.items():
@@ -132,7 +132,7 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
             masses = {i: mass / sum(masses.values()) for i, mass in masses.items()}
         masses = dict(sorted(masses.items(), key=lambda item: -item[1])[: world.outcomes])
         q = {i: float(student[i]) for i in masses}
-        if not place and world.longer:
+        if not place and world.both_directions:
             for i in best(student, world):
                 if i not in masses and world.beginning[i] in masses:
                     q[world.beginning[i]] += student[i]
@@ -141,7 +141,7 @@ def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
     return kd, sum(spelled), len(spelled)
 
 
-def near_twin(group: Group, world: World) -> tuple[float, float, int]:
+def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
     """No neighbours: the exact partners, one to one, wherever the student ranks them."""
     return static_map_twin(group, world)
 
@@ -208,10 +208,10 @@ def jsd_twin(group: Group, world: World) -> tuple[float, float, int]:
 
 
 TWINS = {
+    "spelling": spelling_twin,
     "cdm": cdm_twin,
-    "cdm-near": near_twin,
-    "em": static_map_twin,
-    "mined": static_map_twin,
+    "exact": static_map_twin,
+    "min-ed": static_map_twin,
     "prefix": static_map_twin,
     "uld": uld_twin,
     "alm": alm_twin,

@@ -1,46 +1,63 @@
-"""What a teacher in memory says at the groups of a batch."""
+"""The signal of a teacher in memory at the groups of a batch."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from cdm_toolkit.distill.collate import Collator, TeacherBatch, TeacherLayout
-from cdm_toolkit.distill.config import Positions
-from cdm_toolkit.distill.data import Features, TeacherSide, build_features, side_of
-from cdm_toolkit.distill.losses.record import TeacherSays
-from cdm_toolkit.distill.rows import read_rows
-from cdm_toolkit.distill.teacher import OnlineTeacher
 
+from cdm_toolkit.batching import Padding
+from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.kd.aligned_rows import AlignedRow
+from cdm_toolkit.kd.batch import AlignedBatch, Collator
+from cdm_toolkit.kd.settings import Positions
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, tokenizer_side
+from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
+from cdm_toolkit.teachers import Local
 
 K = 7
 
 
+def side_of(name: str) -> TokenizerSide:
+    loaded = load_tokenizer(name)
+    return tokenizer_side(loaded.tokenizer, loaded.view)
+
+
 @pytest.fixture(scope="module")
-def features(tiny) -> list[Features]:
-    student, teacher = side_of(load_tokenizer(tiny.student)), side_of(load_tokenizer(tiny.teacher))
-    built, _ = build_features(read_rows(tiny.data)[:4], student, [TeacherSide(teacher)])
+def folder(small_models: Path) -> str:
+    return str(small_models / "teacher")
+
+
+@pytest.fixture(scope="module")
+def features(small_models: Path, folder: str) -> list[AlignedRow]:
+    student, teacher = side_of(str(small_models / "student")), side_of(folder)
+    built, _ = build_features(read_rows("sample:train")[:4], student, [TeacherSide(teacher)])
     return list(built)
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
-    return load_model(tiny.teacher)
+def model(folder: str):
+    return load_model(folder)
 
 
-def batch_of(features: list[Features], layout: TeacherLayout) -> TeacherBatch:
-    return Collator((layout,))(features)["teachers"][0]
+def batch_of(features: list[AlignedRow], padding: Padding = "right") -> AlignedBatch:
+    return Collator((("t", "s"),), teacher_padding=padding)(features)
 
 
-def says(model, features: list[Features], layout: TeacherLayout) -> TeacherSays:
-    teacher = OnlineTeacher(model, vocab_t=model.config.vocab_size, k=K, mean=layout.positions == "mean")
-    return teacher.says(batch_of(features, layout), [row.row for row in features])
+def signal(
+    model, features: list[AlignedRow], padding: Padding, *, tokens: bool = False, mean: bool = False
+) -> TeacherSignal:
+    teacher = Local(model, vocab=model.config.vocab_size)
+    return teacher.signal(batch_of(features, padding), SignalRequest(K, tokens, mean))
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("positions", ["boundary", "mean"])
-def test_equals_each_row_by_itself(model, features: list[Features], positions: Positions, padding) -> None:
+def test_equals_each_row_by_itself(model, features: list[AlignedRow], positions: Positions, padding) -> None:
     """Right and left padding, batch 4 and 1: the same distributions."""
     expected = []
     for row in features:
@@ -50,14 +67,14 @@ def test_equals_each_row_by_itself(model, features: list[Features], positions: P
             read = logits[[t0 - 1]] if positions == "boundary" else logits[t0 - 1 : t1 - 1]
             expected.append(read.mean(0).log_softmax(-1))
     distributions = torch.stack(expected)
-    top = says(model, features, TeacherLayout(positions, padding=padding)).top
+    top = signal(model, features, padding, mean=positions == "mean").top
     assert torch.allclose(top.logprobs, distributions.topk(K).values, atol=1e-5)
     assert torch.allclose(distributions.gather(1, top.ids), top.logprobs, atol=1e-5)
     assert not top.logprobs.requires_grad
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_whole_tokens(model, features: list[Features], padding) -> None:
+def test_whole_tokens(model, features: list[AlignedRow], padding) -> None:
     expected = []
     for row in features:
         teacher = row.teachers[0]
@@ -65,24 +82,31 @@ def test_whole_tokens(model, features: list[Features], padding) -> None:
         logprobs = model(ids[None]).logits[0].detach().log_softmax(-1)
         for t0, t1 in teacher.groups[:, :2].tolist():
             expected += [logprobs[place - 1, ids[place]].item() for place in range(t0, t1)]
-    said = says(model, features, TeacherLayout(tokens=True, padding=padding))
-    assert said.token_logprobs is not None
-    assert said.token_logprobs.tolist() == pytest.approx(expected, abs=1e-4)
-    plain = says(model, features, TeacherLayout(padding=padding))
-    assert torch.equal(said.top.ids, plain.top.ids)
-    assert torch.allclose(said.top.logprobs, plain.top.logprobs, atol=1e-5)
+    found = signal(model, features, padding, tokens=True)
+    assert found.token_logprobs is not None
+    assert found.token_logprobs.tolist() == pytest.approx(expected, abs=1e-4)
+    plain = signal(model, features, padding)
+    assert torch.equal(found.top.ids, plain.top.ids)
+    assert torch.allclose(found.top.logprobs, plain.top.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [False, True])
-def test_padded_embedding_rows_are_left_out(tiny, features: list[Features], tokens: bool) -> None:
-    model = load_model(tiny.teacher)
+def test_padded_embedding_rows_are_left_out(folder: str, features: list[AlignedRow], tokens: bool) -> None:
+    model = load_model(folder)
     rows = model.config.vocab_size
-    batch = batch_of(features, TeacherLayout(tokens=tokens))
-    before = OnlineTeacher(model, vocab_t=rows, k=K).says(batch, ())
+    batch, request = batch_of(features), SignalRequest(K, token_logprobs=tokens)
+    before = Local(model, vocab=rows).signal(batch, request)
     model.resize_token_embeddings(rows + 24)
     model.get_output_embeddings().weight.data[rows:] = 10 * model.get_output_embeddings().weight.data[:24]
-    after = OnlineTeacher(model, vocab_t=rows, k=K).says(batch, ())
+    after = Local(model, vocab=rows).signal(batch, request)
     assert torch.equal(before.top.ids, after.top.ids)
     assert torch.allclose(before.top.logprobs, after.top.logprobs, atol=1e-5)
     if tokens:
         assert torch.allclose(before.token_logprobs, after.token_logprobs, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_the_model_is_frozen(folder: str) -> None:
+    model = load_model(folder).train()
+    Local(model, vocab=model.config.vocab_size)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
