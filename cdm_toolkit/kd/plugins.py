@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -37,9 +38,12 @@ def _import(file: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"cdm_methods_{file.stem}", file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise FileProblem(file, "there is no such Python file", f"mend the environment variable {VARIABLE}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations that are strings
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
     except Exception as error:  # whatever a person's own file raises
+        del sys.modules[spec.name]
         raise CdmError(
             f"the methods of {file} cannot be imported", got=f"{type(error).__name__}: {error}"
         ) from error

@@ -1,42 +1,67 @@
-"""What docs/distill.md says of options is what the code has."""
+"""What docs/distill.md says of methods and their options is what the classes have."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from cdm_toolkit.distill.config import _OPTIONS, TeacherConfig
+from cdm_toolkit.distill.settings import ACROSS_TOKENIZERS, TeacherConfig, from_mapping
+from cdm_toolkit.kd.method import methods
+from cdm_toolkit.kd.settings import fields_of
 
-DOCS = Path(__file__).parents[2] / "docs" / "distill.md"
-NO_ALIGNMENT = {"kl", "reverse-kl", "jsd"}
-
-
-def rows() -> Iterator[tuple[str, str, str]]:
-    section = DOCS.read_text(encoding="utf-8").split("### Options of a method")[1].split("###")[0]
-    for line in section.splitlines():
-        if line.startswith("| `"):
-            option, default, methods, _ = (cell.strip() for cell in line.strip("|").split(" | "))
-            yield option.strip("`"), default.strip("`"), methods
+PAGE = (Path(__file__).parents[2] / "docs" / "distill.md").read_text(encoding="utf-8")
+OURS = {name: method for name, method in methods().items() if method.__module__.startswith("cdm_toolkit.")}
 
 
-def described(methods: str) -> set[str]:
-    """Give the keys of _OPTIONS that a cell of the table names."""
-    found = set()
-    for name, mapping in re.findall(r"`([\w-]+)`(?: \(`(\w+)`\))?", methods):
-        if name == "cdm":
-            found |= {"cdm"} if mapping != "near" else set()
-            found |= {"cdm-near"} if mapping != "spelled" else set()
-        else:
-            found.add(name)
-    return _OPTIONS.keys() - found if methods.startswith("all but") else found
+def table(head: str) -> list[list[str]]:
+    """Give the cells of the table that has this head."""
+    section = PAGE.split(f"| {head} |\n")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines()[1:]]
 
 
-def test_every_option_has_its_methods_and_its_default() -> None:
-    told = {option: (default, described(methods)) for option, default, methods in rows()}
-    assert told.keys() == set().union(*_OPTIONS.values())
+def named(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def written(default: Any) -> str:
+    if default is None:
+        return "unset"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def test_every_method_is_in_the_table() -> None:
+    told = {
+        named(name)[0]: others for name, *others in table("method | what is compared | tokenizers | source")
+    }
+    assert told == {
+        name: [method.summary, "one" if method.same_tokenizer else "any two", method.source]
+        for name, method in OURS.items()
+    }
+
+
+def test_every_option_has_its_methods_its_default_and_its_meaning() -> None:
+    told = {}
+    for option, default, of, meaning in table("option | default | methods | meaning"):
+        listed = set(named(of))
+        key = (named(option)[0], named(default)[0], meaning)
+        told[key] = OURS.keys() - listed if of.startswith("all but") else listed
+    found = defaultdict(set)
+    for name, method in OURS.items():
+        for field in fields_of(method.Settings):
+            found[field.name, written(field.default), field.about].add(name)
+    assert told == found
+
+
+def test_the_options_of_two_tokenizers() -> None:
+    told = {named(option)[0]: named(default)[0] for option, default, _ in table("option | default | meaning")}
     config = TeacherConfig(model="-")
-    for option, (default, methods) in told.items():
-        value = config.candidates if option == "top_k" else getattr(config, option)
-        assert default == str(value).replace("True", "true"), option
-        assert methods == {method for method, options in _OPTIONS.items() if option in options}, option
+    assert told == {name: getattr(config, name) for name in ACROSS_TOKENIZERS}
+
+
+def test_the_run_file_is_one() -> None:
+    import yaml
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert [teacher.method for teacher in from_mapping(yaml.safe_load(block)).teachers] == ["kl", "spelling"]
