@@ -17,6 +17,8 @@ install_import_hook(
         "cdm_toolkit.tokdiff",
         "cdm_toolkit.alignment",
         "cdm_toolkit.vocab_map",
+        "cdm_toolkit.artifacts",
+        "cdm_toolkit.batching",
         "cdm_toolkit.kd",
         "cdm_toolkit.teachers",
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from cdm_toolkit.hub.chat import ChatTemplate, chat_template
 
 from cdm_toolkit.errors import UnsupportedTokenizer
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
