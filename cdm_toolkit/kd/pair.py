@@ -33,7 +33,6 @@ from cdm_toolkit.vocab_map.spelling import Spellings, build_spellings
 from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap
 
 Table = TypeVar("Table")
-RowLike = Mapping[str, Any] | Row
 
 
 @runtime_checkable
@@ -166,7 +165,7 @@ class TokenizerPair:
 
     def collate(
         self,
-        rows: Sequence[RowLike],
+        rows: Sequence[Any],
         *,
         max_length: int = 512,
         template: TemplateName = "none",
@@ -238,7 +237,7 @@ class TokenizerPair:
 
 def collate(
     pairs: Sequence[TokenizerPair],
-    rows: Sequence[RowLike],
+    rows: Sequence[Any],
     *,
     max_length: int = 512,
     template: TemplateName = "none",

@@ -17,7 +17,13 @@ from cdm_toolkit.kd.sparse_logprobs import top_k
 from cdm_toolkit.kd.types import TeacherSignal
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.spelling import Spellings
-from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, TokenizerPairInfo, VocabMap
+from cdm_toolkit.vocab_map.types import (
+    Neighbours,
+    NeighbourTable,
+    TokenizerPairInfo,
+    VocabMap,
+    single_match_map,
+)
 
 from .twins import TWINS, Group, World, softmax
 

@@ -183,13 +183,13 @@ def refused(error: type[CdmError], call: Any) -> str:
 
 def test_two_tokenizers_where_a_method_is_for_one(two: TokenizerPair) -> None:
     assert refused(BadOption, lambda: KL(two)) == (
-        "method is 'kl'; give one for different tokenizers, such as spelling: teacher is not student"
+        "`method` is 'kl'; give one for different tokenizers, such as spelling: teacher is not student"
     )
 
 
 def test_more_candidates_than_ids(two: TokenizerPair) -> None:
     assert refused(BadOption, lambda: ULD(two, top_k=701)) == (
-        "top_k is 701; give at most 700: the smaller vocabulary has no more ids"
+        "`top_k` is 701; give at most 700: the smaller vocabulary has no more ids"
     )
     assert ULD(two, top_k=700).top_k == 700
     assert ALM(two).top_k == 1
