@@ -85,6 +85,7 @@ def test_a_run_file_with_options_and_assignments_over_it(cdm, run_file: Path, tm
     assert answer.status == 0, answer.err
     said = json.loads(answer.out)
     assert said["steps"] == 2
+    assert answer.err.count(f"device: {resolve_device('auto')}\n") == 1
     assert said["losses"][0]["teachers"][0]["pairs"] <= 20
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert provenance["config"]["train"]["max_steps"] == 2
