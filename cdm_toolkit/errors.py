@@ -269,7 +269,7 @@ class CodeNotAllowed(CdmError):
 
 
 class IsolationMissing(CdmError):
-    """The machine cannot build the walls that untrusted programs run behind."""
+    """The machine cannot set up the isolation layers that untrusted programs need."""
 
     def __init__(self, lacking: str, why: str) -> None:
         super().__init__(

@@ -72,7 +72,7 @@ EXAMPLES: list[tuple[str, CdmError]] = [
     (
         "distill",
         errors.BadRunConfig(
-            "run.yaml", ["train.lr is -1: give a number above 0", "methd: did you mean method?"]
+            "run.yaml", ["train.lr is -1: give a number above 0", "methd is no setting, did you mean method?"]
         ),
     ),
     ("distill", errors.NothingToTrain("data.jsonl", "12 rows: 12 too long")),

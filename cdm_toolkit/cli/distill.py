@@ -162,8 +162,7 @@ def distill(
         "train.tensorboard": tensorboard,
     }
     config = _config(run_file, said, assignments or [], without_teachers=method == "sft")
-    screen.say_device(config.train.torch_device)
-    with _TrainingScreen(as_json) as shown:
+    with _TrainingScreen(config.train.torch_device, as_json) as shown:
         if dry_run:
             planned = plan(config, on_progress=shown.follow)
         else:
@@ -259,15 +258,17 @@ def _as_yaml(value: Any) -> str:
 class _TrainingScreen:
     """Draw the stages of a run, and a line of the log now and then."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, device: str, quiet: bool) -> None:
         from cdm_toolkit.cli import screen
 
         self._bar = screen.progress()
+        self._device = device
         self._console = self._bar.console
         self._tasks: dict[str, Any] = {}
         self._last: StepLog | None = None
         self._logged_at = time.monotonic()
-        self._quiet = quiet or bool(int(os.environ.get("RANK", "0")))
+        self._first_process = not int(os.environ.get("RANK", "0"))
+        self._quiet = quiet or not self._first_process
 
     def __enter__(self) -> _TrainingScreen:
         self._bar.__enter__()
@@ -283,6 +284,8 @@ class _TrainingScreen:
             )
             if progress.stage == "train":
                 self._logged_at = time.monotonic()
+            if progress.stage == "load" and self._first_process:
+                self._say_device()  # not before: a mistake of the user's is then one line
         task = self._tasks[progress.stage]
         self._bar.update(task, completed=progress.done, total=progress.total)
         if progress.log is not None and progress.log is not self._last:
@@ -294,6 +297,11 @@ class _TrainingScreen:
             if not self._quiet:
                 line = _log_line(progress.log, speed)
                 self._console.print(line, markup=False, soft_wrap=True, style="dim")
+
+    def _say_device(self) -> None:
+        from cdm_toolkit.cli import screen
+
+        screen.say_device(self._device)
 
 
 STAGES = {

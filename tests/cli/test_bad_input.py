@@ -161,6 +161,6 @@ def test_faults_name_the_options_where_there_is_no_run_file(cdm, rows: Path, tmp
     refused(cdm(*command, *teacher, "--lora-rank", "-1", "--alpha", "3"), "2 faults: --alpha is 3")
     refused(
         cdm(*command, *teacher, "--method", "kl", "--max-edit-distance", "0.2"),
-        "a fault: kl has no use for max_edit_distance",
+        "a fault: --max-edit-distance is of no use to kl: it has temperature, top_k",
     )
     refused(cdm(*command, *teacher, "--set", "train.lrr=1"), "train.lrr is no setting")

@@ -14,10 +14,12 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
-from cdm_toolkit.distill.config import from_file
 
 from cdm_toolkit.cli.distill import distill
 from cdm_toolkit.distill.recipes import list_recipes
+from cdm_toolkit.distill.settings import from_file
+from cdm_toolkit.hub.models import resolve_device
+from cdm_toolkit.kd.method import methods
 
 RUN: dict[str, Any] = {
     "alpha": 0.5,
@@ -56,12 +58,14 @@ def run_file(models: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def test_the_help_has_the_defaults_of_a_run() -> None:
-    from cdm_toolkit.distill.config import DataConfig, DistillConfig, TeacherConfig
+    from cdm_toolkit.distill.settings import DataConfig, DistillConfig, TeacherConfig
 
     config = DistillConfig(
         student="-", data=DataConfig(path="-"), output="-", teachers=(TeacherConfig(model="-"),)
     )
-    places = (config, config.data, config.train, config.teachers[0])
+    (teacher,) = config.teachers
+    of_methods = [method.Settings() for method in methods().values()]
+    places = (config, config.data, config.train, teacher, teacher.method_settings, *of_methods)
     hints = get_type_hints(distill, include_extras=True)
     shown = {
         name: option.show_default
@@ -69,10 +73,10 @@ def test_the_help_has_the_defaults_of_a_run() -> None:
         for option in getattr(hint, "__metadata__", ())
         if isinstance(getattr(option, "show_default", None), str)
     }
-    assert {"lr", "alpha", "top_k", "method", "batch_size", "max_length"} <= shown.keys()
+    assert {"lr", "alpha", "top_k", "method", "batch_size", "max_length", "max_edit_distance"} <= shown.keys()
     for name, default in shown.items():
         values = [getattr(place, name) for place in places if hasattr(place, name)]
-        value = config.teachers[0].candidates if name == "top_k" else values[0]
+        value = teacher.options["top_k"] if name == "top_k" else values[0]
         assert default == str(value), name
 
 
@@ -81,6 +85,7 @@ def test_a_run_file_with_options_and_assignments_over_it(cdm, run_file: Path, tm
     assert answer.status == 0, answer.err
     said = json.loads(answer.out)
     assert said["steps"] == 2
+    assert answer.err.count(f"device: {resolve_device('auto')}\n") == 1
     assert said["losses"][0]["teachers"][0]["pairs"] <= 20
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert provenance["config"]["train"]["max_steps"] == 2
@@ -96,8 +101,8 @@ def test_a_plan_trains_nothing(cdm, run_file: Path, tmp_path: Path) -> None:
         assert word in answer.out
     assert not (tmp_path / "out").exists()
     plan = json.loads(cdm("distill", run_file, "--dry-run", "--json").out)
-    assert 0 < plan["lessons"][0]["matched_mass"] < 0.1, "an untrained teacher's top k have little of it"
-    assert "has a partner in the student's vocabulary" in answer.err
+    assert 0 < plan["teachers"][0]["matched_mass"] < 0.1, "an untrained teacher's top k have little of it"
+    assert "has a match in the student's vocabulary" in answer.err
     assert plan["config"]["alpha"] == 0.5
 
 
@@ -110,7 +115,7 @@ def test_faults_of_a_run_file_are_one_line(cdm, run_file: Path) -> None:
     assert (answer.status, answer.out) == (2, "")
     (line,) = answer.err.strip().splitlines()
     assert line.startswith(f"cdm: error: {run_file} has 3 faults: ")
-    for word in ("did you mean train?", "kl has no use for max_edit_distance", "alpha is 7"):
+    for word in ("did you mean train?", "max_edit_distance is of no use to kl", "alpha is 7"):
         assert word in line
     assert cdm("distill", "small/cmd").err.strip().endswith("small/transplant, small/two-teachers")
     assert "there is no such file" in cdm("distill", "none.yaml").err
@@ -125,12 +130,12 @@ def test_recipes_are_listed_shown_and_copied(cdm, tmp_path: Path) -> None:
         for pair in ("phi3-qwen2", "llama3-gemma2", "qwen2-opt")
         for task in ("instruct", "code", "math")
     } <= set(names)
-    shown = cdm("recipes", "show", "small/cdm").out
+    shown = cdm("recipes", "show", "small/spelling").out
     assert yaml.safe_load(shown)["teachers"] == [{"model": "smollm2"}]
-    copied = cdm("recipes", "copy", "small/cdm", tmp_path / "mine.yaml")
+    copied = cdm("recipes", "copy", "small/spelling", tmp_path / "mine.yaml")
     assert "cdm distill" in copied.out
     assert (tmp_path / "mine.yaml").read_text() == shown
-    assert "--overwrite" in cdm("recipes", "copy", "small/cdm", tmp_path / "mine.yaml").err
+    assert "--overwrite" in cdm("recipes", "copy", "small/spelling", tmp_path / "mine.yaml").err
     assert "did you mean small/cdm?" in cdm("recipes", "show", "small/cmd").err
 
 

@@ -77,9 +77,11 @@ def test_models_are_scored_side_by_side(folders: list[str]) -> None:
 
 
 def test_the_start_token_is_that_of_training(folders: list[str]) -> None:
-    from cdm_toolkit.distill.data import side_of
+    from cdm_toolkit.kd.tokenized_rows import tokenizer_side
 
-    assert start_token(load_subject(folders[0]).tokenizer) == side_of(load_tokenizer(folders[0])).start
+    loaded = load_tokenizer(folders[0])
+    training = tokenizer_side(loaded.tokenizer, loaded.view)
+    assert start_token(load_subject(folders[0]).tokenizer) == training.start
 
 
 @pytest.mark.slow

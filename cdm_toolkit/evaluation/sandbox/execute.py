@@ -76,7 +76,7 @@ def run_programs(
             for done in as_completed(indices):
                 yield indices[done], done.result()
         except SetupError as error:
-            raise IsolationMissing("walls that it had before", str(error)) from None
+            raise IsolationMissing("isolation layers that it had before", str(error)) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -179,7 +179,7 @@ class _SandboxProcess:
             self._send("mapped")
             report = self._report(SETUP_SECONDS)
         if "child" not in report:
-            raise SetupError(str(report.get("problem", "the process that builds the walls ended")))
+            raise SetupError(str(report.get("problem", "the process that sets up the isolation ended")))
         self._child = int(report["child"])
 
     def end(self) -> _End:
