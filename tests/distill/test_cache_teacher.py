@@ -271,7 +271,7 @@ def test_parts_make_the_whole(tiny, tmp_path: Path) -> None:
 def test_another_run_in_the_same_folder_is_refused(tiny, folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "rows.jsonl"
     other.write_text(json.dumps({"prompt": "the cat", "completion": "sits"}) + "\n")
-    changes = {"-k": {"k": 5}, "the data": {"data": str(other)}, "the model": {"model": tiny.student}}
+    changes = {"`k`": {"k": 5}, "the data": {"data": str(other)}, "the model": {"model": tiny.student}}
     for words, change in changes.items():
         with pytest.raises(BadArtifact, match=f"{words} is "):
             make(tiny, folder, **{"dtype": "float32"} | change)
@@ -316,7 +316,7 @@ def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:
     completion = side.view.encode(rows[0].completion).ids
     assert len(completion) <= len(row.token_logprobs) <= len(completion) + 2
     (tmp_path / "teacher" / "chat_template.jinja").write_text(template.replace(": ", " says "))
-    with pytest.raises(BadArtifact, match="--template is chat"):
+    with pytest.raises(BadArtifact, match="`template` is chat"):
         make(tiny, tmp_path / "cache", model=model, template="chat")
     with pytest.raises(BadArtifact, match="its template is chat"):
         open_cache(tmp_path / "cache", side_of(model), rows, "chat")
@@ -336,19 +336,19 @@ def test_logits_that_are_no_numbers(tiny, tmp_path: Path, monkeypatch: pytest.Mo
         return model
 
     monkeypatch.setattr(module, "load_model", broken)
-    with pytest.raises(BadRow, match="not finite; give --teacher-dtype float32"):
+    with pytest.raises(BadRow, match="not finite; give `teacher_dtype='float32'`"):
         make(tiny, tmp_path / "cache")
     assert content(tmp_path / "cache") == {}
 
 
 def test_sizes_that_do_not_fit(tiny, tmp_path: Path) -> None:
     vocab = load_tokenizer(tiny.teacher).view.vocab_size
-    with pytest.raises(BadOption, match=f"-k is {vocab + 1}; give at most {vocab}"):
+    with pytest.raises(BadOption, match=f"`k` is {vocab + 1}; give at most {vocab}"):
         make(tiny, tmp_path / "cache", k=vocab + 1)
     with pytest.raises(BadOption, match="the whole vocabulary is kept in float32"):
         make(tiny, tmp_path / "cache", k=vocab, quantised=True)
     long = rows_in(tmp_path / "rows.jsonl", [{"prompt": "the cat", "completion": "sits " * 2100}])
-    with pytest.raises(BadOption, match=r"--max-length is \d+; give at most 2048"):
+    with pytest.raises(BadOption, match=r"`max_length` is \d+; give at most 2048"):
         make(tiny, tmp_path / "cache", data=long, max_length=4000)
     assert content(tmp_path / "cache") == {}
     make(tiny, tmp_path / "cache")  # nothing stands in the way of the right settings

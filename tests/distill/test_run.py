@@ -322,13 +322,13 @@ def test_output_rules(config, tmp_path: Path) -> None:
     (output / "mine.txt").write_text("keep me")
     with pytest.raises(OutputExists) as caught:
         run(config())
-    assert "--resume" not in str(caught.value)
+    assert "`resume`" not in str(caught.value)
     with pytest.raises(FileProblem, match="no whole checkpoint"):
         run(config(), resume=True)
     run(config(max_steps=2, save_every=1), overwrite=True)
     assert last_checkpoint(output) == output / "checkpoint-2"
     assert (output / "mine.txt").read_text() == "keep me"
-    with pytest.raises(OutputExists, match="--resume"):
+    with pytest.raises(OutputExists, match="`resume`"):
         run(config())
     run(config(max_steps=1), overwrite=True)
     assert last_checkpoint(output) == output / "checkpoint-1", "the checkpoints of the run before are gone"
@@ -358,7 +358,7 @@ def test_a_run_that_fails_leaves_nothing(config, settings: dict[str, Any], error
 
 
 def test_more_candidates_than_ids_are_refused(config, tiny) -> None:
-    with pytest.raises(BadOption, match=r"top_k is 400; give at most \d+: the smaller"):
+    with pytest.raises(BadOption, match=r"`top_k` is 400; give at most \d+: the smaller"):
         run(config({"teachers": [{"model": tiny.teacher, "top_k": 400}]}))
 
 
@@ -395,7 +395,7 @@ def test_each_model_is_asked_for_the_positions_of_its_own_side(
         assert run(chosen).steps == 1
         return
     with pytest.raises(
-        BadOption, match=f"max_length is {lengths[side]}; give at most {lengths[side] - 1}: {short}"
+        BadOption, match=f"`max_length` is {lengths[side]}; give at most {lengths[side] - 1}: {short}"
     ):
         run(chosen)
 

@@ -103,7 +103,7 @@ def test_tables_of_all_methods_move(pairs: tuple[TokenizerPair, TokenizerPair]) 
 def test_what_cannot_be_weighed(methods: tuple[Spelling, KL]) -> None:
     with pytest.raises(BadOption, match=r"`alpha` is 1\.5; give a number from 0 to 1"):
         Objective(methods, alpha=1.5)
-    with pytest.raises(BadOption, match=r"weights is \[1\.0\]; give one for each of 2 methods"):
+    with pytest.raises(BadOption, match=r"`weights` is \[1\.0\]; give one for each of 2 methods"):
         Objective(methods, weights=[1.0])
 
 
