@@ -249,11 +249,16 @@ def _longer(
     beginning: Int64[Tensor, " vocab_s"],
 ) -> _Longer:
     in_order = torch.where(outcomes >= 0, outcomes, FAR).sort(-1)
-
-    def find(wanted: Int64[Tensor, "group topk"]) -> tuple[Tensor, Tensor]:
-        at = torch.searchsorted(in_order.values, wanted).clamp(max=outcomes.shape[1] - 1)
-        return in_order.values.gather(-1, at) == wanted, in_order.indices.gather(-1, at)
-
-    is_outcome, _ = find(ids)
-    there, slots = find(beginning.index_select(0, ids.flatten()).view_as(ids))
+    is_outcome, _ = _found(ids, *in_order)
+    there, slots = _found(beginning.index_select(0, ids.flatten()).view_as(ids), *in_order)
     return _Longer(ids, slots, there & is_outcome.logical_not())
+
+
+def _found(
+    wanted: Int64[Tensor, "group topk"],
+    in_order: Int64[Tensor, "group outcome"],
+    slots: Int64[Tensor, "group outcome"],
+) -> tuple[Bool[Tensor, "group topk"], Int64[Tensor, "group topk"]]:
+    """Say which ids are among the outcomes of their group, given in ascending order, and in whose slots."""
+    at = torch.searchsorted(in_order, wanted).clamp(max=in_order.shape[1] - 1)
+    return in_order.gather(-1, at) == wanted, slots.gather(-1, at)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,8 +85,17 @@ def test_equals_twin_in_training_precision(name: str, dtype: torch.dtype, tolera
         assert values(kd_of(case, name)) == pytest.approx(case.twin(name), rel=tolerance, abs=tolerance)
 
 
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Leave out shapes, which take most of the time, in a test that computes one loss thousands of times."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @every_method
 @pytest.mark.parametrize("k", [1, 4, 12])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_gradient_is_that_of_finite_differences(name: str, k: int) -> None:
     for partners in PARTNERS:
         case = draw(name, 3, k=k, partners=partners, temperature=0.8, tau=7.0)
