@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+import subprocess
+import sys
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -117,10 +118,20 @@ def test_token_text_shows_half_characters_and_special_tokens(gpt2_view):
         gpt2_view.token_text(50257)
 
 
-def test_a_view_of_130000_ids_is_made_in_a_moment(llama3_view):
-    from cdm_toolkit.tokdiff.token_bytes import token_bytes
+TIMED = """
+import json, sys, time
+from cdm_toolkit.tokdiff.token_bytes import token_bytes
+description = json.load(sys.stdin)
+start = time.process_time()
+token_bytes(description)
+print(time.process_time() - start)
+"""
 
-    description = json.loads(llama3_view.backend.to_str())
-    start = time.process_time()
-    token_bytes(description)
-    assert time.process_time() - start < 1.0
+
+def test_a_view_of_130000_ids_is_made_in_a_moment(llama3_view):
+    """In a process of its own: the type checks that tests run under take ten times as long as the function."""
+    description = llama3_view.backend.to_str()
+    timed = subprocess.run(
+        [sys.executable, "-c", TIMED], input=description, capture_output=True, encoding="utf-8", check=True
+    )
+    assert float(timed.stdout) < 1.0
