@@ -196,7 +196,7 @@ class DoesNotSpell(CdmError):
 # Training and evaluation
 
 
-class BadRunConfig(CdmError):
+class BadSettings(CdmError):
     """Faults of a run's settings, all at once."""
 
     faults: tuple[str, ...] = ()

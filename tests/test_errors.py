@@ -71,7 +71,7 @@ EXAMPLES: list[tuple[str, CdmError]] = [
     ("align show", errors.DoesNotSpell("llama3", 12, "'foo'", b"bar")),
     (
         "distill",
-        errors.BadRunConfig(
+        errors.BadSettings(
             "run.yaml", ["train.lr is -1: give a number above 0", "methd is no setting, did you mean method?"]
         ),
     ),

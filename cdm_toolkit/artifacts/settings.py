@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cdm_toolkit.errors import BadRunConfig, FileProblem
+from cdm_toolkit.errors import BadSettings, FileProblem
 
 Record = TypeVar("Record", bound="Settings")
 
@@ -22,7 +22,7 @@ class Settings(BaseModel):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file. Raises FileProblem, or BadRunConfig if it is not a mapping."""
+    """Read a mapping from a YAML file. Raises FileProblem, or BadSettings if it is not a mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,18 +30,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FileProblem(path, "is not YAML: " + " ".join(str(error).split()), "mend the file") from error
     if not isinstance(content, dict):
-        raise BadRunConfig(str(path), [f"holds {_shown(content)}: give a mapping"])
+        raise BadSettings(str(path), [f"holds {_shown(content)}: give a mapping"])
     return content
 
 
 def make(kind: type[Record], settings: Mapping[str, Any], *, source: str) -> Record:
-    """Validate a mapping as settings of a class. Raises BadRunConfig with all faults: key, value, nearest known key.
+    """Validate a mapping as settings of a class. Raises BadSettings with all faults: key, value, nearest known key.
 
     >>> class Run(Settings):
     ...     alpha: float = 0.5
     >>> make(Run, {"alhpa": 1}, source="run.yaml")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    cdm_toolkit.errors.BadRunConfig: run.yaml has a fault: alhpa is no setting, did you mean alpha?; mend it and run ...
+    cdm_toolkit.errors.BadSettings: run.yaml has a fault: alhpa is no setting, did you mean alpha?; mend it and run ...
     """
     try:
         return kind.model_validate(dict(settings))
@@ -49,13 +49,13 @@ def make(kind: type[Record], settings: Mapping[str, Any], *, source: str) -> Rec
         faults = list(
             dict.fromkeys(line for entry in error.errors(include_url=False) for line in _faults(kind, entry))
         )
-        raise BadRunConfig(source, faults) from None
+        raise BadSettings(source, faults) from None
 
 
 def with_settings(settings: Mapping[str, Any], assignments: Sequence[str], *, source: str) -> dict[str, Any]:
     """Apply assignments such as `train.lr=2e-5` or `teachers.0.top_k=50` to a copy of a mapping.
 
-    A value is parsed as YAML. Raises BadRunConfig with every assignment whose key does not exist.
+    A value is parsed as YAML. Raises BadSettings with every assignment whose key does not exist.
 
     >>> with_settings({"train": {"lr": 1.0}}, ["train.lr=2.5", "alpha=1"], source="--set")
     {'train': {'lr': 2.5}, 'alpha': 1}
@@ -75,7 +75,7 @@ def with_settings(settings: Mapping[str, Any], assignments: Sequence[str], *, so
         if problem := _put(result, name.split("."), value):
             faults.append(f"{name}: {problem}")
     if faults:
-        raise BadRunConfig(source, faults)
+        raise BadSettings(source, faults)
     return result
 
 

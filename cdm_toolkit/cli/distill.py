@@ -188,7 +188,7 @@ def _config(
     from cdm_toolkit.artifacts.settings import read_yaml, with_settings
     from cdm_toolkit.distill.recipes import find_run_file
     from cdm_toolkit.distill.settings import from_mapping
-    from cdm_toolkit.errors import BadRunConfig
+    from cdm_toolkit.errors import BadSettings
 
     content: dict[str, Any] = {}
     if run_file is not None:
@@ -210,9 +210,9 @@ def _config(
         return from_mapping(content, source=run_file)
     try:
         return from_mapping(content, source="the command line")
-    except BadRunConfig as error:
+    except BadSettings as error:
         faults = [_in_options(fault, said) for fault in error.faults]
-        raise BadRunConfig("the command line", faults) from None
+        raise BadSettings("the command line", faults) from None
 
 
 class DistillCommand(TyperCommand):

@@ -24,7 +24,7 @@ from cdm_toolkit.distill.settings import (
     TrainConfig,
     from_mapping,
 )
-from cdm_toolkit.errors import BadRunConfig, UnknownName
+from cdm_toolkit.errors import BadSettings, UnknownName
 from cdm_toolkit.kd.settings import Fault, Faults
 
 MEASURES = ("bits-per-byte", "divergence", "time", "memory")
@@ -152,7 +152,7 @@ class MethodConfig(Settings):
             return self
         try:
             self.resolved()
-        except BadRunConfig as error:
+        except BadSettings as error:
             raise Faults([_without_teacher(fault) for fault in error.faults]) from None
         return self
 
@@ -167,7 +167,7 @@ class MethodConfig(Settings):
     def resolved(self) -> tuple[dict[str, Any], float | None]:
         """Give the teacher's settings with the preset under them, without a model, and the entry's own alpha.
 
-        The settings are empty for supervised fine-tuning. Raises BadRunConfig where the method has no use for one.
+        The settings are empty for supervised fine-tuning. Raises BadSettings where the method has no use for one.
         """
         if not self.has_teacher:
             return {}, 1.0
@@ -362,7 +362,7 @@ def find_study(name: str) -> Path:
 def from_file(name: str, assignments: Sequence[str] = ()) -> StudyConfig:
     """Read a study by path or name, with assignments such as `train.gsm8k.path=rows.jsonl` over it.
 
-    Raises FileProblem, UnknownName, and BadRunConfig with all faults at once.
+    Raises FileProblem, UnknownName, and BadSettings with all faults at once.
     """
     path = find_study(name)
     content = {"name": path.stem} | read_yaml(path)

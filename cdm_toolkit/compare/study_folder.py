@@ -122,7 +122,7 @@ class StudyFolder:
             yield Path(stream.name)
 
     def read_study(self) -> StudyConfig:
-        """Read the study whose folder it is. Raises FileProblem, BadRunConfig."""
+        """Read the study whose folder it is. Raises FileProblem, BadSettings."""
         return make(StudyConfig, read_yaml(self.study_file), source=str(self.study_file))
 
     def _has_made_nothing(self) -> bool:

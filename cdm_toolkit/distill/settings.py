@@ -290,7 +290,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def from_mapping(settings: Mapping[str, Any], *, source: str = "the run") -> DistillConfig:
-    """Make a config of a run file's content. Raises BadRunConfig with all faults at once.
+    """Make a config of a run file's content. Raises BadSettings with all faults at once.
 
     Beside the record's own names it takes `preset`, whose settings go under the given ones, and a path in place
     of `data`'s record.

@@ -130,7 +130,7 @@ Follow = Callable[[str, str], Progress]
 def open_suite(suite: str, ask: Ask = Ask()) -> Suite:
     """Find a suite by name or path and its data, before any model loads.
 
-    Raises UnknownName, BadRunConfig, BadOption, NoData, BadRow, FileProblem or MissingExtra.
+    Raises UnknownName, BadSettings, BadOption, NoData, BadRow, FileProblem or MissingExtra.
     """
     return _open(load_suite(suite), ask).suite
 

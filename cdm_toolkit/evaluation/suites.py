@@ -15,7 +15,7 @@ from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml
 from cdm_toolkit.artifacts.shipped import shipped_folder
-from cdm_toolkit.errors import BadRunConfig, UnknownName
+from cdm_toolkit.errors import BadSettings, UnknownName
 
 # Imported on use, so that listing the suites is fast.
 ADAPTERS = {
@@ -83,7 +83,7 @@ def suite_names() -> tuple[str, ...]:
 def load_suite(name: str) -> SuiteSpec:
     """Read a suite by name, or from the path of a YAML file.
 
-    Raises UnknownName, FileProblem, or BadRunConfig with every fault of the file.
+    Raises UnknownName, FileProblem, or BadSettings with every fault of the file.
     """
     if name.endswith((".yaml", ".yml")):
         return read_suite(Path(name))
@@ -104,7 +104,7 @@ def read_suite(path: Path) -> SuiteSpec:
 def adapter_class(name: str, suite: Path) -> Any:
     """Import an adapter: a class that implements `evaluate.Suite`, with a `Settings` class.
 
-    Raises BadRunConfig where there is none of this name.
+    Raises BadSettings where there is none of this name.
     """
     target = ADAPTERS.get(name, name)
     module_name, colon, attribute = target.rpartition(":")
@@ -117,7 +117,7 @@ def adapter_class(name: str, suite: Path) -> Any:
     except Exception as error:  # a third-party module may raise anything while it is imported
         why = " ".join(str(error).split()) or type(error).__name__
         ways = "give its short name, module:Class, or file.py:Class beside the suite"
-        raise BadRunConfig(str(suite), [f"adapter is {name!r}: {why}: {ways}"]) from error
+        raise BadSettings(str(suite), [f"adapter is {name!r}: {why}: {ways}"]) from error
     return found
 
 

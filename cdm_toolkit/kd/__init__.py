@@ -15,7 +15,7 @@ from cdm_toolkit.kd.jsd import JSD
 from cdm_toolkit.kd.kl import KL
 from cdm_toolkit.kd.method import Method, Teacher, find_method, methods
 from cdm_toolkit.kd.min_ed import MinED
-from cdm_toolkit.kd.objective import Objective, ObjectiveOutput
+from cdm_toolkit.kd.objective import Objective, ObjectiveOutput, weighted_loss
 from cdm_toolkit.kd.pair import TokenizerPair, collate
 from cdm_toolkit.kd.prefix import Prefix
 from cdm_toolkit.kd.reverse_kl import ReverseKL
@@ -25,6 +25,7 @@ from cdm_toolkit.kd.types import (
     KDSums,
     LogprobRequest,
     LossOutput,
+    LossSums,
     SignalRequest,
     StudentLogits,
     TeacherSignal,
@@ -45,6 +46,7 @@ __all__ = [
     "KDSums",
     "LogprobRequest",
     "LossOutput",
+    "LossSums",
     "Method",
     "MethodSettings",
     "MinED",
@@ -64,4 +66,5 @@ __all__ = [
     "kd_sums",
     "methods",
     "setting",
+    "weighted_loss",
 ]

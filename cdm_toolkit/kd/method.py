@@ -92,7 +92,7 @@ class Method(nn.Module, Generic[SettingsT, State]):
     def __init__(self, pair: TokenizerPair, **settings: Any) -> None:
         """Build the method's tables for a pair. `settings` are those of its `Settings`.
 
-        BadRunConfig lists all faults of the settings; BadOption for a `top_k` that the smaller vocabulary cannot
+        BadSettings lists all faults of the settings; BadOption for a `top_k` that the smaller vocabulary cannot
         fill, and for two tokenizers where the method is for one.
         """
         super().__init__()

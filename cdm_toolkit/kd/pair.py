@@ -27,7 +27,6 @@ from cdm_toolkit.kd.tokenized_rows import (
 from cdm_toolkit.tokdiff.view import TokenizerView, view_of
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.exact import build_exact
-from cdm_toolkit.vocab_map.min_ed import build_min_ed
 from cdm_toolkit.vocab_map.prefix import build_prefix
 from cdm_toolkit.vocab_map.spelling import Spellings, build_spellings
 from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap
@@ -192,6 +191,8 @@ class TokenizerPair:
         """Map each teacher id to the student id of least edit distance."""
 
         def build() -> VocabMap:
+            from cdm_toolkit.vocab_map.min_ed import build_min_ed  # brings numba
+
             return build_min_ed(
                 self.teacher.view,
                 self.student.view,

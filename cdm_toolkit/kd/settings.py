@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from cdm_toolkit.errors import BadRunConfig
+from cdm_toolkit.errors import BadSettings
 
 Made = TypeVar("Made", bound="MethodSettings")
 
@@ -136,10 +136,10 @@ class MethodSettings:
 
     @classmethod
     def make(cls: type[Made], given: Mapping[str, Any], *, source: str) -> Made:
-        """Make settings of a mapping. BadRunConfig names `source` and all faults, unknown settings among them."""
+        """Make settings of a mapping. BadSettings names `source` and all faults, unknown settings among them."""
         values, faults = checked(cls, given)
         if faults:
-            raise BadRunConfig(source, [str(fault) for fault in faults])
+            raise BadSettings(source, [str(fault) for fault in faults])
         return cls(**values)
 
 

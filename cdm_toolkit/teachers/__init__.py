@@ -3,7 +3,7 @@
 Every teacher has `signal(batch, request) -> TeacherSignal` (`kd.Teacher`), so that any method works with each.
 """
 
-from cdm_toolkit.teachers.cached import Cached
+from cdm_toolkit.teachers.cached import Cached, open_cache
 from cdm_toolkit.teachers.local import Local
 
-__all__ = ["Cached", "Local"]
+__all__ = ["Cached", "Local", "open_cache"]

@@ -64,12 +64,13 @@ class Cached:
     def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
         """Look up the positions of a batch, by the numbers of its rows.
 
-        BadOption for a `top_k` larger than the cache has, and for mean logits, which no cache holds.
+        BadOption for a `top_k` larger than the cache has, and for mean logits, which no cache holds; BadArtifact
+        where the cache has other tokens at a row's positions than the batch.
         """
         self._check(request)
         (side,) = batch.teachers
         positions, group = side.row_positions.cpu().numpy(), side.token_group.cpu().numpy()
-        first = side.group_first.cpu().numpy()
+        first, next_ids = side.group_first.cpu().numpy(), side.next_ids.cpu().numpy()
         tops: list[tuple[Tensor, Tensor]] = []
         tokens: list[np.ndarray] = []
         end = 0
@@ -79,6 +80,7 @@ class Cached:
                 continue
             row = self.cache.row(number)
             at = self._offsets(row, positions[begin:end])
+            self._check_tokens(row, positions[begin:end], next_ids[begin:end])
             tops.append(self._top(row, at[first[(first >= begin) & (first < end)] - begin], request.top_k))
             tokens.append(row.token_logprobs[at])
         ids, logprobs = (torch.cat(each).to(self.device) for each in zip(*tops, strict=True))
@@ -110,6 +112,17 @@ class Cached:
                 fix,
             )
         return at
+
+    def _check_tokens(
+        self, row: CachedRow, positions: Int[np.ndarray, " token"], next_ids: Int[np.ndarray, " token"]
+    ) -> None:
+        """See that the row of this number is the one that was cached."""
+        differs = np.flatnonzero(row.token_ids[positions + 1] != next_ids)
+        if len(differs):
+            at = positions[differs[0]] + 1
+            problem = f"row {row.number} has the token {row.token_ids[at]} at position {at} there"
+            fix = "number the rows as the data of the cache does, or make another cache with `write_cache`"
+            raise BadArtifact(self.cache.folder, f"{problem}, and {next_ids[differs[0]]} in the batch", fix)
 
     def _top(self, row: CachedRow, at: Int[np.ndarray, " group"], k: int) -> tuple[Tensor, Tensor]:
         if self.cache.header.encoding == "whole":

@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
-from cdm_toolkit.errors import BadRunConfig, FileProblem
+from cdm_toolkit.errors import BadSettings, FileProblem
 
 
 class Inner(Settings):
@@ -34,7 +34,7 @@ def test_all_faults_are_listed_at_once_with_the_nearest_name() -> None:
         "steps": 1.5,
         "teachers": [{"model": "a", "method": "cdn", "top_k": 0, "modle": "b"}, {"model": ""}, {}],
     }
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         make(Outer, faulty, source="run.yaml")
     assert str(caught.value) == (
         "run.yaml has 8 faults: rate is -1: give a number above 0; "
@@ -67,7 +67,7 @@ def test_assignments_reach_into_lists_and_leave_what_they_were_given() -> None:
     ],
 )
 def test_an_assignment_without_a_place_is_a_fault(assignment: str, problem: str) -> None:
-    with pytest.raises(BadRunConfig, match=problem):
+    with pytest.raises(BadSettings, match=problem):
         with_settings({"teachers": [{"model": "a"}]}, [assignment], source="--set")
 
 
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
     with pytest.raises(FileProblem, match="No such file"):
         read_yaml(file)
     file.write_text("- 1\n")
-    with pytest.raises(BadRunConfig, match="give a mapping"):
+    with pytest.raises(BadSettings, match="give a mapping"):
         read_yaml(file)
     file.write_text("a: [\n")
     with pytest.raises(FileProblem, match="not YAML"):

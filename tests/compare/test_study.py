@@ -10,7 +10,7 @@ import yaml
 
 from cdm_toolkit.compare.cells import cell_at, grid
 from cdm_toolkit.compare.study import StudyConfig, find_study, from_file, list_studies
-from cdm_toolkit.errors import BadOption, BadRunConfig, FileProblem, UnknownName
+from cdm_toolkit.errors import BadOption, BadSettings, FileProblem, UnknownName
 
 STUDY: dict[str, Any] = {
     "teacher": "smollm2",
@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def faults(file: Path, *assignments: str) -> str:
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         from_file(str(file), assignments)
     return str(caught.value)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cdm_toolkit.distill.settings import PRESETS, from_file, from_mapping
-from cdm_toolkit.errors import BadRunConfig, UnknownName
+from cdm_toolkit.errors import BadSettings, UnknownName
 
 NEEDED: dict[str, Any] = {"student": "s", "data": "d", "output": "o"}
 ONE: dict[str, Any] = NEEDED | {"teachers": [{"model": "t"}]}
@@ -33,7 +33,7 @@ def test_all_faults_are_listed_at_once() -> None:
         "train": {"lr": math.nan, "batch_size": 2.5, "seed": -1, "lora": {"rnk": 4}},
         "trian": {},
     }
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         from_mapping(wrong, source="run.yaml")
     message = str(caught.value)
     assert message.startswith("run.yaml has 13 faults: ")
@@ -57,7 +57,7 @@ def test_all_faults_are_listed_at_once() -> None:
 
 def test_faults_of_a_method_are_listed_beside_those_of_the_teacher() -> None:
     teacher = {"method": "kl", "weight": 0, "temperature": 0, "dtype": "int8", "aligner": "dtw", "tau": 1}
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         from_mapping(NEEDED | {"teachers": [teacher]})
     assert sorted(fault.split()[0] for fault in caught.value.faults) == [
         f"teachers.0.{name}" for name in ("aligner", "dtype", "model", "tau", "temperature", "weight")
@@ -96,7 +96,7 @@ def test_a_method_may_be_given_by_an_alias_and_numbers_as_texts() -> None:
     ],
 )
 def test_an_option_that_a_method_does_not_look_at_is_a_fault(teacher: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadRunConfig, match=reason):
+    with pytest.raises(BadSettings, match=reason):
         from_mapping(NEEDED | {"teachers": [{"model": "t"} | teacher]})
 
 

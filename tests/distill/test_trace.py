@@ -34,7 +34,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 @pytest.fixture(scope="module")
 def across(library: Path | None) -> dict[str, dict[str, Any]]:
     """Trace the methods for two tokenizers, and the steps to compare them with."""
-    steps = ("sft", "sft of transformers", "spelling", "cdm", "exact", "min-ed", "prefix", "uld", "alm", "gold")
+    steps = (
+        "sft",
+        "sft of transformers",
+        "spelling",
+        "cdm",
+        "exact",
+        "min-ed",
+        "prefix",
+        "uld",
+        "alm",
+        "gold",
+    )
     return {traced["step"]: traced for traced in trace({"steps": steps, **SHALLOW}, library)}
 
 
@@ -70,8 +81,8 @@ def test_mixed_precision_makes_no_float32_copy_of_the_logits(across: dict[str, d
 def test_peak_is_the_logits_and_their_gradient(across: dict[str, dict[str, Any]]) -> None:
     first, second, third, *_ = across["spelling"]["at_peak"]
     assert [first["bytes"], second["bytes"]] == [LOGITS, LOGITS]
-    assert first["made_in"].startswith("distill/gather.py")
-    assert second["made_in"].startswith("distill/losses/pick.py")
+    assert first["made_in"].startswith("kd/model_logits.py")
+    assert second["made_in"].startswith("kd/sparse_logprobs.py")
     assert third["bytes"] < LOGITS
     assert in_step(across["spelling"]) < 2.75 * LOGITS
 

@@ -15,7 +15,7 @@ import pytest
 from cdm_toolkit.errors import (
     BadOption,
     BadRow,
-    BadRunConfig,
+    BadSettings,
     CdmError,
     CodeNotAllowed,
     FileProblem,
@@ -159,7 +159,7 @@ def test_samples_make_pass_at_k(tmp_path: Path) -> None:
         ("limits: {wall_seconds: 0}", "wall_seconds is 0: give a number above 0"),
         ("dataset: mbpp", "dataset is 'mbpp'"),
     ):
-        with pytest.raises(BadRunConfig, match=said):
+        with pytest.raises(BadSettings, match=said):
             open_suite(suite_file(tmp_path / "bad.yaml", settings), Ask(**ALLOWED, data=path))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.errors import BadRunConfig, FileProblem, UnknownName
+from cdm_toolkit.errors import BadSettings, FileProblem, UnknownName
 from cdm_toolkit.evaluation.suites import load_suite, suite_names
 
 
@@ -42,7 +42,7 @@ def test_all_faults_of_a_part_are_listed_at_once(tmp_path: Path) -> None:
     path = written(
         tmp_path, "adapter: bpb\nsumary: x\ndata: {sample: dev, hub: 3}\npaper: {figures: {a: 1}}\n"
     )
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         load_suite(path)
     assert str(caught.value).removeprefix(path) == (
         " has 5 faults: data.sample is 'dev': give one of train, heldout; data.hub is 3: give a text; "
@@ -50,7 +50,7 @@ def test_all_faults_of_a_part_are_listed_at_once(tmp_path: Path) -> None:
         "sumary is no setting, did you mean summary?; mend them and run again"
     )
     path = written(tmp_path, "adapter: lm-eval\nsettings: {fewshot: -1, max_new_tokens: many, shots: 5}\n")
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         load_suite(path)
     assert str(caught.value).removeprefix(path) == (
         ", settings has 3 faults: fewshot is -1: give a number of at least 0; "
@@ -77,7 +77,7 @@ def test_all_faults_of_a_part_are_listed_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_suite(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(BadRunConfig, match=re.escape(said)):
+    with pytest.raises(BadSettings, match=re.escape(said)):
         load_suite(written(tmp_path, text))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cdm_toolkit.errors import BadRunConfig, UnknownName
+from cdm_toolkit.errors import BadSettings, UnknownName
 from cdm_toolkit.kd import CDM, GOLD, MethodSettings, Spelling, TokenizerPair, find_method, methods, setting
 from cdm_toolkit.kd.cdm import CDMSettings
 from cdm_toolkit.kd.settings import DEFAULT_TOP_K, Faults, Positions, fields_of
@@ -27,7 +27,7 @@ class Every(MethodSettings):
 
 
 def fault(**given: Any) -> str:
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         Every.make(given, source="every")
     (found,) = caught.value.faults
     return found
@@ -97,7 +97,7 @@ def test_numbers_may_be_texts() -> None:
 
 
 def test_all_faults_are_listed_at_once() -> None:
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         Every.make({"share": 2, "count": "many", "flg": True}, source="every")
     assert str(caught.value) == (
         "every has 3 faults: share is 2: give a number above 0 and below 1; count is 'many': give a whole number; "
@@ -113,13 +113,13 @@ def test_settings_are_frozen() -> None:
 
 
 def test_a_method_says_all_that_is_wrong_with_its_settings(two: TokenizerPair) -> None:
-    with pytest.raises(BadRunConfig) as caught:
+    with pytest.raises(BadSettings) as caught:
         CDM(two, temprature=1.0, max_edit_distance=1, positions="first")
     assert str(caught.value) == (
         "cdm has 3 faults: temprature is no setting, did you mean temperature?; max_edit_distance is 1: give a "
         "number above 0 and below 1; positions is 'first': give one of boundary, mean; mend them and run again"
     )
-    with pytest.raises(BadRunConfig, match="gold has a fault: beta is 0: give a number above 0 and below 1"):
+    with pytest.raises(BadSettings, match="gold has a fault: beta is 0: give a number above 0 and below 1"):
         GOLD(two, beta=0)
 
 
