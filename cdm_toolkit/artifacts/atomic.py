@@ -87,7 +87,7 @@ def _os_errors_as_file_problems(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error})"
-        fix = "name a place in a folder that you may write to, and that has room"
+        fix = "name a folder that you may write to, and that has room"
         raise FileProblem(path, problem, fix) from None
 
 

@@ -17,7 +17,7 @@ def code_fingerprint(*parts: str) -> str:
     """
     digest = hashlib.sha256()
     for part in parts:
-        place = PACKAGE / part
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        path = PACKAGE / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{file.relative_to(PACKAGE).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()

@@ -30,7 +30,7 @@ def _methods_in(file: Path) -> Iterator[tuple[str, str]]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
-        return  # a help text is no place for a plugin's faults: running a command tells them
+        return  # running a command tells a plugin's faults, its help does not
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             texts = dict(_texts(node))

@@ -80,7 +80,7 @@ def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command:
         "held out, inside": _counted({kind: rows[kind] for kind in study.inside}),
         "held out, outside": _counted({kind: rows[kind] for kind in study.outside}),
         "passed over": _passed_over(study, shared),
-        "steps": f"{study.steps} of {study.rows_a_step} rows{_tokens(results)}",
+        "steps": f"{study.steps} of {study.rows_per_step} rows{_tokens(results)}",
         "seeds": ", ".join(map(str, study.seeds)),
         "machine": "; ".join(dict.fromkeys(stored.machine for stored in cells)),
         "code": _versions(cells),

@@ -309,7 +309,7 @@ class StudyConfig(Settings):
         return f"{self.teacher} → {self.student.words}"
 
     @property
-    def rows_a_step(self) -> int:
+    def rows_per_step(self) -> int:
         return self.run.batch_size * self.run.grad_accumulation
 
 

@@ -273,7 +273,9 @@ class DistillTrainer(Trainer):
 def _unwrapped(student: Any) -> Any:
     """Take accelerate's wrapper off, which in mixed precision makes a float32 copy of all logits.
 
-    By hand: `unwrap_model(keep_fp32_wrapper=False)` takes off a decorator of the model's own as well.
+    By hand, because accelerate has no switch for it: `unwrap_model(keep_fp32_wrapper=False)` takes off a decorator
+    of the model's own as well. Nor can the wrapper be avoided by an autocast of ours with accelerate's mixed
+    precision off: FSDP and DeepSpeed take theirs from there, and a launcher's configuration turns it on again.
     """
     if (original := vars(student).pop("_original_forward", None)) is not None:
         student.forward = original
