@@ -1,7 +1,7 @@
 """Every error that a person can meet.
 
 Each says what is wrong, what was got, and how to mend it, in one line. Settings and functions are named as in
-Python, in backticks; `cli.wording` makes options and commands of them. The command line prints that line on
+Python, in backticks; `cli.translate_messages` makes options and commands of them. The command line prints that line on
 stderr and exits with 2; a traceback is a bug. `tests/errors.golden.txt` holds one example of each, to be read as
 prose.
 """

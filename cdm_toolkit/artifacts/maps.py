@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.cache import cache_folder
-from cdm_toolkit.artifacts.code import code_fingerprint
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import Provenance, provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.tokdiff.view import TokenizerView

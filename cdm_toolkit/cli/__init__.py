@@ -18,22 +18,22 @@ def main(args: list[str] | None = None) -> int:
 
     import typer
 
-    from cdm_toolkit.cli import wording
+    from cdm_toolkit.cli import translate_messages
     from cdm_toolkit.cli.app import app
     from cdm_toolkit.errors import CdmError, FileProblem, Interrupted
 
     # typer carries click inside or beside it, by version: its usage error is the base of BadParameter.
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     command = typer.main.get_command(app)
-    wording.start(sys.argv[1:] if args is None else args)
+    translate_messages.start(sys.argv[1:] if args is None else args)
     try:
         status = command.main(args=args, prog_name="cdm", standalone_mode=False)
         sys.stdout.flush()
     except Interrupted as error:
-        print(f"cdm: {wording.in_terminal(str(error))}", file=sys.stderr)
+        print(f"cdm: {translate_messages.in_terminal(str(error))}", file=sys.stderr)
         return 130
     except CdmError as error:
-        return _fail(wording.in_terminal(str(error)))
+        return _fail(translate_messages.in_terminal(str(error)))
     except usage_error as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "cdm"

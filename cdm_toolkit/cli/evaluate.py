@@ -156,7 +156,7 @@ def _progress() -> Iterator[Follow]:
 
 
 def _as_json(done: Evaluation) -> dict[str, object]:
-    from cdm_toolkit.cli.wording import in_terminal
+    from cdm_toolkit.cli.translate_messages import in_terminal
 
     return {
         "results": [asdict(result) for result in done.results],

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cdm_toolkit.cli.wording import in_terminal
+from cdm_toolkit.cli.translate_messages import in_terminal
 
 PLAIN_WIDTH = 120
 """Width of output that is not a terminal, so that tables in files are not truncated."""

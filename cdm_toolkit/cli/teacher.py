@@ -12,7 +12,7 @@ from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
     from cdm_toolkit.artifacts.teacher_header import CacheHeader
-    from cdm_toolkit.distill.cache_teacher import CacheProgress, CacheResult
+    from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheResult
 
 app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's log-probabilities.")
 
@@ -72,7 +72,7 @@ def cache(
     """
     from cdm_toolkit.artifacts.settings import make
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.distill.cache_teacher import CacheSettings, write_cache
+    from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
     from cdm_toolkit.errors import Interrupted
     from cdm_toolkit.hub.models import resolve_device
 

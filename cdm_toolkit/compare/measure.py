@@ -17,7 +17,7 @@ from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.batching import batches, scored_positions
 from cdm_toolkit.compare.types import Measured
-from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
 from cdm_toolkit.evaluation.bpb import first_scored
@@ -201,7 +201,7 @@ def _same(folder: Path, header: _Header) -> Heldout:
 
 def _cache_teacher(folder: Path, header: _Header, batch_size: int, device: str) -> None:
     """Keep the teacher's top k at each token of the completions, in full precision."""
-    from cdm_toolkit.distill.cache_teacher import CacheSettings, write_cache
+    from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 
     settings = CacheSettings(
         model=header.teacher,
@@ -276,7 +276,7 @@ def _texts(heldout: Heldout, tokenizer: Loaded, pair: TokenizerPair | None) -> l
     rows = [row for of_kind in heldout.rows.values() for row in of_kind]
     side = tokenizer_side(tokenizer.tokenizer, tokenizer.view)
     sides = [] if pair is None else [TeacherSide(pair.teacher, "bytes")]
-    aligned, _ = build_features(rows, side, sides, max_length=UNCUT)
+    aligned, _ = build_dataset(rows, side, sides, max_length=UNCUT)
     by_row = {of_row.row: of_row for of_row in aligned}
     spans = side.view.encode_batch([row.text for row in rows])
     file = heldout.folder / ROWS_FILE

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import read_header
+from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
-from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.compare.types import Measured, ModelScores
-from cdm_toolkit.distill.cache_teacher import CacheProgress, CacheSettings, write_cache
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
+from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask, evaluate, open_suite
 from cdm_toolkit.hub.models import model_fingerprint, model_folder

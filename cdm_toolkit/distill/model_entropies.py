@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelEntropies:
-    """Ask loaded models: what `build_features` takes."""
+    """Ask loaded models: what `build_dataset` takes."""
 
     models: Mapping[int, Callable[[], PreTrainedModel]]
     """By side: 0 is the student, 1 the first teacher. A side that is not there weighs all its tokens the same."""

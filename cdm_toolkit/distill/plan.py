@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cdm_toolkit.distill.features import RowCounts
+from cdm_toolkit.distill.dataset import RowCounts
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.trainer import training_arguments

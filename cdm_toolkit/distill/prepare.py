@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cdm_toolkit.artifacts.maps import load_or_build_neighbours
-from cdm_toolkit.distill.features import RowCounts, build_features
+from cdm_toolkit.distill.dataset import RowCounts, build_dataset
 from cdm_toolkit.distill.model_entropies import ModelEntropies
 from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, TeacherObjective
 from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
     from transformers import PreTrainedModel, TrainingArguments
 
-    from cdm_toolkit.distill.feature_store import StoredFeatures
+    from cdm_toolkit.distill.dataset_store import AlignedDataset
     from cdm_toolkit.distill.settings import DistillConfig, TeacherConfig
 
 
@@ -63,7 +63,7 @@ class Prepared:
     student: PreTrainedModel
     student_tokenizer: Loaded
     teacher_tokenizers: tuple[Loaded, ...]
-    features: StoredFeatures
+    features: AlignedDataset
     counts: RowCounts
     collator: Collator
     objectives: tuple[TeacherObjective, ...]
@@ -103,7 +103,7 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
         TeacherSide(pair.teacher, teacher.aligner)
         for pair, teacher in zip(pairs, config.teachers, strict=True)
     ]
-    features, counts = build_features(
+    features, counts = build_dataset(
         rows,
         student_side,
         sides,
@@ -153,7 +153,7 @@ class _Data:
     """What teachers are asked about, and the models that are there to ask."""
 
     rows: list[Row]
-    features: StoredFeatures
+    features: AlignedDataset
     models: _Models
 
 
@@ -242,7 +242,7 @@ def _check(model: PreTrainedModel, name: str, tokenizer: Loaded, lengths: Int64[
     check_positions(model, name, int(lengths.max()), option="max_length")
 
 
-def _teacher(models: _Models, nth: int, tokenizer: Loaded, features: StoredFeatures) -> PreTrainedModel:
+def _teacher(models: _Models, nth: int, tokenizer: Loaded, features: AlignedDataset) -> PreTrainedModel:
     """Load a teacher that can read its side of the rows."""
     model = models.teacher(nth)
     _check(model, models.config.teachers[nth].model, tokenizer, features.teacher_lengths[nth])

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from cdm_toolkit.artifacts.atomic import atomic_folder
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.distill.features import RowCounts
+from cdm_toolkit.distill.dataset import RowCounts
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.model_card import model_card
 from cdm_toolkit.distill.output_folder import claim_output, last_checkpoint, remove_run

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from cdm_toolkit.distill.output_folder import last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler
 from cdm_toolkit.errors import NotFinite
-from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacher, Collator
+from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.model_logits import logits_at
@@ -24,7 +24,7 @@ from cdm_toolkit.kd.types import LossSums
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from cdm_toolkit.distill.feature_store import StoredFeatures
+    from cdm_toolkit.distill.dataset_store import AlignedDataset
     from cdm_toolkit.distill.settings import DistillConfig
     from cdm_toolkit.kd.aligned_rows import AlignedRow
 
@@ -98,7 +98,7 @@ class DistillTrainer(Trainer):
         self,
         student: nn.Module,
         arguments: TrainingArguments,
-        features: StoredFeatures,
+        features: AlignedDataset,
         collator: Collator,
         tokenizer: Any,
         *,
@@ -190,7 +190,7 @@ class DistillTrainer(Trainer):
         return loss_sums(logits, batch.labels, inputs)
 
     def _inputs(
-        self, objective: TeacherObjective, batch: AlignedBatch, nth: int, side: AlignedTeacher
+        self, objective: TeacherObjective, batch: AlignedBatch, nth: int, side: AlignedTeacherBatch
     ) -> LossInputs | None:
         """Ask a teacher; None where the batch has no group for it."""
         if side.empty:

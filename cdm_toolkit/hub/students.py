@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadOption, OutputExists
-from cdm_toolkit.hub.cut import load_cut
+from cdm_toolkit.hub.cut_vocabulary import load_cut
 from cdm_toolkit.hub.models import (
     check_vocabulary,
     load_as_stored,

@@ -6,7 +6,7 @@
 """
 
 from cdm_toolkit.kd.alm import ALM
-from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacher
+from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
 from cdm_toolkit.kd.cdm import CDM
 from cdm_toolkit.kd.divergences import kd_sums
 from cdm_toolkit.kd.exact_match import ExactMatch
@@ -41,7 +41,7 @@ __all__ = [
     "KL",
     "ULD",
     "AlignedBatch",
-    "AlignedTeacher",
+    "AlignedTeacherBatch",
     "ExactMatch",
     "KDSums",
     "LogprobRequest",

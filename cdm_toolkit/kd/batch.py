@@ -18,11 +18,11 @@ from cdm_toolkit.kd.model_logits import logits_at
 
 PairId = tuple[str, str]
 """Fingerprints of a pair's tokenizers, teacher first."""
-Moved = TypeVar("Moved", "AlignedBatch", "AlignedTeacher")
+Moved = TypeVar("Moved", "AlignedBatch", "AlignedTeacherBatch")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AlignedTeacher:
+class AlignedTeacherBatch:
     """One teacher's side of a batch; its groups are one flat list over the rows, its tokens those of the groups.
 
     A group [t0, t1) × [s0, s1) is predicted at the teacher's position t0 − 1 and the student's s0 − 1, which follow
@@ -63,7 +63,7 @@ class AlignedTeacher:
         """Flat positions whose logits predict the first teacher token of each group."""
         return self.token_positions.index_select(0, self.group_first)
 
-    def to(self, device: Any, non_blocking: bool = False) -> AlignedTeacher:
+    def to(self, device: Any, non_blocking: bool = False) -> AlignedTeacherBatch:
         """Move the tensors to a device."""
         return _moved(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -82,7 +82,7 @@ class AlignedBatch:
     labels: Int64[Tensor, " label"]
     label_positions: Int64[Tensor, " label"]
     label_row: Int64[Tensor, " label"]
-    teachers: tuple[AlignedTeacher, ...] = ()
+    teachers: tuple[AlignedTeacherBatch, ...] = ()
 
     @property
     def teacher(self) -> Mapping[str, Tensor]:
@@ -142,7 +142,7 @@ def _moved(value: Moved, move: Any) -> Moved:
             return move(part)
         if isinstance(part, Mapping):
             return {name: inner(each) for name, each in part.items()}
-        if isinstance(part, AlignedTeacher):
+        if isinstance(part, AlignedTeacherBatch):
             return _moved(part, move)
         if isinstance(part, tuple):
             return tuple(inner(each) for each in part)
@@ -186,7 +186,7 @@ class Collator:
 
     def _teacher(
         self, nth: int, rows: Sequence[AlignedTeacherRow], first_label: np.ndarray
-    ) -> AlignedTeacher:
+    ) -> AlignedTeacherBatch:
         counts = tuple(len(row.groups) for row in rows)
         inputs, starts = _inputs([row.ids for row in rows], self.teacher_pad, self.teacher_padding)
         groups = np.concatenate([row.groups for row in rows]).astype(np.int64)
@@ -197,7 +197,7 @@ class Collator:
         positions = row_positions + starts[token_row]
         student_rows = first_s + first_label[owner]
         student_token_rows, student_token_group = _ranges(student_rows, end_s + first_label[owner])
-        return AlignedTeacher(
+        return AlignedTeacherBatch(
             inputs=inputs,
             groups_per_row=counts,
             tokens_per_row=tuple(np.bincount(token_row, minlength=len(rows)).tolist()),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacher
+from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, sparse_logprobs
 from cdm_toolkit.kd.types import KDSums, LogprobRequest, LossSums, StudentLogits, TeacherSignal
 
@@ -48,7 +48,9 @@ class LossInputs:
             raise ValueError("a method that reads tokens reads rows of the labels' logits, not means")
 
     @classmethod
-    def of(cls, method: Any, signal: TeacherSignal, batch: AlignedBatch, side: AlignedTeacher) -> LossInputs:
+    def of(
+        cls, method: Any, signal: TeacherSignal, batch: AlignedBatch, side: AlignedTeacherBatch
+    ) -> LossInputs:
         """Lay out what a `Method` reads of one teacher's side of a batch."""
         mean, tokens = method.mean_logits, method.reads_teacher_tokens or method.reads_student_tokens
         return cls(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdm_toolkit.errors import BadOption, TokenizerMismatch, UnknownName
-from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacher
+from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.pair import TokenizerPair, fingerprint_of
 from cdm_toolkit.kd.plugins import load_plugins
@@ -173,14 +173,14 @@ class Method(nn.Module, Generic[SettingsT, State]):
         sums = loss_sums(at_labels, batch.labels, [inputs])
         return output_of(sums, labels=len(batch.labels), groups=side.groups)
 
-    def check(self, batch: AlignedBatch, signal: TeacherSignal | None) -> AlignedTeacher:
+    def check(self, batch: AlignedBatch, signal: TeacherSignal | None) -> AlignedTeacherBatch:
         """Give the teacher's side of a batch that fits, as its signal does. TokenizerMismatch, BadOption."""
         side = self._side(batch)
         if signal is not None:
             self._check_signal(signal)
         return side
 
-    def _side(self, batch: AlignedBatch) -> AlignedTeacher:
+    def _side(self, batch: AlignedBatch) -> AlignedTeacherBatch:
         if len(batch.teachers) != 1:
             raise BadOption(
                 "the number of teachers in the batch",

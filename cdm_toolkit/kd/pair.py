@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from cdm_toolkit.alignment.aligners import TextAlignment, align_text
-from cdm_toolkit.alignment.chat import align_segments
+from cdm_toolkit.alignment.segments import align_segments
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, NothingToTrain
 from cdm_toolkit.kd.aligned_rows import AlignedRow, align_groups, truncate_aligned
 from cdm_toolkit.kd.batch import AlignedBatch, Collator, PairId
-from cdm_toolkit.kd.chat import Messages, Piece, no_chat_template
+from cdm_toolkit.kd.chat_template import Messages, Piece, no_chat_template
 from cdm_toolkit.kd.rows import Row, RowFault, row_of
 from cdm_toolkit.kd.tokenized_rows import (
     TemplateName,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from cdm_toolkit.kd.batch import AlignedTeacher
+from cdm_toolkit.kd.batch import AlignedTeacherBatch
 from cdm_toolkit.kd.model_logits import logits_at
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, top_k, values_at
 from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
@@ -17,7 +17,7 @@ from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
 
 @torch.no_grad()
 def teacher_signal(
-    model: nn.Module, side: AlignedTeacher, request: SignalRequest, *, vocab: int
+    model: nn.Module, side: AlignedTeacherBatch, request: SignalRequest, *, vocab: int
 ) -> TeacherSignal:
     """Run a teacher over its side of a batch; of its logits the first `vocab` belong to ids of its tokenizer.
 
@@ -55,6 +55,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-def _positions(side: AlignedTeacher, request: SignalRequest) -> Int64[Tensor, " position"]:
+def _positions(side: AlignedTeacherBatch, request: SignalRequest) -> Int64[Tensor, " position"]:
     whole = request.token_logprobs or request.mean_logits
     return side.token_positions if whole else side.group_positions

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int32
 
-from cdm_toolkit.alignment.chat import project
+from cdm_toolkit.alignment.segments import project
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
-from cdm_toolkit.kd.chat import ChatTemplate, Piece, Rendered, chat_template, no_chat_template
+from cdm_toolkit.kd.chat_template import ChatTemplate, Piece, Rendered, chat_template, no_chat_template
 from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.tokdiff.spans import TokenSpans
 from cdm_toolkit.tokdiff.view import TokenizerView

@@ -80,6 +80,6 @@ def test_a_group_that_can_be_split_is_a_violation(write):
 
 
 def test_importing_groups_does_not_load_numba():
-    imports = "cdm_toolkit.alignment.groups, cdm_toolkit.alignment.aligners, cdm_toolkit.alignment.chat"
+    imports = "cdm_toolkit.alignment.groups, cdm_toolkit.alignment.aligners, cdm_toolkit.alignment.segments"
     code = f"import sys, {imports}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from cdm_toolkit.compare import measure
+from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
-from cdm_toolkit.compare.texts import text_rows
 from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem, SourceNotFound
 from cdm_toolkit.evaluation.bpb import Passage, passage_bits

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cdm_toolkit.artifacts.code import code_fingerprint
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.compare import prepared as shared_module
 from cdm_toolkit.compare import runner as run_module
 from cdm_toolkit.compare.cells import grid
@@ -35,8 +35,8 @@ from cdm_toolkit.compare.runner import (
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.compare.study_folder import CELL_FILE, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import CellResult
-from cdm_toolkit.distill.cache_teacher import CacheSettings, write_cache
 from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,

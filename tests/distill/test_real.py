@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cdm_toolkit.artifacts.maps import load_or_build_neighbours
-from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.errors import SourceNotFound
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     rows = [Row(i, r["question"], r["answer"]) for i, r in enumerate(map(json.loads, lines), 1)]
     pair = TokenizerPair(teacher.tokenizer, student.tokenizer)
     pair.neighbour_builder = load_or_build_neighbours
-    features, counts = build_features(rows, pair.student, [TeacherSide(pair.teacher)])
+    features, counts = build_dataset(rows, pair.student, [TeacherSide(pair.teacher)])
     assert counts.trained == 32
     fresh = new_student(student, "10m", tmp_path_factory.mktemp("students") / "s")
     return Models(fresh, Local(model, vocab=pair.vocab_t), CDM(pair, top_k=100), list(features))

@@ -11,7 +11,7 @@ import torch
 
 from cdm_toolkit.batching import Padding
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
-from cdm_toolkit.kd.batch import AlignedTeacher, Collator
+from cdm_toolkit.kd.batch import AlignedTeacherBatch, Collator
 
 PAIR = (("t", "s"),)
 
@@ -31,7 +31,7 @@ ROWS = [
 SIDES: list[Padding] = ["left", "right"]
 
 
-def ids_at(teacher: AlignedTeacher, positions: torch.Tensor) -> list[int]:
+def ids_at(teacher: AlignedTeacherBatch, positions: torch.Tensor) -> list[int]:
     """Give the teacher's ids at flat positions."""
     return teacher.inputs["input_ids"].flatten()[positions].tolist()
 
@@ -100,7 +100,7 @@ def test_a_batch_without_groups_asks_nothing_of_the_teacher() -> None:
     assert len(teacher.group_positions) == len(teacher.token_positions) == len(teacher.student_rows) == 0
 
 
-def as_lists(teacher: AlignedTeacher) -> dict[str, Any]:
+def as_lists(teacher: AlignedTeacherBatch) -> dict[str, Any]:
     values = {field.name: getattr(teacher, field.name) for field in fields(teacher)}
     values |= {name: tensor.tolist() for name, tensor in values.pop("inputs").items()}
     return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}

@@ -15,7 +15,7 @@ from cdm_toolkit.kd import (
     KL,
     ULD,
     AlignedBatch,
-    AlignedTeacher,
+    AlignedTeacherBatch,
     ExactMatch,
     LossOutput,
     Method,
@@ -150,7 +150,7 @@ def test_a_signal_is_that_of_the_model_alone(two: TokenizerPair, teacher: Side) 
     assert torch.equal(local.top.ids, found.top.ids)
 
 
-def positions_in(side: AlignedTeacher) -> list[str]:
+def positions_in(side: AlignedTeacherBatch) -> list[str]:
     return [field.name for field in fields(side) if isinstance(getattr(side, field.name), torch.Tensor)]
 
 

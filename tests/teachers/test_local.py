@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdm_toolkit.batching import Padding
-from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -35,7 +35,7 @@ def folder(small_models: Path) -> str:
 @pytest.fixture(scope="module")
 def features(small_models: Path, folder: str) -> list[AlignedRow]:
     student, teacher = side_of(str(small_models / "student")), side_of(folder)
-    built, _ = build_features(read_rows("sample:train")[:4], student, [TeacherSide(teacher)])
+    built, _ = build_dataset(read_rows("sample:train")[:4], student, [TeacherSide(teacher)])
     return list(built)
 
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare import texts
-from cdm_toolkit.compare.texts import KINDS, LEAST, MOST, Split, cut_at_blank_lines, text_rows
+from cdm_toolkit.compare import corpora
+from cdm_toolkit.compare.corpora import KINDS, LEAST, MOST, Split, cut_at_blank_lines, text_rows
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.errors import BadOption, FileProblem, UnknownName
 from cdm_toolkit.kd.rows import Row
@@ -76,7 +76,7 @@ def test_what_is_held_out_shares_no_paragraph_with_the_rest(kind: str) -> None:
         return {" ".join(part.split()) for piece in pieces for part in piece.split("\n\n")}
 
     shared = paragraphs(train) & paragraphs(heldout)
-    assert max(map(len, shared), default=0) < texts.NOT_BY_CHANCE
+    assert max(map(len, shared), default=0) < corpora.NOT_BY_CHANCE
     assert len(train) > len(heldout) > 50
 
 
@@ -86,7 +86,7 @@ def test_each_row_comes_from_another_file() -> None:
     pieces = _completions("python:code", "train")[:30]
     files = {
         name: file.read_text(encoding="utf-8", errors="replace")
-        for name, file in texts._sources()
+        for name, file in corpora._sources()
         if file.is_relative_to(folder)
     }
     holding = [{name for name, text in files.items() if piece in text} for piece in pieces]
@@ -97,8 +97,8 @@ def test_each_row_comes_from_another_file() -> None:
 def test_docstrings_are_docstrings() -> None:
     said = [
         textwrap.dedent(ast.get_docstring(node) or "")
-        for _, file in texts._sources()
-        for node in ast.walk(ast.parse(texts._read(file)))
+        for _, file in corpora._sources()
+        for node in ast.walk(ast.parse(corpora._read(file)))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     whole = "\0".join(said)
@@ -108,7 +108,7 @@ def test_docstrings_are_docstrings() -> None:
 
 
 def test_the_manual_is_split_by_topic() -> None:
-    held_out = [text for name, text in topics.items() if texts._is_held_out(texts.Document(name, list))]
+    held_out = [text for name, text in topics.items() if corpora._is_held_out(corpora.Document(name, list))]
     pieces = _completions("python:manual", "heldout")
     assert all(any(piece in text for text in held_out) for piece in pieces)
 

@@ -73,7 +73,7 @@ class _Lists:
         return lengths
 
 
-class StoredFeatures(Sequence[AlignedRow]):
+class AlignedDataset(Sequence[AlignedRow]):
     """The rows of a folder that are trained on, each made when it is asked for; arrays are read-only views."""
 
     lengths: Int64[np.ndarray, " row"]
@@ -122,9 +122,9 @@ class StoredFeatures(Sequence[AlignedRow]):
             ),
         )
 
-    def __reduce__(self) -> tuple[type[StoredFeatures], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[AlignedDataset], tuple[Path]]:
         """Go to another process by the name of the folder."""
-        return StoredFeatures, (self.folder,)
+        return AlignedDataset, (self.folder,)
 
     def without_groups(self) -> Bool[np.ndarray, "teacher row"]:
         """Tell which rows have no groups with which teacher."""
@@ -162,14 +162,14 @@ def _damaged(folder: Path, problem: str) -> BadArtifact:
     return BadArtifact(folder, problem, "remove the folder; the features are then made anew")
 
 
-def open_or_make(folder: Path, make: Callable[[], None]) -> StoredFeatures:
+def open_or_make(folder: Path, make: Callable[[], None]) -> AlignedDataset:
     """Open a folder of features; where there is none, or a damaged one, have it made first."""
     import shutil
 
     if folder.is_dir():
         try:
-            return StoredFeatures(folder)
+            return AlignedDataset(folder)
         except BadArtifact:
             shutil.rmtree(folder)
     make()
-    return StoredFeatures(folder)
+    return AlignedDataset(folder)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cdm_toolkit.errors import BadOption, FileProblem
-from cdm_toolkit.hub.cut import cut, load_cut
+from cdm_toolkit.hub.cut_vocabulary import cut, load_cut
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.samples import sample_path
 from cdm_toolkit.tokdiff.token_bytes import gpt2_alphabet

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from cdm_toolkit.artifacts.cache import cache_folder
-from cdm_toolkit.artifacts.code import code_fingerprint
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.distill.feature_store import (
+from cdm_toolkit.distill.dataset_store import (
     EMPTY,
     FORMAT,
     TOO_LONG,
     TRAINED,
-    StoredFeatures,
+    AlignedDataset,
     open_or_make,
     to_table,
     write_header,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from jaxtyping import Float, Int32
 
-MADE_BY = ("tokdiff", "alignment", "kd", "distill/features.py", "distill/feature_store.py")
+MADE_BY = ("tokdiff", "alignment", "kd", "distill/dataset.py", "distill/dataset_store.py")
 """Sources that decide what the features of a row are: a change in them makes new features."""
 BATCH = 128
 """Rows that are encoded in one call."""
@@ -97,7 +97,7 @@ class RowCounts:
         return f"{counts} (unaligned with each teacher: {each})" if each else counts
 
 
-def build_features(
+def build_dataset(
     rows: Sequence[Row],
     student: TokenizerSide,
     teachers: Sequence[TeacherSide] = (),
@@ -107,7 +107,7 @@ def build_features(
     workers: int = 1,
     entropies: Entropies | None = None,
     on_row: Callable[[int], None] = lambda _done: None,
-) -> tuple[StoredFeatures, RowCounts]:
+) -> tuple[AlignedDataset, RowCounts]:
     """Tokenize each row for all models, align, and cut what is too long at a shared boundary.
 
     `max_length` is in tokens of any side, with those that stand around the text. Under template `none` each side
@@ -133,7 +133,7 @@ def build_features(
     return features, _counts(features, len(teachers))
 
 
-def _counts(features: StoredFeatures, teachers: int) -> RowCounts:
+def _counts(features: AlignedDataset, teachers: int) -> RowCounts:
     became = np.bincount(features.outcome, minlength=3).tolist()
     without = features.without_groups()
     return RowCounts(

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
-from cdm_toolkit.distill import cache_teacher as module
-from cdm_toolkit.distill.cache_teacher import CacheResult, CacheSettings, write_cache
-from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill import write_teacher_cache as module
+from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.write_teacher_cache import CacheResult, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain, TokenizerMismatch
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -53,7 +53,7 @@ def features(tiny, tmp_path_factory: pytest.TempPathFactory):
     student, teacher = (side_of(name) for name in (tiny.student, tiny.teacher))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return build_features(read_rows(tiny.data), student, [TeacherSide(teacher)])[0]
+        return build_dataset(read_rows(tiny.data), student, [TeacherSide(teacher)])[0]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -172,7 +172,7 @@ def test_more_candidates_than_there_are(folder: Path, features) -> None:
 
 def features_of(tiny, *, max_length: int = 512, rows: slice = slice(None)) -> Any:
     student, teacher = (side_of(name) for name in (tiny.student, tiny.teacher))
-    return build_features(read_rows(tiny.data)[rows], student, [TeacherSide(teacher)], max_length=max_length)[
+    return build_dataset(read_rows(tiny.data)[rows], student, [TeacherSide(teacher)], max_length=max_length)[
         0
     ]
 

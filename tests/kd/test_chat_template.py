@@ -9,7 +9,7 @@ import pytest
 from cdm_toolkit.errors import UnsupportedTokenizer
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.kd import TokenizerPair
-from cdm_toolkit.kd.chat import ChatTemplate, chat_template
+from cdm_toolkit.kd.chat_template import ChatTemplate, chat_template
 
 CHAT = [
     {"role": "user", "content": "Wie heißt user?"},

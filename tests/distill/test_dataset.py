@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import cdm_toolkit
-from cdm_toolkit.distill import features as module
-from cdm_toolkit.distill.feature_store import StoredFeatures
-from cdm_toolkit.distill.features import RowCounts, build_features
+from cdm_toolkit.distill import dataset as module
+from cdm_toolkit.distill.dataset import RowCounts, build_dataset
+from cdm_toolkit.distill.dataset_store import AlignedDataset
 from cdm_toolkit.errors import BadArtifact, BadOption, UnsupportedTokenizer
 from cdm_toolkit.kd.aligned_rows import AlignedRow
-from cdm_toolkit.kd.chat import ChatTemplate
+from cdm_toolkit.kd.chat_template import ChatTemplate
 from cdm_toolkit.kd.rows import Message, Row
 from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, template_notes
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -104,7 +104,7 @@ def test_labels_spell_the_completion_and_groups_share_their_context(
     sides: tuple[TokenizerSide, TokenizerSide], rows: list[Row]
 ) -> None:
     student, teacher = sides
-    features, counts = build_features(rows, student, [TeacherSide(teacher)], max_length=1024)
+    features, counts = build_dataset(rows, student, [TeacherSide(teacher)], max_length=1024)
     assert counts == RowCounts(read=40, trained=40)
     for row, one in zip(rows, features, strict=True):
         assert one.row == row.number
@@ -122,7 +122,7 @@ def test_long_rows_are_cut_at_a_shared_boundary(
     sides: tuple[TokenizerSide, TokenizerSide], rows: list[Row], max_length: int
 ) -> None:
     student, teacher = sides
-    features, counts = build_features(rows, student, [TeacherSide(teacher)], max_length=max_length)
+    features, counts = build_dataset(rows, student, [TeacherSide(teacher)], max_length=max_length)
     assert counts.read == 40 == counts.trained + counts.too_long
     assert counts.cut > 0
     by_number = {row.number: row for row in rows}
@@ -141,7 +141,7 @@ def test_long_rows_are_cut_at_a_shared_boundary(
 def test_several_teachers_end_where_all_sides_do(real_view, rows: list[Row], max_length: int) -> None:
     student = side(real_view("mistral"))
     teachers = [side(real_view(name)) for name in ("smollm2", "gpt2", "qwen2")]
-    features, counts = build_features(
+    features, counts = build_dataset(
         rows, student, [TeacherSide(one) for one in teachers], max_length=max_length
     )
     assert counts.read == counts.trained + counts.too_long
@@ -160,9 +160,9 @@ def test_several_teachers_end_where_all_sides_do(real_view, rows: list[Row], max
 def test_each_teacher_alone_has_the_groups_that_it_has_among_others(real_view, rows: list[Row]) -> None:
     student = side(real_view("mistral"))
     teachers = [TeacherSide(side(real_view("smollm2"))), TeacherSide(side(real_view("gpt2")), "bytes")]
-    together, _ = build_features(rows, student, teachers, max_length=1024)
+    together, _ = build_dataset(rows, student, teachers, max_length=1024)
     for nth, teacher in enumerate(teachers):
-        alone, _ = build_features(rows, student, [teacher], max_length=1024)
+        alone, _ = build_dataset(rows, student, [teacher], max_length=1024)
         for one, other in zip(alone, together, strict=True):
             assert np.array_equal(one.student_ids, other.student_ids)
             assert np.array_equal(one.teachers[0].ids, other.teachers[nth].ids)
@@ -185,19 +185,19 @@ def test_a_teacher_that_does_not_align_neither_cuts_nor_counts_as_all(
     monkeypatch.setattr(aligned_rows, "align", refuse_bytes)
     student, teacher = side(real_view("mistral")), side(real_view("gpt2"))
     both = [TeacherSide(teacher), TeacherSide(teacher, "bytes")]
-    features, counts = build_features(rows, student, both, max_length=180)
+    features, counts = build_dataset(rows, student, both, max_length=180)
     assert (counts.unaligned, counts.unaligned_with) == (0, (0, counts.trained))
     assert "(unaligned with each teacher: 0, " in str(counts)
     assert all(len(one.teachers[1].groups) == 0 and len(one.teachers[1].ids) == 1 for one in features)
-    only, counts = build_features(rows, student, both[1:], max_length=180)
+    only, counts = build_dataset(rows, student, both[1:], max_length=180)
     assert counts.unaligned == counts.trained == len(only)
-    free, _ = build_features(rows, student, max_length=180)
+    free, _ = build_dataset(rows, student, max_length=180)
     assert [one.student_ids.tolist() for one in only] == [one.student_ids.tolist() for one in free]
 
 
 def test_a_text_is_learned_from_its_first_token(sides: tuple[TokenizerSide, TokenizerSide]) -> None:
     student, teacher = sides
-    (one,), _ = build_features([Row(1, "", "Two cats sit.")], student, [TeacherSide(teacher)])
+    (one,), _ = build_dataset([Row(1, "", "Two cats sit.")], student, [TeacherSide(teacher)])
     assert one.label_from == 1
     assert one.teachers[0].groups[0].tolist()[::2] == [1, 1]
 
@@ -205,7 +205,7 @@ def test_a_text_is_learned_from_its_first_token(sides: tuple[TokenizerSide, Toke
 def test_a_token_that_straddles_the_boundary_is_no_label(real_view) -> None:
     student, teacher = side(real_view("gpt2")), side(real_view("smollm2"))
     row = Row(1, "x", "\n\n\n  deep")  # the prompt's line feed and the completion's become one token
-    (one,), counts = build_features([row], student, [TeacherSide(teacher)])
+    (one,), counts = build_dataset([row], student, [TeacherSide(teacher)])
     assert row.text.encode().endswith(spelled(student.view, one.student_ids[one.label_from :]))
     start = len(row.text.encode()) - len(spelled(student.view, one.student_ids[one.label_from :]))
     assert start > row.completion_start
@@ -217,22 +217,22 @@ def test_empty_and_too_long_rows_are_counted(sides: tuple[TokenizerSide, Tokeniz
     student, teacher = sides
     rows = [Row(1, "question", ""), Row(2, "word " * 50, "answer"), Row(3, "q", "fine")]
     for others in ([TeacherSide(teacher)], []):
-        features, counts = build_features(rows, student, others, max_length=20)
+        features, counts = build_dataset(rows, student, others, max_length=20)
         assert [one.row for one in features] == [3]
         assert counts == RowCounts(read=3, trained=1, empty=1, too_long=1)
-    nothing, counts = build_features(rows[:2], student, max_length=20)
+    nothing, counts = build_dataset(rows[:2], student, max_length=20)
     assert (len(nothing), list(nothing), len(nothing.lengths)) == (0, [], 0)
     assert counts == RowCounts(read=2, empty=1, too_long=1)
     with pytest.raises(BadOption, match="number of rows"):
-        build_features([], student)
+        build_dataset([], student)
 
 
 def test_without_a_teacher_there_are_no_groups(
     sides: tuple[TokenizerSide, TokenizerSide], rows: list[Row]
 ) -> None:
     student, teacher = sides
-    alone, counts = build_features(rows, student)
-    together, _ = build_features(rows, student, [TeacherSide(teacher)])
+    alone, counts = build_dataset(rows, student)
+    together, _ = build_dataset(rows, student, [TeacherSide(teacher)])
     assert counts.unaligned == 0
     for one, other in zip(alone, together, strict=True):
         assert np.array_equal(one.student_ids, other.student_ids)
@@ -243,7 +243,7 @@ def test_without_a_teacher_there_are_no_groups(
 @pytest.mark.parametrize("aligner", ["anchored", "bytes", "dtw", "entropy-dtw"])
 def test_every_aligner(real_view, rows: list[Row], aligner: str) -> None:
     student, teacher = side(real_view("mistral")), side(real_view("smollm2"))
-    features, _ = build_features(rows[:8], student, [TeacherSide(teacher, aligner)])
+    features, _ = build_dataset(rows[:8], student, [TeacherSide(teacher, aligner)])
     for one in features:
         groups = one.teachers[0].groups
         assert len(groups) > 10
@@ -287,10 +287,10 @@ def as_lists(features: Sequence[AlignedRow]) -> list[object]:
 def test_a_second_run_reads_the_cache(real_view, rows: list[Row], tokenized: list[int], cache: Path) -> None:
     student, teacher = side(real_view("mistral")), TeacherSide(side(real_view("smollm2")))
     done: list[int] = []
-    first, counts = build_features(rows, student, [teacher], on_row=done.append)
+    first, counts = build_dataset(rows, student, [teacher], on_row=done.append)
     assert sum(tokenized) == 80
     assert done[-1] == 40
-    again, same = build_features(list(rows), replace(student), (teacher,), on_row=done.append)
+    again, same = build_dataset(list(rows), replace(student), (teacher,), on_row=done.append)
     assert sum(tokenized) == 80
     assert (as_lists(again), same) == (as_lists(first), counts)
     assert len(list(cache.iterdir())) == 1
@@ -317,11 +317,11 @@ def test_whatever_goes_in_names_the_cache(real_view, rows: list[Row], cache: Pat
         (few, student, [TeacherSide(teacher)], {"entropies": Made("b")}),
     ]
     for count, (some, one, others, settings) in enumerate(variants, 1):
-        build_features(some, one, others, **settings)  # type: ignore[arg-type]
+        build_dataset(some, one, others, **settings)  # type: ignore[arg-type]
         assert len(list(cache.iterdir())) == count
     # what changes nothing has no other name: a template that is not used, entropies that are not looked at
-    build_features(few, side(student.view), [TeacherSide(side(teacher.view))])
-    build_features(few, student, [TeacherSide(teacher, "bytes")], entropies=Made("a"))
+    build_dataset(few, side(student.view), [TeacherSide(side(teacher.view))])
+    build_dataset(few, student, [TeacherSide(teacher, "bytes")], entropies=Made("a"))
     assert len(list(cache.iterdir())) == len(variants)
 
 
@@ -330,7 +330,7 @@ def test_damaged_files_are_made_anew(
     real_view, rows: list[Row], cache: Path, tokenized: list[int], damage: str
 ) -> None:
     student = side(real_view("gpt2"))
-    before = as_lists(build_features(rows, student)[0])
+    before = as_lists(build_dataset(rows, student)[0])
     (folder,) = cache.iterdir()
     arrow, header = folder / "part.arrow", folder / "header.json"
     match damage:
@@ -345,8 +345,8 @@ def test_damaged_files_are_made_anew(
         case _:
             header.write_text("{")
     with pytest.raises(BadArtifact, match="remove the folder"):
-        StoredFeatures(folder)
-    features, _ = build_features(rows, student)
+        AlignedDataset(folder)
+    features, _ = build_dataset(rows, student)
     assert as_lists(features) == before
     assert sum(tokenized) == 80
 
@@ -354,16 +354,16 @@ def test_damaged_files_are_made_anew(
 def test_a_file_that_says_what_was_written_but_is_not_is_damaged(
     real_view, rows: list[Row], cache: Path
 ) -> None:
-    build_features(rows, side(real_view("gpt2")))
+    build_dataset(rows, side(real_view("gpt2")))
     (folder,) = cache.iterdir()
     arrow, header = folder / "part.arrow", folder / "header.json"
     arrow.write_bytes(b"x" * arrow.stat().st_size)
     with pytest.raises(BadArtifact, match="cannot be read"):
-        StoredFeatures(folder)
-    build_features(rows, side(real_view("gpt2")))
+        AlignedDataset(folder)
+    build_dataset(rows, side(real_view("gpt2")))
     header.write_text(json.dumps(json.loads(header.read_text()) | {"rows": 41}))
     with pytest.raises(BadArtifact, match="does not have the rows"):
-        StoredFeatures(folder)
+        AlignedDataset(folder)
 
 
 def test_an_interrupted_run_leaves_nothing(real_view, rows: list[Row], cache: Path) -> None:
@@ -371,12 +371,12 @@ def test_an_interrupted_run_leaves_nothing(real_view, rows: list[Row], cache: Pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_features(rows, side(real_view("gpt2")), on_row=stop)
+        build_dataset(rows, side(real_view("gpt2")), on_row=stop)
     assert list(cache.iterdir()) == []
 
 
 def test_rows_come_by_number_slice_and_length_and_go_to_other_processes(real_view, rows: list[Row]) -> None:
-    features, _ = build_features(rows, side(real_view("gpt2")), [TeacherSide(side(real_view("smollm2")))])
+    features, _ = build_dataset(rows, side(real_view("gpt2")), [TeacherSide(side(real_view("smollm2")))])
     assert features.lengths.tolist() == [one.length for one in features]
     assert as_lists(features[3:9:2]) == [as_lists(features)[i] for i in (3, 5, 7)]
     assert as_lists([features[-1]]) == as_lists(features)[-1:]
@@ -398,12 +398,12 @@ def test_several_processes_make_the_same(
         pytest.skip("Windows cannot fork")
     many = [replace(row, number=nth) for nth, row in enumerate(rows * 8, 1)]
     student, teacher = side(real_view("gpt2"), PLAIN), TeacherSide(side(real_view("smollm2"), CHATML))
-    alone = as_lists(build_features(many, student, [teacher], template="chat")[0])
+    alone = as_lists(build_dataset(many, student, [teacher], template="chat")[0])
     monkeypatch.setattr(module, "ROWS_FOR_A_PROCESS", 100)
     monkeypatch.setattr(datasets.arrow_dataset, "mp", multiprocess.get_context(start))
     monkeypatch.setattr(module, "_fingerprint", lambda *_: "another")
     done: list[int] = []
-    several, counts = build_features(many, student, [teacher], template="chat", workers=2, on_row=done.append)
+    several, counts = build_dataset(many, student, [teacher], template="chat", workers=2, on_row=done.append)
     assert len(list(several.folder.glob("*.arrow"))) == 2
     assert as_lists(several) == alone
     assert counts.trained == len(many)
@@ -414,7 +414,7 @@ def test_several_processes_make_the_same(
     monkeypatch.setattr(module, "_fingerprint", lambda *_: "a third")
     many[250] = Row(251, "", "no conversation")
     with pytest.raises(BadOption, match="row 251 is a text"):
-        build_features(many, student, [teacher], template="chat", workers=2)
+        build_dataset(many, student, [teacher], template="chat", workers=2)
 
 
 # Chats
@@ -445,9 +445,7 @@ CHAT_PAIRS = [
 @pytest.mark.parametrize("names", CHAT_PAIRS, ids="-".join)
 def test_each_side_reads_its_own_rendering(real_view, chats: list[Row], names: tuple[str, str]) -> None:
     teacher, student = (side(real_view(name), TEMPLATES[name]) for name in names)
-    features, counts = build_features(
-        chats, student, [TeacherSide(teacher)], template="chat", max_length=2048
-    )
+    features, counts = build_dataset(chats, student, [TeacherSide(teacher)], template="chat", max_length=2048)
     assert counts == RowCounts(read=16, trained=16)
     for row, one in zip(chats, features, strict=True):
         (other,) = one.teachers
@@ -482,7 +480,7 @@ def test_each_side_reads_its_own_rendering(real_view, chats: list[Row], names: t
 def test_prompts_may_differ_and_have_no_groups(real_view, rows: list[Row]) -> None:
     """ChatML's template brings a system prompt that the other has not."""
     student, teacher = side(real_view("gpt2"), PLAIN), side(real_view("smollm2"), CHATML)
-    (one,), _ = build_features(rows[:1], student, [TeacherSide(teacher)], template="chat")
+    (one,), _ = build_dataset(rows[:1], student, [TeacherSide(teacher)], template="chat")
     assert b"helpful assistant" in spelled(teacher.view, one.teachers[0].ids)
     assert b"helpful assistant" not in spelled(student.view, one.student_ids)
     prompt = spelled(student.view, one.student_ids[: one.label_from]).decode()
@@ -493,7 +491,7 @@ def test_prompts_may_differ_and_have_no_groups(real_view, rows: list[Row]) -> No
 def test_long_chats_are_cut(real_view, chats: list[Row], max_length: int) -> None:
     student = side(real_view("mistral"), LLAMA2)
     teachers = [side(real_view("smollm2"), CHATML), side(real_view("gpt2"), PLAIN)]
-    features, counts = build_features(
+    features, counts = build_dataset(
         chats, student, [TeacherSide(one) for one in teachers], template="chat", max_length=max_length
     )
     assert counts.read == 16 == counts.trained + counts.too_long
@@ -516,20 +514,20 @@ def test_blanks_that_a_template_keeps_are_learned(real_view) -> None:
     row = Row(1, "indent", "    return 1\n")
     bare = "{% for m in messages %}{{ eos_token }}{{ m['content'] }}{% endfor %}{{ eos_token }}"
     keeps, strips = side(real_view("gpt2"), bare), side(real_view("mistral"), LLAMA2)
-    (one,), _ = build_features([row], keeps, [TeacherSide(strips)], template="chat")
+    (one,), _ = build_dataset([row], keeps, [TeacherSide(strips)], template="chat")
     assert spelled(keeps.view, one.student_ids[one.label_from :]) == b"    return 1\n"
     assert spelled(keeps.view, one.student_ids[one.teachers[0].groups[0, 2] :]) == b" return 1\n"
-    (one,), _ = build_features([row], strips, [TeacherSide(keeps)], template="chat")
+    (one,), _ = build_dataset([row], strips, [TeacherSide(keeps)], template="chat")
     assert spelled(strips.view, one.student_ids[one.label_from :]).strip() == b"return 1"
     # ChatML's line feed and the first blanks are one token here, which no prompt ends before
     chatml = side(real_view("smollm2"), CHATML)
-    (one,), _ = build_features([row], chatml, template="chat")
+    (one,), _ = build_dataset([row], chatml, template="chat")
     assert spelled(chatml.view, one.student_ids[one.label_from :]) == b" return 1\n"
 
 
 def test_a_template_that_ends_no_turn(real_view, rows: list[Row]) -> None:
     student, teacher = side(real_view("gpt2"), ENDLESS), side(real_view("smollm2"), CHATML)
-    (one,), _ = build_features(rows[:1], student, [TeacherSide(teacher)], template="chat")
+    (one,), _ = build_dataset(rows[:1], student, [TeacherSide(teacher)], template="chat")
     learned = spelled(student.view, one.student_ids[one.label_from :]).decode()
     assert learned == f" {rows[0].completion}\n\n"
     assert one.teachers[0].groups[-1, 1] < len(one.teachers[0].ids), "the teacher's end has no partner"
@@ -539,21 +537,21 @@ def test_rows_that_are_no_chat_are_refused_by_number(real_view) -> None:
     student = side(real_view("mistral"), LLAMA2)
     good = Row(1, "q", "a")
     with pytest.raises(BadOption, match="row 7 is a text without a prompt"):
-        build_features([good, Row(7, "", "just text")], student, template="chat")
+        build_dataset([good, Row(7, "", "just text")], student, template="chat")
     system = tuple(Message(role, role) for role in ("system", "user", "assistant"))
     with pytest.raises(UnsupportedTokenizer, match="refuses the messages of row 8: roles must be"):
-        build_features([good, Row(8, "", "assistant", system)], student, template="chat")
+        build_dataset([good, Row(8, "", "assistant", system)], student, template="chat")
     with pytest.raises(UnsupportedTokenizer, match="no chat template"):
-        build_features([good], side(student.view), template="chat")
+        build_dataset([good], side(student.view), template="chat")
     rewrites = side(student.view, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
     with pytest.raises(
         UnsupportedTokenizer, match="rewrites the content of message 1 of the messages of row 1"
     ):
-        build_features([good], rewrites, template="chat")
+        build_dataset([good], rewrites, template="chat")
     drops = side(student.view, "{{ messages[0]['content'] }}")
     with pytest.raises(UnsupportedTokenizer, match="leaves out the last message"):
-        build_features([good], drops, template="chat")
-    _, counts = build_features([good, Row(2, "q", " \n")], student, template="chat")
+        build_dataset([good], drops, template="chat")
+    _, counts = build_dataset([good, Row(2, "q", " \n")], student, template="chat")
     assert counts == RowCounts(read=2, trained=1, empty=1)
 
 
@@ -601,7 +599,7 @@ def test_entropies_are_of_what_the_models_read(
     student, teacher = side(real_view("mistral")), side(real_view("smollm2"))
     teachers = [TeacherSide(teacher, "entropy-dtw"), TeacherSide(teacher, "bytes")]
     entropies = Made("made", lambda side, some: asked[side].extend(ids.tolist() for ids in some))
-    build_features(rows[:3], student, teachers, max_length=100, entropies=entropies)
+    build_dataset(rows[:3], student, teachers, max_length=100, entropies=entropies)
     assert asked[2] == [], "bytes looks at none"
     for nth, row in enumerate(rows[:3]):
         for nth_side, reader in ((0, student), (1, teacher)):
@@ -636,10 +634,10 @@ def test_real_entropies_weigh_the_papers_alignment(
     model, view = load_model("smollm2"), real_view("smollm2")
     short = [Row(1, "What is 2 + 3?", "It is 5."), Row(2, "", "Zoe has 12 cards."), Row(3, "Hi", "Hello!")]
     both = side(view), [TeacherSide(side(view), "entropy-dtw")]
-    build_features(short, *both)
+    build_dataset(short, *both)
     assert {weight for weights in weighed for weight in weights} == {3}
     weighed.clear()
-    build_features(short, *both, entropies=ModelEntropies({0: lambda: model, 1: lambda: model}, "smollm2"))
+    build_dataset(short, *both, entropies=ModelEntropies({0: lambda: model, 1: lambda: model}, "smollm2"))
     assert all(len(set(weights)) > 1 for weights in weighed)
     assert len(weighed) == 6
 
@@ -648,14 +646,14 @@ def test_real_entropies_weigh_the_papers_alignment(
 
 STEP = """
 import sys
-from cdm_toolkit.distill.features import build_features
+from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.tokenized_rows import TeacherSide, tokenizer_side
 
 student, teacher, rows = sys.argv[1:]
 sides = [tokenizer_side(each.tokenizer, each.view) for each in map(load_tokenizer, (student, teacher))]
-build_features(read_rows(rows), sides[0], [TeacherSide(sides[1])])
+build_dataset(read_rows(rows), sides[0], [TeacherSide(sides[1])])
 print(sys.modules["cdm_toolkit"].__file__)
 """
 

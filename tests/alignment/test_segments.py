@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from cdm_toolkit.alignment.aligners import align_text, side_weights
 from cdm_toolkit.alignment.anchored_reference import anchored
-from cdm_toolkit.alignment.chat import align_segments, project
 from cdm_toolkit.alignment.groups import invariant_violations
+from cdm_toolkit.alignment.segments import align_segments, project
 from cdm_toolkit.errors import BadOption, DoesNotSpell
 
 QUESTION, ANSWER = (

@@ -11,8 +11,8 @@ import pytest
 
 import cdm_toolkit
 from cdm_toolkit.artifacts.teacher_cache import CacheHeader
-from cdm_toolkit.cli import main, wording
-from cdm_toolkit.cli.wording import in_terminal
+from cdm_toolkit.cli import main, translate_messages
+from cdm_toolkit.cli.translate_messages import in_terminal
 
 ROOT = Path(cdm_toolkit.__file__).parent
 
@@ -20,11 +20,11 @@ ROOT = Path(cdm_toolkit.__file__).parent
 @pytest.fixture(autouse=True)
 def _no_command_runs_after() -> Iterator[None]:
     yield
-    wording.start([])
+    translate_messages.start([])
 
 
 def said_by(command: str, message: str) -> str:
-    wording.start(command.split())
+    translate_messages.start(command.split())
     return in_terminal(message)
 
 
@@ -81,7 +81,7 @@ def test_every_function_is_public_and_its_command_exists() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
     }
-    for function, command in wording.COMMANDS.items():
+    for function, command in translate_messages.COMMANDS.items():
         assert function in functions
         assert main([*command.split(), "--help"]) == 0
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 
 @cache
 def code_fingerprint(*parts: str) -> str:
-    """Hash the sources of parts of the package, such as `alignment` or `kd/chat.py`: names and contents.
+    """Hash the sources of parts of the package, such as `alignment` or `kd/chat_template.py`: names and contents.
 
     What is kept under a name with this hash in it is made anew when the code that makes it changes.
     """
