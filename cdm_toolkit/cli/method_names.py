@@ -19,7 +19,10 @@ def method_summaries() -> dict[str, str]:
 def _plugins() -> Iterator[Path]:
     """List the files that `kd.plugins` would import."""
     for entry in entry_points(group="cdm_toolkit.methods"):
-        spec = importlib.util.find_spec(entry.module)
+        try:
+            spec = importlib.util.find_spec(entry.module)
+        except (ImportError, ValueError):
+            continue  # running a command tells it
         if spec is not None and spec.origin is not None:
             yield Path(spec.origin)
     for file in filter(None, os.environ.get("CDM_METHODS", "").split(os.pathsep)):

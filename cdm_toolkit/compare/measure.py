@@ -257,7 +257,7 @@ def score_model(
 
 def _pair(teacher: str, student: Loaded) -> TokenizerPair:
     loaded = load_tokenizer(teacher)
-    return TokenizerPair(loaded.tokenizer, student.tokenizer, names=(teacher, student.view.name))
+    return TokenizerPair.from_loaded(loaded, student)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -339,7 +339,7 @@ class _Divergence:
         check_rows(cache, [text.row for text in texts], 0)
         method = ExactMatch(pair).to(device)
         method.top_k = cache.k  # all that is there, also where the student's vocabulary is smaller
-        return _Divergence(Cached(cache, device=device), method)
+        return _Divergence(Cached(cache), method)
 
 
 class _Scorer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
 import platform
@@ -20,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
+from cdm_toolkit.artifacts.code_fingerprint import PACKAGE, code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.compare.cells import cell_at, grid
 from cdm_toolkit.compare.prepared import CODE, OnStage, Shared, check_origin, prepare, score, uses_cache
@@ -30,6 +32,7 @@ from cdm_toolkit.compare.types import Cell, CellResult, Point
 from cdm_toolkit.compare.worker import CellTask
 from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 from cdm_toolkit.errors import Interrupted
+from cdm_toolkit.kd.method import find_method
 
 PROGRESS_FILE, MODEL_FOLDER, SCRATCH = "progress.json", "model", ".scratch"
 TRAINED_BY = ("tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
@@ -147,10 +150,20 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
         curve=tuple(_point(log) for log in trained.losses),
         settings=config.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
     )
-    made_of = {**shared.fingerprints, CODE: code_fingerprint(*TRAINED_BY)}
+    made_of = {**shared.fingerprints, CODE: _code_of(study, cell)}
     made_by = provenance(fingerprints=made_of, seed=cell.seed, device=study.run.torch_device)
     options = study.methods[cell.method].options()
     return Stored(result, options, machine(study), trained.warnings, dict(made_by))
+
+
+def _code_of(study: StudyConfig, cell: Cell) -> str:
+    """Hash the sources that trained a cell, the file of a plugin's method among them."""
+    own = code_fingerprint(*TRAINED_BY)
+    method = study.methods[cell.method].options().get("method")
+    file = inspect.getsourcefile(find_method(method)) if method else None
+    if file is None or Path(file).is_relative_to(PACKAGE):
+        return own
+    return hashlib.sha256(own.encode() + Path(file).read_bytes()).hexdigest()
 
 
 def _point(log: Any) -> Point:

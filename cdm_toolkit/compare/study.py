@@ -195,7 +195,7 @@ def _without_teacher(fault: str) -> Fault:
     return Fault(name, problem)
 
 
-_OF_ALL = {"model", "weight", "cache", "dtype"}
+_OF_ALL = {"model", "cache", "dtype"}
 """Settings of a teacher that are no method's: all cells share one teacher and its cached log-probabilities."""
 
 
@@ -317,7 +317,7 @@ def _shared_names() -> set[str]:
     """List the settings of a run and of a study that are no method's own."""
     records = (StudyConfig, DistillConfig, TrainConfig, DataConfig)
     names = {name for record in records for name in record.model_fields}
-    return (names | _OF_ALL - {"weight"}) - MethodConfig.model_fields.keys()
+    return (names | _OF_ALL) - MethodConfig.model_fields.keys()
 
 
 def _not_known(kind: str, name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -294,7 +293,11 @@ def _map(table: pa.Table, task: _Task, folder: Path, *, workers: int, on_row: Ca
 
     several = workers > 1
     progress = folder / "progress"
-    function = _Packed(_pack(task), str(progress)) if several else _Counted(task, on_row)
+    function = (
+        _Packed(pickle.dumps(task, pickle.HIGHEST_PROTOCOL), str(progress))
+        if several
+        else _Counted(task, on_row)
+    )
     with _quiet(), _watched(progress, on_row) if several else nullcontext():
         Dataset(table).with_format("arrow").map(
             function,
@@ -323,7 +326,10 @@ class _Counted:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A task as bytes, for a process that may share nothing with this one; it adds a byte a row to a file."""
+    """A task as bytes, for a process that may share nothing with this one; it adds a byte a row to a file.
+
+    Pickled in C, which datasets does not: two vocabularies take a tenth of a second and not several.
+    """
 
     task: bytes
     progress: str
@@ -333,25 +339,6 @@ class _Packed:
         with Path(self.progress).open("ab") as file:
             file.write(bytes(len(table)))
         return made
-
-
-class _Packer(pickle.Pickler):
-    """Pickle in C, which datasets does not: two vocabularies take a tenth of a second and not several."""
-
-    def reducer_override(self, value: Any) -> Any:
-        return (_read_only, (dict(value),)) if type(value) is MappingProxyType else NotImplemented
-
-
-def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
-    return MappingProxyType(mapping)  # a type that pickle cannot name
-
-
-def _pack(task: _Task) -> bytes:
-    import io
-
-    packed = io.BytesIO()
-    _Packer(packed, protocol=pickle.HIGHEST_PROTOCOL).dump(task)
-    return packed.getvalue()
 
 
 @lru_cache(maxsize=1)

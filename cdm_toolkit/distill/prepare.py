@@ -44,7 +44,7 @@ PAPERS_OWN = {"positions", "max_edit_distance", "match_digits", "exact_always"}
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a stage is: load, entropies, align, neighbours, train, save. `log` is the latest of training."""
+    """How far a stage is: load, entropies, align, neighbours, look, train, save. `log` is the latest of training."""
 
     stage: str
     done: int
@@ -141,7 +141,7 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
 
 def _pair(teacher: Loaded, student: Loaded, config: DistillConfig, on_progress: OnProgress) -> TokenizerPair:
     """Make a pair whose tables of near tokens are kept in the cache folder."""
-    pair = TokenizerPair(teacher.tokenizer, student.tokenizer, names=(teacher.view.name, student.view.name))
+    pair = TokenizerPair.from_loaded(teacher, student)
     pair.neighbour_builder = load_or_build_neighbours
     pair.workers = config.data.workers
     pair.progress = lambda done, total: on_progress(Progress("neighbours", done, total))
@@ -171,10 +171,12 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
         check_rows(cache, data.features, nth)
         if kind.reads_top_k() and options.get("top_k") is None:
             options["top_k"] = min(DEFAULT_TOP_K, cache.k, pair.vocab_t, pair.vocab_s)
-        teacher = Cached(cache, device=device)
+        teacher = Cached(cache)
     else:
         teacher = Local(_teacher(data.models, nth, tokenizer, data.features), vocab=pair.vocab_t)
     method: Method[Any, Any] = kind(pair, **options).to(device)
+    if isinstance(teacher, Cached):
+        teacher.check(method.signal_request)
     return TeacherObjective(config.model, teacher, method, config.weight)
 
 

@@ -152,6 +152,10 @@ class DistillTrainer(Trainer):
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
 
+    def floating_point_ops(self, inputs: Inputs) -> int:
+        """Estimate what the student computes for a batch."""
+        return int(super().floating_point_ops(dict(inputs["batch"].student)))
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cdm_toolkit.errors import BadOption, TokenizerMismatch, UnknownName
+from cdm_toolkit.errors import BadOption, CdmError, TokenizerMismatch, UnknownName
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.pair import TokenizerPair, fingerprint_of
@@ -25,6 +26,7 @@ from cdm_toolkit.kd.types import (
     State,
     StudentLogits,
     TeacherSignal,
+    TopK,
 )
 
 SettingsT = TypeVar("SettingsT", bound=MethodSettings)
@@ -81,6 +83,7 @@ class Method(nn.Module, Generic[SettingsT, State]):
         super().__init_subclass__(**options)
         if "name" not in cls.__dict__:
             return
+        _check_definition(cls)
         parameters = [inspect.Parameter("pair", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
         parameters += [
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
@@ -151,9 +154,19 @@ class Method(nn.Module, Generic[SettingsT, State]):
         A model is run without gradients, in evaluation mode, on the device where it lies.
         """
         side = self._side(batch)
+        if side.empty:
+            return self._nothing(side)
+        if isinstance(teacher, Teacher):
+            return teacher.signal(batch, self.signal_request)
         if isinstance(teacher, nn.Module):
             return teacher_signal(teacher, side, self.signal_request, vocab=self.pair.vocab_t)
-        return teacher.signal(batch, self.signal_request)
+        raise BadOption("teacher", teacher, "a causal model, or an object with `signal(batch, request)`")
+
+    def _nothing(self, side: AlignedTeacherBatch) -> TeacherSignal:
+        """Make the signal for a batch without a group."""
+        ids = side.token_positions.new_zeros(0, self.top_k)
+        top = TopK(ids, ids.float())
+        return TeacherSignal(top, *((ids[:, 0].float(), ids[:, 0]) if self.reads_teacher_tokens else ()))
 
     def forward(
         self,
@@ -177,7 +190,9 @@ class Method(nn.Module, Generic[SettingsT, State]):
         """Give the teacher's side of a batch that fits, as its signal does. TokenizerMismatch, BadOption."""
         side = self._side(batch)
         if signal is not None:
-            self._check_signal(signal)
+            self._check_signal(signal, side)
+        elif not side.empty:
+            raise BadOption("signal", None, "the teacher's: the batch has groups for it")
         return side
 
     def _side(self, batch: AlignedBatch) -> AlignedTeacherBatch:
@@ -200,7 +215,7 @@ class Method(nn.Module, Generic[SettingsT, State]):
             )
         return side
 
-    def _check_signal(self, signal: TeacherSignal) -> None:
+    def _check_signal(self, signal: TeacherSignal, side: AlignedTeacherBatch) -> None:
         k = signal.top.ids.shape[-1]
         if k != self.top_k:
             raise BadOption(
@@ -212,6 +227,11 @@ class Method(nn.Module, Generic[SettingsT, State]):
             raise BadOption(
                 "the signal's token_logprobs", None, f"those of the groups' tokens, which {self.name} reads"
             )
+        found = len(signal.top.ids), len(signal.token_logprobs if signal.token_logprobs is not None else ())
+        wanted = side.groups, len(side.token_positions) if signal.token_logprobs is not None else 0
+        if found != wanted:
+            got, groups = "{} groups and {} tokens".format(*found), "{} and {}".format(*wanted)
+            raise BadOption("the size of the signal", got, f"the signal of this batch, which has {groups}")
 
 
 def output_of(sums: LossSums, *, labels: int, groups: int) -> LossOutput:
@@ -236,11 +256,29 @@ def methods() -> dict[str, type[Method[Any, Any]]]:
 
 def find_method(name: str) -> type[Method[Any, Any]]:
     """Find a method by its name or an alias; `_` and `-` are one. UnknownName, with the nearest."""
-    known, wanted = methods(), name.replace("_", "-")
+    known = methods()
     for method in known.values():
-        if wanted == method.name or wanted in method.aliases:
+        if _canonical(name) in map(_canonical, (method.name, *method.aliases)):
             return method
     raise UnknownName("method", name, list(known))
+
+
+def _canonical(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_definition(method: type[Method[Any, Any]]) -> None:
+    """Refuse a name that another class has, and a colour that no figure can draw. CdmError."""
+    other = _METHODS.get(method.name)
+    named = f"the method {method.name!r} ({method.__module__}.{method.__qualname__})"
+    if other is not None and (other.__module__, other.__qualname__) != (
+        method.__module__,
+        method.__qualname__,
+    ):
+        there = f"{other.__module__}.{other.__qualname__}"
+        raise CdmError(f"{named} has the name of another", got=there, fix="give it a name of its own")
+    if method.color is not None and not re.fullmatch("#[0-9a-fA-F]{6}", method.color):
+        raise CdmError(f"{named} has the color {method.color!r}", fix="give #rrggbb, or leave it out")
 
 
 def as_buffer(ids: Any) -> Tensor:

@@ -19,7 +19,8 @@ def logits_at(
     """
 
     def take(_head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (arguments[0].flatten(0, 1).index_select(0, at).unsqueeze(0), *arguments[1:])
+        hidden = arguments[0].flatten(0, 1)  # of a model in parts, perhaps on another device than the batch
+        return (hidden.index_select(0, at.to(hidden.device)).unsqueeze(0), *arguments[1:])
 
     with head.register_forward_pre_hook(take):
         logits: Tensor = model(**inputs, use_cache=False).logits

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,7 +32,8 @@ def weighted_loss(
     """
 
     def mean(total: Tensor, count: Tensor | float) -> Tensor:
-        return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        # a count that is a number stays on the host: as a tensor it would be a copy that waits for the device
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     loss = alpha * mean(sums.ce, labels)
     for weight, kd, count in zip(weights, sums.kd, groups, strict=True):
@@ -65,18 +65,20 @@ class Objective(nn.Module):
         alpha: float = 0.5,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """Weigh all teachers alike unless `weights` are given. BadOption for an alpha outside 0 to 1."""
+        """Weigh each teacher by 1 unless `weights` are given. BadOption for an alpha outside 0 to 1."""
         super().__init__()
         if not 0 <= alpha <= 1:
             raise BadOption("alpha", alpha, "a number from 0 to 1")
         self.alpha = alpha
         self.methods = nn.ModuleList(methods)
-        self.weights = [1.0 / max(len(methods), 1)] * len(methods) if weights is None else list(weights)
+        self.weights = [1.0] * len(methods) if weights is None else list(weights)
         if len(self.weights) != len(self.methods):
             raise BadOption("weights", self.weights, f"one for each of {len(self.methods)} methods")
 
     def signals(self, teachers: Sequence[Any], batch: AlignedBatch) -> list[TeacherSignal | None]:
         """Ask each teacher about its side of the batch; None where the batch has no group for it."""
+        self._check_number("teachers", len(teachers))
+        self._check_number("teachers in the batch", len(batch.teachers))
         return [
             None if side.empty else method.signal(teacher, batch.of_teacher(nth))
             for nth, (method, teacher, side) in enumerate(
@@ -91,6 +93,8 @@ class Objective(nn.Module):
 
         Raises what the methods raise for batches, logits and signals that do not fit.
         """
+        self._check_number("signals", len(signals))
+        self._check_number("teachers in the batch", len(batch.teachers))
         vocab = None
         for nth, (method, signal) in enumerate(zip(self._methods(), signals, strict=True)):
             method.check(batch.of_teacher(nth), signal)
@@ -108,6 +112,10 @@ class Objective(nn.Module):
             kd=tuple(kd.kd / max(count, 1) for kd, count in zip(sums.kd, groups, strict=True)),
             sums=sums,
         )
+
+    def _check_number(self, what: str, number: int) -> None:
+        if number != len(self.methods):
+            raise BadOption(f"the number of {what}", number, f"one for each of {len(self.methods)} methods")
 
     def _methods(self) -> list[Method[Any, Any]]:
         return list(self.methods)  # type: ignore[arg-type]

@@ -50,6 +50,15 @@ class NeighbourBuilder(Protocol):
     ) -> NeighbourTable: ...
 
 
+class LoadedTokenizer(Protocol):
+    """A tokenizer of transformers beside its view."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def view(self) -> TokenizerView: ...
+
+
 class TokenizerPair:
     """A teacher's and a student's tokenizer.
 
@@ -81,15 +90,16 @@ class TokenizerPair:
         """Load two tokenizers by alias, folder or hub id. Raises the errors of `hub.load_tokenizer`."""
         from cdm_toolkit.hub.tokenizers import load_tokenizer
 
-        return cls(
-            load_tokenizer(teacher).tokenizer, load_tokenizer(student).tokenizer, names=(teacher, student)
-        )
+        return cls.from_loaded(load_tokenizer(teacher), load_tokenizer(student))
 
     @classmethod
-    def from_sides(cls, teacher: TokenizerSide, student: TokenizerSide) -> TokenizerPair:
-        """Make a pair of sides that are there already."""
+    def from_loaded(cls, teacher: LoadedTokenizer, student: LoadedTokenizer) -> TokenizerPair:
+        """Make a pair of tokenizers whose views are there already, such as `hub.load_tokenizer` gives."""
         made = cls.__new__(cls)
-        made._init(teacher, student)
+        made._init(
+            tokenizer_side(teacher.tokenizer, teacher.view), tokenizer_side(student.tokenizer, student.view)
+        )
+        _check_special_tokens(teacher.tokenizer, student.tokenizer, (teacher.view.name, student.view.name))
         return made
 
     def _init(self, teacher: TokenizerSide, student: TokenizerSide) -> None:
@@ -253,6 +263,10 @@ def collate(
     NothingToTrain where none is left.
     """
     student = _one_student(pairs)
+    if isinstance(rows, Mapping):
+        raise BadOption(
+            "rows", "a mapping of columns", "a list of rows: of a `datasets.Dataset` one by `select`"
+        )
     read = [row if isinstance(row, Row) else _row(number, row) for number, row in enumerate(rows, 1)]
     full = [row for row in read if has_completion(row, template)]
     sides = [student, *(pair.teacher for pair in pairs)]
@@ -263,17 +277,27 @@ def collate(
         aligned, _ = truncate_aligned(row.number, of_student, grouped, max_length)
         made += [aligned] if aligned.labels > 0 else []
     if not made:
-        counts = f"{len(read) - len(full)} of {len(read)} without a completion, the others longer than {max_length}"
-        raise NothingToTrain("the batch", counts)
+        raise NothingToTrain("the batch", _left_out(len(read), len(full), max_length))
     return Collator(
         tuple(pair.fingerprints for pair in pairs), tuple((pair.name_t, pair.name_s) for pair in pairs)
     )(made)
 
 
+def _left_out(rows: int, with_completion: int, max_length: int) -> str:
+    if not rows:
+        return "it has no rows"
+    return (
+        f"{rows - with_completion} of {rows} rows have no completion, {with_completion} have none of it within the "
+        f"first {max_length} tokens"
+    )
+
+
 def _one_student(pairs: Sequence[TokenizerPair]) -> TokenizerSide:
+    if not pairs:
+        raise BadOption("pairs", [], "one pair for each teacher")
     students = {pair.student.view.fingerprint: pair.student for pair in pairs}
     if len(students) != 1:
-        names = ", ".join(side.view.name for side in students.values()) or "none"
+        names = ", ".join(side.view.name for side in students.values())
         raise BadOption("the students of the pairs", names, "pairs with one student")
     return next(iter(students.values()))
 

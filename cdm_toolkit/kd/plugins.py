@@ -28,7 +28,10 @@ def load_plugins() -> None:
 @cache
 def _load(files: str) -> None:
     for entry in entry_points(group=ENTRY_POINTS):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever another package raises
+            raise _broken(f"the entry point {entry.name} ({entry.value})", error) from error
     for file in filter(None, files.split(os.pathsep)):
         _import(Path(file))
 
@@ -44,6 +47,8 @@ def _import(file: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a person's own file raises
         del sys.modules[spec.name]
-        raise CdmError(
-            f"the methods of {file} cannot be imported", got=f"{type(error).__name__}: {error}"
-        ) from error
+        raise _broken(str(file), error) from error
+
+
+def _broken(where: str, error: Exception) -> CdmError:
+    return CdmError(f"the methods of {where} cannot be imported", got=f"{type(error).__name__}: {error}")

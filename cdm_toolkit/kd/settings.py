@@ -176,7 +176,7 @@ def checked(settings: type[MethodSettings], given: Mapping[str, Any]) -> tuple[d
 
 def unknown_setting(name: str, known: list[str]) -> str:
     """Say of a name that it is no setting, and which is meant."""
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
     return f"is no setting, {hint}"
 
@@ -207,6 +207,10 @@ def _converted(kind: Any, value: Any) -> Any:
         if isinstance(value, bool):
             return value
         raise ValueError("true or false")
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise ValueError("a text")
     return _number(kind, value)
 
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int32
 
 from cdm_toolkit.alignment.segments import project
-from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
+from cdm_toolkit.errors import BadOption, UnknownName, UnsupportedTokenizer
 from cdm_toolkit.kd.chat_template import ChatTemplate, Piece, Rendered, chat_template, no_chat_template
 from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.tokdiff.spans import TokenSpans
@@ -82,7 +82,9 @@ def has_completion(row: Row, template: TemplateName) -> bool:
 
 
 def tokenize_rows(side: TokenizerSide, rows: Sequence[Row], template: TemplateName) -> list[TokenizedRow]:
-    """Tokenize rows that have a completion. Raises UnsupportedTokenizer and BadOption under `chat`."""
+    """Tokenize rows that have a completion. Raises UnknownName, under `chat` UnsupportedTokenizer and BadOption."""
+    if template not in get_args(TemplateName):
+        raise UnknownName("template", template, get_args(TemplateName))
     if template == "chat":
         rendered = [_rendered(side, row) for row in rows]
         spans = side.view.encode_batch([chat.text for chat in rendered])

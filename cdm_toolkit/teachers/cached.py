@@ -58,8 +58,8 @@ def check_rows(cache: TeacherCache, rows: Sequence[AlignedRow], nth: int) -> Non
 class Cached:
     """Log-probabilities that `write_cache` has stored, in place of a model."""
 
-    def __init__(self, cache: TeacherCache, *, device: str | torch.device = "cpu") -> None:
-        self.cache, self.device = cache, torch.device(device)
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
 
     def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
         """Look up the positions of a batch, by the numbers of its rows.
@@ -67,8 +67,9 @@ class Cached:
         BadOption for a `top_k` larger than the cache has, and for mean logits, which no cache holds; BadArtifact
         where the cache has other tokens at a row's positions than the batch.
         """
-        self._check(request)
+        self.check(request)
         (side,) = batch.teachers
+        device = side.next_ids.device
         positions, group = side.row_positions.cpu().numpy(), side.token_group.cpu().numpy()
         first, next_ids = side.group_first.cpu().numpy(), side.next_ids.cpu().numpy()
         tops: list[tuple[Tensor, Tensor]] = []
@@ -83,14 +84,15 @@ class Cached:
             self._check_tokens(row, positions[begin:end], next_ids[begin:end])
             tops.append(self._top(row, at[first[(first >= begin) & (first < end)] - begin], request.top_k))
             tokens.append(row.token_logprobs[at])
-        ids, logprobs = (torch.cat(each).to(self.device) for each in zip(*tops, strict=True))
+        ids, logprobs = (torch.cat(each).to(device) for each in zip(*tops, strict=True))
         top = TopK(ids, logprobs)
         if not request.token_logprobs:
             return TeacherSignal(top)
-        token_logprobs = torch.from_numpy(np.concatenate(tokens)).to(self.device)
-        return TeacherSignal(top, token_logprobs, torch.from_numpy(group).to(self.device))
+        token_logprobs = torch.from_numpy(np.concatenate(tokens)).to(device)
+        return TeacherSignal(top, token_logprobs, torch.from_numpy(group).to(device))
 
-    def _check(self, request: SignalRequest) -> None:
+    def check(self, request: SignalRequest) -> None:
+        """Refuse a request that the cache cannot answer. BadOption."""
         if request.mean_logits:
             raise BadOption("positions", "mean", "boundary: a cache has no whole logits to average")
         if request.top_k > self.cache.k:

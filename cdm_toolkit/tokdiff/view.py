@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -122,7 +121,7 @@ def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None
         name=name,
         family=scheme.family,
         token_bytes=tuple(table),
-        special=MappingProxyType(special),
+        special=special,
         fingerprint=fingerprint(description, special),
         backend=backend,
         scheme=scheme,
