@@ -104,7 +104,8 @@ class AlignedBatch:
 
     def student_logits_at(self, student: nn.Module) -> Float[Tensor, "label vocab"]:
         """Run the student, and its output embedding at the labels alone: logits of prompts are never made."""
-        head = getattr(student, "module", student).get_output_embeddings()  # under DistributedDataParallel
+        own: Any = getattr(student, "module", student)  # under DistributedDataParallel
+        head = own.get_output_embeddings()
         return logits_at(student, head, self.label_positions, **self.student)
 
     def at_labels(

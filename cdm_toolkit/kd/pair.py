@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -50,6 +50,7 @@ class NeighbourBuilder(Protocol):
     ) -> NeighbourTable: ...
 
 
+@runtime_checkable
 class LoadedTokenizer(Protocol):
     """A tokenizer of transformers beside its view."""
 
@@ -174,7 +175,7 @@ class TokenizerPair:
 
     def collate(
         self,
-        rows: Sequence[Any],
+        rows: Iterable[Any],
         *,
         max_length: int = 512,
         template: TemplateName = "none",
@@ -248,7 +249,7 @@ class TokenizerPair:
 
 def collate(
     pairs: Sequence[TokenizerPair],
-    rows: Sequence[Any],
+    rows: Iterable[Any],
     *,
     max_length: int = 512,
     template: TemplateName = "none",

@@ -104,7 +104,7 @@ def _messages(messages: Any) -> tuple[str, str, tuple[Message, ...]]:
 
 def _parts(fields: Any) -> tuple[str, str, tuple[Message, ...]]:
     if not isinstance(fields, dict):
-        raise RowFault("it is not a mapping", f"give each row {FIELDS}")
+        raise RowFault("it is not a JSON object", f"give each row {FIELDS}")
     for prompt, completion in PAIRS:
         if prompt in fields and completion in fields:
             return _string(fields, prompt), _string(fields, completion), ()

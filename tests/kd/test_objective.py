@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 
 from cdm_toolkit.errors import BadOption, CdmError
-from cdm_toolkit.kd import KL, AlignedBatch, Objective, Spelling, TokenizerPair, collate
+from cdm_toolkit.kd import KL, AlignedBatch, Objective, Spelling, TokenizerPair, TopK, collate
 
 from .conftest import Side
 
@@ -66,7 +67,7 @@ def test_is_the_weighted_sum_of_its_methods(
     ]
     assert [kd.item() for kd in found.kd] == pytest.approx([one.kd.item() for one in alone], rel=1e-6)
     assert min(kd.item() for kd in found.kd) > 1e-4
-    first, second = weights or (0.5, 0.5)
+    first, second = weights or (1.0, 1.0)
     expected = alpha * alone[0].ce + (1 - alpha) * (first * alone[0].kd + second * alone[1].kd)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert found.ce.item() == pytest.approx(alone[1].ce.item(), rel=1e-6)
@@ -85,14 +86,51 @@ def test_takes_whole_logits_too(
     assert found.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
 
 
-def test_a_teacher_without_a_signal_counts_for_nothing(
+def without_groups(batch: AlignedBatch, nth: int) -> AlignedBatch:
+    """Take a teacher's groups out of a batch, as where none of its rows could be aligned."""
+    side, none = batch.teachers[nth], torch.zeros(0, dtype=torch.long)
+    tensors = [field.name for field in fields(side) if isinstance(getattr(side, field.name), torch.Tensor)]
+    nothing = (0,) * len(batch.rows)
+    empty = replace(side, groups_per_row=nothing, tokens_per_row=nothing, **dict.fromkeys(tensors, none))
+    return replace(batch, teachers=(*batch.teachers[:nth], empty, *batch.teachers[nth + 1 :]))
+
+
+def test_a_teacher_without_a_group_counts_for_nothing(
+    methods: tuple[Spelling, KL], batch: AlignedBatch, student: Side, teacher: Side, own_teacher: Any
+) -> None:
+    objective, part = Objective(methods, alpha=0.5), without_groups(batch, 1)
+    signals = objective.signals([teacher.model, own_teacher], part)
+    assert signals[1] is None
+    found = objective(part.student_logits_at(student.model), signals, part)
+    assert found.kd[1].item() == 0
+    assert found.loss.item() == pytest.approx((0.5 * found.ce + 0.5 * found.kd[0]).item(), rel=1e-6)
+
+
+def test_a_method_asks_no_teacher_about_a_batch_without_groups(
+    methods: tuple[Spelling, KL], batch: AlignedBatch, student: Side
+) -> None:
+    part = without_groups(batch, 0).of_teacher(0)
+    out = methods[0](
+        part.student_logits_at(student.model), methods[0].signal(torch.nn.Identity(), part), part
+    )
+    assert (out.kd.item(), out.groups) == (0, 0)
+
+
+def test_what_does_not_fit_the_batch_is_refused(
     methods: tuple[Spelling, KL], batch: AlignedBatch, student: Side, teacher: Side, own_teacher: Any
 ) -> None:
     objective = Objective(methods, alpha=0.5)
-    of_first, _ = objective.signals([teacher.model, own_teacher], batch)
-    found = objective(batch.student_logits_at(student.model), [of_first, None], batch)
-    assert found.kd[1].item() == 0
-    assert found.loss.item() == pytest.approx((0.5 * found.ce + 0.25 * found.kd[0]).item(), rel=1e-6)
+    logits = batch.student_logits_at(student.model)
+    first, second = objective.signals([teacher.model, own_teacher], batch)
+    with pytest.raises(BadOption, match="`signal` is None; give the teacher's: the batch has groups for it"):
+        objective(logits, [first, None], batch)
+    with pytest.raises(BadOption, match="the number of signals is 1; give one for each of 2 methods"):
+        objective(logits, [first], batch)
+    short = replace(first, top=TopK(first.top.ids[:-1], first.top.logprobs[:-1]))
+    with pytest.raises(
+        BadOption, match=r"the size of the signal is .*; give the signal of this batch, which has"
+    ):
+        objective(logits, [short, second], batch)
 
 
 def test_tables_of_all_methods_move(pairs: tuple[TokenizerPair, TokenizerPair]) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
+import torch
 
 from cdm_toolkit.errors import (
     BadOption,
     BadRow,
     CdmError,
     NothingToTrain,
+    UnknownName,
     UnsupportedTokenizer,
 )
-from cdm_toolkit.kd import TokenizerPair, collate
+from cdm_toolkit.kd import ExactMatch, TokenizerPair, collate
 
 from .conftest import Side
 
@@ -127,10 +130,21 @@ def test_rows_with_nothing_to_learn_are_left_out(two: TokenizerPair) -> None:
         {"prompt": PROMPT, "completion": "12"},
     ]
     assert two.collate(rows, max_length=200).rows == (2, 4)
-    with pytest.raises(NothingToTrain, match="1 of 2 without a completion, the others longer than 200"):
+    with pytest.raises(NothingToTrain, match="1 of 2 rows have no completion, 1 have none of it within"):
         two.collate([rows[0], rows[2]], max_length=200)
     with pytest.raises(NothingToTrain):
         two.collate([])
+    with pytest.raises(BadOption, match="`rows` is 'a mapping of columns'; give a list of rows"):
+        two.collate({"prompt": ["a"], "completion": ["b"]})
+    with pytest.raises(UnknownName, match="unknown template 'chatml'"):
+        two.collate(rows, template="chatml")
+
+
+def test_pairs_and_methods_can_be_pickled_and_copied(two: TokenizerPair) -> None:
+    again = pickle.loads(pickle.dumps(two))
+    assert again.fingerprints == two.fingerprints
+    assert torch.equal(again.collate([{"text": "12 cats"}]).labels, two.collate([{"text": "12 cats"}]).labels)
+    assert copy.deepcopy(ExactMatch(two)).top_k == ExactMatch(two).top_k
 
 
 def test_long_rows_are_cut_on_both_sides(two: TokenizerPair, teacher: Side, student: Side) -> None:
@@ -150,7 +164,7 @@ def test_several_pairs_of_one_student(two: TokenizerPair, same: TokenizerPair, s
     assert batch.of_teacher(1).teachers == batch.teachers[1:]
     with pytest.raises(BadOption, match="the students of the pairs is 'student, other'; give pairs with one"):
         collate([two, same], [{"text": ANSWER}])
-    with pytest.raises(BadOption, match="the students of the pairs is 'none'"):
+    with pytest.raises(BadOption, match=r"`pairs` is \[\]; give one pair for each teacher"):
         collate([], [{"text": ANSWER}])
 
 
