@@ -14,7 +14,6 @@ from cdm_toolkit.errors import (
     BadRow,
     CdmError,
     NothingToTrain,
-    UnknownName,
     UnsupportedTokenizer,
 )
 from cdm_toolkit.kd import ExactMatch, TokenizerPair, collate
@@ -136,8 +135,6 @@ def test_rows_with_nothing_to_learn_are_left_out(two: TokenizerPair) -> None:
         two.collate([])
     with pytest.raises(BadOption, match="`rows` is 'a mapping of columns'; give a list of rows"):
         two.collate({"prompt": ["a"], "completion": ["b"]})
-    with pytest.raises(UnknownName, match="unknown template 'chatml'"):
-        two.collate(rows, template="chatml")
 
 
 def test_pairs_and_methods_can_be_pickled_and_copied(two: TokenizerPair) -> None:
