@@ -73,8 +73,8 @@ def test_cells_are_listed_before_anything_is_run(cdm, study: Path, tmp_path: Pat
 
 
 def test_what_is_done_is_listed(cdm, study: Path, output: Path) -> None:
-    (output / "cells" / "em-alpha0.5-seed0" / CELL_FILE).unlink()
-    (output / "cells" / "em-alpha0.5-seed0" / "log.txt").write_text("cdm: error: it broke")
+    (output / "cells" / "exact-alpha0.5-seed0" / CELL_FILE).unlink()
+    (output / "cells" / "exact-alpha0.5-seed0" / "log.txt").write_text("cdm: error: it broke")
     listed = json.loads(cdm("compare", study, "-o", output, "--list", "--json").out)
     assert [each["state"] for each in listed] == ["done", "failed"]
 
@@ -92,7 +92,7 @@ def test_a_finished_study_is_drawn(cdm, study: Path, output: Path) -> None:
 
 
 def test_a_report_of_a_part(cdm, study: Path, output: Path) -> None:
-    (output / "cells" / "em-alpha0.5-seed0" / CELL_FILE).unlink()
+    (output / "cells" / "exact-alpha0.5-seed0" / CELL_FILE).unlink()
     answer = cdm("compare", study, "-o", output, "--report")
     assert answer.status == 0, answer.err
     assert "note: 1 of 2 cells are measured" in answer.out
@@ -103,24 +103,24 @@ def test_a_cell_alone(cdm, study: Path, output: Path) -> None:
     answer = cdm("compare", study, "-o", output, "--cell", 1, "--json")
     assert json.loads(answer.out)["cell"]["method"] == "exact"
     answer = cdm("compare", study, "-o", output, "--cell", 1)
-    assert answer.out.startswith("cell 1 (em, seed 0): 2 steps of ")
+    assert answer.out.startswith("cell 1 (exact, seed 0): 2 steps of ")
     assert answer.out.strip().endswith(f"put together with: cdm compare {study} -o {output} --report")
     assert "--cell is '2'; give 0 to 1" in cdm("compare", study, "-o", output, "--cell", 2).err
 
 
 def test_a_study_may_grow(cdm, study: Path, output: Path) -> None:
-    more = ("--set", "methods.more={method: em, top_k: 5}", "--list", "--json")
+    more = ("--set", "methods.more={method: exact, top_k: 5}", "--list", "--json")
     listed = json.loads(cdm("compare", study, "-o", output, *more).out)
     assert [(each["method"], each["state"]) for each in listed] == [
         ("sft", "done"),
         ("exact", "done"),
         ("more", ""),
     ]
-    changed = ("compare", study, "-o", output, "--set", "methods.em.top_k=5")
+    changed = ("compare", study, "-o", output, "--set", "methods.exact.top_k=5")
     answer = cdm(*changed, "--list", "--json")
     assert [each["state"] for each in json.loads(answer.out)] == ["done", "unusable"]
     told = (
-        "other options: top_k is 20 there and 5 now; give the method another name, or run it again: --cell 1"
+        "other options: top_k is 20 there and 5 now; give the method another name, or run it again with --cell 1"
     )
     assert told in answer.err
     before = (output / "study.yaml").read_bytes()
@@ -133,8 +133,8 @@ def test_a_study_may_grow(cdm, study: Path, output: Path) -> None:
 
 
 def test_a_cell_by_its_name(cdm, study: Path, output: Path) -> None:
-    answer = cdm("compare", study, "-o", output, "--cell", "em-alpha0.5-seed0")
-    assert answer.out.startswith("cell 1 (em, seed 0): ")
+    answer = cdm("compare", study, "-o", output, "--cell", "exact-alpha0.5-seed0")
+    assert answer.out.startswith("cell 1 (exact, seed 0): ")
 
 
 def test_a_report_of_nothing_leaves_what_is_there(cdm, study: Path, output: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_study_that_cannot_begin_takes_no_folder(
         (["--cell", "1", "--list"], "--cell and --list do not go together"),
         (["--report", "--overwrite"], "--overwrite and --report do not go together"),
         (["--set", "steps"], "KEY=VALUE"),
-        (["--set", "methods.em.lr=1"], "the cells of a study share data and steps"),
+        (["--set", "methods.exact.lr=1"], "the cells of a study share data and steps"),
         (["--workers", "0"], "--workers"),
     ],
 )
