@@ -54,14 +54,14 @@ def row(lines: Sequence[str], name: str) -> str:
 
 def test_at_120_columns_all_is_there() -> None:
     lines = [" ".join(line.split()) for line in shown(study(), 120)]
-    assert "● em 3 0.410±0.010 0.410±0.010 0.410±0.010 1.590 1.590 0.590 0.590 1.250 1,500" in lines
+    assert "● exact 3 0.410±0.010 0.410±0.010 0.410±0.010 1.590 1.590 0.590 0.590 1.250 1,500" in lines
     assert "start 0.000 0.000 0.000 2.000 2.000 1.000 1.000 – –" in lines
     assert "teacher 1.000 1.000 1.000 1.000 1.000 0.000 0.000 – –" in lines
 
 
 def test_at_80_columns_bits_and_the_stds_of_the_sides_give_way() -> None:
     lines = [" ".join(line.split()) for line in shown(study(), 80)]
-    assert "● em 3 0.410 0.410 0.410±0.010 0.590 0.590 1.250 1,500" in lines
+    assert "● exact 3 0.410 0.410 0.410±0.010 0.590 0.590 1.250 1,500" in lines
 
 
 def test_without_a_gap_outside_the_share_inside_keeps_its_std() -> None:
@@ -69,7 +69,7 @@ def test_without_a_gap_outside_the_share_inside_keeps_its_std() -> None:
     better = {"manual": Measured(500, 1000, 100, 100)}
     made = replace(made, start=replace(made.start, outside=better))
     lines = [" ".join(line.split()) for line in shown(made, 80)]
-    assert "● em 3 0.410±0.010 – 0.590 0.590 1.250 1,500" in lines
+    assert "● exact 3 0.410±0.010 – 0.590 0.590 1.250 1,500" in lines
 
 
 @pytest.mark.parametrize("width", [40, 50, 60, 80, 100, 120, 200])
@@ -102,7 +102,7 @@ def test_what_to_know_before_trusting_them_is_last() -> None:
 
 def test_names_are_printed_as_they_are() -> None:
     lines = shown(study(("exact [red]x[/red]", "spelling")), 120)
-    assert "● em [red]x[/red]" in row(lines, " ○ em").replace("○", "●")
+    assert "● exact [red]x[/red]" in row(lines, " ○ em").replace("○", "●")
     assert any(line.endswith("(3 seeds)") and "exact [red]x[/red]" in line for line in lines)
 
 
