@@ -82,7 +82,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_figure_is_cut(width: int) -> 
 
 def test_the_best_method_comes_first_and_the_front_is_marked() -> None:
     lines = [line for line in shown(study(), 100) if line.startswith((" ● ", " ○ "))]
-    assert [line.split("  ")[0].strip() for line in lines] == ["○ spelling k=20 ◆", "● cdm", "● em", "● sft"]
+    assert [line.split("  ")[0].strip() for line in lines] == ["○ spelling k=20 ◆", "● cdm", "● exact", "● sft"]
 
 
 def test_the_verdicts_stand_below() -> None:

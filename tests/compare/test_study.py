@@ -64,7 +64,7 @@ def test_a_cell_that_is_not_there(file: Path) -> None:
     study = from_file(str(file))
     assert cell_at(study, 8).in_curve
     for index in (-1, 9):
-        with pytest.raises(BadOption, match=f"--cell is {index}; give 0 to 8"):
+        with pytest.raises(BadOption, match=f"`cell` is {index}; give 0 to 8"):
             cell_at(study, index)
 
 
