@@ -119,9 +119,7 @@ def test_a_study_may_grow(cdm, study: Path, output: Path) -> None:
     changed = ("compare", study, "-o", output, "--set", "methods.exact.top_k=5")
     answer = cdm(*changed, "--list", "--json")
     assert [each["state"] for each in json.loads(answer.out)] == ["done", "unusable"]
-    told = (
-        "other options: top_k is 20 there and 5 now; give the method another name, or run it again with --cell 1"
-    )
+    told = "other options: top_k is 20 there and 5 now; give the method another name, or run it again with --cell 1"
     assert told in answer.err
     before = (output / "study.yaml").read_bytes()
     for words in ((), ("--report",)):

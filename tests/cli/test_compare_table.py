@@ -76,13 +76,18 @@ def test_without_a_gap_outside_the_share_inside_keeps_its_std() -> None:
 def test_no_line_is_wider_than_the_terminal_and_no_figure_is_cut(width: int) -> None:
     lines = shown(study(), width)
     assert max(map(cell_len, lines)) <= width
-    assert "0.410" in row(lines, " ● em")
+    assert "0.410" in row(lines, " ● exact")
     assert "…" not in "\n".join(lines)
 
 
 def test_the_best_method_comes_first_and_the_front_is_marked() -> None:
     lines = [line for line in shown(study(), 100) if line.startswith((" ● ", " ○ "))]
-    assert [line.split("  ")[0].strip() for line in lines] == ["○ spelling k=20 ◆", "● cdm", "● exact", "● sft"]
+    assert [line.split("  ")[0].strip() for line in lines] == [
+        "○ spelling k=20 ◆",
+        "● spelling",
+        "● exact",
+        "● sft",
+    ]
 
 
 def test_the_verdicts_stand_below() -> None:
@@ -102,7 +107,7 @@ def test_what_to_know_before_trusting_them_is_last() -> None:
 
 def test_names_are_printed_as_they_are() -> None:
     lines = shown(study(("exact [red]x[/red]", "spelling")), 120)
-    assert "● exact [red]x[/red]" in row(lines, " ○ em").replace("○", "●")
+    assert "● exact [red]x[/red]" in row(lines, " ○ exact").replace("○", "●")
     assert any(line.endswith("(3 seeds)") and "exact [red]x[/red]" in line for line in lines)
 
 
