@@ -353,7 +353,7 @@ def _mass(
             model,
             view_t,
             texts,
-            matchable_by_strategy(*maps.values(), table=table),
+            matchable_by_strategy(maps["exact"], maps["min-ed"], maps["prefix"], table),
             on_text=lambda done: bar.update(task, completed=done),
         )
     return mass
