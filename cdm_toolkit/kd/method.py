@@ -166,7 +166,9 @@ class Method(nn.Module, Generic[SettingsT, State]):
         """Make the signal for a batch without a group."""
         ids = side.token_positions.new_zeros(0, self.top_k)
         top = TopK(ids, ids.float())
-        return TeacherSignal(top, *((ids[:, 0].float(), ids[:, 0]) if self.reads_teacher_tokens else ()))
+        return TeacherSignal(
+            top, *((ids[:, 0].float(), ids[:, 0], ids[:, 0]) if self.reads_teacher_tokens else ())
+        )
 
     def forward(
         self,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, kd_sums
+from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, group_sums, kd_sums
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
@@ -49,6 +49,10 @@ class SpellingSettings(MethodSettings):
     )
     intra_group: bool = setting(
         True, "Teach the student's tokens inside a group too, not only at shared boundaries."
+    )
+    observed: bool = setting(
+        False,
+        "Make the token that follows an outcome of its own, with the teacher's probability of the group.",
     )
 
 
@@ -93,6 +97,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
     color, marker = "#0072b2", "o"
     needs_match = True
     reads_student_tokens = True
+    reads_teacher_tokens = True
 
     spelling: Tensor
     """int64 [vocab_t, longest]: student tokens that each teacher id is spelled by, −1 behind its end."""
@@ -111,6 +116,8 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         groups = len(signal.top.ids)
         positions = _positions(student, groups, self.settings.intra_group)
         partners, logprobs = _next_tokens(student, signal.top, positions, self.spelling)
+        if self.settings.observed:
+            partners, logprobs = _with_observed(partners, logprobs, student, signal)
         teacher = _largest(merged(TopK(partners, logprobs), partners))
         width = teacher.ids.shape[1]
         rows, ids = positions.rows.repeat_interleave(width), teacher.ids.clamp(min=0).flatten()
@@ -121,7 +128,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
             longer = _longer(top, teacher.ids.narrow(0, 0, groups), self.beginning)
             rows = torch.cat((rows, student.rows.repeat_interleave(longer.ids.shape[1])))
             ids = torch.cat((ids, longer.ids.flatten()))
-        has_partner = partners.narrow(0, 0, groups) >= 0
+        has_partner = partners.narrow(0, 0, groups).narrow(1, 0, signal.top.ids.shape[1]) >= 0
         return LogprobRequest(rows, ids, SpelledOutcomes(teacher, longer, has_partner))
 
     def loss(
@@ -192,6 +199,34 @@ def _next_tokens(
     inside = torch.where(left, ways.gather(-1, at).squeeze(-1), NO_MATCH)
     given = _given(candidates.logprobs.index_select(0, group), inside >= 0)
     return torch.cat((at_boundary, inside)), torch.cat((candidates.logprobs, given))
+
+
+def _with_observed(
+    partners: Int64[Tensor, "position candidate"],
+    logprobs: Float[Tensor, "position candidate"],
+    student: StudentLogits,
+    signal: TeacherSignal,
+) -> tuple[Int64[Tensor, "position outcome"], Float[Tensor, "position outcome"]]:
+    """Add the student token that follows each boundary, with the teacher's probability of its group's tokens.
+
+    The candidate that begins the group keeps what is left of its own. Inside groups nothing is added.
+    """
+    assert signal.token_logprobs is not None
+    assert signal.token_group is not None
+    assert signal.token_ids is not None
+    groups = len(signal.top.ids)
+    joint = group_sums(signal.token_logprobs, signal.token_group, groups)
+    first_t = torch.searchsorted(signal.token_group, torch.arange(groups, device=joint.device))
+    is_first = signal.top.ids == signal.token_ids.index_select(0, first_t).unsqueeze(-1)
+    at_boundary, inside = logprobs.split([groups, len(logprobs) - groups])
+    left = at_boundary + torch.log1p(-(joint.unsqueeze(-1) - at_boundary).clamp(max=0).exp())
+    at_boundary = torch.where(is_first, left, at_boundary)
+    added = torch.cat((joint, joint.new_full((len(inside),), -torch.inf)))
+    ids = torch.cat((_text(student, groups, 1)[0], partners.new_full((len(inside),), NO_MATCH)))
+    return (
+        torch.cat((partners, ids.unsqueeze(-1)), dim=-1),
+        torch.cat((torch.cat((at_boundary, inside)), added.unsqueeze(-1)), dim=-1),
+    )
 
 
 def _text(student: StudentLogits, groups: int, most: int) -> list[Int64[Tensor, " group"]]:

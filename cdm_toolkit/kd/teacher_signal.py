@@ -40,7 +40,7 @@ def teacher_signal(
         return TeacherSignal(top)
     real = logits.narrow(1, 0, vocab)
     chosen = values_at(logits, every, side.next_ids).to(top.logprobs.dtype) - log_sum_exp(real)
-    return TeacherSignal(top, chosen, group)
+    return TeacherSignal(top, chosen, group, side.next_ids)
 
 
 @contextmanager

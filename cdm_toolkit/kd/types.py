@@ -29,18 +29,21 @@ class TeacherSignal:
 
     `top` is the distribution of the token that follows the shared boundary before each group, or the one of the
     group's mean logits. `token_logprobs` are the log-probabilities of the teacher's tokens in the groups, each
-    given all tokens before it; `token_group` is the group of each of them, ascending. Methods that do not read
-    them leave both None.
+    given all tokens before it; `token_group` is the group of each of them, ascending, and `token_ids` are the
+    tokens. Methods that do not read them leave all three None.
     """
 
     top: TopK
     token_logprobs: Float[Tensor, " token_t"] | None = None
     token_group: Int64[Tensor, " token_t"] | None = None
+    token_ids: Int64[Tensor, " token_t"] | None = None
 
     def detach(self) -> TeacherSignal:
         """Cut the signal off from gradients."""
         tokens = None if self.token_logprobs is None else self.token_logprobs.detach()
-        return TeacherSignal(TopK(self.top.ids, self.top.logprobs.detach()), tokens, self.token_group)
+        return TeacherSignal(
+            TopK(self.top.ids, self.top.logprobs.detach()), tokens, self.token_group, self.token_ids
+        )
 
     def to(self, device: Any) -> TeacherSignal:
         """Move the tensors to a device."""
@@ -48,6 +51,7 @@ class TeacherSignal:
             TopK(self.top.ids.to(device), self.top.logprobs.to(device)),
             None if self.token_logprobs is None else self.token_logprobs.to(device),
             None if self.token_group is None else self.token_group.to(device),
+            None if self.token_ids is None else self.token_ids.to(device),
         )
 
 

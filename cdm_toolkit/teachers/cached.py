@@ -89,7 +89,7 @@ class Cached:
         if not request.token_logprobs:
             return TeacherSignal(top)
         token_logprobs = torch.from_numpy(np.concatenate(tokens)).to(device)
-        return TeacherSignal(top, token_logprobs, torch.from_numpy(group).to(device))
+        return TeacherSignal(top, token_logprobs, torch.from_numpy(group).to(device), side.next_ids)
 
     def check(self, request: SignalRequest) -> None:
         """Refuse a request that the cache cannot answer. BadOption."""

@@ -65,7 +65,7 @@ class Case:
         if not tokens:
             return TeacherSignal(top)
         chosen = logits[:, : world.vocab_t].log_softmax(-1).gather(1, self.teacher_ids[:, None])[:, 0]
-        return TeacherSignal(top, chosen, self.group_t)
+        return TeacherSignal(top, chosen, self.group_t, self.teacher_ids)
 
     def inputs(self, name: str) -> LossInputs:
         kind = find_method(name)
@@ -94,6 +94,7 @@ class Case:
                 teacher={int(i): float(full[i]) for i in best},
                 student=softmax(z[rows[0]]),
                 tokens_t=[float(softmax(zt[i, : world.vocab_t])[self.teacher_ids[i]]) for i in of_t],
+                first_t=int(self.teacher_ids[of_t[0]]),
                 tokens_s=[float(softmax(z[i])[self.labels[i]]) for i in rows],
                 text=self.labels[rows].tolist(),
                 at_tokens=[softmax(z[i]) for i in rows],
@@ -190,6 +191,7 @@ def method_of(world: World, name: str) -> Method[Any, Any]:
         "tau": world.tau,
         "intra_group": world.intra_group,
         "both_directions": world.both_directions,
+        "observed": world.observed,
     }
     known = {field.name for field in fields_of(kind.Settings)}
     method = kind(WorldPair(world), **{setting: wanted[setting] for setting in known & wanted.keys()})
@@ -216,6 +218,7 @@ def draw(
     tau: float = 100.0,
     spread: float = 2.0,
     intra_group: bool = True,
+    observed: bool = False,
     both_directions: bool = True,
     sizes: tuple[int, int] = (9, 12),
 ) -> Case:
@@ -266,6 +269,7 @@ def draw(
             ways=tuple(map(tuple, ways)),
             longest=LONGEST,
             intra_group=intra_group,
+            observed=observed,
             both_directions=both_directions,
             beginning=tuple(torch.randint(-1, vocab_s, (vocab_s,), generator=generator).tolist()),
         ),

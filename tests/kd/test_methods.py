@@ -58,6 +58,7 @@ def test_each_method_has_a_twin() -> None:
     beta=st.sampled_from([0.1, 0.5, 0.8]),
     tau=st.sampled_from([1.0, 100.0]),
     intra_group=st.booleans(),
+    observed=st.booleans(),
     both_directions=st.booleans(),
 )
 @settings(max_examples=60)
@@ -240,7 +241,7 @@ def test_no_groups(name: str) -> None:
     signal = TeacherSignal(top)
     if kind.reads_teacher_tokens:
         assert inputs.signal.token_logprobs is not None
-        signal = TeacherSignal(top, inputs.signal.token_logprobs[:0], nobody)
+        signal = TeacherSignal(top, inputs.signal.token_logprobs[:0], nobody, nobody)
     empty = LossInputs(
         method=inputs.method,
         signal=signal,
@@ -333,7 +334,7 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
         inputs = LossInputs(
             method=method,
             signal=TeacherSignal(
-                teacher, *((ids(240).float(), ids(240)) if kind.reads_teacher_tokens else ())
+                teacher, *((ids(240).float(), ids(240), ids(240)) if kind.reads_teacher_tokens else ())
             ),
             vocab_s=vocab_s,
             student_rows=ids(groups),

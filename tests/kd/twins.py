@@ -22,6 +22,8 @@ class Group:
     """Of all columns of the student's logits, padding included."""
     tokens_t: list[float]
     """Of the tokens that the group holds."""
+    first_t: int
+    """The first of them."""
     tokens_s: list[float]
     text: list[int]
     """The student's tokens that the group holds."""
@@ -48,6 +50,8 @@ class World:
     longest: int
     """Tokens of a spelling that a method knows."""
     intra_group: bool = True
+    observed: bool = False
+    """Split what follows off the candidate that begins it."""
     both_directions: bool = True
     """Look from the student's candidates too."""
     outcomes: int = 128
@@ -126,6 +130,11 @@ def spelling_twin(group: Group, world: World) -> tuple[float, float, int]:
             way = list(world.ways[teacher_id])
             if way[:place] == group.text[:place] and len(way) > place:
                 masses[way[place]] = masses.get(way[place], 0.0) + mass
+        if not place and world.observed:
+            joint = math.prod(group.tokens_t)
+            if group.first_t in candidates and (way := world.ways[group.first_t]):
+                masses[way[0]] = max(masses[way[0]] - joint, 0.0)
+            masses[group.text[0]] = masses.get(group.text[0], 0.0) + joint
         if not masses:
             continue
         if place:
