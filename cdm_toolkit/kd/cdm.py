@@ -23,8 +23,9 @@ from cdm_toolkit.kd.settings import (
     top_k_setting,
 )
 from cdm_toolkit.kd.sparse_logprobs import top_k, values_at
-from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
+from cdm_toolkit.kd.types import Comparison, KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
 from cdm_toolkit.vocab_map.contextual import Pairs, PairTable, select_pairs
+from cdm_toolkit.vocab_map.types import NO_MATCH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +88,26 @@ class CDM(Method[CDMSettings, Pairs]):
         # a pair for each of the teacher's candidates; where there is none the mask keeps id 0 out of everything
         return LogprobRequest.at_groups(student, pairs.student_ids.clamp(min=0), pairs)
 
-    def loss(
+    def compare(
         self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[Pairs], signal: TeacherSignal
-    ) -> KDSums:
+    ) -> Comparison:
         teacher, mask = signal.top.logprobs, request.state.mask
+        student = logprobs.view_as(teacher)
         divergence = bucket_kl(
             teacher,
-            logprobs.view_as(teacher),
+            student,
             mask,
             temperature=self.settings.temperature,
             rest_bucket=self.settings.rest_bucket,
         )
-        return kd_sums(divergence, teacher, mask)
+        ids = torch.where(mask, request.state.student_ids, NO_MATCH)
+        return Comparison(request.rows.view_as(ids).select(1, 0), ids, teacher, student, divergence)
+
+    def loss(
+        self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[Pairs], signal: TeacherSignal
+    ) -> KDSums:
+        compared = self.compare(logprobs, request, signal)
+        return kd_sums(compared.divergence, signal.top.logprobs, request.state.mask)
 
 
 def with_exact_partners(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, sparse_logprobs
-from cdm_toolkit.kd.types import KDSums, LogprobRequest, LossSums, StudentLogits, TeacherSignal
+from cdm_toolkit.kd.types import Comparison, KDSums, LogprobRequest, LossSums, StudentLogits, TeacherSignal
 
 
 @runtime_checkable
@@ -22,6 +22,10 @@ class TwoPhases(Protocol):
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[Any]: ...
 
     def loss(self, logprobs: Tensor, request: LogprobRequest[Any], signal: TeacherSignal) -> KDSums: ...
+
+    def compare(
+        self, logprobs: Tensor, request: LogprobRequest[Any], signal: TeacherSignal
+    ) -> Comparison: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +114,16 @@ def loss_sums(
             logprobs = sparse_logprobs(source.logits, source.lse, request.rows, request.ids)
         kd.append(_or_nan(one.method.loss(logprobs, request, one.signal.detach()), one.signal))
     return LossSums(ce=-label_logprobs.sum(), kd=tuple(kd), label_logprobs=label_logprobs.detach())
+
+
+def compare(logits: Float[Tensor, "token vocab"], inputs: LossInputs) -> Comparison:
+    """Give what a method compares at each position; `logits` are those that predict the labels.
+
+    BadOption for a method that compares no distributions over student tokens.
+    """
+    source, request = _select(inputs, _Source(logits, log_sum_exp(logits.detach())))
+    logprobs = sparse_logprobs(source.logits, source.lse, request.rows, request.ids)
+    return inputs.method.compare(logprobs, request, inputs.signal.detach())
 
 
 def _or_nan(sums: KDSums, signal: TeacherSignal) -> KDSums:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from cdm_toolkit.errors import BadOption, CdmError, TokenizerMismatch, UnknownName
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
-from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
+from cdm_toolkit.kd.loss_sums import LossInputs, compare, loss_sums
 from cdm_toolkit.kd.pair import TokenizerPair, fingerprint_of
 from cdm_toolkit.kd.plugins import load_plugins
 from cdm_toolkit.kd.settings import DEFAULT_TOP_K, MethodSettings, fields_of
 from cdm_toolkit.kd.teacher_signal import teacher_signal
 from cdm_toolkit.kd.types import (
+    Comparison,
     KDSums,
     LogprobRequest,
     LossOutput,
@@ -148,6 +149,17 @@ class Method(nn.Module, Generic[SettingsT, State]):
         """Sum the divergence over groups; `logprobs` are the requested ones, differentiable."""
         raise NotImplementedError
 
+    def compare(
+        self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[State], signal: TeacherSignal
+    ) -> Comparison:
+        """Give what `loss` compares, position by position. BadOption for a method without outcomes over student ids.
+
+        Arguments are those of `loss`.
+        """
+        others = [name for name, method in methods().items() if method.compare is not Method.compare]
+        allowed = f"one that compares distributions over student tokens: {', '.join(others)}"
+        raise BadOption("method", self.name, allowed)
+
     def signal(self, teacher: Teacher | nn.Module, batch: AlignedBatch) -> TeacherSignal:
         """Ask a teacher about a batch: a causal model of transformers, or an object of `cdm_toolkit.teachers`.
 
@@ -187,6 +199,20 @@ class Method(nn.Module, Generic[SettingsT, State]):
         inputs = None if side.empty else LossInputs.of(self, signal, batch, side)
         sums = loss_sums(at_labels, batch.labels, [inputs])
         return output_of(sums, labels=len(batch.labels), groups=side.groups)
+
+    def explain(
+        self,
+        logits: Float[Tensor, "batch time_s vocab"] | Float[Tensor, "label vocab"],
+        signal: TeacherSignal,
+        batch: AlignedBatch,
+    ) -> Comparison:
+        """Give what the method compares at each position of a batch; its divergences add up to the loss.
+
+        Arguments and errors are those of a call; BadOption also for a method without outcomes over student ids.
+        """
+        side = self.check(batch, signal)
+        at_labels = batch.at_labels(logits, vocab=self.pair.vocab_s)
+        return compare(at_labels, LossInputs.of(self, signal, batch, side))
 
     def check(self, batch: AlignedBatch, signal: TeacherSignal | None) -> AlignedTeacherBatch:
         """Give the teacher's side of a batch that fits, as its signal does. TokenizerMismatch, BadOption."""

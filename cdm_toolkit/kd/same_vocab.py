@@ -12,7 +12,8 @@ from torch import Tensor
 from cdm_toolkit.kd.divergences import kd_sums, outcomes
 from cdm_toolkit.kd.method import Method
 from cdm_toolkit.kd.settings import MethodSettings, beta_setting, temperature_setting, top_k_setting
-from cdm_toolkit.kd.types import NOT_USED, KDSums, LogprobRequest, StudentLogits, TeacherSignal
+from cdm_toolkit.kd.types import NOT_USED, Comparison, KDSums, LogprobRequest, StudentLogits, TeacherSignal
+from cdm_toolkit.vocab_map.types import NO_MATCH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +50,21 @@ class SameVocab(Method[SameVocabSettings, None]):
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[None]:
         return LogprobRequest.at_groups(student, signal.top.ids, NOT_USED)
 
+    def compare(
+        self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[None], signal: TeacherSignal
+    ) -> Comparison:
+        top, mask = signal.top, signal.top.logprobs > -torch.inf
+        student = logprobs.view_as(top.logprobs)
+        of_both = self._outcomes(top.logprobs, mask), self._outcomes(student, mask)
+        divergence = self.settings.temperature**2 * self.divergence(*of_both)
+        ids = torch.where(mask, top.ids, NO_MATCH)
+        return Comparison(request.rows.view_as(ids).select(1, 0), ids, top.logprobs, student, divergence)
+
     def loss(
         self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[None], signal: TeacherSignal
     ) -> KDSums:
-        top, mask = signal.top, signal.top.logprobs > -torch.inf
-        teacher = self._outcomes(top.logprobs, mask)
-        student = self._outcomes(logprobs.view_as(top.logprobs), mask)
-        return kd_sums(self.settings.temperature**2 * self.divergence(teacher, student), top.logprobs, mask)
+        compared = self.compare(logprobs, request, signal)
+        return kd_sums(compared.divergence, signal.top.logprobs, signal.top.logprobs > -torch.inf)
 
     def _outcomes(
         self, logprobs: Float[Tensor, "group topk"], mask: Bool[Tensor, "group topk"]

@@ -26,7 +26,7 @@ from cdm_toolkit.kd.settings import (
 )
 from cdm_toolkit.kd.sparse_logprobs import top_k
 from cdm_toolkit.kd.static_map import merged
-from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
+from cdm_toolkit.kd.types import Comparison, KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 STUDENT_CANDIDATES = 32
@@ -131,12 +131,12 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         has_partner = partners.narrow(0, 0, groups).narrow(1, 0, signal.top.ids.shape[1]) >= 0
         return LogprobRequest(rows, ids, SpelledOutcomes(teacher, longer, has_partner))
 
-    def loss(
+    def compare(
         self,
         logprobs: Float[Tensor, " pick"],
         request: LogprobRequest[SpelledOutcomes],
         signal: TeacherSignal,
-    ) -> KDSums:
+    ) -> Comparison:
         teacher, longer, groups = request.state.teacher, request.state.longer, len(signal.top.ids)
         own = logprobs.narrow(0, 0, teacher.ids.numel()).view_as(teacher.logprobs)
         if longer is not None:
@@ -150,7 +150,17 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
             temperature=self.settings.temperature,
             rest_bucket=self.settings.rest_bucket,
         )
-        return kd_sums(divergence, signal.top.logprobs, request.state.has_partner)
+        rows = request.rows.narrow(0, 0, teacher.ids.numel()).view_as(teacher.ids).select(1, 0)
+        return Comparison(rows, teacher.ids, teacher.logprobs, own, divergence)
+
+    def loss(
+        self,
+        logprobs: Float[Tensor, " pick"],
+        request: LogprobRequest[SpelledOutcomes],
+        signal: TeacherSignal,
+    ) -> KDSums:
+        compared = self.compare(logprobs, request, signal)
+        return kd_sums(compared.divergence, signal.top.logprobs, request.state.has_partner)
 
 
 def _positions(student: StudentLogits, groups: int, intra_group: bool) -> _Positions:

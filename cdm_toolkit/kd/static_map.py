@@ -20,7 +20,7 @@ from cdm_toolkit.kd.settings import (
     temperature_setting,
     top_k_setting,
 )
-from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
+from cdm_toolkit.kd.types import Comparison, KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
 from cdm_toolkit.vocab_map.types import NO_MATCH, VocabMap
 
 
@@ -70,18 +70,26 @@ class StaticMap(Method[StaticMapSettings, Outcomes]):
         teacher = merged(signal.top, partners)
         return LogprobRequest.at_groups(student, teacher.ids.clamp(min=0), Outcomes(teacher, partners >= 0))
 
-    def loss(
+    def compare(
         self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[Outcomes], signal: TeacherSignal
-    ) -> KDSums:
+    ) -> Comparison:
         teacher = request.state.teacher
+        student = logprobs.view_as(teacher.logprobs)
         divergence = bucket_kl(
             teacher.logprobs,
-            logprobs.view_as(teacher.logprobs),
+            student,
             teacher.ids >= 0,
             temperature=self.settings.temperature,
             rest_bucket=self.settings.rest_bucket,
         )
-        return kd_sums(divergence, signal.top.logprobs, request.state.has_partner)
+        rows = request.rows.view_as(teacher.ids).select(1, 0)
+        return Comparison(rows, teacher.ids, teacher.logprobs, student, divergence)
+
+    def loss(
+        self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[Outcomes], signal: TeacherSignal
+    ) -> KDSums:
+        compared = self.compare(logprobs, request, signal)
+        return kd_sums(compared.divergence, signal.top.logprobs, request.state.has_partner)
 
 
 def partners_of(top: TopK, partner: Int64[Tensor, " vocab_t"]) -> Int64[Tensor, "group topk"]:

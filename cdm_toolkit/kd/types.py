@@ -106,6 +106,23 @@ class LogprobRequest(Generic[State]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """What a method compares at each position: outcomes over student ids, and the divergence that comes of them.
+
+    `rows` are rows of the logits that the student was read in, `ids` the outcomes' student ids, −1 where there is
+    none. `teacher` and `student` are their log-probabilities before any temperature, where an outcome may have
+    those of other ids added to its own. What is on no outcome is one more, where the method compares that.
+    """
+
+    rows: Int64[Tensor, " position"]
+    ids: Int64[Tensor, "position outcome"]
+    teacher: Float[Tensor, "position outcome"]
+    student: Float[Tensor, "position outcome"]
+    divergence: Float[Tensor, " position"]
+    """As the loss sums it up, in nats where the method is a KL."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class KDSums:
     """Sums over the groups of a batch, so that batches add up whatever their sizes. All are scalars.
 
