@@ -105,12 +105,14 @@ class ByteDistributions:
     @property
     def log_prefix(self) -> Float64[np.ndarray, " prefix"]:
         """log P(the text begins with the first n bytes), without what was dropped."""
-        return np.logaddexp.reduce(self.log_joint, axis=1)
+        log_prefix: np.ndarray = np.logaddexp.reduce(self.log_joint, axis=1)
+        return log_prefix
 
     @property
     def logprobs(self) -> Float64[np.ndarray, "prefix outcome"]:
         """log P(next byte | the first n bytes). Each row sums to one."""
-        return self.log_joint - self.log_prefix[:, None]
+        logprobs: np.ndarray = self.log_joint - self.log_prefix[:, None]
+        return logprobs
 
     @property
     def dropped(self) -> float:
