@@ -90,16 +90,24 @@ def rows_that_differ(student: TokenizerView, teacher: TokenizerView, name: str) 
     ]
 
 
-def test_w_is_the_authors_where_tokens_are_whole_characters(
+def test_w_is_the_authors_but_where_their_rules_take_other_bytes(
     real_view: Callable[[str], TokenizerView],
 ) -> None:
-    """Their rules read tokens as text: parts of characters are U+FFFD, and SentencePiece's leading space is lost."""
+    """Of 300 ids of GPT-2 two differ, of 299 of Mistral 141: all 128 that begin with a space among them.
+
+    Their rules compare the strings of the vocabulary files and spell what `decode` gives: a part of a character is
+    U+FFFD, a space that SentencePiece begins a token with is lost, and its `·` is taken for the byte-level BPE's sign
+    for the byte B7.
+    """
     gpt2, smollm2, mistral = map(real_view, ("gpt2", "smollm2", "mistral"))
-    different = rows_that_differ(gpt2, smollm2, "gpt2_smollm2")
-    assert different == []
-    lost = rows_that_differ(mistral, smollm2, "mistral_smollm2")
-    print(len(lost), [mistral.literals[s] for s in lost])
-    assert all(True for s in lost)
+    assert [gpt2.literals[s] for s in rows_that_differ(gpt2, smollm2, "gpt2_smollm2")] == [b"\xc0", b"\xf1"]
+    others = rows_that_differ(mistral, smollm2, "mistral_smollm2")
+    spaced = [s for s in GOLDEN["mistral_smollm2_sample"].tolist() if mistral.literals[s].startswith(b" ")]
+    assert (len(others), len(spaced)) == (141, 128)
+    assert set(spaced) < set(others)
+    left = [mistral.literals[s] for s in others if s not in spaced]
+    assert sum(data.isascii() for data in left) == 1  # </s>, which goes by its role here
+    assert len(left) == 13
 
 
 def test_tables_of_a_projection() -> None:
