@@ -2,7 +2,7 @@
 
 >>> from cdm_toolkit import kd
 >>> list(kd.methods())
-['alm', 'cdm', 'exact', 'gold', 'min-ed', 'prefix', 'spelling', 'uld', 'jsd', 'kl', 'reverse-kl']
+['alm', 'cdm', 'exact', 'gold', 'min-ed', 'prefix', 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
 """
 
 from cdm_toolkit.kd.alm import ALM
@@ -32,6 +32,7 @@ from cdm_toolkit.kd.types import (
     TopK,
 )
 from cdm_toolkit.kd.uld import ULD
+from cdm_toolkit.kd.x_token import XToken
 
 __all__ = [
     "ALM",
@@ -61,6 +62,7 @@ __all__ = [
     "TeacherSignal",
     "TokenizerPair",
     "TopK",
+    "XToken",
     "collate",
     "find_method",
     "kd_sums",

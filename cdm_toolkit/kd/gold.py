@@ -41,7 +41,7 @@ class Candidates:
     """Of the teacher's candidates."""
     whole_t: bool
     whole_s: bool
-    token_group: Int64[Tensor, " token_s"]
+    token_group: Int64[Tensor, " token_s"] | None
 
 
 class GOLD(Method[GOLDSettings, Candidates]):
@@ -79,39 +79,17 @@ class GOLD(Method[GOLDSettings, Candidates]):
 
     def build_tables(self, pair: TokenizerPair) -> None:
         partner = as_buffer(pair.exact())
-        claimed = torch.zeros(pair.vocab_s + 1, dtype=torch.bool)
-        claimed = claimed.index_fill(0, torch.where(partner >= 0, partner, pair.vocab_s), True)
         self.register_buffer("partner", partner, persistent=False)
-        self.register_buffer("claimed", claimed.narrow(0, 0, pair.vocab_s), persistent=False)
+        self.register_buffer("claimed", claimed_by(partner, pair.vocab_s), persistent=False)
         self.matched_weight = float((partner >= 0).double().mean())
 
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[Candidates]:
         assert student.token_rows is not None
         assert student.token_ids is not None
-        chosen = self._candidates_of(student, signal)
+        chosen = candidates_of(student, signal, partner=self.partner, claimed=self.claimed, k=self.top_k)
         first = LogprobRequest.at_groups(student, chosen.ids_s.clamp(min=0), chosen)
         return LogprobRequest(
             torch.cat((first.rows, student.token_rows)), torch.cat((first.ids, student.token_ids)), chosen
-        )
-
-    def _candidates_of(self, student: StudentLogits, signal: TeacherSignal) -> Candidates:
-        assert student.token_group is not None
-        top = top_k(student.logits, self.top_k, real=student.vocab, rows=student.rows, lse=student.lse)
-        claimed = self.claimed.index_select(0, top.ids.flatten()).view_as(top.ids)
-        partners = partners_of(signal.top, self.partner)
-        matched = merged(signal.top, partners)
-        others = _only(signal.top, (partners < 0) & (signal.top.logprobs > -torch.inf))
-        whole_t = partners.shape[1] == len(self.partner)
-        return Candidates(
-            teacher=TopK(
-                torch.cat((matched.ids, others.ids), dim=-1),
-                torch.cat((matched.logprobs, others.logprobs), dim=-1),
-            ),
-            ids_s=torch.cat((matched.ids, _only(top, claimed.logical_not()).ids), dim=-1),
-            has_partner=partners >= 0,
-            whole_t=whole_t,
-            whole_s=whole_t and top.ids.shape[1] == student.vocab,
-            token_group=student.token_group,
         )
 
     def loss(
@@ -119,12 +97,13 @@ class GOLD(Method[GOLDSettings, Candidates]):
     ) -> KDSums:
         assert signal.token_logprobs is not None
         assert signal.token_group is not None
+        assert request.state.token_group is not None
         chosen, groups, width = request.state, len(signal.top.ids), signal.top.ids.shape[1]
         later_t = _later(signal.token_logprobs, signal.token_group, groups)
         teacher, teacher_ranked = self._log_p(chosen.teacher, later_t, width, complete=chosen.whole_t)
-        first, tokens = logprobs.split((chosen.ids_s.numel(), len(chosen.token_group)))
+        first, tokens = logprobs.split((chosen.ids_s.numel(), len(request.state.token_group)))
         outcomes = TopK(chosen.ids_s, first.view(chosen.ids_s.shape))
-        later_s = _later(tokens, chosen.token_group, groups)
+        later_s = _later(tokens, request.state.token_group, groups)
         student, student_ranked = self._log_p(outcomes, later_s, width, complete=chosen.whole_s)
         direct = generalised_jsd(teacher, student, self.settings.beta)
         by_rank = sorted_l1(teacher_ranked.exp(), student_ranked.exp())
@@ -142,7 +121,41 @@ class GOLD(Method[GOLDSettings, Candidates]):
         return every.narrow(1, 0, width), every.narrow(1, width, every.shape[1] - width)
 
 
-def _only(top: TopK, mask: Bool[Tensor, "group topk"]) -> TopK:
+def candidates_of(
+    student: StudentLogits,
+    signal: TeacherSignal,
+    *,
+    partner: Int64[Tensor, " vocab_t"],
+    claimed: Bool[Tensor, " vocab_s"],
+    k: int,
+) -> Candidates:
+    """Part the top k of both models by `partner`; `claimed` marks the student ids that are one."""
+    top = top_k(student.logits, k, real=student.vocab, rows=student.rows, lse=student.lse)
+    is_claimed = claimed.index_select(0, top.ids.flatten()).view_as(top.ids)
+    partners = partners_of(signal.top, partner)
+    matched = merged(signal.top, partners)
+    others = moved_to_front(signal.top, (partners < 0) & (signal.top.logprobs > -torch.inf))
+    whole_t = partners.shape[1] == len(partner)
+    return Candidates(
+        teacher=TopK(
+            torch.cat((matched.ids, others.ids), dim=-1),
+            torch.cat((matched.logprobs, others.logprobs), dim=-1),
+        ),
+        ids_s=torch.cat((matched.ids, moved_to_front(top, is_claimed.logical_not()).ids), dim=-1),
+        has_partner=partners >= 0,
+        whole_t=whole_t,
+        whole_s=whole_t and top.ids.shape[1] == student.vocab,
+        token_group=student.token_group,
+    )
+
+
+def claimed_by(partner: Int64[Tensor, " vocab_t"], vocab_s: int) -> Bool[Tensor, " vocab_s"]:
+    """Mark the student ids that are a partner."""
+    claimed = torch.zeros(vocab_s + 1, dtype=torch.bool)
+    return claimed.index_fill(0, torch.where(partner >= 0, partner, vocab_s), True).narrow(0, 0, vocab_s)
+
+
+def moved_to_front(top: TopK, mask: Bool[Tensor, "group topk"]) -> TopK:
     """Move the candidates in `mask` to the front, in their order; −1 fills up."""
     order = mask.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
     ids = torch.where(mask, top.ids, NO_MATCH)

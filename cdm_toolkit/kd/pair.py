@@ -28,6 +28,7 @@ from cdm_toolkit.tokdiff.view import TokenizerView, view_of
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.prefix import build_prefix
+from cdm_toolkit.vocab_map.projection import WIDTH, Projection, build_projection
 from cdm_toolkit.vocab_map.spelling import Spellings, build_spellings
 from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap
 
@@ -217,6 +218,12 @@ class TokenizerPair:
     def spellings(self) -> Spellings:
         """Spell the ids of each vocabulary in tokens of the other."""
         return self._once("spellings", lambda: build_spellings(self.teacher.view, self.student.view))
+
+    def projection(self, width: int = WIDTH) -> Projection:
+        """Let each student id stand for up to `width` teacher ids, with weights."""
+        return self._once(
+            ("projection", width), lambda: build_projection(self.teacher.view, self.student.view, width)
+        )
 
     def neighbours(self, *, max_edit_distance: float = 0.3, match_digits: bool = True) -> NeighbourTable:
         """Find the near tokens of all ids, in both directions."""

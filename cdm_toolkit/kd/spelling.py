@@ -294,12 +294,12 @@ def _longer(
     beginning: Int64[Tensor, " vocab_s"],
 ) -> _Longer:
     in_order = torch.where(outcomes >= 0, outcomes, FAR).sort(-1)
-    is_outcome, _ = _found(ids, *in_order)
-    there, slots = _found(beginning.index_select(0, ids.flatten()).view_as(ids), *in_order)
+    is_outcome, _ = find_outcomes(ids, *in_order)
+    there, slots = find_outcomes(beginning.index_select(0, ids.flatten()).view_as(ids), *in_order)
     return _Longer(ids, slots, there & is_outcome.logical_not())
 
 
-def _found(
+def find_outcomes(
     wanted: Int64[Tensor, "group topk"],
     in_order: Int64[Tensor, "group outcome"],
     slots: Int64[Tensor, "group outcome"],

@@ -33,11 +33,15 @@ def build_spellings(view_t: TokenizerView, view_s: TokenizerView, longest: int =
     An id with an exact partner is spelled by it; other special tokens have no spelling. Of two student ids with
     the same bytes, the preferred one is used for both (`preferred_ids`).
     """
-    first = _spelled(view_s, view_t, 1)[:, 0]
-    return Spellings(_spelled(view_t, view_s, longest), first)
+    first = spelled(view_s, view_t, 1)[:, 0]
+    return Spellings(spelled(view_t, view_s, longest), first)
 
 
-def _spelled(view: TokenizerView, by: TokenizerView, longest: int) -> Int32[np.ndarray, "vocab longest"]:
+def spelled(view: TokenizerView, by: TokenizerView, longest: int) -> Int32[np.ndarray, "vocab longest"]:
+    """Spell one side's ids with the other's, up to `longest` tokens; −1 fills up, or stands for no spelling.
+
+    An id with an exact partner is spelled by it; other special tokens have no spelling.
+    """
     partner = exact_partners(view, by)
     ids = np.full((view.vocab_size, longest), NO_MATCH, np.int32)
     ids[:, 0] = partner

@@ -16,6 +16,7 @@ from cdm_toolkit.kd.settings import fields_of
 from cdm_toolkit.kd.sparse_logprobs import top_k
 from cdm_toolkit.kd.types import TeacherSignal
 from cdm_toolkit.vocab_map.contextual import PairTable
+from cdm_toolkit.vocab_map.projection import Projection
 from cdm_toolkit.vocab_map.spelling import Spellings
 from cdm_toolkit.vocab_map.types import (
     Neighbours,
@@ -160,6 +161,16 @@ class WorldPair(TokenizerPair):
         of_s = [-1 if i < 0 else world.vocab_t + i for i in world.beginning]
         return Spellings(np.array(of_t, np.int32), np.array(of_s, np.int32))
 
+    def projection(self, width: int = 4) -> Projection:
+        """Give the world's, as wide as it is."""
+        rows = self.world.projection
+        wide = max([1, *map(len, rows)])
+        padded = [[*row, *[(-1, 0.0)] * (wide - len(row))] for row in rows]
+        return Projection(
+            np.array([[t for t, _ in row] for row in padded], np.int32),
+            np.array([[w for _, w in row] for row in padded], np.float32),
+        )
+
     def near_ids(
         self, *, max_edit_distance: float = 0.3, match_digits: bool = True, both_directions: bool = True
     ) -> PairTable:
@@ -272,6 +283,9 @@ def draw(
             observed=observed,
             both_directions=both_directions,
             beginning=tuple(torch.randint(-1, vocab_s, (vocab_s,), generator=generator).tolist()),
+            projection=draw_projection(seed, partner.tolist(), vocab_s)
+            if partners != "none"
+            else ((),) * vocab_s,
         ),
         logits=logits(len(labels), vocab_s + padding),
         labels=labels,
@@ -281,6 +295,18 @@ def draw(
         rows=torch.arange(1, len(group_s) + 1),
         group_s=group_s,
     )
+
+
+def draw_projection(seed: int, partner: list[int], vocab_s: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """Let a student id stand for the teacher ids whose partner it is, or else for some others."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for s in range(vocab_s):
+        ids = [t for t, of in enumerate(partner) if of == s]
+        ids = ids or rng.choice(len(partner), rng.integers(0, 4), replace=False).tolist()
+        weights = np.sort(rng.dirichlet(np.ones(len(ids))))[::-1] if ids else []
+        rows.append(tuple((t, float(np.float32(w))) for t, w in zip(ids, weights, strict=True)))
+    return tuple(rows)
 
 
 def cast(case: Case, dtype: torch.dtype) -> Case:
@@ -305,6 +331,7 @@ def alike(name: str, seed: int, *, k: int = 4, temperature: float = 0.8, rest: b
             partner=tuple(partner.tolist()),
             ways=tuple((i,) if i >= 0 else () for i in partner.tolist()),
             beginning=(-1,) * world.vocab_s,
+            projection=tuple(((t, 1.0),) for t in to_student.argsort().tolist()),
         ),
         logits=logits,
         labels=to_student[case.teacher_ids],

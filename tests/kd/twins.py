@@ -55,6 +55,8 @@ class World:
     both_directions: bool = True
     """Look from the student's candidates too."""
     outcomes: int = 128
+    projection: Sequence[Sequence[tuple[int, float]]] = ()
+    """The teacher ids that each student id stands for, with weights."""
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -191,6 +193,26 @@ def gold_twin(group: Group, world: World) -> tuple[float, float, int]:
     return kd, *matched(group, world)
 
 
+def x_token_twin(group: Group, world: World) -> tuple[float, float, int]:
+    """Follow each student id that is read to the teacher's candidates that it stands for."""
+    entries = [(s, t, w) for s, row in enumerate(world.projection) for t, w in row]
+    likeliest = set(best(group.student, world))
+    for candidate in group.teacher:
+        standing = sorted((-w, s) for s, t, w in entries if t == candidate)
+        likeliest |= {s for _, s in standing[:4]}
+    masses, read = dict.fromkeys(group.teacher, 0.0), 0.0
+    for s, t, w in entries:
+        if s in likeliest and t in masses:
+            masses[t] += w * group.student[s] ** (1 / world.temperature)
+            read += w * group.student[s]
+    rest = world.rest and len(group.teacher) < world.vocab_t
+    p = heated(list(group.teacher.values()), world.temperature, rest)
+    every = [*masses.values(), *([max(1 - read, 1e-6) ** (1 / world.temperature)] if rest else [])]
+    q = np.array(every) / (sum(every) + 1e-10) + 1e-10
+    reached = [mass for t, mass in group.teacher.items() if any(t == other for _, other, _ in entries)]
+    return world.temperature**2 * kl(p, q), sum(reached), len(reached)
+
+
 def _shared(group: Group, world: World) -> tuple[np.ndarray, np.ndarray]:
     rest = len(group.teacher) < world.vocab_s
     sides = (list(group.teacher.values()), [group.student[i] for i in group.teacher])
@@ -225,6 +247,7 @@ TWINS = {
     "uld": uld_twin,
     "alm": alm_twin,
     "gold": gold_twin,
+    "x-token": x_token_twin,
     "kl": kl_twin,
     "reverse-kl": reverse_kl_twin,
     "jsd": jsd_twin,
