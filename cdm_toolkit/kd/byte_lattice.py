@@ -1,10 +1,10 @@
 """Exact byte distributions of a token model: what comes next in bytes, summed over all tokenizations.
 
-A model of tokens is one of bytes, too: the probability that a text begins with some bytes is that of all sequences of
-tokens that cover them, of which the last one begins before they end (Vieira et al., arXiv 2412.03719, section 3;
-Hayase et al., arXiv 2506.14123, section 3). All of these, not only the one that the tokenizer would make, are summed
-up here. Their number grows exponentially with the text; a `floor` drops those that matter least, and what was dropped
-is counted.
+A token model is also a byte model: the probability that a text begins with given bytes is the sum over all token
+sequences that cover these bytes and whose last token begins before their end (Vieira et al., arXiv 2412.03719,
+section 3; Hayase et al., arXiv 2506.14123, section 3). All sequences are summed, not only the one that the tokenizer
+makes. Their number grows exponentially with the text; a `floor` drops the unlikely ones, and the dropped
+probability is reported.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ByteSortedVocab:
         return bisect_left(self.bytes, prefix), bisect_left(self.bytes, _after(prefix) or _BEHIND_ALL)
 
     def branches(self, prefix: bytes) -> Branches:
-        """Tell the tokens that are these bytes from those that go on, by the byte that follows."""
+        """Split the tokens with this prefix: those equal to it, and the longer ones by their next byte."""
         if prefix not in self._branches:
             self._branches[prefix] = self._find_branches(prefix)
         return self._branches[prefix]
@@ -71,16 +71,16 @@ _BEHIND_ALL = b"\xff" * 4096
 
 
 def _after(prefix: bytes) -> bytes:
-    """Give the least bytes that are behind all that begin with `prefix`; none where there are no such."""
+    """Give the smallest bytes that sort after all that begin with `prefix`; empty where there are none."""
     shorter = prefix.rstrip(b"\xff")
     return shorter[:-1] + bytes([shorter[-1] + 1]) if shorter else b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Branches:
-    """Tokens that begin with some bytes: `exact` are these bytes, those in [begin, end) go on.
+    """Tokens with one prefix: `exact` are equal to it, those in [begin, end) are longer.
 
-    The tokens from `firsts[i]` on, in byte order, go on with the byte `following[i]`.
+    The tokens from `firsts[i]` on, in byte order, continue with the byte `following[i]`.
     """
 
     exact: Int64[np.ndarray, " token"]
@@ -92,15 +92,15 @@ class Branches:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByteDistributions:
-    """What follows each prefix of a text: entry n is about the text's first n bytes, from 0 to all of them."""
+    """Next-byte distributions after each prefix of a text: entry n is for its first n bytes, from 0 to all of them."""
 
     text: bytes
     log_joint: Float64[np.ndarray, "prefix outcome"]
     """log P(the first n bytes, then this byte or END), in nats."""
     log_dropped: Float64[np.ndarray, " prefix"]
-    """log of the probability of the paths that were dropped as they ended here: −inf where none was."""
+    """log of the probability of the dropped paths that end here, −inf without any."""
     paths: int
-    """Sequences of tokens that the model was asked about."""
+    """Token sequences after which the model was evaluated."""
 
     @property
     def log_prefix(self) -> Float64[np.ndarray, " prefix"]:
@@ -128,7 +128,7 @@ class _Path:
 
 @dataclass(slots=True)
 class _Lattice:
-    """Paths that end at each byte and wait for the model."""
+    """Token sequences (paths), by the byte at which they end, that the model has not been evaluated after."""
 
     text: bytes
     vocab: ByteSortedVocab
@@ -137,9 +137,9 @@ class _Lattice:
     waiting: dict[int, list[_Path]] = field(default_factory=dict)
 
     def alive(self, end: int, log_covered: float) -> tuple[list[_Path], float]:
-        """Take the paths that end here and are not too unlikely; give also the log of what is dropped.
+        """Remove the paths that end here; give those to keep, and the log-probability of those that are dropped.
 
-        `log_covered` is that of the paths that go on beyond this byte.
+        `log_covered` is the log-probability of the paths that end beyond this byte.
         """
         paths = self.waiting.pop(end, [])
         here = np.logaddexp.reduce([log_covered, *(path.logprob for path in paths)])
@@ -151,7 +151,7 @@ class _Lattice:
     def extend(
         self, path: _Path, begin: int, logprobs: Float[np.ndarray, " vocab"], joint: np.ndarray
     ) -> None:
-        """Add what one path says to `joint`, and the paths that go on along the text."""
+        """Add a path's next-byte probabilities to `joint`, and queue its continuations along the text."""
         in_order = np.exp(logprobs[self.vocab.ids].astype(np.float64))
         if len(self.vocab.without_bytes):
             ends = np.logaddexp.reduce(logprobs[self.vocab.without_bytes].astype(np.float64))

@@ -57,7 +57,7 @@ class CDM(Method[CDMSettings, Pairs]):
     """
 
     name = "cdm"
-    summary = "KL over pairs of ids of little edit distance, chosen anew at each position"
+    summary = "KL over pairs of ids of small edit distance, chosen anew at each position"
     source = "arXiv 2502.11104"
     Settings = CDMSettings
     color, marker = "#d55e00", "p"

@@ -1,4 +1,4 @@
-"""A distillation method: its settings, the tables it builds of a pair, and its two phases."""
+"""A distillation method: its settings, the tables it builds from a pair, and its two phases."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Method(nn.Module, Generic[SettingsT, State]):
     """Teacher and student must have one tokenizer."""
     needs_match: ClassVar[bool] = False
     """It compares ids that have a match in the other vocabulary: without any it teaches nothing."""
-    reads_teacher_tokens: ClassVar[bool] = False
-    """It reads the log-probabilities of the teacher's tokens in a group."""
+    reads_teacher_tokens: bool = False
+    """It reads the log-probabilities of the teacher's tokens in a group; an instance may do so by a setting alone."""
     reads_student_tokens: ClassVar[bool] = False
     """It reads logits at every student token of a group, not only at its first."""
 
@@ -251,10 +251,10 @@ class Method(nn.Module, Generic[SettingsT, State]):
                 k,
                 f"{self.top_k}, which {self.name} was built with, or build it with top_k={k}",
             )
-        if self.reads_teacher_tokens and signal.token_logprobs is None:
-            raise BadOption(
-                "the signal's token_logprobs", None, f"those of the groups' tokens, which {self.name} reads"
-            )
+        for name in ("token_logprobs", "token_group", "token_ids"):
+            if self.reads_teacher_tokens and getattr(signal, name) is None:
+                allowed = f"those of the groups' tokens, which {self.name} reads"
+                raise BadOption(f"the signal's {name}", None, allowed)
         found = len(signal.top.ids), len(signal.token_logprobs if signal.token_logprobs is not None else ())
         wanted = side.groups, len(side.token_positions) if signal.token_logprobs is not None else 0
         if found != wanted:

@@ -21,7 +21,7 @@ BUILD_AGAIN = "give the file that was built for this teacher and this student"
 def read_projection(path: str | Path, pair: TokenizerPair) -> Projection:
     """Read W of a pair: `indices` and `likelihoods`, one row for each student id, as NeMo-RL's tools write them.
 
-    Nothing in the file is run (`weights_only`). Rows behind the student's ids belong to padding of its embedding,
+    Nothing in the file is run (`weights_only`). Rows beyond the student's ids belong to padding of its embedding,
     and are left out. FileProblem where it cannot be read, BadArtifact where it is no projection or does not fit
     the vocabularies, TokenizerMismatch where it names tokenizers (as our files do) that are others.
     """

@@ -1,4 +1,4 @@
-"""Mapping by spelling: which student token comes next in what the teacher is about to write.
+"""Mapping by spelling: each teacher candidate stands for the student token that its bytes continue with.
 
 At a shared boundary the teacher's candidates stand for the student tokens that their spellings begin with. At a
 student token inside a group, the part of the group before it is known, and only the candidates whose spelling
@@ -52,7 +52,8 @@ class SpellingSettings(MethodSettings):
     )
     observed: bool = setting(
         False,
-        "Make the token that follows an outcome of its own, with the teacher's probability of the group.",
+        "At a boundary, compare the student token that really follows as one more outcome, with the teacher's "
+        "probability of its whole group.",
     )
 
 
@@ -83,21 +84,20 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
     the outcomes at temperature T, with all other probability as one more where `rest_bucket` is set. At a
     boundary a student token of its likeliest that is no outcome, such as `48` where the teacher writes `4` and
     `8`, counts for the outcome that its own spelling begins with. The divergences of a group's positions are
-    summed up. Positions inside groups count where the group is one teacher token, and a candidate: of how a word
-    goes on that the teacher did not expect, its candidates know next to nothing. The outcomes are the
+    summed up. Positions inside a group count only where the group is one teacher token that is a candidate: of an
+    unexpected word the candidates say little about how it continues. The outcomes are the
     OUTCOMES with the most of the teacher's probability; smaller ones are a part of the rest on both sides.
 
     A mapping of this toolkit's own, in place of the pairs of arXiv 2502.11104, section 3.3.
     """
 
     name = "spelling"
-    summary = "KL over the student tokens that the teacher's candidates are spelled by, anew at each position"
+    summary = "KL over the next student tokens in the spellings of the teacher's candidates, at each position"
     source = "this toolkit"
     Settings = SpellingSettings
     color, marker = "#0072b2", "o"
     needs_match = True
     reads_student_tokens = True
-    reads_teacher_tokens = True
 
     spelling: Tensor
     """int64 [vocab_t, longest]: student tokens that each teacher id is spelled by, −1 behind its end."""
@@ -111,6 +111,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         beginning = torch.where(of_s >= 0, of_t[of_s.clamp(min=0), 0], NO_MATCH)
         self.register_buffer("spelling", of_t, persistent=False)
         self.register_buffer("beginning", beginning, persistent=False)
+        self.reads_teacher_tokens = self.settings.observed
 
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[SpelledOutcomes]:
         groups = len(signal.top.ids)

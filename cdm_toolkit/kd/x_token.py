@@ -34,11 +34,11 @@ EPS = 1e-10
 """Added to the student's projected probabilities, as in the published code: a teacher id that no student id stands
 for has this one."""
 COMMON = 0.6
-"""Weight from which H-KL takes a student id and its first teacher id for the same."""
+"""Weight in W from which H-KL pairs a student id with a teacher id."""
 PREIMAGES = 4
-"""Student ids of a teacher candidate that are read however unlikely they are, those of most weight."""
+"""Student ids that are read for each teacher candidate, however unlikely: those with the largest weights."""
 LEAST = 1e-6
-"""The least that a rest counts."""
+"""Lower bound of the student's rest probability."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +95,10 @@ class XToken(Method[XTokenSettings, Projected | Candidates]):
     `CrossTokenizerDistillationLossFn` of NeMo-RL, whose value it has where groups are 1-1 and the top k are all
     ids. The differences:
 
-    - p is that of the teacher's k candidates at each position, not of the 8,192 likeliest ids of the batch
-      alone; these are left where `batch_top_k` is set, by log-probabilities at the groups in place of logits
-      everywhere. What is no candidate is one more outcome of P-KL (`rest_bucket`): else the student could put its
-      probability there at no cost. The publication has no such outcome, nor have we where nothing is left out.
+    - p covers the teacher's k candidates at each position; the publication's covers the 8,192 likeliest ids of the
+      batch. `batch_top_k` keeps of the candidates the likeliest of the batch, by log-probabilities at the groups (there
+      by logits at all positions). All other ids are one more outcome of P-KL (`rest_bucket`): without it the
+      student could put probability there at no cost. The publication has no such outcome.
     - Of the student its k likeliest ids are read, and for each teacher candidate the PREIMAGES ids with the largest
       weights in W. The others count as rest, without a gradient of their own; in H-KL they are in no sum, as in `gold`.
     - A temperature other than 1 takes what is left out as one outcome.
@@ -107,16 +107,16 @@ class XToken(Method[XTokenSettings, Projected | Candidates]):
       is the same for groups of one token each.
     - Groups are exact, so that there are none whose texts differ (`exact_token_match_only`).
     - Of the rules for W, the pass from the teacher's tokens to the student's and the weight of 0.2 for the last id of
-      a row ("scale trick") are left out: both give ids that ties decide. Special tokens are paired by
-      role, not by likeness of their names. A file has whatever it was built with.
+      a row ("scale trick") are left out: both depend on how ties are broken. Special tokens are paired by
+      role, not by likeness of their names. A W read from a file has whatever it was built with.
     - How CE and KD are weighed (`dynamic_loss_scaling`) is the objective's, not the method's.
 
     `matched_mass` and `pairs` are those of teacher candidates that some student id stands for (P-KL) or that are in
-    a pair (H-KL). A teacher id that none stands for adds up to p log(1e10) to P-KL, and no gradient.
+    a pair (H-KL). A teacher id without any student id adds up to p log(1e10) to P-KL, and no gradient.
     """
 
     name = "x-token"
-    summary = "KL over the teacher's ids, on which a sparse matrix projects the student's"
+    summary = "KL over the teacher's ids, the student's distribution projected on them by a sparse matrix"
     source = "arXiv 2605.21699"
     Settings = XTokenSettings
     color, marker = "#7a5200", "d"

@@ -69,11 +69,11 @@ class Case:
         return TeacherSignal(top, chosen, self.group_t, self.teacher_ids)
 
     def inputs(self, name: str) -> LossInputs:
-        kind = find_method(name)
-        tokens = kind.reads_teacher_tokens or kind.reads_student_tokens
+        method = method_of(self.world, name)
+        tokens = method.reads_teacher_tokens or method.reads_student_tokens
         return LossInputs(
-            method=method_of(self.world, name),
-            signal=self.signal(tokens=kind.reads_teacher_tokens),
+            method=method,
+            signal=self.signal(tokens=method.reads_teacher_tokens),
             vocab_s=self.world.vocab_s,
             student_rows=self.rows[self.first(self.group_s)],
             token_rows=self.rows if tokens else None,

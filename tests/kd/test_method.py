@@ -150,6 +150,15 @@ def test_a_signal_is_that_of_the_model_alone(two: TokenizerPair, teacher: Side) 
     assert torch.equal(local.top.ids, found.top.ids)
 
 
+def test_a_teacher_computes_no_more_than_the_settings_read(two: TokenizerPair, teacher: Side) -> None:
+    plain, observed = Spelling(two), Spelling(two, observed=True)
+    assert not plain.signal_request.token_logprobs
+    assert observed.signal_request.token_logprobs
+    batch = two.collate(ROWS)
+    assert plain.signal(teacher.model, batch).token_logprobs is None
+    assert observed.signal(teacher.model, batch).token_logprobs is not None
+
+
 def positions_in(side: AlignedTeacherBatch) -> list[str]:
     return [field.name for field in fields(side) if isinstance(getattr(side, field.name), torch.Tensor)]
 
@@ -241,7 +250,9 @@ def test_padded_columns_are_allowed(case: Any) -> None:
     with torch.no_grad():
         logits = batch.student_logits_at(student)
     wider = torch.cat((logits, torch.full((len(logits), 4), -torch.inf)), dim=1)
-    assert values(method(wider, signal, batch)) == pytest.approx(values(method(logits, signal, batch)))
+    # a row of another width is summed in another order
+    expected = pytest.approx(values(method(logits, signal, batch)), rel=1e-5)
+    assert values(method(wider, signal, batch)) == expected
     assert torch.allclose(log_sum_exp(wider), log_sum_exp(logits))
 
 
@@ -256,6 +267,11 @@ def test_signals_that_do_not_fit(case: Any, two: TokenizerPair, teacher: Side) -
     plain = method.signal(teacher.model, batch)
     assert refused(BadOption, lambda: gold(logits, plain, batch)) == (
         "the signal's token_logprobs is None; give those of the groups' tokens, which gold reads"
+    )
+    observed = Spelling(two, top_k=20, observed=True)
+    without_ids = replace(gold.signal(teacher.model, batch), token_ids=None)
+    assert refused(BadOption, lambda: observed(logits, without_ids, batch)) == (
+        "the signal's token_ids is None; give those of the groups' tokens, which spelling reads"
     )
     one = CDM(two, top_k=1).signal(teacher.model, batch)
     assert "which alm reads" in refused(BadOption, lambda: alm(logits, one, batch))
