@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from cdm_toolkit.alignment.bytes_reference import byte_groups
 from cdm_toolkit.alignment.dtw_reference import Link, path_groups, warp
-from cdm_toolkit.alignment.markers import Row
 from cdm_toolkit.alignment.sides import AlignmentSide, token_string
+from cdm_toolkit.alignment.template_tokens import Row
 
 
 def anchored(

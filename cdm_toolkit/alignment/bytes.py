@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int64
 
 from cdm_toolkit.alignment import kernels
 from cdm_toolkit.alignment.groups import Alignment, in_order
-from cdm_toolkit.alignment.markers import Row, match_markers
 from cdm_toolkit.alignment.sides import AlignmentSide, require_same_text
+from cdm_toolkit.alignment.template_tokens import Row, match_markers
 
 Rows = Int64[np.ndarray, "group 4"]
 

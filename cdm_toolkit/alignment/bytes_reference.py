@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
-from cdm_toolkit.alignment.markers import Row, match_markers
 from cdm_toolkit.alignment.sides import AlignmentSide
+from cdm_toolkit.alignment.template_tokens import Row, match_markers
 
 ByteRange = tuple[int, int]
 """A token's [start, end)."""

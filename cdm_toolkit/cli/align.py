@@ -61,8 +61,8 @@ def show(
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import alignment_page, alignment_svg, write_page
+    from cdm_toolkit.cli.align_rows import draw_rows
     from cdm_toolkit.cli.corpus_file import read_corpus
-    from cdm_toolkit.cli.rows import draw_rows
 
     if (text is None) == (file is None):
         raise typer.BadParameter("give a text, or --file, and not both.")
@@ -140,7 +140,7 @@ def export(
     from cdm_toolkit.artifacts.alignments import write_alignments
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.corpus_file import read_corpus
-    from cdm_toolkit.hub.corpus import align_corpus
+    from cdm_toolkit.hub.align_corpus import align_corpus
     from cdm_toolkit.hub.tokenizers import load_view
 
     texts = read_corpus(file)

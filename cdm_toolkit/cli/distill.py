@@ -82,9 +82,9 @@ def distill(
     aligner: Annotated[str | None, _option("anchored, bytes, entropy-dtw or dtw.", _KD, "anchored")] = None,
     epochs: Annotated[float | None, _option("Passes over the data.", _TRAIN, "1.0")] = None,
     max_steps: Annotated[int | None, _option("Optimizer steps; goes before --epochs.", _TRAIN)] = None,
-    batch_size: Annotated[int | None, _option("Rows a batch and device.", _TRAIN, "8")] = None,
-    grad_accumulation: Annotated[int | None, _option("Batches a step.", _TRAIN, "1")] = None,
-    lr: Annotated[float | None, _option("Learning rate at its highest.", _TRAIN, "2e-05")] = None,
+    batch_size: Annotated[int | None, _option("Rows per batch and device.", _TRAIN, "8")] = None,
+    grad_accumulation: Annotated[int | None, _option("Batches per optimizer step.", _TRAIN, "1")] = None,
+    lr: Annotated[float | None, _option("Peak learning rate.", _TRAIN, "2e-05")] = None,
     max_length: Annotated[
         int | None, _option("Tokens of a row, on any side; more are cut.", _TRAIN, "512")
     ] = None,
@@ -95,11 +95,11 @@ def distill(
         str | None, _option("float32, or bfloat16 for mixed precision.", _TRAIN, "float32")
     ] = None,
     lora_rank: Annotated[int | None, _option("Train adapters of this rank.", _TRAIN)] = None,
-    seed: Annotated[int | None, _option("Seed of all that is random.", _TRAIN, "0")] = None,
+    seed: Annotated[int | None, _option("Random seed.", _TRAIN, "0")] = None,
     device: Annotated[
         str | None, _option("auto (a GPU where there is one), cpu, cuda or mps.", _TRAIN, "auto")
     ] = None,
-    workers: Annotated[int | None, _option("Processes of the data step.", _TRAIN, "1")] = None,
+    workers: Annotated[int | None, _option("Processes that tokenize and align.", _TRAIN, "1")] = None,
     log_every: Annotated[int | None, _option("Steps between two lines of the log.", _TRAIN, "10")] = None,
     save_every: Annotated[
         int | None, _option("Steps between checkpoints; 0 writes none.", _TRAIN, "500")

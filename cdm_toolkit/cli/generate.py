@@ -12,7 +12,7 @@ from cdm_toolkit.cli import options
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Annotated[str, typer.Option(help="An alias, a folder or a hub id.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at the most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from cdm_toolkit.alignment.statistics import PairStatistics, Tally
 from cdm_toolkit.cli import screen
 from cdm_toolkit.cli.visible import visible
-from cdm_toolkit.hub import corpus
-from cdm_toolkit.hub.corpus import CorpusReport, TextReport
+from cdm_toolkit.hub import align_corpus
+from cdm_toolkit.hub.align_corpus import CorpusReport, TextReport
 from cdm_toolkit.tokdiff.changes import Change
 
 SHOWN = 70  # characters of a text, and changes of a tokenizer, that a report quotes
@@ -21,7 +21,7 @@ def run_report(t1: str, t2: str, texts: Sequence[str], *, aligner: str, workers:
     """Report on a corpus under a progress bar."""
     with screen.progress() as bar:
         task = bar.add_task("aligning", total=len(texts), note="")
-        return corpus.report(
+        return align_corpus.report(
             t1,
             t2,
             texts,

@@ -93,7 +93,7 @@ def _command_line(function: ast.expr, call: ast.Call | None = None) -> str | Non
 
 
 def _arguments(command: Any, call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
-    """List a call's arguments by option. Those by place are made of one text each: `load_view('llama3')`."""
+    """List a call's arguments by option. A positional one is made of one text: `load_view('llama3')`."""
     for parameter, given in zip(command.params, call.args, strict=False):
         match given:
             case ast.Call(args=[text], keywords=[]):

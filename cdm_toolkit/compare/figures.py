@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import mebibytes
-from cdm_toolkit.compare.labels import XY, Room
+from cdm_toolkit.compare.label_placement import XY, Room
 from cdm_toolkit.compare.palette import Style, styles
 from cdm_toolkit.compare.summary import (
     SIDES,

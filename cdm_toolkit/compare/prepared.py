@@ -1,4 +1,4 @@
-"""What all cells of a study share: rows, the student before training, what the teacher says, where both stand."""
+"""What all cells of a study share: training rows, the initial student, the teacher's cache, both models' scores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TRAINING_ROWS, CODE = "training rows", "sources"
 FITTED_AT_ONCE = 64
 """Rows that are tokenized together to see whether they are short enough."""
 _MADE_HERE = "shared:"
-"""Before the name of what was made in the folder `shared`."""
+"""Prefix of the name of a file that was made in the folder `shared`."""
 _AGAIN = "start the study anew with `overwrite`"
 
 OnStage = Callable[[str, int, int], None]
@@ -46,19 +46,19 @@ OnStage = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shared:
-    """What lies in a study's folder before its first cell."""
+    """What is in a study's folder before its first cell runs."""
 
     student: str
     train: Path
     cache: str | None
-    """Folder of what the teacher says on the training rows; None where no method asks it."""
+    """Folder of the teacher's log-prob cache for the training rows; None where no method reads it."""
     heldout: Heldout
     teacher: ModelScores
     start: ModelScores
     counts: Mapping[str, int]
     """Rows to train on, by kind."""
     passed_over: int
-    """Rows that were too long, met before as many were found as the study wants."""
+    """Rows that were skipped as too long before enough rows were found."""
     fingerprints: Mapping[str, str]
 
 
@@ -86,7 +86,7 @@ def prepare(
 
 
 def _ready(study: StudyConfig, folder: StudyFolder) -> Shared | None:
-    """Open what the cells share; None before it is made, and where a study that has grown asks the teacher for more."""
+    """Open what the cells share; None before it is made, and where added methods need a larger cache."""
     if not (folder.shared / SHARED_FILE).is_file():
         return None
     shared, wanted = open_shared(folder), _wanted_k(study)
@@ -95,7 +95,7 @@ def _ready(study: StudyConfig, folder: StudyFolder) -> Shared | None:
 
 
 def _ask_again(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
-    """Let the teacher speak for methods that were not there before; what it said stays for cells that run."""
+    """Make a larger teacher cache for added methods; the old one stays for cells that are running."""
     content = json.loads((shared / SHARED_FILE).read_bytes())
     cache = _cache(study, shared, on_stage)
     write_json(shared / SHARED_FILE, content | {"cache": cache and _kept(shared, cache)})
@@ -183,7 +183,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
 
 
 def _fingerprints(study: StudyConfig, student: str, shared: Path, heldout: Heldout) -> dict[str, str]:
-    """Tell what every cell of the study is made of."""
+    """Fingerprint what every cell of the study is made of."""
     return _made_of(study, student) | {
         TRAINING_ROWS: rows_fingerprint(read_rows(shared / TRAIN_FILE)),
         "held-out rows": rows_fingerprint([row for rows in heldout.rows.values() for row in rows]),
@@ -191,7 +191,7 @@ def _fingerprints(study: StudyConfig, student: str, shared: Path, heldout: Heldo
 
 
 def _made_of(study: StudyConfig, student: str) -> dict[str, str]:
-    """Tell what a study has from outside its folder."""
+    """Fingerprint what a study reads from outside its folder."""
     found = {
         "teacher": model_fingerprint(model_folder(study.teacher)),
         "teacher tokenizer": load_tokenizer(study.teacher).view.fingerprint,
@@ -245,7 +245,7 @@ def _rows_of(name: str, text: TextConfig) -> list[Row]:
 def _chosen(
     study: StudyConfig, student: str, read_by_kind: Mapping[str, Sequence[Row]]
 ) -> tuple[dict[str, list[Row]], int]:
-    """Take the first rows of each kind that no model would have to cut; gives also how many were passed over."""
+    """Take the first rows of each kind that no model would have to cut; also returns how many were skipped."""
     sides = [_side(name) for name in (study.teacher, student)]
     chosen: dict[str, list[Row]] = {}
     passed_over = 0
@@ -272,7 +272,7 @@ def _chosen(
 def _fitted(
     rows: Sequence[Row], sides: Sequence[TokenizerSide], max_length: int
 ) -> Iterator[tuple[Row, bool]]:
-    """Say of each row whether all sides can read it whole and have something to learn in it."""
+    """Yield each row, with whether it has labels and fits uncut into `max_length` on all sides."""
     for at in range(0, len(rows), FITTED_AT_ONCE):
         some = rows[at : at + FITTED_AT_ONCE]
         for row, *tokenized in zip(some, *(tokenize_rows(side, some, "none") for side in sides), strict=True):
@@ -286,7 +286,7 @@ def _side(name: str) -> TokenizerSide:
 
 
 def _check_held_out(train: Sequence[Row], heldout: Mapping[str, Sequence[Row]]) -> None:
-    """See that nothing is measured on that is trained on."""
+    """Check that no held-out row is also a training row."""
     seen = {row.text for row in train}
     for kind, rows in heldout.items():
         if known := sum(row.text in seen for row in rows):
@@ -320,7 +320,7 @@ def _student(study: StudyConfig, folder: Path, on_stage: OnStage) -> str:
 
 
 def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
-    """Let the teacher speak once on the training rows, where a method listens; check a cache that is given."""
+    """Cache the teacher's log-probs on the training rows, if a method reads them; check a cache that is given."""
     k = _wanted_k(study)
     if k is None:
         return None
@@ -345,9 +345,9 @@ def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
 
 
 def _wanted_k(study: StudyConfig) -> int | None:
-    """Count the ids at a token that the methods look at; None where none reads what the teacher has said.
+    """Find the top k that the teacher cache needs; None where no method reads a cache.
 
-    A cache that is given need only have what the study itself says; a method without a number takes what there is.
+    A cache that is given needs only the `top_k` that the study sets; a method without one reads all that is cached.
     """
     teachers = [teacher for entry in study.methods.values() if (teacher := entry.resolved()[0])]
     asked = [teacher.get("top_k") or 1 for teacher in teachers if uses_cache(teacher)]
@@ -357,7 +357,7 @@ def _wanted_k(study: StudyConfig) -> int | None:
 
 
 def uses_cache(teacher: Mapping[str, object]) -> bool:
-    """Say whether a method reads what the teacher has said; means of whole logits need the model."""
+    """Say whether a method can read a teacher cache; means of whole logits need the model."""
     return teacher.get("positions", "boundary") == "boundary"
 
 
@@ -396,7 +396,7 @@ def score(
 def _sides(
     study: StudyConfig, measured: Mapping[str, Measured]
 ) -> tuple[dict[str, Measured], dict[str, Measured]]:
-    """Part what was measured into inside and outside."""
+    """Split scores by kind into inside and outside."""
     return {kind: measured[kind] for kind in study.inside}, {kind: measured[kind] for kind in study.outside}
 
 

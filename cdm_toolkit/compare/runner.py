@@ -1,4 +1,4 @@
-"""Cells, run: one in this process, or all that are missing, each in a process of its own."""
+"""Run the cells of a study: one in this process, or all missing ones, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TRAINED_BY = ("tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
 LINES_OF_LOG = 20
 """How many lines a cell logs, where the study does not say how often."""
 _BEGUN = ("start", 0, 1)
-"""How far a cell is that has not said anything yet."""
+"""Progress of a cell that has not reported any yet."""
 POLL = 0.2
 """Seconds between two looks at the processes."""
 
@@ -59,7 +59,7 @@ def run_cell(
     say: Say = lambda _: None,
     on_stage: OnStage = lambda _stage, _done, _total: None,
 ) -> CellResult:
-    """Train and measure one cell in this process, or read what came of it; `overwrite` runs it again.
+    """Train and measure one cell in this process, or read its result; `overwrite` runs it again.
 
     Where another process runs it, this one waits for that. Raises as `prepare` and `distill.run`, and Interrupted.
     """
@@ -111,7 +111,7 @@ def _use_threads(threads: int) -> None:
 
 
 class _Follower:
-    """Keep the times of steps, and tell how far a cell is, in a file too for the process that waits for it."""
+    """Record the times of steps and report progress, also in a file for the parent process."""
 
     def __init__(self, file: Path, on_stage: OnStage) -> None:
         self.file, self.on_stage = file, on_stage
@@ -209,7 +209,7 @@ def machine(study: StudyConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A cell that came to nothing, and why."""
+    """A cell that failed, and why."""
 
     cell: Cell
     why: str
@@ -217,7 +217,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """How far a cell is."""
+    """Progress of a running cell."""
 
     cell: Cell
     stage: str
@@ -227,7 +227,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a study is. One of `finished` and `failed` is set when a cell has just ended."""
+    """Progress of a study. One of `finished` and `failed` is set when a cell has just ended."""
 
     done: int
     planned: int
@@ -245,7 +245,7 @@ class _Child:
     seen: Running
 
     def look(self) -> Running:
-        """See how far it is; as far as it was seen last where it just writes that down, or has ended."""
+        """Read its progress; the last known one while the file is being written, or after it has ended."""
         self.seen = _read_progress(self.cell, self.progress) or self.seen
         return self.seen
 
@@ -348,7 +348,7 @@ def _end(folder: StudyFolder, child: _Child) -> None:
 
 
 def _why(child: _Child) -> str:
-    """Say why a process ended without a result: its last word, or the signal that ended it."""
+    """Say why a process ended without a result: its last line, or the signal that ended it."""
     if child.process.returncode < 0:
         number = -child.process.returncode
         killed = " (perhaps for want of memory: fewer `workers`)" if number == signal.SIGKILL else ""

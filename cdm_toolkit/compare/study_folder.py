@@ -1,4 +1,4 @@
-"""The output folder of a study: whose it is, what lies where, cells as they are written and read."""
+"""The output folder of a study: its layout, which study it belongs to, and reading and writing of cells."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from cdm_toolkit.distill.dataset_store import (
     write_header,
 )
 from cdm_toolkit.errors import BadOption, MissingExtra
-from cdm_toolkit.hub.publish import publish
+from cdm_toolkit.hub.cache_entries import make_entry
 from cdm_toolkit.kd.aligned_rows import AlignedRow, align_groups, truncate_aligned
 from cdm_toolkit.kd.rows import Message, Row, rows_fingerprint
 from cdm_toolkit.kd.tokenized_rows import (
@@ -240,7 +240,7 @@ def _make(
         _map(table, task, made, workers=min(workers, len(rows) // ROWS_FOR_A_PROCESS), on_row=on_row)
         write_header(made, len(rows), dict(made_by))
 
-    publish(folder, fill)
+    make_entry(folder, fill)
 
 
 def _source(rows: Sequence[Row], task: _Task, entropies: Entropies | None) -> pa.Table:

@@ -1,4 +1,4 @@
-"""What a run would do, before it does it."""
+"""The plan of a run (dry run): rows, steps, tokens, estimated memory, coverage and warnings."""
 
 from __future__ import annotations
 

@@ -295,8 +295,8 @@ def _warnings(config: DistillConfig, counts: RowCounts, pairs: tuple[TokenizerPa
             yield f"{teacher.model} and the student have the same tokenizer: kl would do, without a mapping"
         if teacher.method == "cdm" and not PAPERS_OWN & teacher.method_options.keys():
             yield (
-                "method cdm is the paper's (arXiv 2502.11104); the mapping by spelling, which was called cdm "
-                "before version 0.2, is method spelling"
+                "method cdm is the paper's (arXiv 2502.11104); the toolkit's mapping by spelling, which earlier "
+                "versions called cdm, is method spelling"
             )
     if counts.unaligned:
         yield f"{counts.unaligned} of {counts.trained} rows could not be aligned; they train by CE alone"

@@ -213,16 +213,16 @@ class TrainConfig(Settings):
     """How the student is trained; most are `transformers.TrainingArguments` under shorter names."""
 
     lr: Positive = 2e-5
-    """Learning rate at its highest."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: CountOrNone = 0
     epochs: Positive = 1.0
     max_steps: Count | None = None
     """Optimizer steps; goes before epochs."""
     batch_size: Count = 8
-    """Rows a batch and device."""
+    """Rows per batch and device."""
     grad_accumulation: Count = 1
-    """Batches a step."""
+    """Batches per optimizer step."""
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
     group_by_length: bool = True

@@ -77,7 +77,7 @@ def hub_rows(data: DataSource) -> DataFile | str:
 def hub_split(data: DataSource, split: str) -> DataFile | str:
     """Store a split of a hub data set as JSONL in the cache folder; else return the reason as text."""
     from cdm_toolkit.artifacts.cache import cache_folder
-    from cdm_toolkit.hub.publish import publish
+    from cdm_toolkit.hub.cache_entries import make_entry
 
     name = f"{str(data.hub).replace('/', '--')}-{data.config or 'default'}-{split}"
     folder = cache_folder() / "data" / name
@@ -86,7 +86,7 @@ def hub_split(data: DataSource, split: str) -> DataFile | str:
         if isinstance(rows, str):
             return rows
         text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
-        publish(folder, lambda making: _write(making / "rows.jsonl", text))
+        make_entry(folder, lambda making: _write(making / "rows.jsonl", text))
     return DataFile(folder / "rows.jsonl", f"{data.hub} {split} (hub)", from_hub=True)
 
 

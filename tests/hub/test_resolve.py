@@ -14,7 +14,7 @@ from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import DamagedSource, FileProblem, SourceNotFound
 from cdm_toolkit.hub import resolve as module
 from cdm_toolkit.hub.aliases import ALIASES, Alias, Facts, Wheel, WheelFile
-from cdm_toolkit.hub.publish import publish
+from cdm_toolkit.hub.cache_entries import make_entry
 from cdm_toolkit.hub.resolve import list_aliases, resolve, wheel_files
 
 ENCODER, MERGES = b'{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}', b"#version: 0.2\na b\n"
@@ -179,7 +179,7 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        publish(tmp_path / "entry", killed)
+        make_entry(tmp_path / "entry", killed)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +191,7 @@ def test_two_at_once_both_get_the_entry(tmp_path):
         barrier.wait(timeout=10)
 
     target = tmp_path / "entry"
-    threads = [threading.Thread(target=publish, args=(target, fill)) for _ in range(2)]
+    threads = [threading.Thread(target=make_entry, args=(target, fill)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

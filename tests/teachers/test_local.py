@@ -22,7 +22,7 @@ from cdm_toolkit.teachers import Local
 K = 7
 
 
-def side_of(name: str) -> TokenizerSide:
+def load_side(name: str) -> TokenizerSide:
     loaded = load_tokenizer(name)
     return tokenizer_side(loaded.tokenizer, loaded.view)
 
@@ -34,7 +34,7 @@ def folder(small_models: Path) -> str:
 
 @pytest.fixture(scope="module")
 def features(small_models: Path, folder: str) -> list[AlignedRow]:
-    student, teacher = side_of(str(small_models / "student")), side_of(folder)
+    student, teacher = load_side(str(small_models / "student")), load_side(folder)
     built, _ = build_dataset(read_rows("sample:train")[:4], student, [TeacherSide(teacher)])
     return list(built)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cdm_toolkit.errors import FileProblem
 
 
-def publish(target: Path, fill: Callable[[Path], None]) -> Path:
+def make_entry(target: Path, fill: Callable[[Path], None]) -> Path:
     """Create a folder in the cache: `fill` a temporary sibling folder, then rename it.
 
     A killed process leaves no partial folder; of two concurrent processes, the first wins. Raises FileProblem.

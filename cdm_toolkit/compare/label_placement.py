@@ -1,4 +1,4 @@
-"""Where to write labels in a crowded picture: beside their points, where they cover least. Pure; lengths in pixels."""
+"""Place text labels in a crowded picture: beside their points, where they cover least. Pure; lengths in pixels."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare.labels import XY, Room
+from cdm_toolkit.compare.label_placement import XY, Room
 
 FRAME = (0.0, 0.0, 400.0, 300.0)
 WIDTH, HEIGHT = 40.0, 12.0
