@@ -216,8 +216,8 @@ def transplant(
     `layers` is how many to keep: those of greatest block influence on `texts`, as the source reads them with its own
     tokenizer (`prune_layers`).
 
-    Raises OutputExists, SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of its
-    own tokenizer, CdmError where nothing is asked for, FileProblem, and as `cut` and `prune_layers`.
+    Raises OutputExists, SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of
+    its own tokenizer, CdmError where nothing is asked for, FileProblem, and as `cut` and `prune_layers`.
     """
     output = Path(output)
     _check_free(output, overwrite=overwrite)
