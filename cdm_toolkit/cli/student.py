@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdm_toolkit.cli import options
+
+if TYPE_CHECKING:
+    from cdm_toolkit.hub.students import Transplanted
 
 Entries = Annotated[
     int | None,
@@ -49,38 +53,75 @@ def new(
 @app.command()
 def transplant(
     source: Annotated[str, typer.Option("--from", help="The model: an alias, a folder or a hub id.")],
-    tokenizer: Annotated[str, typer.Option(help="The new tokenizer: an alias, a folder or a hub id.")],
     output: options.OutputFolder,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="The new tokenizer: an alias, a folder or a hub id. The model's own if left out."),
+    ] = None,
     entries: Entries = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Keep so many layers, those that change the hidden states of --data most."),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Text to choose layers by: JSONL, sample:train or sample:heldout.")
+    ] = "sample:train",
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Give a trained model another vocabulary: new embeddings are made of the old ones, all other weights are kept.
+    """Give a trained model another vocabulary, fewer layers, or both; all other weights are kept.
 
     A token that the old vocabulary has keeps its embedding row, special tokens by their role; any other gets the mean
-    of the rows of the old tokens that spell it. The remaining rows are drawn at random.
+    of the rows of the old tokens that spell it. The remaining rows are drawn at random. Layers are left out by their
+    block influence (ShortGPT, arXiv 2403.03853), least first, measured before the vocabulary changes.
 
-    Example: cdm student transplant --from smollm2 --tokenizer mistral -o student
+    Example: cdm student transplant --from smollm2 --tokenizer mistral --layers 20 -o student
     """
     from cdm_toolkit.cli import screen
+    from cdm_toolkit.distill.jsonl import read_rows
     from cdm_toolkit.hub.students import transplant as give
 
-    with screen.err().status(f"{source}: moving to the vocabulary of {tokenizer}"):
-        given = give(source, tokenizer, Path(output), entries=entries, seed=seed, overwrite=overwrite)
-    rows = given.rows
+    texts = [] if layers is None else [row.text for row in read_rows(data)]
+    with screen.err().status(f"{source}: making the student"):
+        given = give(
+            source,
+            tokenizer,
+            Path(output),
+            entries=entries,
+            layers=layers,
+            texts=texts,
+            seed=seed,
+            overwrite=overwrite,
+        )
     if as_json:
-        facts = {
-            "output": str(output),
-            "source": source,
-            "tokenizer": tokenizer,
-            "parameters": given.parameters,
-        }
-        screen.print_json({**facts, "rows": asdict(rows)})
+        facts = {"output": str(output), "source": source, "tokenizer": tokenizer or source}
+        screen.print_json(
+            facts
+            | {
+                "parameters": given.parameters,
+                "rows": given.rows and asdict(given.rows),
+                "layers": given.pruned and asdict(given.pruned),
+            }
+        )
         return
     screen.out().print(
-        f"{output}: {given.parameters / 1e6:.1f} M parameters, {given.vocab_size:,} ids of {tokenizer}: "
-        f"{rows.copied:,} copied, {rows.by_role:,} by role, {rows.mean:,} means of several, {rows.fresh:,} fresh",
+        f"{output}: {given.parameters / 1e6:.1f} M parameters, {given.vocab_size:,} ids of {tokenizer or source}"
+        + "".join(_changes(given)),
         markup=False,
         soft_wrap=True,
     )
+
+
+def _changes(given: Transplanted) -> Iterator[str]:
+    """Say how embedding rows were made, and which layers were left out."""
+    if (rows := given.rows) is not None:
+        yield (
+            f": {rows.copied:,} copied, {rows.by_role:,} by role, {rows.mean:,} means of several, "
+            f"{rows.fresh:,} fresh"
+        )
+    if (pruned := given.pruned) is not None:
+        removed = ", ".join(f"{i} ({pruned.influence[i]:.3f})" for i in pruned.removed)
+        yield (
+            f"; {len(pruned.kept)} of {len(pruned.influence)} layers, without those of least influence: {removed}"
+        )

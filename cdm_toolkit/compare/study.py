@@ -65,12 +65,16 @@ class StudentConfig(Settings):
     model: Text | None = None
     """An alias, a folder or a hub id."""
     transplant: Text | None = None
-    """A trained model that is given the vocabulary of `tokenizer`."""
+    """A trained model that is given the vocabulary of `tokenizer`, fewer `layers`, or both."""
     size: Text | None = None
     """Parameters, about, of a fresh model with the vocabulary of `tokenizer`: 10m, 135m."""
     tokenizer: Text | None = None
     entries: Count | None = None
     """Cut that vocabulary to so many ids."""
+    layers: Count | None = None
+    """Keep so many layers of a transplanted model, those of greatest block influence."""
+    data: TextConfig = TextConfig(path="sample:train")
+    """Text on which that is measured."""
     seed: CountOrNone = 0
     """Of what is random in making it: the same for all cells."""
 
@@ -85,21 +89,32 @@ class StudentConfig(Settings):
         if len(ways) != 1:
             got = " and ".join(ways) or "none of them"
             raise ValueError(f"give a model, or transplant or size with a tokenizer: it has {got}")
-        extra = [name for name in ("tokenizer", "entries", "seed") if name in self.model_fields_set]
-        if ways == ["model"] and extra:
-            raise ValueError(f"a model that is there has no use for {', '.join(extra)}")
-        if ways != ["model"] and self.tokenizer is None:
-            raise ValueError(f"{ways[0]} needs a tokenizer")
+        self._check_extras(ways[0])
         return self
+
+    def _check_extras(self, way: str) -> None:
+        """Check the settings of how the student is made."""
+        no_use = {"model": ("tokenizer", "entries", "layers", "data", "seed"), "size": ("layers", "data")}
+        if extra := [name for name in no_use.get(way, ()) if name in self.model_fields_set]:
+            whose = "a model that is there" if way == "model" else "a fresh model"
+            raise ValueError(f"{whose} has no use for {', '.join(extra)}")
+        if way == "size" and self.tokenizer is None:
+            raise ValueError("size needs a tokenizer")
+        if way == "transplant" and self.tokenizer is None and self.layers is None:
+            raise ValueError("transplant needs a tokenizer or a number of layers")
+        if "data" in self.model_fields_set and self.layers is None:
+            raise ValueError("data has no use without layers, which are chosen by it")
 
     @property
     def words(self) -> str:
         """Name the student for a heading."""
         if self.model is not None:
             return self.model
-        entries = "" if self.entries is None else f" ({self.entries:,} entries)"
         body = self.transplant if self.transplant is not None else f"a fresh model of {self.size}"
-        return f"{body} with {self.tokenizer}'s tokenizer{entries}"
+        layers = "" if self.layers is None else f" ({self.layers} layers)"
+        tokenizer = "" if self.tokenizer is None else f" with {self.tokenizer}'s tokenizer"
+        entries = "" if self.entries is None else f" ({self.entries:,} entries)"
+        return f"{body}{layers}{tokenizer}{entries}"
 
 
 class SuiteConfig(Settings):

@@ -1,16 +1,17 @@
-"""Create student models: randomly initialised ones, and trained ones with a new vocabulary (transplant)."""
+"""Create student models: randomly initialised ones, and trained ones with another vocabulary or fewer layers."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.errors import BadOption, OutputExists
+from cdm_toolkit.errors import BadOption, CdmError, OutputExists
 from cdm_toolkit.hub.cut_vocabulary import load_cut
 from cdm_toolkit.hub.models import (
     check_vocabulary,
@@ -20,6 +21,7 @@ from cdm_toolkit.hub.models import (
     model_folder_to_fill,
     save_model,
 )
+from cdm_toolkit.hub.prune_layers import Pruned, prune_layers
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.vocab_map.row_sources import RowSources, SourceCounts, SourceKind, row_sources
 
@@ -182,39 +184,47 @@ OTHER_IDS = (
 
 @dataclass(frozen=True, slots=True)
 class Transplanted:
-    """Number of parameters of a transplanted model, and of its new embedding rows by source."""
+    """Number of parameters and ids of a transplanted model, and what was done to it."""
 
     parameters: int
-    rows: SourceCounts
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids of the new vocabulary, each of which has a row."""
-        return self.rows.copied + self.rows.by_role + self.rows.mean + self.rows.fresh
+    vocab_size: int
+    rows: SourceCounts | None
+    """Number of new embedding rows by source; None where the model keeps its vocabulary."""
+    pruned: Pruned | None
+    """The layers that were left out; None where all are kept."""
 
 
 def transplant(
     source: str,
-    tokenizer: str | Loaded,
+    tokenizer: str | Loaded | None,
     output: str | Path,
     *,
     entries: int | None = None,
+    layers: int | None = None,
+    texts: Sequence[str] = (),
     seed: int = 0,
     overwrite: bool = False,
 ) -> Transplanted:
-    """Replace the tokenizer and embeddings of a trained model, and save it. All other weights and the dtype are kept.
+    """Give a trained model another vocabulary, fewer layers, or both, and save it. All else, the dtype too, is kept.
 
     The rows of the new vocabulary, in the input embedding and in an untied output head (with its bias), are copies or
     means of the old rows from `row_sources`. A fresh row is the mean of the rows of all old ids plus Gaussian noise
     with their standard deviation in each column, drawn with `seed`. Padding rows of the old embedding are not used,
-    and the new one has none. `entries` truncates the new vocabulary to that many ids (`cut`). Raises OutputExists,
-    SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of its own tokenizer,
-    FileProblem, and as `cut`.
+    and the new one has none. `entries` truncates the new vocabulary, or the model's own without `tokenizer`, to that
+    many ids (`cut`).
+
+    `layers` is how many to keep: those of greatest block influence on `texts`, as the source reads them with its own
+    tokenizer (`prune_layers`).
+
+    Raises OutputExists, SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of
+    its own tokenizer, CdmError where nothing is asked for, FileProblem, and as `cut` and `prune_layers`.
     """
     output = Path(output)
     _check_free(output, overwrite=overwrite)
-    new = load_cut(tokenizer, entries)
+    if tokenizer is None and entries is None and layers is None:
+        raise CdmError("nothing of the model would change", fix="give `tokenizer`, `entries` or `layers`")
     old = load_tokenizer(source)
+    new = load_cut(old if tokenizer is None else tokenizer, entries)
     model = load_as_stored(source)
     check_vocabulary(model, source, old.view.vocab_size)
     fingerprints = {
@@ -222,13 +232,20 @@ def transplant(
         "source tokenizer": old.view.fingerprint,
         "tokenizer": new.view.fingerprint,
     }
-    sources = row_sources(old.view, new.view)
-    _replace_rows(model, sources, seed)
-    _set_special_ids(model, new.tokenizer)
+    pruned, counts = None, None
+    if layers is not None:
+        model, pruned = prune_layers(model, old.view, layers, texts)
+        fingerprints["texts"] = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+    if new is not old:
+        sources = row_sources(old.view, new.view)
+        counts = sources.counts
+        _replace_rows(model, sources, seed)
+        _set_special_ids(model, new.tokenizer)
+    made = Transplanted(model.num_parameters(), new.view.vocab_size, counts, pruned)
     facts = provenance(fingerprints=fingerprints, seed=seed, device="cpu")
-    named = {"source": source, "tokenizer": new.view.name, "rows": asdict(sources.counts)}
-    _save(model, new, output, {**facts, **named})
-    return Transplanted(model.num_parameters(), sources.counts)
+    named = {"source": source, "tokenizer": new.view.name, "rows": counts and asdict(counts)}
+    _save(model, new, output, {**facts, **named, "layers": pruned and asdict(pruned)})
+    return made
 
 
 def _replace_rows(model: PreTrainedModel, sources: RowSources, seed: int) -> None:

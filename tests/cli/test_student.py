@@ -80,6 +80,31 @@ def test_a_vocabulary_is_cut(cdm, trained: Path, tmp_path: Path) -> None:
         assert json.loads((folder / "provenance.json").read_text())["tokenizer"] == "gpt2 cut to 3000"
 
 
+def test_layers_are_left_out(cdm, trained: Path, tmp_path: Path) -> None:
+    from cdm_toolkit.hub.models import load_model
+
+    there = load_model(str(trained)).config.num_hidden_layers
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "What is 2 + 2?", "completion": "4"}\n')
+    command = ("student", "transplant", "--from", trained, "--layers", there - 1, "--data", data)
+    answer = cdm(*command, "-o", tmp_path / "a")
+    assert answer.status == 0, answer.err
+    assert f"; {there - 1} of {there} layers, without those of least influence: " in answer.out
+    said = json.loads(cdm(*command, "--tokenizer", "gpt2", "-o", tmp_path / "b", "--json").out)
+    assert len(said["layers"]["influence"]) == there
+    assert said["layers"]["removed"] == [min(range(there), key=said["layers"]["influence"].__getitem__)]
+    assert said["rows"]["mean"] == 29_016
+    assert load_model(str(tmp_path / "b")).config.num_hidden_layers == there - 1
+
+
+def test_layers_that_cannot_be_left_out(cdm, trained: Path, tmp_path: Path) -> None:
+    command = ("student", "transplant", "--from", trained, "-o", tmp_path / "out")
+    for layers in (0, 11):
+        refused(cdm(*command, "--layers", layers), f"--layers is {layers}", "the model has")
+    refused(cdm(*command, "--layers", 1, "--data", "none.jsonl"), "none.jsonl", "no such file")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_cut_that_is_not_possible(cdm, trained: Path, tmp_path: Path) -> None:
     command = ("student", "transplant", "--from", trained, "-o", tmp_path / "out")
     refused(cdm(*command, "--tokenizer", "gpt2", "--entries", 100), "entries is 100", "257 to 50257")
@@ -92,7 +117,7 @@ def test_unknown_names(cdm, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(cdm("student", "transplant", "--from", "no-such", "--tokenizer", "gpt2", "-o", out), "'no-such'")
     refused(cdm("student", "transplant", "--from", trained, "--tokenizer", "gpt3", "-o", out), "'gpt3'")
-    refused(cdm("student", "transplant", "--from", trained, "-o", out), "--tokenizer")
+    refused(cdm("student", "transplant", "--from", trained, "-o", out), "--tokenizer, --entries or --layers")
     assert not out.exists()
 
 

@@ -281,7 +281,14 @@ def test_suites_score_teacher_student_and_cells(make: Callable[..., StudyConfig]
     assert put_together(study, folder, command="x").cells[0].scores.suites == trained
 
 
-@pytest.mark.parametrize("of", ["size: 200k", "transplant: TEACHER"])
+@pytest.mark.parametrize(
+    "of",
+    [
+        "size: 200k",
+        "transplant: TEACHER",
+        "transplant: TEACHER, layers: 1, data: {path: 'sample:heldout', rows: 2}",
+    ],
+)
 def test_a_student_is_made_once(
     make: Callable[..., StudyConfig], small_models: Path, tmp_path: Path, of: str
 ) -> None:

@@ -91,6 +91,8 @@ def test_a_students_name_alone_is_a_model(file: Path) -> None:
     assert from_file(str(file)).pair == "smollm2 → smollm2 with gpt2's tokenizer (6,000 entries)"
     fresh = from_file(str(file), ["student={size: 10m, tokenizer: mistral}"])
     assert fresh.student.words == "a fresh model of 10m with mistral's tokenizer"
+    smaller = from_file(str(file), ["student={transplant: smollm2, tokenizer: mistral, layers: 20}"])
+    assert smaller.student.words == "smollm2 (20 layers) with mistral's tokenizer"
 
 
 def test_its_own_file_reads_back_the_same(file: Path) -> None:
@@ -135,6 +137,9 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
         ("curves={spelling: [1.5]}", "curves.spelling.0 is 1.5: give a number of at most 1"),
         ("student={size: 3m, transplant: x, tokenizer: y}", "it has transplant and size"),
         ("student={size: 3m}", "size needs a tokenizer"),
+        ("student={size: 3m, tokenizer: y, layers: 2}", "a fresh model has no use for layers"),
+        ("student={transplant: x}", "transplant needs a tokenizer or a number of layers"),
+        ("student={transplant: x, tokenizer: y, data: {path: z}}", "data has no use without layers"),
         ("student={model: x, entries: 3}", "a model that is there has no use for entries"),
         ("train.sums.rows=0", "train.sums.rows is 0"),
         ("train.sums.pth=x", "train.sums.pth is no setting, did you mean path?"),
