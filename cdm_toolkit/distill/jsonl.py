@@ -10,7 +10,7 @@ from typing import Any
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.errors import BadOption, BadRow, FileProblem, UnknownName
 from cdm_toolkit.kd.rows import FIELDS, Row, RowFault, chat_of, row_of
-from cdm_toolkit.samples import SPLITS, sample_path
+from cdm_toolkit.samples import FILES, sample_path
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -54,7 +54,7 @@ def _read_objects(path: Path) -> list[tuple[int, Any]]:
 def read_rows(path: str | Path) -> list[Row]:
     """Read all rows of a JSONL file; blank lines are skipped, and counted as lines.
 
-    `sample:train` is a split of the word problems that come with the package. Raises FileProblem for a file that
+    `sample:train` and the like are texts that come with the package (`cdm_toolkit.samples`). Raises FileProblem for a file that
     is missing, empty or not text, UnknownName for a sample that is not there, and BadRow for the first row that
     is not as it must be.
     """
@@ -68,12 +68,12 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _file(path: str | Path) -> Path:
-    scheme, _, split = str(path).partition(":")
+    scheme, _, name = str(path).partition(":")
     if scheme != "sample":
         return Path(path)
-    if split not in SPLITS:
-        raise UnknownName("sample", split, SPLITS)
-    return sample_path(split)
+    if name not in FILES:
+        raise UnknownName("sample", name, tuple(FILES))
+    return sample_path(name)
 
 
 def parse_messages(text: str) -> list[dict[str, str]]:

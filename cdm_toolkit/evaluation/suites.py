@@ -33,8 +33,8 @@ class DataSource(Settings):
 
     file: str | None = None
     """A JSONL file, relative to the suite file."""
-    sample: Literal["train", "heldout"] | None = None
-    """A split of the word problems in `cdm_toolkit.samples`."""
+    sample: Literal["train", "heldout", "prose", "languages"] | None = None
+    """A text in `cdm_toolkit.samples`."""
     hub: str | None = None
     """A data set id on the hub, with its `config` and `split`."""
     config: str | None = None
