@@ -1,4 +1,4 @@
-"""Terminal words for what the library says in Python's: options for its settings, commands for its functions.
+"""Translate messages of the library for the terminal: settings to options, functions to commands.
 
 The library quotes Python in backticks: a setting (`max_length`), one with its value (`aligner="dtw"`), or the
 function that mends something, bare (`write_cache`) or as a call that can be copied.

@@ -1,4 +1,4 @@
-"""What a process of its own is told that runs one cell of a study."""
+"""The task of a worker process: one cell of a study."""
 
 from __future__ import annotations
 

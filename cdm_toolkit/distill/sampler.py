@@ -1,4 +1,4 @@
-"""In which order rows are trained on."""
+"""Sampler: the order in which rows are trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WINDOW = 50
 def epoch_order(
     lengths: Int64[np.ndarray, " row"], *, rows_per_step: int, seed: int, epoch: int, group_by_length: bool
 ) -> Int64[np.ndarray, " row"]:
-    """Shuffle the rows of an epoch; `group_by_length` makes steps of rows of like length, and shuffles the steps.
+    """Shuffle the rows of an epoch; `group_by_length` makes steps of rows of similar length, and shuffles the steps.
 
     The order depends on the arguments alone, so that a run that goes on in mid-epoch finds the same.
 
