@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxtyping import Int64
+from jaxtyping import Int64
 
 WINDOW = 50
 """Steps whose rows are sorted together."""
