@@ -21,6 +21,8 @@ install_import_hook(
         "cdm_toolkit.batching",
         "cdm_toolkit.kd",
         "cdm_toolkit.teachers",
+        "cdm_toolkit.distill.sampler",
+        "cdm_toolkit.compare.label_placement",
     ],
     # a whole number is a float, as PEP 484 has it
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

@@ -6,8 +6,11 @@ import inspect
 import pickle
 from pathlib import Path
 
+import typer
+
 from cdm_toolkit import errors
 from cdm_toolkit.cli import translate_messages
+from cdm_toolkit.cli.app import app
 from cdm_toolkit.errors import CdmError
 
 GOLDEN = Path(__file__).with_name("errors.golden.txt")
@@ -106,7 +109,7 @@ def test_every_error_has_an_example() -> None:
 
 def _shown(command: str, example: CdmError) -> str:
     """Give the library's line, and below it the command's where that differs."""
-    translate_messages.start(command.split())
+    translate_messages.start(typer.main.get_command(app), command.split())
     said, shown = str(example), translate_messages.in_terminal(str(example))
     terminal = "" if shown == said else f"    cdm {command}: {shown}\n"
     return f"{type(example).__name__}: {said}\n{terminal}"

@@ -25,7 +25,7 @@ def main(args: list[str] | None = None) -> int:
     # typer carries click inside or beside it, by version: its usage error is the base of BadParameter.
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     command = typer.main.get_command(app)
-    translate_messages.start(sys.argv[1:] if args is None else args)
+    translate_messages.start(command, sys.argv[1:] if args is None else args)
     try:
         status = command.main(args=args, prog_name="cdm", standalone_mode=False)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Terminal words for what the library says in Python's: options for its settings, commands for its functions.
+"""Translate messages of the library for the terminal: settings to options, functions to commands.
 
 The library quotes Python in backticks: a setting (`max_length`), one with its value (`aligner="dtw"`), or the
 function that mends something, bare (`write_cache`) or as a call that can be copied.
@@ -24,11 +24,16 @@ COMMANDS = {
 
 _QUOTED = re.compile(r"`([a-z_][^`]*)`")
 # Typer carries click inside or beside it, by version: a command has no type that both know.
+_root: ContextVar[Any] = ContextVar("root", default=None)
 _running: ContextVar[Any] = ContextVar("running", default=None)
 
 
-def start(words: Sequence[str]) -> None:
-    """Note the command that a command line runs: its options are those that messages name from here on."""
+def start(root: Any, words: Sequence[str]) -> None:
+    """Note the command that a command line runs: its options are those that messages name from here on.
+
+    `root` is the command `cdm` with its groups.
+    """
+    _root.set(root)
     _running.set(_find_command(words))
 
 
@@ -39,11 +44,7 @@ def in_terminal(message: str) -> str:
 
 def _find_command(words: Sequence[str]) -> Any:
     """Follow words down from `cdm`, up to the first that is no command's name."""
-    import typer
-
-    from cdm_toolkit.cli.app import app
-
-    command: Any = typer.main.get_command(app)
+    command = _root.get()
     for word in words:
         if word not in getattr(command, "commands", ()):
             break
@@ -94,7 +95,7 @@ def _command_line(function: ast.expr, call: ast.Call | None = None) -> str | Non
 
 def _arguments(command: Any, call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
     """List a call's arguments by option. A positional one is made of one text: `load_view('llama3')`."""
-    for parameter, given in zip(command.params, call.args, strict=False):
+    for parameter, given in zip(getattr(command, "params", ()), call.args, strict=False):
         match given:
             case ast.Call(args=[text], keywords=[]):
                 yield parameter.name, text

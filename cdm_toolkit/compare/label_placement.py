@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
+from jaxtyping import Float
 
 XY = tuple[float, float]
 """Across and up."""
@@ -15,7 +11,7 @@ Box = tuple[float, float, float, float]
 """Left, low, right, high."""
 
 _DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1), (0.9, 0.9), (-0.9, 0.9), (-0.9, -0.9), (0.9, -0.9))
-_FARTHER = (0.0, 8.0, 18.0)
+_FARTHER = (0.0, 8.0, 18.0, 30.0)
 _BETWEEN = 8.0
 """From one box to the next along a line."""
 _OUTSIDE = 3.0

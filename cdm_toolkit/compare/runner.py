@@ -24,12 +24,12 @@ from typing import Any
 
 from cdm_toolkit.artifacts.code_fingerprint import PACKAGE, code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
+from cdm_toolkit.compare.cell_task import CellTask
 from cdm_toolkit.compare.cells import cell_at, grid
 from cdm_toolkit.compare.prepared import CODE, OnStage, Shared, check_origin, prepare, score, uses_cache
 from cdm_toolkit.compare.study import StudyConfig
 from cdm_toolkit.compare.study_folder import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import Cell, CellResult, Point
-from cdm_toolkit.compare.worker import CellTask
 from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 from cdm_toolkit.errors import Interrupted
 from cdm_toolkit.kd.method import find_method

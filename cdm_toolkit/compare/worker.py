@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cdm_toolkit.compare.cell_task import CellTask
 from cdm_toolkit.errors import CdmError
 
 QUIET = {
@@ -20,20 +20,6 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 """Progress bars and advice of other libraries would mix with the log; what is set already stays."""
-
-
-@dataclass(frozen=True, slots=True)
-class CellTask:
-    """What a worker is told."""
-
-    study: str
-    folder: str
-    cell: str
-    keep_models: bool
-
-    def command(self) -> list[str]:
-        """Write the command that starts a worker."""
-        return [sys.executable, "-m", "cdm_toolkit.compare.worker", json.dumps(asdict(self))]
 
 
 def run_task(task: CellTask) -> None:

@@ -61,7 +61,7 @@ class Plan:
     memory: dict[str, int]
     looked_at: int
     ce: float
-    """Nats a label over the rows that were looked at."""
+    """Nats per label over the rows that were measured."""
     teachers: tuple[TeacherPlan, ...]
     warnings: tuple[str, ...]
 

@@ -11,7 +11,7 @@ from cdm_toolkit.errors import UnknownName
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A run file with what its first comment says of it."""
+    """A run file with its summary, which is its first comment."""
 
     name: str
     path: Path

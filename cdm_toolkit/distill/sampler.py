@@ -1,14 +1,11 @@
-"""In which order rows are trained on."""
+"""Sampler: the order in which rows are trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxtyping import Int64
+from jaxtyping import Int64
 
 WINDOW = 50
 """Steps whose rows are sorted together."""
@@ -17,7 +14,7 @@ WINDOW = 50
 def epoch_order(
     lengths: Int64[np.ndarray, " row"], *, rows_per_step: int, seed: int, epoch: int, group_by_length: bool
 ) -> Int64[np.ndarray, " row"]:
-    """Shuffle the rows of an epoch; `group_by_length` makes steps of rows of like length, and shuffles the steps.
+    """Shuffle the rows of an epoch; `group_by_length` makes steps of rows of similar length, and shuffles the steps.
 
     The order depends on the arguments alone, so that a run that goes on in mid-epoch finds the same.
 

@@ -226,7 +226,7 @@ class TrainConfig(Settings):
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
     group_by_length: bool = True
-    """Batch rows of like length."""
+    """Batch rows of similar length."""
     seed: CountOrNone = 0
 
     device: DeviceName = "auto"
@@ -261,7 +261,7 @@ class DistillConfig(Settings):
     """Folder to write."""
     teachers: tuple[TeacherConfig, ...] = ()
     alpha: Share = 0.5
-    """Weight of cross-entropy; KD has the rest. Without a teacher it is not looked at."""
+    """Weight of cross-entropy; KD has the rest. Ignored without a teacher."""
     train: TrainConfig = TrainConfig()
 
     @property

@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy and the KD of one teacher or several, weighed."""
+"""What is minimised: cross-entropy and the KD of one teacher or several, weighted."""
 
 from __future__ import annotations
 

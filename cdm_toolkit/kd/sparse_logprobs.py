@@ -15,7 +15,7 @@ from cdm_toolkit.kd.types import TopK
 CHUNK_ELEMENTS = 1 << 24
 """Logits that are upcast at a time: 64 MiB in float32."""
 BLOCK = 8
-"""Columns that are looked at as one where the largest are sought."""
+"""Columns per block in the search for the k largest."""
 
 
 def _chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:

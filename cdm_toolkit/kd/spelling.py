@@ -32,7 +32,7 @@ from cdm_toolkit.vocab_map.types import NO_MATCH
 STUDENT_CANDIDATES = 32
 """Student candidates among which longer tokens are looked for: what is less likely adds next to nothing."""
 OUTCOMES = 128
-"""Student tokens that are compared at a position: many candidates come to few of them."""
+"""Most student tokens that are compared at a position; many candidates share one."""
 FAR = 1 << 40
 """Sorts behind every id."""
 
@@ -305,6 +305,6 @@ def find_outcomes(
     in_order: Int64[Tensor, "group outcome"],
     slots: Int64[Tensor, "group outcome"],
 ) -> tuple[Bool[Tensor, "group topk"], Int64[Tensor, "group topk"]]:
-    """Say which ids are among the outcomes of their group, given in ascending order, and in whose slots."""
+    """Mark the ids that are outcomes of their group, and give their slots; `in_order` are the outcomes, ascending."""
     at = torch.searchsorted(in_order, wanted).clamp(max=in_order.shape[1] - 1)
     return in_order.gather(-1, at) == wanted, slots.gather(-1, at)

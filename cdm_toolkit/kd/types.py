@@ -107,7 +107,7 @@ class LogprobRequest(Generic[State]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """What a method compares at each position: outcomes over student ids, and the divergence that comes of them.
+    """What a method compares at each position: outcomes over student ids, and their divergence.
 
     `rows` are rows of the logits that the student was read in, `ids` the outcomes' student ids, −1 where there is
     none. `teacher` and `student` are their log-probabilities before any temperature, where an outcome may have

@@ -8,23 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 import cdm_toolkit
 from cdm_toolkit.artifacts.teacher_cache import CacheHeader
 from cdm_toolkit.cli import main, translate_messages
+from cdm_toolkit.cli.app import app
 from cdm_toolkit.cli.translate_messages import in_terminal
 
 ROOT = Path(cdm_toolkit.__file__).parent
+CDM = typer.main.get_command(app)
 
 
 @pytest.fixture(autouse=True)
 def _no_command_runs_after() -> Iterator[None]:
     yield
-    translate_messages.start([])
+    translate_messages.start(CDM, [])
 
 
 def said_by(command: str, message: str) -> str:
-    translate_messages.start(command.split())
+    translate_messages.start(CDM, command.split())
     return in_terminal(message)
 
 
