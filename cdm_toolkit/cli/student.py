@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -56,7 +56,9 @@ def transplant(
     output: options.OutputFolder,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="The new tokenizer: an alias, a folder or a hub id. The model's own if left out."),
+        typer.Option(
+            help="The new tokenizer: an alias, a folder or a hub id. The donor's or the model's own if left out."
+        ),
     ] = None,
     entries: Entries = None,
     layers: Annotated[
@@ -66,6 +68,15 @@ def transplant(
     data: Annotated[
         str, typer.Option(help="Text to choose layers by: JSONL, sample:train or sample:heldout.")
     ] = "sample:train",
+    embeddings: Annotated[
+        Literal["mean", "omp"],
+        typer.Option(help="Rows of new tokens: means of old rows, or combinations of them after a --donor."),
+    ] = "mean",
+    donor: Annotated[
+        str | None,
+        typer.Option(help="A trained model with the new vocabulary: an alias, a folder or a hub id."),
+    ] = None,
+    k: Annotated[int, typer.Option(help="Old rows that omp combines to a new one.", min=1)] = 64,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
@@ -73,15 +84,23 @@ def transplant(
     """Give a trained model another vocabulary, fewer layers, or both; all other weights are kept.
 
     A token that the old vocabulary has keeps its embedding row, special tokens by their role; any other gets the mean
-    of the rows of the old tokens that spell it. The remaining rows are drawn at random. Layers are left out by their
-    block influence (ShortGPT, arXiv 2403.03853), least first, measured before the vocabulary changes.
+    of the rows of the old tokens that spell it. The remaining rows are drawn at random. With --embeddings omp (arXiv
+    2506.06607), a donor's row is written as a combination of its rows of shared tokens, and made again of the model's
+    own rows of these. Layers are left out by their block influence (ShortGPT, arXiv 2403.03853), least first, measured
+    before the vocabulary changes.
 
     Example: cdm student transplant --from smollm2 --tokenizer mistral --layers 20 -o student
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.jsonl import read_rows
+    from cdm_toolkit.errors import BadOption
+    from cdm_toolkit.hub.omp import Donor
     from cdm_toolkit.hub.students import transplant as give
 
+    if (embeddings == "omp") != (donor is not None):
+        raise BadOption("embeddings", embeddings, "omp together with `donor`, or neither")
+
+    named = tokenizer or donor or source
     texts = [] if layers is None else [row.text for row in read_rows(data)]
     with screen.err().status(f"{source}: making the student"):
         given = give(
@@ -91,11 +110,12 @@ def transplant(
             entries=entries,
             layers=layers,
             texts=texts,
+            donor=None if donor is None else Donor(donor, k),
             seed=seed,
             overwrite=overwrite,
         )
     if as_json:
-        facts = {"output": str(output), "source": source, "tokenizer": tokenizer or source}
+        facts = {"output": str(output), "source": source, "tokenizer": named}
         screen.print_json(
             facts
             | {
@@ -106,7 +126,7 @@ def transplant(
         )
         return
     screen.out().print(
-        f"{output}: {given.parameters / 1e6:.1f} M parameters, {given.vocab_size:,} ids of {tokenizer or source}"
+        f"{output}: {given.parameters / 1e6:.1f} M parameters, {given.vocab_size:,} ids of {named}"
         + "".join(_changes(given)),
         markup=False,
         soft_wrap=True,
@@ -118,7 +138,7 @@ def _changes(given: Transplanted) -> Iterator[str]:
     if (rows := given.rows) is not None:
         yield (
             f": {rows.copied:,} copied, {rows.by_role:,} by role, {rows.mean:,} means of several, "
-            f"{rows.fresh:,} fresh"
+            f"{rows.fresh:,} fresh" + (f", {rows.omp:,} by omp" if rows.omp else "")
         )
     if (pruned := given.pruned) is not None:
         removed = ", ".join(f"{i} ({pruned.influence[i]:.3f})" for i in pruned.removed)

@@ -19,6 +19,7 @@ from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheSettings
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask, evaluate, open_suite
 from cdm_toolkit.hub.models import model_fingerprint, model_folder
+from cdm_toolkit.hub.omp import Donor
 from cdm_toolkit.hub.students import new_student, transplant
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.rows import Row, rows_fingerprint
@@ -317,6 +318,7 @@ def _student(study: StudyConfig, folder: Path, on_stage: OnStage) -> str:
             entries=entries,
             layers=student.layers,
             texts=_texts_for_layers(student),
+            donor=None if student.donor is None else Donor(student.donor),
             seed=seed,
             overwrite=True,
         )

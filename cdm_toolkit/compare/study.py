@@ -75,6 +75,10 @@ class StudentConfig(Settings):
     """Keep so many layers of a transplanted model, those of greatest block influence."""
     data: TextConfig = TextConfig(path="sample:train")
     """Text on which that is measured."""
+    embeddings: Literal["mean", "omp"] = "mean"
+    """How a transplanted model gets rows of new tokens: means of old rows, or combinations after those of a `donor`."""
+    donor: Text | None = None
+    """A trained model with the new vocabulary."""
     seed: CountOrNone = 0
     """Of what is random in making it: the same for all cells."""
 
@@ -94,16 +98,19 @@ class StudentConfig(Settings):
 
     def _check_extras(self, way: str) -> None:
         """Check the settings of how the student is made."""
-        no_use = {"model": ("tokenizer", "entries", "layers", "data", "seed"), "size": ("layers", "data")}
+        of_transplant = ("layers", "data", "embeddings", "donor")
+        no_use = {"model": ("tokenizer", "entries", "seed", *of_transplant), "size": of_transplant}
         if extra := [name for name in no_use.get(way, ()) if name in self.model_fields_set]:
             whose = "a model that is there" if way == "model" else "a fresh model"
             raise ValueError(f"{whose} has no use for {', '.join(extra)}")
         if way == "size" and self.tokenizer is None:
             raise ValueError("size needs a tokenizer")
-        if way == "transplant" and self.tokenizer is None and self.layers is None:
-            raise ValueError("transplant needs a tokenizer or a number of layers")
+        if way == "transplant" and self.tokenizer is None and self.layers is None and self.donor is None:
+            raise ValueError("transplant needs a tokenizer, a donor or a number of layers")
         if "data" in self.model_fields_set and self.layers is None:
             raise ValueError("data has no use without layers, which are chosen by it")
+        if (self.embeddings == "omp") != (self.donor is not None):
+            raise ValueError("embeddings: omp and a donor go together")
 
     @property
     def words(self) -> str:
@@ -112,7 +119,8 @@ class StudentConfig(Settings):
             return self.model
         body = self.transplant if self.transplant is not None else f"a fresh model of {self.size}"
         layers = "" if self.layers is None else f" ({self.layers} layers)"
-        tokenizer = "" if self.tokenizer is None else f" with {self.tokenizer}'s tokenizer"
+        owner = self.tokenizer or self.donor
+        tokenizer = "" if owner is None else f" with {owner}'s tokenizer"
         entries = "" if self.entries is None else f" ({self.entries:,} entries)"
         return f"{body}{layers}{tokenizer}{entries}"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadOption, CdmError, OutputExists
 from cdm_toolkit.hub.cut_vocabulary import load_cut
+from cdm_toolkit.hub.embedding_rows import load_donation, replace_rows
 from cdm_toolkit.hub.models import (
     check_vocabulary,
     load_as_stored,
@@ -21,14 +22,12 @@ from cdm_toolkit.hub.models import (
     model_folder_to_fill,
     save_model,
 )
+from cdm_toolkit.hub.omp import Donor
 from cdm_toolkit.hub.prune_layers import Pruned, prune_layers
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
-from cdm_toolkit.vocab_map.row_sources import RowSources, SourceCounts, SourceKind, row_sources
+from cdm_toolkit.vocab_map.row_sources import SourceCounts, row_sources
 
 if TYPE_CHECKING:
-    import torch
-    from jaxtyping import Shaped
-    from torch import Tensor
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -202,6 +201,7 @@ def transplant(
     entries: int | None = None,
     layers: int | None = None,
     texts: Sequence[str] = (),
+    donor: Donor | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Transplanted:
@@ -211,7 +211,8 @@ def transplant(
     means of the old rows from `row_sources`. A fresh row is the mean of the rows of all old ids plus Gaussian noise
     with their standard deviation in each column, drawn with `seed`. Padding rows of the old embedding are not used,
     and the new one has none. `entries` truncates the new vocabulary, or the model's own without `tokenizer`, to that
-    many ids (`cut`).
+    many ids (`cut`). With a `donor`, new ids that it has get a row by orthogonal matching pursuit in place of a mean or
+    a fresh one; without `tokenizer` the new vocabulary is then the donor's.
 
     `layers` is how many to keep: those of greatest block influence on `texts`, as the source reads them with its own
     tokenizer (`prune_layers`).
@@ -221,6 +222,8 @@ def transplant(
     """
     output = Path(output)
     _check_free(output, overwrite=overwrite)
+    if tokenizer is None and donor is not None:
+        tokenizer = donor.model
     if tokenizer is None and entries is None and layers is None:
         raise CdmError("nothing of the model would change", fix="give `tokenizer`, `entries` or `layers`")
     old = load_tokenizer(source)
@@ -237,51 +240,25 @@ def transplant(
         model, pruned = prune_layers(model, old.view, layers, texts)
         fingerprints["texts"] = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
     if new is not old:
-        sources = row_sources(old.view, new.view)
+        sources, donation = row_sources(old.view, new.view), None
+        if donor is not None:
+            donation = load_donation(donor, old.view, new.view, sources)
+            sources = donation.covers(sources)
+            fingerprints |= donation.fingerprints
+        replace_rows(model, sources, seed, donation)
         counts = sources.counts
-        _replace_rows(model, sources, seed)
         _set_special_ids(model, new.tokenizer)
     made = Transplanted(model.num_parameters(), new.view.vocab_size, counts, pruned)
     facts = provenance(fingerprints=fingerprints, seed=seed, device="cpu")
-    named = {"source": source, "tokenizer": new.view.name, "rows": counts and asdict(counts)}
-    _save(model, new, output, {**facts, **named, "layers": pruned and asdict(pruned)})
+    named = {
+        "source": source,
+        "tokenizer": new.view.name,
+        "rows": counts and asdict(counts),
+        "donor": donor and asdict(donor),
+        "layers": pruned and asdict(pruned),
+    }
+    _save(model, new, output, {**facts, **named})
     return made
-
-
-def _replace_rows(model: PreTrainedModel, sources: RowSources, seed: int) -> None:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    made = [new_rows(table.detach(), sources, generator) for table in _vocabulary_tables(model)]
-    with torch.random.fork_rng(devices=[]):  # resizing initialises new rows at random
-        model.resize_token_embeddings(len(sources.kind), mean_resizing=False)
-    with torch.no_grad():
-        for table, rows in zip(_vocabulary_tables(model), made, strict=True):
-            table.copy_(rows)
-
-
-def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
-    """List the parameters with a row for each id: input embedding, and an untied head with its bias."""
-    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    own = [] if head is None or head.weight is inputs else [head.weight]
-    bias = getattr(head, "bias", None)
-    return [inputs, *own, *([] if bias is None else [bias])]
-
-
-def new_rows(
-    table: Shaped[Tensor, "rows_old ..."], sources: RowSources, generator: torch.Generator
-) -> Shaped[Tensor, "vocab_new ..."]:
-    """Compute the rows of the new vocabulary, in the table's dtype; means are computed in float32 or better."""
-    import torch
-
-    old = table[: sources.size_old].reshape(sources.size_old, -1)
-    old = old.to(torch.promote_types(old.dtype, torch.float32))
-    ids, bounds = torch.from_numpy(sources.ids).long(), torch.from_numpy(sources.indptr)
-    rows = torch.nn.functional.embedding_bag(ids, old, bounds, mode="mean", include_last_offset=True)
-    fresh = torch.from_numpy(sources.kind == SourceKind.FRESH)
-    noise = torch.randn(int(fresh.sum()), old.shape[1], generator=generator, dtype=old.dtype)
-    rows[fresh] = old.mean(0) + noise * old.std(0)
-    return rows.to(table.dtype).reshape(-1, *table.shape[1:])
 
 
 def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,6 +25,8 @@ class SourceKind(IntEnum):
     """The mean of the rows of the old tokens that spell its bytes."""
     FRESH = 3
     """Not from old rows: no old token has its role, none spell its bytes, or it has no bytes."""
+    OMP = 4
+    """A combination of the rows of tokens that the old vocabulary shares with a donor's; `row_sources` gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class SourceCounts:
     by_role: int
     mean: int
     fresh: int
+    omp: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +66,7 @@ def row_sources(view_old: TokenizerView, view_new: TokenizerView) -> RowSources:
     Exact partners come first (`exact_partners`: equal bytes, and special tokens of equal role), then special
     tokens of equal content. The bytes of any other ordinary token are spelled by `spell`.
     """
-    partner = _partners(view_old, view_new)
+    partner = partners(view_old, view_new)
     rest = [i for i, data in enumerate(view_new.token_bytes) if data and partner[i] == NO_MATCH]
     spelled = dict(zip(rest, spell(view_old, [view_new.literals[i] for i in rest]), strict=True))
     rows = [
@@ -82,7 +85,8 @@ def row_sources(view_old: TokenizerView, view_new: TokenizerView) -> RowSources:
     )
 
 
-def _partners(view_old: TokenizerView, view_new: TokenizerView) -> Int64[np.ndarray, " vocab_new"]:
+def partners(view_old: TokenizerView, view_new: TokenizerView) -> Int64[np.ndarray, " vocab_new"]:
+    """Return each new id's old id: that of `exact_partners`, else the special token of equal content, else NO_MATCH."""
     partner = exact_partners(view_new, view_old)
     by_content = {view_old.special[i].content: i for i in sorted(view_old.special, reverse=True)}
     for token in view_new.special.values():

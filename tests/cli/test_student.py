@@ -54,7 +54,7 @@ def test_a_transplant_says_where_its_rows_come_from(cdm, trained: Path, tmp_path
     assert answer.err == ""
     answer = cdm(*command, "-o", tmp_path / "b", "--json", "--seed", 4)
     said = json.loads(answer.out)
-    assert said["rows"] == {"copied": 21_240, "by_role": 1, "mean": 29_016, "fresh": 0}
+    assert said["rows"] == {"copied": 21_240, "by_role": 1, "mean": 29_016, "fresh": 0, "omp": 0}
     provenance = json.loads((tmp_path / "b" / "provenance.json").read_text())
     assert (provenance["rows"], provenance["seed"]) == (said["rows"], 4)
     assert (
@@ -103,6 +103,17 @@ def test_layers_that_cannot_be_left_out(cdm, trained: Path, tmp_path: Path) -> N
         refused(cdm(*command, "--layers", layers), f"--layers is {layers}", "the model has")
     refused(cdm(*command, "--layers", 1, "--data", "none.jsonl"), "none.jsonl", "no such file")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_after_a_donor(cdm, small_models: Path, tmp_path: Path) -> None:
+    command = ("student", "transplant", "--from", small_models / "teacher", "-o", tmp_path / "out")
+    refused(cdm(*command, "--embeddings", "omp"), "--embeddings is 'omp'", "--donor")
+    refused(cdm(*command, "--donor", "gpt2", "--tokenizer", "gpt2"), "--embeddings is 'mean'", "--donor")
+    answer = cdm(*command, "--embeddings", "omp", "--donor", small_models / "student", "--k", 5)
+    assert answer.status == 0, answer.err
+    assert "0 means of several, 0 fresh, " in answer.out
+    assert answer.out.rstrip().endswith(" by omp")
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["donor"]["k"] == 5
 
 
 def test_a_cut_that_is_not_possible(cdm, trained: Path, tmp_path: Path) -> None:

@@ -287,12 +287,13 @@ def test_suites_score_teacher_student_and_cells(make: Callable[..., StudyConfig]
         "size: 200k",
         "transplant: TEACHER",
         "transplant: TEACHER, layers: 1, data: {path: 'sample:heldout', rows: 2}",
+        "transplant: TEACHER, embeddings: omp, donor: DONOR",
     ],
 )
 def test_a_student_is_made_once(
     make: Callable[..., StudyConfig], small_models: Path, tmp_path: Path, of: str
 ) -> None:
-    of = of.replace("TEACHER", str(small_models / "teacher"))
+    of = of.replace("TEACHER", str(small_models / "teacher")).replace("DONOR", str(small_models / "student"))
     study = make(f"student={{{of}, tokenizer: gpt2, entries: 700, seed: 5}}")
     folder = claimed(study, tmp_path / "out")
     shared = prepare(study, folder)

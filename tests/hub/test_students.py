@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from cdm_toolkit.errors import BadOption, FileProblem, OutputExists, VocabularyTooSmall
 from cdm_toolkit.hub import students
+from cdm_toolkit.hub.embedding_rows import new_rows, vocabulary_tables
 from cdm_toolkit.hub.models import load_as_stored, load_model, model_fingerprint, model_folder, save_model
 from cdm_toolkit.hub.students import (
     Shape,
     Transplanted,
-    new_rows,
     new_student,
     parse_size,
     student_shape,
@@ -135,7 +135,7 @@ def untied(
     folder.mkdir()
     torch.manual_seed(0)
     model = request.param(49_152 + PADDED).to(torch.bfloat16)
-    for table in students._vocabulary_tables(model):
+    for table in vocabulary_tables(model):
         table.data[49_152:] = math.nan
     model.generation_config.suppress_tokens = [48_000]
     model.generation_config.temperature = 0.5
@@ -160,7 +160,7 @@ def test_rows_come_from_where_they_should(
     old, smollm2 = load_model(str(untied)), loaded("smollm2").view
     new = load_model(str(folder))
     sources = row_sources(smollm2, mistral.view)
-    tables = list(zip(students._vocabulary_tables(old), students._vocabulary_tables(new), strict=True))
+    tables = list(zip(vocabulary_tables(old), vocabulary_tables(new), strict=True))
     assert len(tables) == (3 if old.config.model_type == "phi" else 2)
     for before, after in tables:
         assert after.isfinite().all(), "padding rows have no part in it"
@@ -179,7 +179,7 @@ def test_rows_come_from_where_they_should(
 def test_the_body_and_the_dtype_are_kept(untied: Path, moved: tuple[Path, Transplanted]) -> None:
     old, new = load_as_stored(str(untied)), load_as_stored(str(moved[0]))
     assert new.dtype == torch.bfloat16
-    own = {id(table) for model in (old, new) for table in students._vocabulary_tables(model)}
+    own = {id(table) for model in (old, new) for table in vocabulary_tables(model)}
     body = [
         (name, a, b)
         for (name, a), (_, b) in zip(old.named_parameters(), new.named_parameters(), strict=True)

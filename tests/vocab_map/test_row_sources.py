@@ -72,7 +72,7 @@ def test_equal_their_twin(small: list[TokenizerView]) -> None:
             (SourceKind(kind), found.row(i)) for i, kind in enumerate(found.kind)
         ] == row_sources_reference(old, new)
         seen |= set(found.kind.tolist())
-    assert seen == set(SourceKind), "each kind occurs in the test"
+    assert seen == set(SourceKind) - {SourceKind.OMP}, "each kind occurs in the test"
 
 
 def test_spellings_equal_their_twin(small: list[TokenizerView]) -> None:

@@ -1,0 +1,98 @@
+"""Replace the rows of a model's vocabulary: means of old rows, combinations after a donor's, and random ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cdm_toolkit.hub.models import check_vocabulary, load_as_stored, model_fingerprint, model_folder
+from cdm_toolkit.hub.omp import Donor, SharedTokens, rows_by_omp, shared_tokens
+from cdm_toolkit.hub.tokenizers import load_view
+from cdm_toolkit.vocab_map.row_sources import RowSources, SourceKind
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Shaped
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cdm_toolkit.tokdiff.view import TokenizerView
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Donation:
+    """A loaded donor, and the tokens that it shares with the old and the new vocabulary."""
+
+    model: PreTrainedModel
+    tokens: SharedTokens
+    k: int
+    fingerprints: dict[str, str]
+
+    def covers(self, sources: RowSources) -> RowSources:
+        """Mark the rows that are made after the donor."""
+        kind = sources.kind.copy()
+        kind[self.tokens.targets_new] = SourceKind.OMP
+        return replace(sources, kind=kind)
+
+
+def load_donation(donor: Donor, old: TokenizerView, new: TokenizerView, sources: RowSources) -> Donation:
+    """Load a donor for the new ids that no single old row is copied to. Raises as `load_as_stored`, CdmError."""
+    model, view = load_as_stored(donor.model), load_view(donor.model)
+    check_vocabulary(model, donor.model, view.vocab_size)
+    missing = np.flatnonzero((sources.kind == SourceKind.MEAN) | (sources.kind == SourceKind.FRESH))
+    fingerprints = {
+        "donor model": model_fingerprint(model_folder(donor.model)),
+        "donor tokenizer": view.fingerprint,
+    }
+    return Donation(model, shared_tokens(view, old, new, missing), donor.k, fingerprints)
+
+
+def replace_rows(
+    model: PreTrainedModel, sources: RowSources, seed: int, donation: Donation | None = None
+) -> None:
+    """Give a model the rows of a new vocabulary, in the input embedding and in an untied output head with its bias.
+
+    A donation replaces rows of the embedding by those after the donor's, rows of the head by those after the donor's
+    head.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tables = vocabulary_tables(model)
+    made = [new_rows(table.detach(), sources, generator) for table in tables]
+    if donation is not None:
+        donors = donation.model.get_input_embeddings(), donation.model.get_output_embeddings()
+        for table, rows, donor in zip(tables, made, donors, strict=False):  # a bias, the third, has no donor
+            by_omp = rows_by_omp(table.detach(), donor.weight.detach(), donation.tokens, donation.k)
+            rows[torch.from_numpy(donation.tokens.targets_new)] = by_omp
+    with torch.random.fork_rng(devices=[]):  # resizing initialises new rows at random
+        model.resize_token_embeddings(len(sources.kind), mean_resizing=False)
+    with torch.no_grad():
+        for table, rows in zip(vocabulary_tables(model), made, strict=True):
+            table.copy_(rows)
+
+
+def vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
+    """List the parameters with a row for each id: input embedding, and an untied head with its bias."""
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    own = [] if head is None or head.weight is inputs else [head.weight]
+    bias = getattr(head, "bias", None)
+    return [inputs, *own, *([] if bias is None else [bias])]
+
+
+def new_rows(
+    table: Shaped[Tensor, "rows_old ..."], sources: RowSources, generator: torch.Generator
+) -> Shaped[Tensor, "vocab_new ..."]:
+    """Compute the rows of the new vocabulary, in the table's dtype; means are computed in float32 or better."""
+    import torch
+
+    old = table[: sources.size_old].reshape(sources.size_old, -1)
+    old = old.to(torch.promote_types(old.dtype, torch.float32))
+    ids, bounds = torch.from_numpy(sources.ids).long(), torch.from_numpy(sources.indptr)
+    rows = torch.nn.functional.embedding_bag(ids, old, bounds, mode="mean", include_last_offset=True)
+    fresh = torch.from_numpy(sources.kind == SourceKind.FRESH)
+    noise = torch.randn(int(fresh.sum()), old.shape[1], generator=generator, dtype=old.dtype)
+    rows[fresh] = old.mean(0) + noise * old.std(0)
+    return rows.to(table.dtype).reshape(-1, *table.shape[1:])
