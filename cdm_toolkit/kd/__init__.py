@@ -2,7 +2,7 @@
 
 >>> from cdm_toolkit import kd
 >>> list(kd.methods())
-['alm', 'cdm', 'exact', 'gold', 'min-ed', 'prefix', 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
+['alm', 'cdm', 'exact', 'gold', 'min-ed', 'prefix', 'simct', 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
 """
 
 from cdm_toolkit.kd.alm import ALM
@@ -20,6 +20,7 @@ from cdm_toolkit.kd.pair import TokenizerPair, collate
 from cdm_toolkit.kd.prefix import Prefix
 from cdm_toolkit.kd.reverse_kl import ReverseKL
 from cdm_toolkit.kd.settings import MethodSettings, setting
+from cdm_toolkit.kd.simct import SimCT
 from cdm_toolkit.kd.spelling import Spelling
 from cdm_toolkit.kd.types import (
     KDSums,
@@ -56,6 +57,7 @@ __all__ = [
     "Prefix",
     "ReverseKL",
     "SignalRequest",
+    "SimCT",
     "Spelling",
     "StudentLogits",
     "Teacher",

@@ -213,6 +213,24 @@ def x_token_twin(group: Group, world: World) -> tuple[float, float, int]:
     return world.temperature**2 * kl(p, q), sum(reached), len(reached)
 
 
+def simct_twin(group: Group, world: World) -> tuple[float, float, int]:
+    """List the outcomes of both: shared ids, the text where it is several tokens, and what none of these has."""
+    shared = by_partner(group, world)
+    p, q = list(shared.values()), [float(group.student[i]) for i in shared]
+    taken_t, taken_s = sum(p), sum(q)
+    if len(group.tokens_t) > 1 or len(group.tokens_s) > 1:
+        for outcomes, tokens in ((p, group.tokens_t), (q, group.tokens_s)):
+            outcomes.append(math.exp(float(np.mean(np.log(tokens)))))
+        is_shared = group.first_t in group.teacher and world.partner[group.first_t] >= 0
+        taken_t += 0 if is_shared else group.tokens_t[0]
+        taken_s += 0 if group.text[0] in shared else group.tokens_s[0]
+    if world.rest:
+        p.append(max(1 - taken_t, CUT))
+        q.append(max(1 - taken_s, CUT))
+    sides = (heated(side, world.temperature, False) for side in (q, p))
+    return world.temperature**2 * kl(*sides), *matched(group, world)
+
+
 def _shared(group: Group, world: World) -> tuple[np.ndarray, np.ndarray]:
     rest = len(group.teacher) < world.vocab_s
     sides = (list(group.teacher.values()), [group.student[i] for i in group.teacher])
@@ -247,6 +265,7 @@ TWINS = {
     "uld": uld_twin,
     "alm": alm_twin,
     "gold": gold_twin,
+    "simct": simct_twin,
     "x-token": x_token_twin,
     "kl": kl_twin,
     "reverse-kl": reverse_kl_twin,
