@@ -2,7 +2,7 @@
 
 >>> from cdm_toolkit import kd
 >>> list(kd.methods())
-['alm', 'cdm', 'exact', 'gold', 'min-ed', 'prefix', 'simct', 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
+['alm', 'cdm', 'exact', 'gold', 'likelihood', 'min-ed', 'prefix', 'simct', 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
 """
 
 from cdm_toolkit.kd.alm import ALM
@@ -13,6 +13,7 @@ from cdm_toolkit.kd.exact_match import ExactMatch
 from cdm_toolkit.kd.gold import GOLD
 from cdm_toolkit.kd.jsd import JSD
 from cdm_toolkit.kd.kl import KL
+from cdm_toolkit.kd.likelihood import Likelihood
 from cdm_toolkit.kd.method import Method, Teacher, find_method, methods
 from cdm_toolkit.kd.min_ed import MinED
 from cdm_toolkit.kd.objective import Objective, ObjectiveOutput, weighted_loss
@@ -46,6 +47,7 @@ __all__ = [
     "AlignedTeacherBatch",
     "ExactMatch",
     "KDSums",
+    "Likelihood",
     "LogprobRequest",
     "LossOutput",
     "LossSums",
