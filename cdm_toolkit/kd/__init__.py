@@ -1,8 +1,8 @@
 """Cross-tokenizer distillation losses: one object per method, for any training loop.
 
 >>> from cdm_toolkit import kd
->>> list(kd.methods())
-['alm', 'cdm', 'exact', 'gold', 'likelihood', 'min-ed', 'prefix', 'simct', 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
+>>> print(*kd.methods())
+alm cdm exact gold likelihood min-ed prefix simct spelling uld x-token jsd kl reverse-kl
 """
 
 from cdm_toolkit.kd.alm import ALM

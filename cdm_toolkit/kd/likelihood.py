@@ -115,7 +115,9 @@ class Likelihood(Method[LikelihoodSettings, CoveredOutcomes]):
         known = longest < of_t.shape[1]
         self.register_buffer("spelling", of_t.narrow(1, 0, longest).clone(), persistent=False)
         self.register_buffer(
-            "length", length if known else torch.where(length < longest, length, longest + 1), persistent=False
+            "length",
+            length if known else torch.where(length < longest, length, longest + 1),
+            persistent=False,
         )
 
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[CoveredOutcomes]:
@@ -252,7 +254,9 @@ def _covers(
     total = weight.masked_fill((goes_on | ends).logical_not(), -torch.inf).logsumexp(-1)
     if back == 0:  # all of a distribution, with what is beyond k
         total = torch.where(before == 0, 0.0, total)
-    return _Covers(torch.where(goes_on, ids, NO_MATCH), weight.masked_fill(goes_on.logical_not(), -torch.inf), total)
+    return _Covers(
+        torch.where(goes_on, ids, NO_MATCH), weight.masked_fill(goes_on.logical_not(), -torch.inf), total
+    )
 
 
 def _shares(covers: list[_Covers], counts: Bool[Tensor, " position"]) -> TopK:

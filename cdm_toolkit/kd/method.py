@@ -111,10 +111,11 @@ class Method(nn.Module, Generic[SettingsT, State]):
                 f"one for different tokenizers, such as spelling: {pair.name_t} is not {pair.name_s}",
             )
         if self.nested_tokenizers and (fault := pair.nesting_fault()):
+            others = "one for any two tokenizers, such as spelling"
             raise BadOption(
                 "method",
                 self.name,
-                f"one for any two tokenizers, such as spelling: the student's tokens are not parts of the teacher's, {fault}",
+                f"{others}: the student's tokens are not parts of the teacher's, {fault}",
             )
         self.top_k = self.check_top_k(pair, getattr(self.settings, "top_k", None))
         self.build_tables(pair)

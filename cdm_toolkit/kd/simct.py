@@ -80,7 +80,7 @@ class SimCT(Method[SimCTSettings, SharedOutcomes]):
     summary = "reverse KL over ids with the same bytes, and a text of several tokens as one outcome"
     source = "arXiv 2605.07711"
     Settings = SimCTSettings
-    color, marker = "#b8860b", "v"
+    color, marker = "#8787ff", "H"
     reads_teacher_tokens = True
     reads_student_tokens = True
 
@@ -135,7 +135,7 @@ class SimCT(Method[SimCTSettings, SharedOutcomes]):
     def compare(
         self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[SharedOutcomes], signal: TeacherSignal
     ) -> Comparison:
-        """Give the two distributions over the shared ids; that of a whole group is added to its first student token's."""
+        """Give both distributions over student ids; a group's text is a part of its first token."""
         shared = request.state
         divergence = self._divergence(*self._sides(logprobs, shared, self.settings.temperature))
         added = torch.where(shared.unclaimed_s, shared.first_s, NO_MATCH).unsqueeze(-1)

@@ -25,7 +25,9 @@ def nesting_fault(view_t: TokenizerView, view_s: TokenizerView) -> str:
     for part, does in (("normalizer", "normalizes"), ("pre_tokenizer", "splits")):
         if t.get(part) != s.get(part):
             return f"{view_s.name} {does} a text in another way than {view_t.name}"
-    added_t, added_s = ({token["content"] for token in _plain(each, view)} for each, view in ((t, view_t), (s, view_s)))
+    added_t, added_s = (
+        {token["content"] for token in _plain(each, view)} for each, view in ((t, view_t), (s, view_s))
+    )
     if added_t != added_s:
         return f"the added token {min(added_t ^ added_s)!r} is in one of the two alone"
     return _other_merge(t["model"], s["model"], view_t.name, view_s.name)
@@ -48,7 +50,9 @@ def _other_merge(teacher: Any, student: Any, name_t: str, name_s: str) -> str:
         if own != merge:
             shown = "none" if own is None else " + ".join(own)
             return f"merge {nth} of {name_s} is {' + '.join(merge)}, that of {name_t} {shown}"
-    if student.get("ignore_merges") and not (teacher.get("ignore_merges") and known.keys() <= teacher["vocab"].keys()):
+    if student.get("ignore_merges") and not (
+        teacher.get("ignore_merges") and known.keys() <= teacher["vocab"].keys()
+    ):
         return f"{name_s} takes words whole that {name_t} does not"
     return ""
 

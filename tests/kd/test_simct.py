@@ -29,7 +29,9 @@ GOLDEN = np.load(Path(__file__).parents[1] / "data" / "simct_golden.npz")
 def golden_inputs(groups: np.ndarray, **settings: Any) -> LossInputs:
     """Let all teacher ids be candidates, at the groups of the golden file's text."""
     vocab_t, vocab_s = GOLDEN["teacher"].shape[1], GOLDEN["student"].shape[1]
-    world = replace(draw("exact", 0).world, vocab_t=vocab_t, vocab_s=vocab_s, partner=tuple(GOLDEN["partner"].tolist()))
+    world = replace(
+        draw("exact", 0).world, vocab_t=vocab_t, vocab_s=vocab_s, partner=tuple(GOLDEN["partner"].tolist())
+    )
     method = SimCT(WorldPair(world), rest_bucket=False, top_k=vocab_t, **settings)
     logits = torch.from_numpy(GOLDEN["teacher"])
     first_t, end_t, first_s, end_s = (torch.from_numpy(column).long() for column in groups.T)
@@ -97,7 +99,9 @@ def test_explain_has_the_loss_and_two_distributions() -> None:
         for side in (found.teacher, found.student):
             masses = side.exp().masked_fill(found.ids < 0, 0).sum(-1)
             assert (masses <= 1 + 1e-9).all()
-        assert all(len(ids) == len(set(ids)) for ids in ([i for i in row if i >= 0] for row in found.ids.tolist()))
+        assert all(
+            len(ids) == len(set(ids)) for ids in ([i for i in row if i >= 0] for row in found.ids.tolist())
+        )
         assert torch.equal(found.rows, case.rows[case.first(case.group_s)])
 
 

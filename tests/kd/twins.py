@@ -194,9 +194,7 @@ def covers(group: Group, place: int, world: World) -> tuple[dict[int, float], fl
 
 def is_text_itself(at: Group, teacher_id: int, group: Group, place: int) -> bool:
     """Say whether a candidate is the token before the group, where a boundary is asked about."""
-    return (
-        at is group.before and not place and len(at.tokens_t) == 1 and teacher_id == at.first_t
-    )
+    return at is group.before and not place and len(at.tokens_t) == 1 and teacher_id == at.first_t
 
 
 def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
