@@ -110,7 +110,7 @@ def multilingual() -> list[str]:
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a teacher, another one with its tokenizer, and a student with a tokenizer of its own."""
+    """Make a teacher, another with its tokenizer, and students with one of their own and with its first merges."""
     from cdm_toolkit.hub.students import new_student
 
     root = tmp_path_factory.mktemp("models")
@@ -118,6 +118,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_student("smollm2", "200k", root / "teacher", entries=900, seed=1)
         new_student("smollm2", "200k", root / "other", entries=900, seed=2)
         new_student("gpt2", "200k", root / "student", entries=700, seed=3)
+        new_student("smollm2", "200k", root / "nested", entries=600, seed=4)
     except SourceNotFound as error:
         pytest.skip(str(error))
     return root

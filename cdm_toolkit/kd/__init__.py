@@ -1,8 +1,8 @@
 """Cross-tokenizer distillation losses: one object per method, for any training loop.
 
 >>> from cdm_toolkit import kd
->>> list(kd.methods())
-['alm', 'cdm', 'exact', 'gold', 'min-ed', 'prefix', 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
+>>> print(*kd.methods())
+alm cdm exact gold likelihood min-ed prefix simct spelling uld x-token jsd kl reverse-kl
 """
 
 from cdm_toolkit.kd.alm import ALM
@@ -13,6 +13,7 @@ from cdm_toolkit.kd.exact_match import ExactMatch
 from cdm_toolkit.kd.gold import GOLD
 from cdm_toolkit.kd.jsd import JSD
 from cdm_toolkit.kd.kl import KL
+from cdm_toolkit.kd.likelihood import Likelihood
 from cdm_toolkit.kd.method import Method, Teacher, find_method, methods
 from cdm_toolkit.kd.min_ed import MinED
 from cdm_toolkit.kd.objective import Objective, ObjectiveOutput, weighted_loss
@@ -20,6 +21,7 @@ from cdm_toolkit.kd.pair import TokenizerPair, collate
 from cdm_toolkit.kd.prefix import Prefix
 from cdm_toolkit.kd.reverse_kl import ReverseKL
 from cdm_toolkit.kd.settings import MethodSettings, setting
+from cdm_toolkit.kd.simct import SimCT
 from cdm_toolkit.kd.spelling import Spelling
 from cdm_toolkit.kd.types import (
     KDSums,
@@ -45,6 +47,7 @@ __all__ = [
     "AlignedTeacherBatch",
     "ExactMatch",
     "KDSums",
+    "Likelihood",
     "LogprobRequest",
     "LossOutput",
     "LossSums",
@@ -56,6 +59,7 @@ __all__ = [
     "Prefix",
     "ReverseKL",
     "SignalRequest",
+    "SimCT",
     "Spelling",
     "StudentLogits",
     "Teacher",

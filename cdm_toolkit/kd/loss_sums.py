@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
@@ -33,9 +33,9 @@ class LossInputs:
     """A teacher's method on a batch: its signal, and the student logits to read for it.
 
     A group is predicted by the row `student_rows` of the labels' logits or, where `student_group` is there, by
-    the mean of the rows that `student_group` assigns to it. `token_*` are those of `StudentLogits`: rows of the
-    labels' logits, so that no method that reads tokens reads means. `vocab_s` counts the ids of the student's
-    tokenizer.
+    the mean of the rows that `student_group` assigns to it. `token_*` and `follows` are those of `StudentLogits`:
+    rows of the labels' logits, so that no method that reads tokens reads means. `vocab_s` counts the ids of the
+    student's tokenizer.
     """
 
     method: TwoPhases
@@ -46,6 +46,7 @@ class LossInputs:
     token_rows: Int64[Tensor, " token_s"] | None = None
     token_ids: Int64[Tensor, " token_s"] | None = None
     token_group: Int64[Tensor, " token_s"] | None = None
+    follows: Bool[Tensor, " group"] | None = None
 
     def __post_init__(self) -> None:
         if self.student_group is not None and self.token_rows is not None:
@@ -66,7 +67,19 @@ class LossInputs:
             token_rows=side.student_token_rows if tokens else None,
             token_ids=batch.labels.index_select(0, side.student_token_rows) if tokens else None,
             token_group=side.student_token_group if tokens else None,
+            follows=following_groups(batch, side) if tokens else None,
         )
+
+
+def following_groups(batch: AlignedBatch, side: AlignedTeacherBatch) -> Bool[Tensor, " group"]:
+    """Mark the groups that begin where the one before ends, on both sides of one row."""
+    groups = torch.arange(side.groups, device=side.student_token_group.device)
+    last_s = torch.searchsorted(side.student_token_group, groups).sub(1).clamp(min=0)
+    last_t = side.group_first.sub(1).clamp(min=0)
+    row_before = side.student_token_rows.index_select(0, last_s)
+    before, here = (batch.label_row.index_select(0, rows) for rows in (row_before, side.student_rows))
+    at_t = (side.row_positions.index_select(0, each) for each in (last_t, side.group_first))
+    return (before == here) & (row_before + 1 == side.student_rows) & (next(at_t) + 1 == next(at_t))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,5 +161,6 @@ def _select(inputs: LossInputs, of_labels: _Source) -> tuple[_Source, LogprobReq
         token_rows=inputs.token_rows,
         token_ids=inputs.token_ids,
         token_group=inputs.token_group,
+        follows=inputs.follows,
     )
     return source, inputs.method.select(student, inputs.signal.detach())

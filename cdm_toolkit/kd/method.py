@@ -68,6 +68,8 @@ class Method(nn.Module, Generic[SettingsT, State]):
 
     same_tokenizer: ClassVar[bool] = False
     """Teacher and student must have one tokenizer."""
+    nested_tokenizers: ClassVar[bool] = False
+    """The student's tokens must be parts of the teacher's: `TokenizerPair.nesting_fault`."""
     needs_match: ClassVar[bool] = False
     """It compares ids that have a match in the other vocabulary: without any it teaches nothing."""
     reads_teacher_tokens: bool = False
@@ -97,7 +99,7 @@ class Method(nn.Module, Generic[SettingsT, State]):
         """Build the method's tables for a pair. `settings` are those of its `Settings`.
 
         BadSettings lists all faults of the settings; BadOption for a `top_k` that the smaller vocabulary cannot
-        fill, and for two tokenizers where the method is for one.
+        fill, and for two tokenizers that the method is not for.
         """
         super().__init__()
         self.pair = pair
@@ -107,6 +109,13 @@ class Method(nn.Module, Generic[SettingsT, State]):
                 "method",
                 self.name,
                 f"one for different tokenizers, such as spelling: {pair.name_t} is not {pair.name_s}",
+            )
+        if self.nested_tokenizers and (fault := pair.nesting_fault()):
+            others = "one for any two tokenizers, such as spelling"
+            raise BadOption(
+                "method",
+                self.name,
+                f"{others}: the student's tokens are not parts of the teacher's, {fault}",
             )
         self.top_k = self.check_top_k(pair, getattr(self.settings, "top_k", None))
         self.build_tables(pair)

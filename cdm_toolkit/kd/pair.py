@@ -27,6 +27,7 @@ from cdm_toolkit.kd.tokenized_rows import (
 from cdm_toolkit.tokdiff.view import TokenizerView, view_of
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.exact import build_exact
+from cdm_toolkit.vocab_map.nesting import nesting_fault
 from cdm_toolkit.vocab_map.prefix import build_prefix
 from cdm_toolkit.vocab_map.projection import WIDTH, Projection, build_projection
 from cdm_toolkit.vocab_map.spelling import Spellings, build_spellings
@@ -148,6 +149,10 @@ class TokenizerPair:
     @property
     def same_tokenizer(self) -> bool:
         return self.fingerprints[0] == self.fingerprints[1]
+
+    def nesting_fault(self) -> str:
+        """Say in a clause why the student's tokens are not parts of the teacher's; nothing where they are."""
+        return self._once("nesting", lambda: nesting_fault(self.teacher.view, self.student.view))
 
     # Texts and rows
 

@@ -119,7 +119,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         partners, logprobs = _next_tokens(student, signal.top, positions, self.spelling)
         if self.settings.observed:
             partners, logprobs = _with_observed(partners, logprobs, student, signal)
-        teacher = _largest(merged(TopK(partners, logprobs), partners))
+        teacher = largest_outcomes(merged(TopK(partners, logprobs), partners))
         width = teacher.ids.shape[1]
         rows, ids = positions.rows.repeat_interleave(width), teacher.ids.clamp(min=0).flatten()
         longer = None
@@ -264,7 +264,8 @@ def _given(
     return logprobs - torch.where(mask.any(-1, keepdim=True), total, 0.0)
 
 
-def _largest(outcomes: TopK) -> TopK:
+def largest_outcomes(outcomes: TopK) -> TopK:
+    """Keep the OUTCOMES with the most probability."""
     if outcomes.ids.shape[1] <= OUTCOMES:
         return outcomes
     masses = outcomes.logprobs.masked_fill(outcomes.ids < 0, -torch.inf)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 State = TypeVar("State")
@@ -73,7 +73,8 @@ class StudentLogits:
     Group g is predicted by row `rows[g]` of `logits`. The first `vocab` columns belong to ids of the student's
     tokenizer; columns after them are padding of the embedding. `lse` is the log-sum-exp of each row over all
     columns. `token_rows` are the rows that predict the student's tokens in the groups, `token_ids` those tokens
-    and `token_group` the group of each, ascending; None for methods that do not read tokens.
+    and `token_group` the group of each, ascending; `follows` marks groups that begin where the one before ends, in
+    the same text. All are None for methods that do not read tokens.
     """
 
     logits: Float[Tensor, "row vocab_s"]
@@ -83,6 +84,7 @@ class StudentLogits:
     token_rows: Int64[Tensor, " token_s"] | None = None
     token_ids: Int64[Tensor, " token_s"] | None = None
     token_group: Int64[Tensor, " token_s"] | None = None
+    follows: Bool[Tensor, " group"] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdm_toolkit.distill.settings import ACROSS_TOKENIZERS, TeacherConfig, from_mapping
-from cdm_toolkit.kd.method import methods
+from cdm_toolkit.kd.method import Method, methods
 from cdm_toolkit.kd.settings import fields_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "distill.md").read_text(encoding="utf-8")
@@ -31,13 +31,18 @@ def written(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
+def tokenizers_of(method: type[Method[Any, Any]]) -> str:
+    if method.nested_tokenizers:
+        return "[nested](#students-of-the-teachers-first-merges)"
+    return "one" if method.same_tokenizer else "any two"
+
+
 def test_every_method_is_in_the_table() -> None:
     told = {
         named(name)[0]: others for name, *others in table("method | what is compared | tokenizers | source")
     }
     assert told == {
-        name: [method.summary, "one" if method.same_tokenizer else "any two", method.source]
-        for name, method in OURS.items()
+        name: [method.summary, tokenizers_of(method), method.source] for name, method in OURS.items()
     }
 
 

@@ -44,6 +44,8 @@ class Case:
     rows: Tensor
     """Of the student's tokens in the groups, among the labels."""
     group_s: Tensor
+    begins: tuple[int, ...] = (0,)
+    """Groups that begin a text."""
 
     @property
     def groups(self) -> int:
@@ -79,13 +81,18 @@ class Case:
             token_rows=self.rows if tokens else None,
             token_ids=self.labels[self.rows] if tokens else None,
             token_group=self.group_s if tokens else None,
+            follows=self.follows if tokens else None,
         )
+
+    @property
+    def follows(self) -> Tensor:
+        return torch.tensor([g not in self.begins for g in range(self.groups)])
 
     def twin(self, name: str) -> tuple[float, float, float]:
         """Give kd, matched mass and pairs."""
         world = self.world
         z, zt = self.logits.detach().double().numpy(), self.teacher_logits.double().numpy()
-        totals = np.zeros(3)
+        totals, before = np.zeros(3), None
         for g in range(self.groups):
             of_t, of_s = (np.flatnonzero(group.numpy() == g) for group in (self.group_t, self.group_s))
             rows = self.rows.numpy()[of_s]
@@ -99,7 +106,9 @@ class Case:
                 tokens_s=[float(softmax(z[i])[self.labels[i]]) for i in rows],
                 text=self.labels[rows].tolist(),
                 at_tokens=[softmax(z[i]) for i in rows],
+                before=None if g in self.begins else before,
             )
+            before = found
             totals += TWINS[name](found, world)
         return tuple(totals.tolist())
 
@@ -140,6 +149,9 @@ class WorldPair(TokenizerPair):
             size_t=self.vocab_t,
             size_s=self.vocab_s,
         )
+
+    def nesting_fault(self) -> str:
+        return ""
 
     def exact_map(self) -> VocabMap:
         return single_match_map("exact", self.sides, np.array(self.world.partner))

@@ -43,6 +43,12 @@ def student(small_models: Path) -> Side:
 
 
 @pytest.fixture(scope="session")
+def nested_student(small_models: Path) -> Side:
+    """Give a model whose tokenizer has the first of the teacher's merges."""
+    return _side(small_models / "nested")
+
+
+@pytest.fixture(scope="session")
 def two(teacher: Side, student: Side) -> TokenizerPair:
     """Pair two tokenizers that differ."""
     return TokenizerPair(teacher.tokenizer, student.tokenizer, names=("teacher", "student"))
@@ -52,3 +58,9 @@ def two(teacher: Side, student: Side) -> TokenizerPair:
 def same(teacher: Side, other: Side) -> TokenizerPair:
     """Pair a tokenizer with its like."""
     return TokenizerPair(teacher.tokenizer, other.tokenizer, names=("teacher", "other"))
+
+
+@pytest.fixture(scope="session")
+def nested(teacher: Side, nested_student: Side) -> TokenizerPair:
+    """Pair a tokenizer with its first merges."""
+    return TokenizerPair(teacher.tokenizer, nested_student.tokenizer, names=("teacher", "nested"))

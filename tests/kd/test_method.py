@@ -17,6 +17,7 @@ from cdm_toolkit.kd import (
     AlignedBatch,
     AlignedTeacherBatch,
     ExactMatch,
+    Likelihood,
     LossOutput,
     Method,
     Spelling,
@@ -26,7 +27,7 @@ from cdm_toolkit.kd import (
     find_method,
     methods,
 )
-from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
+from cdm_toolkit.kd.loss_sums import LossInputs, following_groups, loss_sums
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, top_k
 from cdm_toolkit.teachers import Local
 
@@ -41,12 +42,22 @@ every_method = pytest.mark.parametrize("name", methods())
 
 
 @pytest.fixture(scope="module")
-def case(two: TokenizerPair, same: TokenizerPair, teacher: Side, student: Side, other: Side) -> Any:
+def case(
+    two: TokenizerPair,
+    same: TokenizerPair,
+    nested: TokenizerPair,
+    teacher: Side,
+    student: Side,
+    other: Side,
+    nested_student: Side,
+) -> Any:
     """Give the function that makes a method with a batch, a signal and the student of its pair."""
 
     def make(name: str, **settings: Any) -> tuple[Method[Any, Any], AlignedBatch, TeacherSignal, Any]:
         kind = find_method(name)
         pair, learner = (same, other.model) if kind.same_tokenizer else (two, student.model)
+        if kind.nested_tokenizers:
+            pair, learner = nested, nested_student.model
         method = kind(pair, **settings)
         batch = pair.collate(ROWS)
         return method, batch, method.signal(teacher.model, batch), learner
@@ -73,6 +84,7 @@ def by_hand(
         token_rows=None if mean else side.student_token_rows,
         token_ids=None if mean else batch.labels[side.student_token_rows],
         token_group=None if mean else side.student_token_group,
+        follows=None if mean else following_groups(batch, side),
     )
     sums = loss_sums(logits, batch.labels, [inputs])
     (kd,) = sums.kd
@@ -193,6 +205,13 @@ def refused(error: type[CdmError], call: Any) -> str:
 def test_two_tokenizers_where_a_method_is_for_one(two: TokenizerPair) -> None:
     assert refused(BadOption, lambda: KL(two)) == (
         "`method` is 'kl'; give one for different tokenizers, such as spelling: teacher is not student"
+    )
+
+
+def test_two_tokenizers_that_do_not_nest(two: TokenizerPair) -> None:
+    assert refused(BadOption, lambda: Likelihood(two)) == (
+        "`method` is 'likelihood'; give one for any two tokenizers, such as spelling: the student's tokens are not "
+        "parts of the teacher's, student splits a text in another way than teacher"
     )
 
 

@@ -25,7 +25,7 @@ from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherS
 from .cases import PARTNERS, Case, WorldPair, alike, cast, draw
 from .twins import TWINS
 
-MADE_OF_A_MAP = {"spelling", "cdm", "exact", "min-ed", "prefix"}
+MADE_OF_A_MAP = {"spelling", "cdm", "exact", "likelihood", "min-ed", "prefix"}
 """Methods that compare nothing but ids with a match."""
 WORLD = draw("exact", 0).world
 
@@ -172,6 +172,7 @@ def test_a_batch_is_the_sum_of_its_texts(name: str) -> None:
         group_t=torch.cat((first.group_t, second.group_t + first.groups)),
         rows=torch.cat((first.rows, second.rows + first.positions)),
         group_s=torch.cat((first.group_s, second.group_s + first.groups)),
+        begins=(0, first.groups),
     )
     apart = [loss_sums(case.logits, case.labels, [case.inputs(name)]) for case in (first, second)]
     together = loss_sums(joined.logits, joined.labels, [joined.inputs(name)])
@@ -251,6 +252,7 @@ def test_no_groups(name: str) -> None:
         token_rows=nobody if tokens else None,
         token_ids=nobody if tokens else None,
         token_group=nobody if tokens else None,
+        follows=nobody.bool() if tokens else None,
     )
     (kd,) = loss_sums(case.logits, case.labels, [empty]).kd
     assert values(kd) == (0, 0, 0)
@@ -295,6 +297,7 @@ def on_cuda(name: str, *, vocab_t: int, vocab_s: int, k: int) -> Method[Any, Any
         "partner_keys": ids(vocab_t + 1, 32).int(),
         "exact": ids(vocab_t),
         "spelling": ids(vocab_t, 8),
+        "length": ids(vocab_t),
         "beginning": ids(vocab_s),
         "teacher_ids": ids(vocab_s, 4),
         "weights": ids(vocab_s, 4).float(),
@@ -344,6 +347,7 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
             token_rows=token,
             token_ids=token,
             token_group=token,
+            follows=ids(groups).bool() if student_tokens else None,
         )
         sums = loss_sums(logits, ids(tokens), [inputs, None, inputs])
         loss = weighted_loss(

@@ -29,6 +29,8 @@ class Group:
     """The student's tokens that the group holds."""
     at_tokens: list[np.ndarray]
     """Of all columns of the student's logits, at each of them."""
+    before: Group | None = None
+    """The group that ends where this one begins."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,49 @@ def spelling_twin(group: Group, world: World) -> tuple[float, float, int]:
     return kd, sum(spelled), len(spelled)
 
 
+def likelihood_twin(group: Group, world: World) -> tuple[float, float, int]:
+    """List the candidates of this group and of those before it that cover the text up to each token."""
+    way = list(world.ways[group.first_t])
+    expected = len(group.tokens_t) == 1 and group.first_t in group.teacher and way == group.text
+    kd = 0.0
+    for place, student in enumerate(group.at_tokens):
+        if place and not (expected and len(way) < world.longest):
+            break
+        masses, total = covers(group, place, world)
+        p = [mass / total for mass in masses.values()]
+        kd += bucket_kl(p, [float(student[i]) for i in masses], world, world.rest)
+    spelled = [mass for teacher_id, mass in group.teacher.items() if world.ways[teacher_id]]
+    return kd, sum(spelled), len(spelled)
+
+
+def covers(group: Group, place: int, world: World) -> tuple[dict[int, float], float]:
+    """Give what of the covers goes on with each student token, and the sum over all."""
+    masses: dict[int, float] = {}
+    total = 0.0 if place else 1.0
+    at: Group | None = group
+    text, weight = group.text[:place], 1.0
+    while at is not None:
+        for teacher_id, mass in at.teacher.items():
+            way = list(world.ways[teacher_id])
+            shown = way[: world.longest]
+            if shown[: len(text)] != text:
+                continue
+            if len(shown) > len(text):
+                masses[shown[len(text)]] = masses.get(shown[len(text)], 0.0) + weight * mass
+                total += weight * mass if text else 0.0
+            elif len(way) < world.longest and not is_text_itself(at, teacher_id, group, place):
+                total += weight * mass if text else 0.0
+        at = at.before
+        if at is not None:
+            text, weight = at.text + text, weight / math.prod(at.tokens_t)
+    return masses, total
+
+
+def is_text_itself(at: Group, teacher_id: int, group: Group, place: int) -> bool:
+    """Say whether a candidate is the token before the group, where a boundary is asked about."""
+    return at is group.before and not place and len(at.tokens_t) == 1 and teacher_id == at.first_t
+
+
 def cdm_twin(group: Group, world: World) -> tuple[float, float, int]:
     """No neighbours: the exact partners, one to one, wherever the student ranks them."""
     return static_map_twin(group, world)
@@ -213,6 +258,24 @@ def x_token_twin(group: Group, world: World) -> tuple[float, float, int]:
     return world.temperature**2 * kl(p, q), sum(reached), len(reached)
 
 
+def simct_twin(group: Group, world: World) -> tuple[float, float, int]:
+    """List the outcomes of both: shared ids, the text where it is several tokens, and what none of these has."""
+    shared = by_partner(group, world)
+    p, q = list(shared.values()), [float(group.student[i]) for i in shared]
+    taken_t, taken_s = sum(p), sum(q)
+    if len(group.tokens_t) > 1 or len(group.tokens_s) > 1:
+        for outcomes, tokens in ((p, group.tokens_t), (q, group.tokens_s)):
+            outcomes.append(math.exp(float(np.mean(np.log(tokens)))))
+        is_shared = group.first_t in group.teacher and world.partner[group.first_t] >= 0
+        taken_t += 0 if is_shared else group.tokens_t[0]
+        taken_s += 0 if group.text[0] in shared else group.tokens_s[0]
+    if world.rest:
+        p.append(max(1 - taken_t, CUT))
+        q.append(max(1 - taken_s, CUT))
+    sides = (heated(side, world.temperature, False) for side in (q, p))
+    return world.temperature**2 * kl(*sides), *matched(group, world)
+
+
 def _shared(group: Group, world: World) -> tuple[np.ndarray, np.ndarray]:
     rest = len(group.teacher) < world.vocab_s
     sides = (list(group.teacher.values()), [group.student[i] for i in group.teacher])
@@ -247,6 +310,8 @@ TWINS = {
     "uld": uld_twin,
     "alm": alm_twin,
     "gold": gold_twin,
+    "likelihood": likelihood_twin,
+    "simct": simct_twin,
     "x-token": x_token_twin,
     "kl": kl_twin,
     "reverse-kl": reverse_kl_twin,
