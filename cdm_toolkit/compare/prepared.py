@@ -165,7 +165,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
         device=study.run.torch_device,
         on_row=lambda done, total: on_stage("measuring the teacher", done, total),
     )
-    teacher = ModelScores(*_sides(study, heldout.teacher), suite_scores(study, study.teacher))
+    teacher = _scores(study, heldout.teacher, suite_scores(study, study.teacher))
     start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
     made_by = provenance(
         fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device
@@ -216,8 +216,8 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
     _check_files(study)
     train = {kind: _rows_of(f"train.{kind}", text) for kind, text in study.train.items()}
     heldout = {
-        kind: _rows_of(f"{side}.{kind}", text)[: text.rows]
-        for side, texts in (("inside", study.inside), ("outside", study.outside))
+        kind: _rows_of(f"{ring}.{kind}", text)[: text.rows]
+        for ring, texts in study.rings.items()
         for kind, text in texts.items()
     }
     return train, heldout
@@ -225,8 +225,8 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
 
 def _check_files(study: StudyConfig) -> None:
     """Say of all files that are not there which settings give their paths."""
-    sides = (("train", study.train), ("inside", study.inside), ("outside", study.outside))
-    every = {f"{side}.{kind}": text.path for side, texts in sides for kind, text in texts.items()}
+    sections = (("train", study.train), *study.rings.items())
+    every = {f"{name}.{kind}": text.path for name, texts in sections for kind, text in texts.items()}
     missing = {name: path for name, path in every.items() if ":" not in path and not Path(path).is_file()}
     if missing:
         paths = ", ".join(dict.fromkeys(missing.values()))
@@ -390,14 +390,15 @@ def score(
 ) -> ModelScores:
     """Measure a model on all held-out text and suites. Raises the errors of both."""
     measured = score_model(model, heldout, device=study.run.torch_device, on_row=on_row)
-    return ModelScores(*_sides(study, measured), suite_scores(study, model))
+    return _scores(study, measured, suite_scores(study, model))
 
 
-def _sides(
-    study: StudyConfig, measured: Mapping[str, Measured]
-) -> tuple[dict[str, Measured], dict[str, Measured]]:
-    """Part what was measured into inside and outside."""
-    return {kind: measured[kind] for kind in study.inside}, {kind: measured[kind] for kind in study.outside}
+def _scores(
+    study: StudyConfig, measured: Mapping[str, Measured], suites: Mapping[str, Mapping[str, float]]
+) -> ModelScores:
+    """Part what was measured into the rings of the study."""
+    rings = {ring: {kind: measured[kind] for kind in texts} for ring, texts in study.rings.items()}
+    return ModelScores(**rings, suites=suites)
 
 
 def suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:

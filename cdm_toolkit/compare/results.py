@@ -77,8 +77,10 @@ def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command:
     results = [stored.result for stored in cells]
     facts = {
         "trained on": _counted(shared.counts),
-        "held out, inside": _counted({kind: rows[kind] for kind in study.inside}),
-        "held out, outside": _counted({kind: rows[kind] for kind in study.outside}),
+        **{
+            f"held out, {ring}": _counted({kind: rows[kind] for kind in texts})
+            for ring, texts in study.rings.items()
+        },
         "passed over": _passed_over(study, shared),
         "steps": f"{study.steps} of {study.rows_per_step} rows{_tokens(results)}",
         "seeds": ", ".join(map(str, study.seeds)),

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
 from cdm_toolkit.artifacts.shipped import given_file, shipped_folder
+from cdm_toolkit.compare.types import RINGS, Ring
 from cdm_toolkit.distill.settings import (
     PRESETS,
     Count,
@@ -212,8 +213,10 @@ class StudyConfig(Settings):
     """Kinds of text to train on, mixed."""
     inside: Mapping[str, TextConfig] = {}
     """Held-out text of these kinds."""
+    near: Mapping[str, TextConfig] = {}
+    """Text of other kinds that are near these."""
     outside: Mapping[str, TextConfig] = {}
-    """Text of other kinds."""
+    """Text of kinds that are far from these."""
     max_length: Annotated[int, Field(ge=4)] = 512
     """Tokens of a row to train on, on any side: a longer one is passed over, since methods would cut it in
     different positions."""
@@ -276,9 +279,13 @@ class StudyConfig(Settings):
         for kind in self.inside:
             if kind not in self.train:
                 yield f"inside.{kind} is no kind that is trained on: {_not_known('kind', kind, self.train)}"
-        for kind in self.outside:
+        for ring, kind in [("near", kind) for kind in self.near] + [
+            ("outside", kind) for kind in self.outside
+        ]:
             if kind in self.train:
-                yield f"outside.{kind} is trained on: give it another name, or put it inside"
+                yield f"{ring}.{kind} is trained on: give it another name, or put it inside"
+        for kind in self.near.keys() & self.outside.keys():
+            yield f"near.{kind} is outside as well: give one of them another name"
 
     def _faults_of_run(self) -> Iterator[str]:
         for name in sorted(self.run.model_fields_set & _OWNED.keys()):
@@ -300,9 +307,9 @@ class StudyConfig(Settings):
         return self.alpha if own is None else own
 
     @property
-    def kinds(self) -> dict[str, TextConfig]:
+    def rings(self) -> dict[Ring, Mapping[str, TextConfig]]:
         """Give all held-out text, inside first."""
-        return {**self.inside, **self.outside}
+        return {ring: getattr(self, ring) for ring in RINGS}
 
     @property
     def pair(self) -> str:

@@ -13,8 +13,8 @@ from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import MISSING, Column, by_kind, overview, suites
 from cdm_toolkit.compare.figures import DARK, LIGHT, LINES_AMONG_MARKS, marker_path, pictures, svg
 from cdm_toolkit.compare.palette import Style, styles
-from cdm_toolkit.compare.summary import Line, MethodSummary, Side, Summary, Verdict, summarize
-from cdm_toolkit.compare.types import StudyResult
+from cdm_toolkit.compare.summary import Line, MethodSummary, Summary, Verdict, summarize
+from cdm_toolkit.compare.types import Ring, StudyResult
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #59636e; --paper: #ffffff; --line: #d0d7de;
@@ -150,8 +150,9 @@ def _tables(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> 
     yield _method_table(summary.methods, overview(result, summary), marks, details=True)
     yield (
         '<p class="faint">Means over seeds ± standard deviation; the best figure of a column is bold. ◆: on the Pareto '
-        "front, no other method is as good on both sides and better on one. Share of the gap: 0 at the start, 1 at the "
-        "teacher. KL in nats a shared boundary of tokens.</p>"
+        "front, no other method is as good inside and outside and better on one. Share of the gap: 0 at the start, 1 "
+        "at the teacher. KL in nats a shared boundary of tokens. Next word: share of words whose every token is the "
+        "likeliest. Bits a digit: of all tokens with a digit.</p>"
     )
     measured = suites(result)
     if measured:
@@ -239,16 +240,16 @@ def _lines(summary: Summary, marks: Mapping[str, str], above: str) -> Iterator[s
         return
     yield above
     yield '<p class="faint">α is the weight of cross-entropy; the rest is distillation. Share of the gap, one seed.</p>'
-    sides = [side for side, gap in summary.gaps.items() if gap.is_open]
-    names = ["method", "seed", "α", *sides, *(["mean"] if len(sides) > 1 else [])]
+    rings = [ring for ring, gap in summary.gaps.items() if gap.is_open]
+    names = ["method", "seed", "α", *rings, *(["mean"] if len(rings) > 1 else [])]
     head = "".join(f'<th scope="col">{name}</th>' if name == "method" else _heading(name) for name in names)
-    yield _frame(f"<tr>{head}</tr>", [row for line in summary.lines for row in _line(line, sides, marks)])
+    yield _frame(f"<tr>{head}</tr>", [row for line in summary.lines for row in _line(line, rings, marks)])
 
 
-def _line(line: Line, sides: Sequence[Side], marks: Mapping[str, str]) -> Iterator[str]:
+def _line(line: Line, rings: Sequence[Ring], marks: Mapping[str, str]) -> Iterator[str]:
     for run in line.points:
-        figures = [f"{run.seed}", f"{run.alpha:g}", *(f"{run.shares[side]:.3f}" for side in sides)]
-        if len(sides) > 1:
+        figures = [f"{run.seed}", f"{run.alpha:g}", *(f"{run.shares[ring]:.3f}" for ring in rings)]
+        if len(rings) > 1:
             figures.append(MISSING if run.score is None else f"{run.score:.3f}")
         name = f'<th scope="row">{marks[line.method]}{escape(line.method)}</th>'
         yield f"<tr>{name}{''.join(map(_figure, figures))}</tr>"
@@ -322,8 +323,8 @@ def _alt(name: str, summary: Summary) -> str:
 
 def _described(method: MethodSummary) -> str:
     shares = [
-        f"{side} no gap" if score.share is None else f"{side} {score.share.value:.3f}"
-        for side, score in method.sides.items()
+        f"{ring} no gap" if score.share is None else f"{ring} {score.share.value:.3f}"
+        for ring, score in method.rings.items()
     ]
     return f"{method.name}: {', '.join(shares)}{', on the Pareto front' if method.on_front else ''}"
 

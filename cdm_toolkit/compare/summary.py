@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import atan, cos, pi, sin, sqrt
 from statistics import fmean, stdev
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from cdm_toolkit.compare.types import CellResult, Measured, ModelScores, StudyResult
+from cdm_toolkit.compare.types import RINGS, CellResult, Measured, Ring, StudyResult
 
-Side = Literal["inside", "outside"]
-SIDES: tuple[Side, ...] = ("inside", "outside")
+PLANE: tuple[Ring, Ring] = ("inside", "outside")
+"""The rings that the trade-off and its Pareto front are drawn over."""
 
 _P_TOLD, _LARGEST_P = 0.05, 0.25
 """Above the first a verdict comes with its p-value, above the second there is none."""
@@ -58,12 +58,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where one run came out. A side without text is in neither mapping; `shares` lacks those without a gap."""
+    """Where one run came out. A ring without text is in neither mapping; `shares` lacks those without a gap."""
 
     seed: int
     alpha: float
-    bits_per_byte: Mapping[Side, float]
-    shares: Mapping[Side, float]
+    bits_per_byte: Mapping[Ring, float]
+    shares: Mapping[Ring, float]
 
     @property
     def score(self) -> float | None:
@@ -80,6 +80,9 @@ class Score:
     """Of the gap; None where there is no gap."""
     divergence: Mean | None
     """In nats a shared boundary; None where the study does not measure it."""
+    next_word_accuracy: Mean | None
+    bits_per_digit: Mean | None
+    """None where the text has no digit, and where a version measured that did not count them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,11 @@ class MethodSummary:
 
     name: str
     runs: tuple[Run, ...]
-    sides: Mapping[Side, Score]
-    """All kinds of a side together. A side without text is missing."""
-    kinds: Mapping[Side, Mapping[str, Score]]
+    rings: Mapping[Ring, Score]
+    """All kinds of a ring together. A ring without text is missing."""
+    kinds: Mapping[Ring, Mapping[str, Score]]
     score: Mean | None
-    """The mean of the shares inside and outside, of those that are defined; None where neither is."""
+    """The mean of the shares of all rings, of those that are defined; None where none is."""
     step_seconds: Mean
     peak_memory: Mean
     """In bytes."""
@@ -100,7 +103,7 @@ class MethodSummary:
     """The teacher's probability that has a partner, over the whole run; None where the method has no such thing."""
     suites: Mapping[str, Mapping[str, Mean]]
     on_front: bool
-    """No other method is at least as good on both sides and better on one."""
+    """No other method is at least as good both inside and outside, and better on one of them."""
     settings: Mapping[str, Any]
     """Of its first run."""
 
@@ -179,9 +182,9 @@ class Verdict:
 class Summary:
     """What a study says so far."""
 
-    gaps: Mapping[Side, Gap]
-    """All kinds of a side together. A side without text is missing."""
-    kind_gaps: Mapping[Side, Mapping[str, Gap]]
+    gaps: Mapping[Ring, Gap]
+    """All kinds of a ring together. A ring without text is missing."""
+    kind_gaps: Mapping[Ring, Mapping[str, Gap]]
     methods: tuple[MethodSummary, ...]
     """Best first, by the mean of the shares; in the order of the study where there is none."""
     lines: tuple[Line, ...]
@@ -194,7 +197,7 @@ class Summary:
     @property
     def score_name(self) -> str:
         """What `score` is the mean of, in words."""
-        judged = [side for side in SIDES if side in self.gaps and self.gaps[side].is_open]
+        judged = [ring for ring in RINGS if ring in self.gaps and self.gaps[ring].is_open]
         return "mean of shares" if len(judged) != 1 else f"share {judged[0]}"
 
 
@@ -218,27 +221,22 @@ def summarize(result: StudyResult) -> Summary:
 # Text
 
 
-def on_side(scores: ModelScores, side: Side) -> Mapping[str, Measured]:
-    """Return a model's scores on one side, by kind of text."""
-    return scores.inside if side == "inside" else scores.outside
-
-
-def _gaps(result: StudyResult) -> dict[Side, Gap]:
-    together = {side: (on_side(result.start, side), on_side(result.teacher, side)) for side in SIDES}
+def _gaps(result: StudyResult) -> dict[Ring, Gap]:
+    together = {ring: (result.start.on(ring), result.teacher.on(ring)) for ring in RINGS}
     return {
-        side: Gap(Measured.sum(start.values()).bits_per_byte, Measured.sum(teacher.values()).bits_per_byte)
-        for side, (start, teacher) in together.items()
+        ring: Gap(Measured.sum(start.values()).bits_per_byte, Measured.sum(teacher.values()).bits_per_byte)
+        for ring, (start, teacher) in together.items()
         if start
     }
 
 
-def _kind_gaps(result: StudyResult) -> dict[Side, dict[str, Gap]]:
+def _kind_gaps(result: StudyResult) -> dict[Ring, dict[str, Gap]]:
     return {
-        side: {
-            kind: Gap(measured.bits_per_byte, on_side(result.teacher, side)[kind].bits_per_byte)
-            for kind, measured in on_side(result.start, side).items()
+        ring: {
+            kind: Gap(measured.bits_per_byte, result.teacher.on(ring)[kind].bits_per_byte)
+            for kind, measured in result.start.on(ring).items()
         }
-        for side in SIDES
+        for ring in RINGS
     }
 
 
@@ -260,7 +258,7 @@ def _own_cells(result: StudyResult) -> dict[str, list[CellResult]]:
 
 
 def _methods(
-    result: StudyResult, gaps: Mapping[Side, Gap], kind_gaps: Mapping[Side, Mapping[str, Gap]]
+    result: StudyResult, gaps: Mapping[Ring, Gap], kind_gaps: Mapping[Ring, Mapping[str, Gap]]
 ) -> tuple[MethodSummary, ...]:
     cells = _own_cells(result)
     runs = {name: tuple(_run(cell, gaps) for cell in group) for name, group in cells.items()}
@@ -271,19 +269,21 @@ def _methods(
     return tuple(sorted(found, key=lambda method: -method.score.value if method.score else 0.0))
 
 
-def _run(cell: CellResult, gaps: Mapping[Side, Gap]) -> Run:
-    bits = {side: Measured.sum(on_side(cell.scores, side).values()).bits_per_byte for side in gaps}
-    shares = {side: gaps[side].share(bits[side]) for side in gaps}
-    defined = {side: share for side, share in shares.items() if share is not None}
+def _run(cell: CellResult, gaps: Mapping[Ring, Gap]) -> Run:
+    bits = {ring: Measured.sum(cell.scores.on(ring).values()).bits_per_byte for ring in gaps}
+    shares = {ring: gaps[ring].share(bits[ring]) for ring in gaps}
+    defined = {ring: share for ring, share in shares.items() if share is not None}
     return Run(cell.cell.seed, cell.cell.alpha, bits, defined)
 
 
 def _mean_bits(runs: Sequence[Run]) -> tuple[float, ...]:
-    return tuple(fmean(run.bits_per_byte[side] for run in runs) for side in runs[0].bits_per_byte)
+    """Average the bits per byte of the trade-off's rings, of those that the study has."""
+    rings = [ring for ring in PLANE if ring in runs[0].bits_per_byte]
+    return tuple(fmean(run.bits_per_byte[ring] for run in runs) for ring in rings)
 
 
 def _front(points: Mapping[str, Sequence[float]]) -> set[str]:
-    """Name the methods that no other one is as good as on each side and better than on one.
+    """Name the methods that no other one is as good as on each axis and better than on one.
 
     By bits per byte, which order methods as shares of the gap do and are defined where these are not.
     """
@@ -302,28 +302,27 @@ def _method(
     name: str,
     cells: Sequence[CellResult],
     runs: tuple[Run, ...],
-    gaps: Mapping[Side, Gap],
-    kind_gaps: Mapping[Side, Mapping[str, Gap]],
+    gaps: Mapping[Ring, Gap],
+    kind_gaps: Mapping[Ring, Mapping[str, Gap]],
     *,
     on_front: bool,
 ) -> MethodSummary:
-    scores = [run.score for run in runs]
     masses = [mass for cell in cells if (mass := _matched_mass(cell)) is not None]
     return MethodSummary(
         name=name,
         runs=runs,
-        sides={
-            side: _score([Measured.sum(on_side(cell.scores, side).values()) for cell in cells], gap)
-            for side, gap in gaps.items()
+        rings={
+            ring: _score([Measured.sum(cell.scores.on(ring).values()) for cell in cells], gap)
+            for ring, gap in gaps.items()
         },
         kinds={
-            side: {
-                kind: _score([on_side(cell.scores, side)[kind] for cell in cells], gap)
-                for kind, gap in kind_gaps[side].items()
+            ring: {
+                kind: _score([cell.scores.on(ring)[kind] for cell in cells], gap)
+                for kind, gap in kind_gaps[ring].items()
             }
-            for side in SIDES
+            for ring in RINGS
         },
-        score=Mean.of([score for score in scores if score is not None]) if None not in scores else None,
+        score=_mean_of_all(run.score for run in runs),
         step_seconds=Mean.of([cell.step_seconds for cell in cells]),
         peak_memory=Mean.of([cell.peak_memory for cell in cells]),
         matched_mass=Mean.of(masses) if masses else None,
@@ -335,14 +334,20 @@ def _method(
 
 def _score(measured: Sequence[Measured], gap: Gap) -> Score:
     bits = [each.bits_per_byte for each in measured]
-    shares = [share for each in bits if (share := gap.share(each)) is not None]
     return Score(
-        Mean.of(bits),
-        Mean.of(shares) if shares else None,
-        Mean.of([each.mean_divergence for each in measured])
-        if all(each.boundaries for each in measured)
-        else None,
+        bits_per_byte=Mean.of(bits),
+        share=_mean_of_all(map(gap.share, bits)),
+        divergence=_mean_of_all(each.mean_divergence if each.boundaries else None for each in measured),
+        next_word_accuracy=_mean_of_all(each.next_word_accuracy for each in measured),
+        bits_per_digit=_mean_of_all(each.bits_per_digit for each in measured),
     )
+
+
+def _mean_of_all(values: Iterable[float | None]) -> Mean | None:
+    """Average what all runs have; None where one lacks it."""
+    every = list(values)
+    found = [value for value in every if value is not None]
+    return Mean.of(found) if found and len(found) == len(every) else None
 
 
 def _matched_mass(cell: CellResult) -> float | None:
@@ -362,7 +367,7 @@ def _suites(cells: Sequence[CellResult]) -> dict[str, dict[str, Mean]]:
     }
 
 
-def _lines(result: StudyResult, gaps: Mapping[Side, Gap]) -> tuple[Line, ...]:
+def _lines(result: StudyResult, gaps: Mapping[Ring, Gap]) -> tuple[Line, ...]:
     cells = sorted(result.cells, key=lambda cell: cell.cell.index)
     curves = {(cell.cell.method, cell.cell.seed) for cell in cells if cell.cell.in_curve}
     found = _grouped(cells, lambda cell: (cell.cell.method, cell.cell.seed))
@@ -458,18 +463,18 @@ def _tally(verdicts: Sequence[Verdict]) -> str:
 
 
 def _notes(
-    result: StudyResult, gaps: Mapping[Side, Gap], kind_gaps: Mapping[Side, Mapping[str, Gap]]
+    result: StudyResult, gaps: Mapping[Ring, Gap], kind_gaps: Mapping[Ring, Mapping[str, Gap]]
 ) -> tuple[str, ...]:
     notes = []
     if len(result.cells) < result.planned:
         so_far = f"{len(result.cells)} of {result.planned}"
         notes.append(f"{so_far} cells are measured: means and verdicts may change.")
-    for side, gap in gaps.items():
+    for ring, gap in gaps.items():
         if not gap.is_open:
-            notes.append(_no_gap(side, gap) + _judged_by(gaps))
+            notes.append(_no_gap(ring, gap) + _judged_by(gaps))
         else:
-            kinds = kind_gaps[side].items()
-            notes.extend(_no_gap(f"{side}, {kind}", each) for kind, each in kinds if not each.is_open)
+            kinds = kind_gaps[ring].items()
+            notes.extend(_no_gap(f"{ring}, {kind}", each) for kind, each in kinds if not each.is_open)
     return tuple(notes)
 
 
@@ -480,8 +485,6 @@ def _no_gap(where: str, gap: Gap) -> str:
     )
 
 
-def _judged_by(gaps: Mapping[Side, Gap]) -> str:
-    judged = [side for side, gap in gaps.items() if gap.is_open]
-    return (
-        f" Methods are judged by their share {judged[0]}." if judged else " Methods cannot be judged by it."
-    )
+def _judged_by(gaps: Mapping[Ring, Gap]) -> str:
+    judged = " and ".join(ring for ring, gap in gaps.items() if gap.is_open)
+    return f" Methods are judged by their share {judged}." if judged else " Methods cannot be judged by it."

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Ring = Literal["inside", "near", "outside"]
+RINGS: tuple[Ring, ...] = ("inside", "near", "outside")
+"""Where held-out text lies: of the kinds trained on, near these, far from these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +21,28 @@ class Measured:
     divergence: float
     """KL(teacher ‖ model) in nats, summed over the shared boundaries; 0 for the teacher itself."""
     boundaries: int
+    words: int = 0
+    """Of the scored bytes; 0 where a version of this toolkit measured that did not count them."""
+    predicted_words: int = 0
+    """Words whose every token is the model's argmax."""
+    digit_bytes: int = 0
+    """ASCII digits among the scored bytes."""
+    digit_bits: float = 0.0
+    """Negative log-likelihood of the tokens that have one of these."""
 
     @property
     def bits_per_byte(self) -> float:
         return self.bits / self.scored_bytes
+
+    @property
+    def next_word_accuracy(self) -> float | None:
+        """Share of words whose every token is the argmax given the text before; None without a word."""
+        return self.predicted_words / self.words if self.words else None
+
+    @property
+    def bits_per_digit(self) -> float | None:
+        """Bits of all tokens that have a digit, a digit; None without one."""
+        return self.digit_bits / self.digit_bytes if self.digit_bytes else None
 
     @property
     def mean_divergence(self) -> float:
@@ -30,22 +52,23 @@ class Measured:
     @staticmethod
     def sum(parts: Iterable[Measured]) -> Measured:
         every = tuple(parts)
-        return Measured(
-            sum(part.bits for part in every),
-            sum(part.scored_bytes for part in every),
-            sum(part.divergence for part in every),
-            sum(part.boundaries for part in every),
-        )
+        return Measured(*(sum(getattr(part, each.name) for part in every) for each in fields(Measured)))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelScores:
-    """A model on text of the kinds that it is trained on (inside) and of others (outside), by kind."""
+    """A model on the held-out text of each ring, by kind."""
 
     inside: Mapping[str, Measured]
     outside: Mapping[str, Measured]
     suites: Mapping[str, Mapping[str, float]]
     """Score by metric, of each eval suite that the study names."""
+    near: Mapping[str, Measured] = field(default_factory=dict)
+
+    def on(self, ring: Ring) -> Mapping[str, Measured]:
+        """Return the scores on one ring."""
+        scores: Mapping[str, Measured] = getattr(self, ring)
+        return scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,8 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
         ("measures=[bits-per-byte, divergence]", "time, memory cannot be left out"),
         ("inside.smus={path: x}", "unknown kind 'smus'; did you mean sums?"),
         ("outside.code={path: x}", "outside.code is trained on"),
+        ("near.code={path: x}", "near.code is trained on"),
+        ("near.manual={path: x}", "near.manual is outside as well"),
         ("default=spel", "default: unknown method 'spel'; did you mean spelling?"),
         ("seeds=[1,1]", "seeds has 1 twice"),
         ("methods.spelling.seeds=[]", "methods.spelling.seeds is []: give at least 1 entries"),

@@ -66,7 +66,7 @@ def test_kinds_count_by_their_bytes_and_seeds_alike() -> None:
         cell("m", {"a": measured(1.5), "b": measured(3.5, size=3000)}, {"c": measured(1.75)}, 1),
     ]
     (method,) = summarize(small_study(cells)).methods
-    inside, outside = method.sides["inside"], method.sides["outside"]
+    inside, outside = method.rings["inside"], method.rings["outside"]
     # (1.5·1 + 3·3) / 4 and (1.5·1 + 3.5·3) / 4, between 3.5 and 1.75
     assert inside.bits_per_byte.value == pytest.approx((2.625 + 3.0) / 2)
     assert inside.share is not None
@@ -85,8 +85,8 @@ def test_no_gap_outside_is_said_and_methods_are_judged_by_the_other_side(no_gap_
     assert found.notes[0].endswith("Methods are judged by their share inside.")
     assert found.score_name == "share inside"
     for method in found.methods:
-        assert method.sides["outside"].share is None
-        assert method.score == method.sides["inside"].share
+        assert method.rings["outside"].share is None
+        assert method.score == method.rings["inside"].share
     assert [verdict.other for verdict in found.verdicts if verdict.ahead] == ["exact", "sft"]
 
 
@@ -117,6 +117,41 @@ def test_a_study_without_text_outside_has_one_side(make_study: Make) -> None:
     assert list(found.gaps) == ["inside"]
     assert found.score_name == "share inside"
     assert found.notes == ()
+
+
+def test_three_rings_are_averaged_and_the_front_is_that_of_the_plane(
+    make_study: Make, with_near: StudyResult
+) -> None:
+    before, after = summarize(make_study(("sft", "exact", "spelling"))), summarize(with_near)
+    assert list(after.gaps) == ["inside", "near", "outside"]
+    for method in after.methods:
+        inside, near, outside = (method.rings[ring].share for ring in ("inside", "near", "outside"))
+        assert near == inside
+        assert inside is not None
+        assert outside is not None
+        assert method.score is not None
+        assert method.score.value == pytest.approx((2 * inside.value + outside.value) / 3)
+    assert {m.name for m in after.methods if m.on_front} == {m.name for m in before.methods if m.on_front}
+
+
+def test_no_gap_in_one_of_three_rings_leaves_two(with_near: StudyResult) -> None:
+    start = replace(with_near.start, outside=with_near.teacher.outside)
+    found = summarize(replace(with_near, start=start))
+    assert found.notes[0].endswith("Methods are judged by their share inside and near.")
+    assert found.score_name == "mean of shares"
+
+
+def test_words_and_digits_are_averaged_where_all_runs_have_them(with_near: StudyResult) -> None:
+    found = summarize(with_near).methods[0].rings
+    assert found["inside"].next_word_accuracy == Mean(pytest.approx(0.5), pytest.approx(0.1), 3)
+    assert found["near"].bits_per_digit == Mean(2.0, 0.0, 3)
+    assert found["outside"].next_word_accuracy is None
+    first = with_near.cells[0]
+    old = {kind: replace(each, words=0) for kind, each in first.scores.near.items()}
+    cells = (replace(first, scores=replace(first.scores, near=old)), *with_near.cells[1:])
+    methods = {each.name: each for each in summarize(replace(with_near, cells=cells)).methods}
+    assert methods["sft"].rings["near"].next_word_accuracy is None
+    assert methods["spelling"].rings["near"].next_word_accuracy is not None
 
 
 def test_methods_come_best_first(full_study: StudyResult) -> None:
