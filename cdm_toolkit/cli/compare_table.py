@@ -15,8 +15,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from cdm_toolkit.compare.columns import Column
     from cdm_toolkit.compare.palette import Style
-    from cdm_toolkit.compare.summary import MethodSummary, Summary, Verdict
+    from cdm_toolkit.compare.summary import MethodSummary, Summary
     from cdm_toolkit.compare.types import StudyResult
+    from cdm_toolkit.compare.verdicts import Verdict
 
 _GROUPS = {
     "share of the gap": "share\n",

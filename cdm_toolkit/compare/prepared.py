@@ -11,7 +11,7 @@ from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import read_header
 from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
-from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig
+from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig, heldout_name
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
 from cdm_toolkit.compare.types import Measured, ModelScores
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
@@ -155,6 +155,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     chosen, passed_over = _chosen(study, student, read_by_kind)
     train = [row for rows in chosen.values() for row in rows]
     _check_held_out(train, heldout_rows)
+    _check_selection(study, heldout_rows)
     write_rows(shared / TRAIN_FILE, train)
     cache = _cache(study, shared, on_stage)
     heldout = Heldout.make(
@@ -216,8 +217,8 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
     _check_files(study)
     train = {kind: _rows_of(f"train.{kind}", text) for kind, text in study.train.items()}
     heldout = {
-        kind: _rows_of(f"{ring}.{kind}", text)[: text.rows]
-        for ring, texts in study.rings.items()
+        heldout_name(setting, kind): _rows_of(f"{setting}.{kind}", text)[: text.rows]
+        for setting, texts in study.heldout.items()
         for kind, text in texts.items()
     }
     return train, heldout
@@ -225,7 +226,7 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
 
 def _check_files(study: StudyConfig) -> None:
     """Say of all files that are not there which settings give their paths."""
-    sections = (("train", study.train), *study.rings.items())
+    sections = (("train", study.train), *study.heldout.items())
     every = {f"{name}.{kind}": text.path for name, texts in sections for kind, text in texts.items()}
     missing = {name: path for name, path in every.items() if ":" not in path and not Path(path).is_file()}
     if missing:
@@ -235,8 +236,10 @@ def _check_files(study: StudyConfig) -> None:
 
 
 def _rows_of(name: str, text: TextConfig) -> list[Row]:
-    """Read all rows of a kind."""
-    rows = text_rows(text.path, split=text.split)
+    """Read all rows of a kind but those to skip."""
+    rows = text_rows(text.path, split=text.split)[text.skip :]
+    if not rows:
+        raise BadOption(f"{name}.skip", text.skip, f"less: {text.path} has no more rows")
     if text.rows is not None and text.rows > len(rows):
         raise BadOption(f"{name}.rows", text.rows, f"at most {len(rows)}: {text.path} has no more")
     return rows
@@ -294,6 +297,16 @@ def _check_held_out(train: Sequence[Row], heldout: Mapping[str, Sequence[Row]]) 
                 f"other text: {known} of its {len(rows)} rows are trained on; split: heldout has other files"
             )
             raise BadOption(f"the held-out text {kind}", f"{len(rows)} rows", allowed)
+
+
+def _check_selection(study: StudyConfig, heldout: Mapping[str, Sequence[Row]]) -> None:
+    """See that alpha is not chosen on what is reported."""
+    reported = {row.text for texts in study.rings.values() for kind in texts for row in heldout[kind]}
+    for kind in study.select_alpha_on:
+        rows = heldout[heldout_name("select_alpha_on", kind)]
+        if known := sum(row.text in reported for row in rows):
+            allowed = f"other text: {known} of its {len(rows)} rows are reported on; skip passes over these"
+            raise BadOption(f"select_alpha_on.{kind}", f"{len(rows)} rows", allowed)
 
 
 # Models
@@ -397,8 +410,11 @@ def _scores(
     study: StudyConfig, measured: Mapping[str, Measured], suites: Mapping[str, Mapping[str, float]]
 ) -> ModelScores:
     """Part what was measured into the rings of the study."""
-    rings = {ring: {kind: measured[kind] for kind in texts} for ring, texts in study.rings.items()}
-    return ModelScores(**rings, suites=suites)
+    parts = {
+        setting: {kind: measured[heldout_name(setting, kind)] for kind in texts}
+        for setting, texts in study.heldout.items()
+    }
+    return ModelScores(**parts, suites=suites)
 
 
 def suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:

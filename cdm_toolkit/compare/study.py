@@ -53,6 +53,8 @@ class TextConfig(Settings):
     `cdm distill` reads it."""
     rows: Count | None = None
     """The first so many; all without it."""
+    skip: CountOrNone = 0
+    """Pass over so many before these."""
     split: Literal["train", "heldout"] = "train"
     """Which part of a kind that starts with python: the other one has other files."""
 
@@ -234,7 +236,9 @@ class StudyConfig(Settings):
     alpha: Share = 0.5
     """Weight of cross-entropy where neither the method nor its preset has one."""
     curves: Mapping[str, tuple[Share, ...]] = {}
-    """Further alphas of a method, with its first seed alone."""
+    """Further alphas of a method, with its first seed alone; with all of its seeds for `select_alpha_on`."""
+    select_alpha_on: Mapping[str, TextConfig] = {}
+    """Other rows of held-out kinds: each method is judged at that of its alphas which does best on these."""
     teacher_cache: Text | None = None
     """A folder of `cdm teacher cache`, made of this study's training rows."""
 
@@ -287,6 +291,13 @@ class StudyConfig(Settings):
         for kind in self.near.keys() & self.outside.keys():
             yield f"near.{kind} is outside as well: give one of them another name"
 
+        for kind in self.select_alpha_on:
+            if not any(kind in texts for texts in self.rings.values()):
+                known = [kind for texts in self.rings.values() for kind in texts]
+                yield f"select_alpha_on.{kind} is not held out: {_not_known('kind', kind, known)}"
+        if self.select_alpha_on and not self.curves:
+            yield "select_alpha_on has nothing to choose from: give curves"
+
     def _faults_of_run(self) -> Iterator[str]:
         for name in sorted(self.run.model_fields_set & _OWNED.keys()):
             yield f"run.{name} is the study's own: it has {_OWNED[name]}"
@@ -312,12 +323,29 @@ class StudyConfig(Settings):
         return {ring: getattr(self, ring) for ring in RINGS}
 
     @property
+    def heldout(self) -> dict[str, Mapping[str, TextConfig]]:
+        """Give all text to measure on, by the setting that names it."""
+        return {**{str(ring): texts for ring, texts in self.rings.items()}, _SELECTION: self.select_alpha_on}
+
+    @property
     def pair(self) -> str:
         return f"{self.teacher} → {self.student.words}"
 
     @property
     def rows_per_step(self) -> int:
         return self.run.batch_size * self.run.grad_accumulation
+
+
+_SELECTION = "select_alpha_on"
+
+
+def heldout_name(setting: str, kind: str) -> str:
+    """Name a kind of text among all that is measured: rows to choose alpha on are of the same kinds as others.
+
+    >>> heldout_name("inside", "code"), heldout_name("select_alpha_on", "code")
+    ('code', 'select_alpha_on: code')
+    """
+    return f"{setting}: {kind}" if setting == _SELECTION else kind
 
 
 def _shared_names() -> set[str]:

@@ -219,8 +219,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def model_scores(content: Mapping[str, Any]) -> ModelScores:
     """Make scores of what JSON has of them."""
-    rings = {ring: _measured(content.get(ring, {})) for ring in RINGS}
-    return ModelScores(**rings, suites=content["suites"])
+    parts = {name: _measured(content.get(name, {})) for name in (*RINGS, "select_alpha_on")}
+    return ModelScores(**parts, suites=content["suites"])
 
 
 def _measured(content: Mapping[str, Any]) -> dict[str, Measured]:

@@ -13,8 +13,9 @@ from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import MISSING, Column, by_kind, overview, suites
 from cdm_toolkit.compare.figures import DARK, LIGHT, LINES_AMONG_MARKS, marker_path, pictures, svg
 from cdm_toolkit.compare.palette import Style, styles
-from cdm_toolkit.compare.summary import Line, MethodSummary, Summary, Verdict, summarize
+from cdm_toolkit.compare.summary import Line, MethodSummary, Summary, summarize
 from cdm_toolkit.compare.types import Ring, StudyResult
+from cdm_toolkit.compare.verdicts import Verdict
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #59636e; --paper: #ffffff; --line: #d0d7de;
@@ -129,8 +130,8 @@ def _verdict(verdict: Verdict, marks: Mapping[str, str]) -> str:
 def _how_judged(summary: Summary) -> str:
     return (
         f"Judged by the {summary.score_name}: of the gap between start and teacher, in bits per byte of held-out text, "
-        "what a method closes. ± is the standard deviation of the differences between runs of the same seed; a "
-        "difference within it tells nothing."
+        "what a method closes. Differences are between runs of the same seed, with their 95 % interval; one method "
+        "beats another where p is below 0.05 in a paired t-test, corrected by Holm for all comparisons of the study."
     )
 
 

@@ -64,6 +64,8 @@ class ModelScores:
     suites: Mapping[str, Mapping[str, float]]
     """Score by metric, of each eval suite that the study names."""
     near: Mapping[str, Measured] = field(default_factory=dict)
+    select_alpha_on: Mapping[str, Measured] = field(default_factory=dict)
+    """Other rows of these kinds, on which alpha is chosen."""
 
     def on(self, ring: Ring) -> Mapping[str, Measured]:
         """Return the scores on one ring."""

@@ -245,6 +245,14 @@ def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_pat
         ("outside.more={path: 'python:cod'}", "did you mean python:code?"),
         ("outside.more={path: 'python:code', rows: 3}", "2 of its 3 rows are trained on"),
         ("inside.code={path: 'python:code', rows: 4}", "2 of its 4 rows are trained on"),
+        ("inside.sums.skip=100000", "`inside.sums.skip` is 100000; give less"),
+        (
+            (
+                "curves={spelling: [0.8]}",
+                "select_alpha_on={sums: {path: 'sample:heldout', skip: 2, rows: 2}}",
+            ),
+            "1 of its 2 rows are reported on; skip passes over these",
+        ),
         ("student={transplant: none/such, tokenizer: gpt2}", "cannot find 'none/such'"),
         ("student={size: 3q, tokenizer: gpt2}", "`size` is '3q'"),
         ("student={size: 1m, tokenizer: gpt2, entries: 3}", "`entries` is 3"),
@@ -254,9 +262,9 @@ def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_pat
     ],
 )
 def test_a_study_that_cannot_be_prepared(
-    make: Callable[..., StudyConfig], tmp_path: Path, assignment: str, said: str
+    make: Callable[..., StudyConfig], tmp_path: Path, assignment: str | tuple[str, ...], said: str
 ) -> None:
-    study = make(assignment)
+    study = make(*((assignment,) if isinstance(assignment, str) else assignment))
     with pytest.raises((BadOption, FileProblem, SourceNotFound, UnknownName, BadArtifact)) as caught:
         prepare(study, claimed(study, tmp_path / "out"))
     assert said in str(caught.value)
@@ -319,6 +327,24 @@ def test_a_cache_of_the_study_s_own(
     rows = make(cache("teacher", "good"), "train.sums.rows=5")
     with pytest.raises(BadArtifact, match="its data is"):
         prepare(rows, claimed(rows, tmp_path / "d"))
+
+
+def test_alpha_is_chosen_on_other_rows(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    study = make(
+        "methods={spelling: {method: spelling, top_k: 20}}",
+        "curves={spelling: [0.9]}",
+        "seeds=[0,1]",
+        "select_alpha_on={sums: {path: 'sample:heldout', skip: 3, rows: 2}}",
+    )
+    folder = claimed(study, tmp_path / "out")
+    for cell in grid(study):
+        run_cell(study, folder, cell.index)
+    result = put_together(study, folder, command="x")
+    assert result.facts["held out, select alpha on"] == "sums (2 rows)"
+    assert all(each.scores.select_alpha_on["sums"].scored_bytes > 100 for each in result.cells)
+    own = [each.cell for each in result.cells if not each.cell.in_curve]
+    assert sorted(cell.seed for cell in own) == [0, 1]
+    assert len({cell.alpha for cell in own}) == 1
 
 
 def test_a_study_that_has_grown_keeps_its_cells(
