@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from scipy.special import stdtr, stdtrit
 
-SIGNIFICANT, CONFIDENCE = 0.05, 0.95
+SIGNIFICANT, SMALLEST_WRITTEN, CONFIDENCE = 0.05, 0.001, 0.95
 
 Scores = Mapping[int, float]
 """A method's scores by seed."""
@@ -51,8 +51,13 @@ class Verdict:
         """The verdict as a sentence."""
         if self.is_significant:
             verb = "beats" if self.ahead else "is behind"
-            return f"{self.default} {verb} {self.other}: {self._size}, p = {self.p_value:.2g}"
+            return f"{self.default} {verb} {self.other}: {self._size}, p {self._p}"
         return f"{self.default} and {self.other}, no difference shown: {self._size}"
+
+    @property
+    def _p(self) -> str:
+        p = self.p_value or 0.0
+        return "< 0.001" if p < SMALLEST_WRITTEN else f"= {p:.2g}"
 
     @property
     def _size(self) -> str:
