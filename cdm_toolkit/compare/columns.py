@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -58,15 +58,22 @@ def overview(result: StudyResult, summary: Summary) -> tuple[Column, ...]:
     score = Column("share of the gap", "mean", lambda method: method.score, True, 0.0, 1.0)
     shares = [_share(ring, summary.gaps[ring], partial(_ring_score, ring)) for ring in rings]
     known = [
-        *(
-            _column(quantity, quantity.name, ring, partial(_ring_score, ring), _together(result, ring))
-            for quantity in _measured(summary)
-            for ring in rings
-        ),
+        *_by_ring(result, summary, _QUANTITIES),
         Column("cost", "s a step", lambda method: method.step_seconds, False),
         Column("cost", "MiB", lambda method: mebibytes(method.peak_memory), False, digits=0),
     ]
     return (*shares, *([score] if several else []), *(replace(column, spreads=False) for column in known))
+
+
+def continuations(result: StudyResult, summary: Summary) -> tuple[Column, ...]:
+    """Give the columns of the table of greedy continuations; none where the study has none."""
+    return tuple(_by_ring(result, summary, _OF_CONTINUATIONS))
+
+
+def _by_ring(result: StudyResult, summary: Summary, quantities: Sequence[_Quantity]) -> Iterator[Column]:
+    for quantity in _measured(summary, quantities):
+        for ring in summary.gaps:
+            yield _column(quantity, quantity.name, ring, partial(_ring_score, ring), _together(result, ring))
 
 
 def by_kind(result: StudyResult, summary: Summary) -> dict[str, tuple[Column, ...]]:
@@ -77,7 +84,7 @@ def by_kind(result: StudyResult, summary: Summary) -> dict[str, tuple[Column, ..
             _share(kind, gap, partial(_kind_score, ring, kind), ring) for ring, kind, gap in kinds
         )
     }
-    for quantity in _measured(summary):
+    for quantity in _measured(summary, (*_QUANTITIES, *_OF_CONTINUATIONS)):
         found[quantity.title] = tuple(
             _column(quantity, ring, kind, partial(_kind_score, ring, kind), _ends(result, ring, kind))
             for ring, kind, _ in kinds
@@ -146,10 +153,33 @@ _QUANTITIES = (
 )
 
 
-def _measured(summary: Summary) -> list[_Quantity]:
+_OF_CONTINUATIONS = (
+    _Quantity(
+        "agreement with the teacher",
+        "Agreement of greedy continuations with the teacher's",
+        lambda score: score.agreement,
+        lambda end: end.agreement,
+        highest_is_best=True,
+    ),
+    _Quantity(
+        "bits per byte by the teacher",
+        "Bits per byte of greedy continuations by the teacher",
+        lambda score: score.written_bits_per_byte,
+        lambda end: end.written_bits_per_byte,
+    ),
+    _Quantity(
+        "repetition",
+        "Repetition in greedy continuations",
+        lambda score: score.repetition,
+        lambda end: end.repetition,
+    ),
+)
+
+
+def _measured(summary: Summary, quantities: Sequence[_Quantity] = _QUANTITIES) -> list[_Quantity]:
     """Take what the study has measured for some method."""
     scores = [score for method in summary.methods for score in method.rings.values()]
-    return [quantity for quantity in _QUANTITIES if any(quantity.read(score) for score in scores)]
+    return [quantity for quantity in quantities if any(quantity.read(score) for score in scores)]
 
 
 def _share(name: str, gap: Gap, score: _Read, group: str = "share of the gap") -> Column:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import read_header
+from cdm_toolkit.compare.continuations import continue_rows, measure, subject_of
 from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig, heldout_name
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
-from cdm_toolkit.compare.types import Measured, ModelScores
+from cdm_toolkit.compare.types import RINGS, Measured, ModelScores
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
@@ -167,7 +169,10 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
         on_row=lambda done, total: on_stage("measuring the teacher", done, total),
     )
     teacher = _scores(study, heldout.teacher, suite_scores(study, study.teacher))
-    start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
+    teacher = _with_continuations(study, study.teacher, heldout, teacher, None)
+    start = score(
+        study, student, heldout, teacher, lambda done, total: on_stage("measuring the student", done, total)
+    )
     made_by = provenance(
         fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device
     )
@@ -399,18 +404,42 @@ def _check_cache(study: StudyConfig, shared: Path, top_k: int) -> None:
 
 
 def score(
-    study: StudyConfig, model: str, heldout: Heldout, on_row: Callable[[int, int], None]
+    study: StudyConfig,
+    model: str,
+    heldout: Heldout,
+    teacher: ModelScores,
+    on_row: Callable[[int, int], None],
 ) -> ModelScores:
-    """Measure a model on all held-out text and suites. Raises the errors of both."""
+    """Measure a model on all held-out text and suites, with the teacher's continuations. Raises the errors of all."""
     measured = score_model(model, heldout, device=study.run.torch_device, on_row=on_row)
-    return _scores(study, measured, suite_scores(study, model))
+    scores = _scores(study, measured, suite_scores(study, model))
+    return _with_continuations(study, model, heldout, scores, teacher)
+
+
+def _with_continuations(
+    study: StudyConfig, model: str, heldout: Heldout, scores: ModelScores, teacher: ModelScores | None
+) -> ModelScores:
+    """Add what a model says after held-out prompts, if the study wants that; the teacher itself comes without one."""
+    if study.continuations is None:
+        return scores
+    config, device = study.continuations, study.run.torch_device
+    rows = {kind: heldout.rows[kind][: config.rows] for texts in study.rings.values() for kind in texts}
+    teacher_subject = subject_of(study.teacher, device)
+    subject = teacher_subject if teacher is None else subject_of(model, device)
+    texts = continue_rows(subject, rows, config.new_tokens)
+    found = measure(texts, texts if teacher is None else teacher.continuations, teacher_subject)
+    rings: dict[str, Any] = {
+        ring: {kind: Measured.sum((of_kind, found[kind])) for kind, of_kind in scores.on(ring).items()}
+        for ring in RINGS
+    }
+    return replace(scores, **rings, continuations=texts)
 
 
 def _scores(
     study: StudyConfig, measured: Mapping[str, Measured], suites: Mapping[str, Mapping[str, float]]
 ) -> ModelScores:
     """Part what was measured into the rings of the study."""
-    parts = {
+    parts: dict[str, Any] = {
         setting: {kind: measured[heldout_name(setting, kind)] for kind in texts}
         for setting, texts in study.heldout.items()
     }

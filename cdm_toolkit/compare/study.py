@@ -105,6 +105,15 @@ class StudentConfig(Settings):
         return f"{body} with {self.tokenizer}'s tokenizer{entries}"
 
 
+class ContinuationsConfig(Settings):
+    """Greedy continuations of held-out prompts."""
+
+    rows: Count = 4
+    """The first so many of each kind."""
+    new_tokens: Count = 48
+    """The most that a model adds, in its own tokens."""
+
+
 class SuiteConfig(Settings):
     """An eval suite that every cell is scored on."""
 
@@ -229,6 +238,8 @@ class StudyConfig(Settings):
     threads: Count = 1
     """Of a cell: with as many, a cell that is run again gives the same bits."""
     measures: tuple[Text, ...] = MEASURES
+    continuations: ContinuationsConfig | None = None
+    """None, as it is without it, lets no model continue anything."""
     suites: Mapping[str, SuiteConfig] = {}
     default: Text | None = None
     """The method that the others are compared with."""

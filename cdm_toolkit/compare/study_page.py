@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cdm_toolkit.artifacts.atomic import atomic_write
-from cdm_toolkit.compare.columns import MISSING, Column, by_kind, overview, suites
+from cdm_toolkit.compare.columns import MISSING, Column, by_kind, continuations, overview, suites
 from cdm_toolkit.compare.figures import DARK, LIGHT, LINES_AMONG_MARKS, marker_path, pictures, svg
 from cdm_toolkit.compare.palette import Style, styles
 from cdm_toolkit.compare.summary import Line, MethodSummary, Summary, summarize
-from cdm_toolkit.compare.types import Ring, StudyResult
+from cdm_toolkit.compare.types import ModelScores, Ring, StudyResult
 from cdm_toolkit.compare.verdicts import Verdict
 
 _STYLE = """
@@ -51,6 +51,7 @@ td.first, th.first { padding-left: 1.2rem; }
 td.best { font-weight: 700; } td .spread { color: var(--faint); font-weight: 400; font-size: .92em; }
 tr.end { color: var(--faint); } tr.end.top { border-top: 2px solid var(--line); }
 td.wrap { white-space: normal; min-width: 18rem; }
+.said td { white-space: pre-wrap; max-width: 75ch; } .said th { vertical-align: top; }
 .facts th { color: var(--faint); font-weight: 400; padding-left: 0; } .facts td { white-space: normal; }
 figure { margin: 1.2rem 0 2rem; max-width: 1060px; } figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .88rem; margin-top: .5rem; max-width: 95ch; }
@@ -83,6 +84,7 @@ def study_page(result: StudyResult) -> str:
         *(_tables(result, summary, marks) if summary.methods else []),
         *(drawn[name] for name in ("bars", "curves") if name in drawn),
         *_kinds(result, summary, marks),
+        *_continuations(result, summary, marks),
         *_lines(summary, marks, drawn.get("alphas", "<h2>Over α</h2>")),
         *_settings(summary, marks),
         _provenance(result.provenance),
@@ -168,6 +170,39 @@ def _kinds(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> I
     for title, columns in by_kind(result, summary).items():
         yield f"<h3>{escape(title)}</h3>"
         yield _method_table(summary.methods, columns, marks)
+
+
+def _continuations(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> Iterator[str]:
+    """Show what was measured on greedy continuations, and the texts themselves: of each method, its first cell's."""
+    columns = continuations(result, summary)
+    if not columns:
+        return
+    yield "<h2>Greedy continuations</h2>"
+    yield _method_table(summary.methods, columns, marks)
+    yield (
+        '<p class="faint">Agreement: share of the text until it first differs from what the teacher says itself. '
+        "Repetition: share of the sequences of four words that came before.</p>"
+    )
+    speakers = [("teacher", "", result.teacher), ("start", "", result.start)]
+    for method in summary.methods:
+        cells = [each for each in result.cells if each.cell.method == method.name and not each.cell.in_curve]
+        speakers.append(
+            (method.name, marks[method.name], min(cells, key=lambda each: each.cell.index).scores)
+        )
+    for kind, texts in result.teacher.continuations.items():
+        rows = [_said(at, kind, speakers) for at in range(len(texts))]
+        yield f"<details><summary>{escape(kind)}: {len(rows)} texts</summary>{''.join(rows)}</details>"
+
+
+def _said(at: int, kind: str, speakers: Sequence[tuple[str, str, ModelScores]]) -> str:
+    """Lay out one prompt and what each model says after it."""
+    prompt = speakers[0][2].continuations[kind][at].prompt
+    rows = "".join(
+        f'<tr><th scope="row">{mark}{escape(name)}</th><td>{escape(scores.continuations[kind][at].text)}</td></tr>\n'
+        for name, mark, scores in speakers
+        if kind in scores.continuations
+    )
+    return f'<pre>{escape(prompt)}</pre><table class="said"><tbody>\n{rows}</tbody></table>'
 
 
 def _method_table(

@@ -80,6 +80,10 @@ class Score:
     next_word_accuracy: Mean | None
     bits_per_digit: Mean | None
     """None where the text has no digit, and where a version measured that did not count them."""
+    agreement: Mean | None
+    """Of greedy continuations, as the next two; None where the study has none."""
+    written_bits_per_byte: Mean | None
+    repetition: Mean | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +283,9 @@ def _score(measured: Sequence[Measured], gap: Gap) -> Score:
         divergence=_mean_of_all(each.mean_divergence if each.boundaries else None for each in measured),
         next_word_accuracy=_mean_of_all(each.next_word_accuracy for each in measured),
         bits_per_digit=_mean_of_all(each.bits_per_digit for each in measured),
+        agreement=_mean_of_all(each.agreement for each in measured),
+        written_bits_per_byte=_mean_of_all(each.written_bits_per_byte for each in measured),
+        repetition=_mean_of_all(each.repetition for each in measured),
     )
 
 

@@ -29,6 +29,16 @@ class Measured:
     """ASCII digits among the scored bytes."""
     digit_bits: float = 0.0
     """Negative log-likelihood of the tokens that have one of these."""
+    agreed_bytes: int = 0
+    """Of greedy continuations, until they first differ from the teacher's; 0 as the next ones without these."""
+    compared_bytes: int = 0
+    """As far as both models have spoken."""
+    written_bytes: int = 0
+    written_bits: float = 0.0
+    """Negative log-likelihood of the continuations under the teacher."""
+    repeated_grams: int = 0
+    """Sequences of four words that came before in the same continuation."""
+    grams: int = 0
 
     @property
     def bits_per_byte(self) -> float:
@@ -49,10 +59,37 @@ class Measured:
         """In nats a shared boundary; 0 without one."""
         return self.divergence / max(self.boundaries, 1)
 
+    @property
+    def agreement(self) -> float | None:
+        """Share of the continuations until they first differ from the teacher's; None without one."""
+        return self.agreed_bytes / self.compared_bytes if self.compared_bytes else None
+
+    @property
+    def written_bits_per_byte(self) -> float | None:
+        """What the teacher thinks of the continuations; None where nothing is written."""
+        return self.written_bits / self.written_bytes if self.written_bytes else None
+
+    @property
+    def repetition(self) -> float | None:
+        """Share of repeated sequences of four words; None without such a sequence."""
+        return self.repeated_grams / self.grams if self.grams else None
+
     @staticmethod
     def sum(parts: Iterable[Measured]) -> Measured:
         every = tuple(parts)
         return Measured(*(sum(getattr(part, each.name) for part in every) for each in fields(Measured)))
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a model says after a prompt, greedily."""
+
+    row: int
+    """Number of the held-out row that the prompt is of."""
+    prompt: str
+    text: str
+    is_cut: bool
+    """It reached the limit of tokens: the model has not ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +103,8 @@ class ModelScores:
     near: Mapping[str, Measured] = field(default_factory=dict)
     select_alpha_on: Mapping[str, Measured] = field(default_factory=dict)
     """Other rows of these kinds, on which alpha is chosen."""
+    continuations: Mapping[str, tuple[Continuation, ...]] = field(default_factory=dict)
+    """By kind of text; none where the study has none."""
 
     def on(self, ring: Ring) -> Mapping[str, Measured]:
         """Return the scores on one ring."""

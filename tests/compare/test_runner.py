@@ -52,6 +52,7 @@ STUDY: dict[str, Any] = {
     "inside": {"sums": {"path": "sample:heldout", "rows": 3}},
     "near": {"docstrings": {"path": "python:docstrings", "rows": 1, "split": "heldout"}},
     "outside": {"manual": {"path": "python:manual", "rows": 2}},
+    "continuations": {"rows": 1, "new_tokens": 5},
     "max_length": 400,
     "steps": 3,
     "run": {"lr": 1e-3, "batch_size": 2},
@@ -119,6 +120,8 @@ def test_cells_do_the_same_work(study: StudyConfig, done: StudyFolder) -> None:
         assert [point.step for point in result.curve] == [1, 2, 3]
         assert result.scores.inside["sums"].scored_bytes > 100
         assert result.scores.near["docstrings"].words > 10
+        assert result.scores.near["docstrings"].compared_bytes > 0
+        assert [len(texts) for texts in result.scores.continuations.values()] == [1, 1, 1]
         assert result.scores.outside["manual"].boundaries > 100
     # the first step begins with the same weights and rows
     assert len({result.curve[0].ce for result in results}) == 1
