@@ -191,7 +191,8 @@ def _continuations(result: StudyResult, summary: Summary, marks: Mapping[str, st
         )
     for kind, texts in result.teacher.continuations.items():
         rows = [_said(at, kind, speakers) for at in range(len(texts))]
-        yield f"<details><summary>{escape(kind)}: {len(rows)} texts</summary>{''.join(rows)}</details>"
+        prompts = f"{len(rows)} prompt{'s' if len(rows) > 1 else ''}"
+        yield f"<details><summary>{escape(kind)}: {prompts}</summary>{''.join(rows)}</details>"
 
 
 def _said(at: int, kind: str, speakers: Sequence[tuple[str, str, ModelScores]]) -> str:
@@ -306,7 +307,8 @@ _CAPTIONS = {
     ),
     "bars": (
         "Gain and cost",
-        "Shares of the gap, divergence from the teacher on held-out text (lower is better), and what a step takes. "
+        "Shares of the gap, divergence from the teacher and bits a digit on held-out text (lower is better), next-word "
+        "accuracy, and what a step takes. "
         "Whiskers: ± one standard deviation over seeds.",
     ),
     "curves": (

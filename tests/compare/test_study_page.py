@@ -166,6 +166,18 @@ def test_everything_from_outside_is_escaped(make_study: Make) -> None:
     assert found.text.count(evil) > 12
 
 
+def test_continuations_are_there_to_be_read(with_near: StudyResult) -> None:
+    page = study_page(with_near)
+    assert "<h2>Greedy continuations</h2>" in page
+    assert "<summary>code: 1 prompt</summary><pre>def &lt;f&gt;(</pre>" in page
+    assert page.count("x0): pass &amp; go") == 2 + 3  # teacher and start, the first seed of each method
+    assert "Agreement of greedy continuations with the teacher" in page
+
+
+def test_no_continuations_have_no_heading(page: str) -> None:
+    assert "Greedy" not in page
+
+
 def test_a_side_without_a_gap_is_said_on_the_page(no_gap_outside: StudyResult) -> None:
     found = Outline(study_page(no_gap_outside))
     assert "outside: the student is no worse than the teacher before training" in found.text
