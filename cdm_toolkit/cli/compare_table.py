@@ -15,10 +15,18 @@ from rich.text import Text
 if TYPE_CHECKING:
     from cdm_toolkit.compare.columns import Column
     from cdm_toolkit.compare.palette import Style
-    from cdm_toolkit.compare.summary import MethodSummary, Summary, Verdict
+    from cdm_toolkit.compare.summary import MethodSummary, Summary
     from cdm_toolkit.compare.types import StudyResult
+    from cdm_toolkit.compare.verdicts import Verdict
 
-_GROUPS = {"share of the gap": "share\n", "bits per byte": "bits\n", "KL, nats": "KL\n", "cost": ""}
+_GROUPS = {
+    "share of the gap": "share\n",
+    "bits per byte": "bits\n",
+    "KL, nats": "KL\n",
+    "next word": "word\n",
+    "bits a digit": "digit\n",
+    "cost": "",
+}
 _NAMES = {"inside": "in", "outside": "out", "s a step": "s a\nstep"}
 _SIGNS = {"ahead": ("▲", "green"), "behind": ("▼", "red"), "level": ("≈", "dim")}
 
@@ -42,9 +50,10 @@ def table(result: StudyResult) -> RenderableType:
 
 
 _LEGEND = (
-    "Means over seeds ± standard deviation, best in bold; in, out: text of the kinds trained on, other text. Share: of "
-    "the gap between start and teacher that is closed. Bits: per byte. KL: from the teacher, nats. ◆: on the Pareto "
-    "front, no other method is as good on both sides and better on one."
+    "Means over seeds ± standard deviation, best in bold; in, near, out: text of the kinds trained on, near these, far "
+    "from these. Share: of the gap between start and teacher that is closed. Bits: per byte. KL: from the teacher, "
+    "nats. Word: share of words predicted. Digit: bits of one. ◆: on the Pareto front, no other method is as good "
+    "inside and outside and better on one."
 )
 
 
@@ -66,10 +75,13 @@ class _Detail:
     """Which columns have their std."""
 
 
-_BITS, _ALL_BUT_SHARES = frozenset({"bits per byte"}), frozenset({"bits per byte", "KL, nats", "cost"})
+_DIGITS = frozenset({"bits a digit"})
+_BITS = _DIGITS | {"bits per byte"}
+_ALL_BUT_SHARES = frozenset(_GROUPS) - {"share of the gap"}
 _DETAILS = (
     _Detail(frozenset(), "all"),
     _Detail(frozenset(), "score"),
+    _Detail(_DIGITS, "score"),
     _Detail(_BITS, "score"),
     _Detail(_BITS, "none"),
     _Detail(_ALL_BUT_SHARES, "score"),

@@ -13,7 +13,8 @@ from cdm_toolkit.errors import BadOption
 def grid(study: StudyConfig) -> tuple[Cell, ...]:
     """List the cells: every method with its first seed, then with the second and so on, then the lines over alpha.
 
-    So that a study which is stopped early is still a comparison.
+    So that a study which is stopped early is still a comparison. The lines have the first seed of a method, or all
+    where alpha is chosen among their points.
     """
     return tuple(
         Cell(index, method, alpha, seed, in_curve)
@@ -42,6 +43,7 @@ def _own(study: StudyConfig) -> Iterator[tuple[str, float, int, bool]]:
 
 def _curves(study: StudyConfig) -> Iterator[tuple[str, float, int, bool]]:
     for name, alphas in study.curves.items():
-        first = (study.methods[name].seeds or study.seeds)[0]
-        for alpha in sorted(alphas):
-            yield name, alpha, first, True
+        seeds = study.methods[name].seeds or study.seeds
+        for seed in seeds if study.select_alpha_on else seeds[:1]:
+            for alpha in sorted(alphas):
+                yield name, alpha, seed, True

@@ -15,19 +15,8 @@ from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.compare.columns import mebibytes
 from cdm_toolkit.compare.label_placement import XY, Room
 from cdm_toolkit.compare.palette import Style, styles
-from cdm_toolkit.compare.summary import (
-    SIDES,
-    Gap,
-    Line,
-    Mean,
-    MethodSummary,
-    Run,
-    Score,
-    Side,
-    Summary,
-    summarize,
-)
-from cdm_toolkit.compare.types import CellResult, Point, StudyResult
+from cdm_toolkit.compare.summary import PLANE, Gap, Line, Mean, MethodSummary, Run, Score, Summary, summarize
+from cdm_toolkit.compare.types import CellResult, Point, Ring, StudyResult
 from cdm_toolkit.errors import MissingExtra
 
 if TYPE_CHECKING:
@@ -80,7 +69,7 @@ def pictures(result: StudyResult, summary: Summary, theme: Theme) -> dict[str, F
         return {}
     found = styles(result.methods)
     drawn = {}
-    if len(summary.gaps) == len(SIDES):
+    if all(ring in summary.gaps for ring in PLANE):
         apart = len(summary.lines) > LINES_AMONG_MARKS
         drawn["trade-off"] = _trade_off(
             summary.methods, () if apart else summary.lines, summary.gaps, found, theme
@@ -185,17 +174,17 @@ def _dash(style: Style) -> Literal["-", "--"]:
 class _Scale:
     """One axis of the trade-off: the share of the gap, or bits per byte where there is no gap."""
 
-    side: Side
+    ring: Ring
     gap: Gap
 
     @property
     def label(self) -> str:
         if self.gap.is_open:
-            return f"share of the gap closed {self.side} the domain"
-        return f"bits per byte gained {self.side} the domain (no gap)"
+            return f"share of the gap closed {self.ring} the domain"
+        return f"bits per byte gained {self.ring} the domain (no gap)"
 
     def of(self, run: Run) -> float:
-        bits = run.bits_per_byte[self.side]
+        bits = run.bits_per_byte[self.ring]
         share = self.gap.share(bits)
         return self.gap.start - bits if share is None else share
 
@@ -217,12 +206,12 @@ def _std_bars(methods: Sequence[MethodSummary], scales: Sequence[_Scale]) -> Ite
 def _trade_off(
     methods: Sequence[MethodSummary],
     lines: Sequence[Line],
-    gaps: Mapping[Side, Gap],
+    gaps: Mapping[Ring, Gap],
     found: Mapping[str, Style],
     theme: Theme,
 ) -> Figure:
     """Draw methods as marks and lines over α, or one of both alone."""
-    scales = [_Scale(side, gaps[side]) for side in SIDES]
+    scales = [_Scale(ring, gaps[ring]) for ring in PLANE]
     figure = _figure(10, 6.6, theme)
     axes = figure.add_subplot()
     title = "Up and to the right is better" + ("" if methods else ": over α, one seed")
@@ -405,7 +394,7 @@ def _label(
 
 @dataclass(frozen=True, slots=True)
 class _Panel:
-    """A figure of every method as bars: one of all text, or one of each side."""
+    """A figure of every method as bars: one of all text, or one of each ring."""
 
     title: str
     unit: str
@@ -417,16 +406,27 @@ class _Panel:
 
 def _panels(summary: Summary) -> list[_Panel]:
     """Give the panels that a study has figures for."""
-    shares = [partial(_of_side, side=side, read=lambda score: score.share) for side in SIDES]
-    divergences = [partial(_of_side, side=side, read=lambda score: score.divergence) for side in SIDES]
+
+    def of_rings(read: Callable[[Score], Mean | None]) -> list[Callable[[MethodSummary], Mean | None]]:
+        return [partial(_of_ring, ring=ring, read=read) for ring in summary.gaps]
+
+    order = f"from above: {', '.join(summary.gaps)}" if len(summary.gaps) > 1 else ", ".join(summary.gaps)
     panels = (
         _Panel(
             "Share of the gap closed",
-            f"inside above, outside below\n◆ {summary.score_name}",
-            shares,
+            f"{order}\n◆ {summary.score_name}",
+            of_rings(lambda score: score.share),
             lambda method: method.score,
         ),
-        _Panel("KL(teacher ‖ student)", "nats a shared boundary\ninside above, outside below", divergences),
+        _Panel(
+            "KL(teacher ‖ student)",
+            f"nats a shared boundary\n{order}",
+            of_rings(lambda score: score.divergence),
+        ),
+        _Panel(
+            "Next-word accuracy", f"share of words\n{order}", of_rings(lambda score: score.next_word_accuracy)
+        ),
+        _Panel("Digits", f"bits a digit\n{order}", of_rings(lambda score: score.bits_per_digit)),
         _Panel("Time of a step", "seconds", [lambda method: method.step_seconds]),
         _Panel("Peak memory", "MiB", [lambda method: mebibytes(method.peak_memory)], write="{:,.0f}"),
     )
@@ -435,8 +435,8 @@ def _panels(summary: Summary) -> list[_Panel]:
     ]
 
 
-def _of_side(method: MethodSummary, side: Side, read: Callable[[Score], Mean | None]) -> Mean | None:
-    return read(method.sides[side]) if side in method.sides else None
+def _of_ring(method: MethodSummary, ring: Ring, read: Callable[[Score], Mean | None]) -> Mean | None:
+    return read(method.rings[ring])
 
 
 def _bars(summary: Summary, found: Mapping[str, Style], theme: Theme) -> Figure:
@@ -469,7 +469,7 @@ def _bars_of(
         if mean is None:
             continue
         y = height + thick * ((len(panel.bars) - 1) / 2 - index)
-        colour = style.fill if index == 0 else _blend(style.fill, theme.paper)
+        colour = _blend(style.fill, theme.paper, 1 - 0.65 * index / max(1, len(panel.bars) - 1))
         axes.barh(y, mean.value, thick, color=colour, edgecolor=style.edge, linewidth=0.8)
         axes.errorbar(mean.value, y, xerr=mean.std, color=theme.ink, elinewidth=1, capsize=2)
         if len(panel.bars) == 1:
@@ -502,10 +502,10 @@ def _value(axes: Axes, mean: Mean, y: float, write: str, theme: Theme) -> None:
     )
 
 
-def _blend(colour: str, paper: str) -> str:
-    """Mix a colour with that of the paper."""
+def _blend(colour: str, paper: str, share: float) -> str:
+    """Mix so much of a colour with that of the paper."""
     pairs = zip(_parts(colour), _parts(paper), strict=True)
-    return "#" + "".join(f"{round(0.35 * part + 0.65 * under):02x}" for part, under in pairs)
+    return "#" + "".join(f"{round(share * part + (1 - share) * under):02x}" for part, under in pairs)
 
 
 def _parts(colour: str) -> tuple[int, ...]:

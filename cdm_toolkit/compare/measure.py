@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.batching import batches, scored_positions
 from cdm_toolkit.compare.types import Measured
+from cdm_toolkit.compare.words import Ranges, digit_bits, digit_bytes, predicted_words, word_ranges
 from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
@@ -72,8 +73,8 @@ class _Header(BaseModel):
     """Of the teacher's weights."""
     top_k: int | None
     """None where the divergence from the teacher is not measured."""
-    scores: dict[str, dict[str, float]]
-    """The teacher's own, by kind: the fields of `Measured`."""
+    scores: dict[str, Measured]
+    """The teacher's own, by kind."""
     provenance: dict[str, Any]
 
     @property
@@ -129,9 +130,8 @@ class Heldout:
         measured = score_model(teacher, bits_only, batch_size=batch_size, device=device, on_row=on_row)
         if header.top_k is not None:
             _cache_teacher(folder, header, batch_size or 8, device)
-        scores = {kind: asdict(of_kind) for kind, of_kind in measured.items()}
         made_by = provenance(fingerprints={"model": header.model_fingerprint}, device=device)
-        _write_header(folder, header.model_copy(update={"scores": scores, "provenance": dict(made_by)}))
+        _write_header(folder, header.model_copy(update={"scores": measured, "provenance": dict(made_by)}))
         return Heldout.open(folder)
 
     @staticmethod
@@ -145,8 +145,7 @@ class Heldout:
             raise BadArtifact(folder / ROWS_FILE, "these are not the rows that were written", _AGAIN)
         left = iter(every)
         rows = {kind: tuple(next(left) for _ in range(count)) for kind, count in header.kinds.items()}
-        scores = {kind: _measured(fields) for kind, fields in header.scores.items()}
-        return Heldout(folder, rows, scores, header.teacher, header.top_k)
+        return Heldout(folder, rows, header.scores, header.teacher, header.top_k)
 
 
 _AGAIN = "remove the folder, and have it made again"
@@ -169,12 +168,6 @@ def _numbered(kinds: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Row, ...]]:
         kind: tuple(Row(next(numbers), row.prompt, row.completion) for row in rows)
         for kind, rows in kinds.items()
     }
-
-
-def _measured(fields: Mapping[str, float]) -> Measured:
-    return Measured(
-        fields["bits"], int(fields["scored_bytes"]), fields["divergence"], int(fields["boundaries"])
-    )
 
 
 def _write_header(folder: Path, header: _Header) -> None:
@@ -230,12 +223,13 @@ def score_model(
     """Measure a model with its tokenizer on each kind of held-out text, with one forward pass a batch.
 
     Bits are those of `passage_bits`: all tokens that spell a byte of the completion, after the same start token, and no
-    end of text. The divergence is KL(teacher ‖ model) in nats at each boundary that both tokenizers share in the
-    completion, its beginning and its end (where both end a text with a token) among them: over the ids of the teacher's
-    top k that have the same bytes or role on both sides, with all other probability as one more outcome, at temperature
-    1. Rows are read whole; those of like length run together, and `batch_size` changes nothing but the rounding. Raises
-    BadRow for a row that a tokenizer changes or that has no shared boundary, BadOption for one longer than the model's
-    positions, VocabularyTooSmall, CdmError where a likelihood is not finite, and the errors of models and tokenizers.
+    end of text. Words and digits are those of `words`: a first token without context is never the argmax. The
+    divergence is KL(teacher ‖ model) in nats at each boundary that both tokenizers share in the completion, its
+    beginning and its end (where both end a text with a token) among them: over the ids of the teacher's top k that have
+    the same bytes or role on both sides, with all other probability as one more outcome, at temperature 1. Rows are
+    read whole; those of like length run together, and `batch_size` changes nothing but the rounding. Raises BadRow for
+    a row that a tokenizer changes or that has no shared boundary, BadOption for one longer than the model's positions,
+    VocabularyTooSmall, CdmError where a likelihood is not finite, and the errors of models and tokenizers.
     """
     name = str(model)
     tokenizer = load_tokenizer(name)
@@ -267,9 +261,37 @@ class _Text:
     row: AlignedRow
     ended: bool
     """Its last token is the end of text, which spells no byte."""
-    scored_bytes: int
+    text: bytes
+    start: int
+    """Byte at which the completion begins."""
+    tokens: Ranges
+    """Of those that spell it, the first one without context included."""
     free_bits: float
     """What a first token without context costs."""
+
+    @property
+    def scored_bytes(self) -> int:
+        return len(self.text) - self.start
+
+    def of_words(
+        self, bits: Float64[np.ndarray, " label"], is_argmax: Bool[np.ndarray, " label"]
+    ) -> Measured:
+        """Measure words and digits alone, given what each label costs and whether it is predicted."""
+        labels = len(bits) - self.ended
+        free = len(self.tokens) - labels
+        bits = np.concatenate((np.full(free, self.free_bits), bits[:labels]))
+        is_argmax = np.concatenate((np.zeros(free, bool), is_argmax[:labels]))
+        words = word_ranges(self.text, self.start)
+        return Measured(
+            bits=0.0,
+            scored_bytes=0,
+            divergence=0.0,
+            boundaries=0,
+            words=len(words),
+            predicted_words=predicted_words(words, self.tokens, is_argmax),
+            digit_bytes=digit_bytes(self.text, self.start),
+            digit_bits=digit_bits(self.text, self.tokens, bits, self.start),
+        )
 
 
 def _texts(heldout: Heldout, tokenizer: Loaded, pair: TokenizerPair | None) -> list[_Text]:
@@ -304,7 +326,9 @@ def _text(file: Path, row: Row, aligned: AlignedRow | None, spans: TokenSpans, s
     return _Text(
         row=replace(aligned, label_from=max(side.shift + first, 1)),
         ended=side.eos is not None,
-        scored_bytes=len(row.completion.encode()),
+        text=spans.text_bytes,
+        start=row.completion_start,
+        tokens=np.stack((spans.start[first:], spans.end[first:]), 1),
         free_bits=0.0 if side.shift + first else math.log2(side.view.vocab_size),
     )
 
@@ -354,6 +378,7 @@ class _Scorer:
     def measure(self, texts: Sequence[_Text]) -> Measured:
         batch = self.collator([text.row for text in texts]).to(self.model.device)
         logits = batch.student_logits_at(self.model)
+        is_argmax = (logits.argmax(-1) == batch.labels).cpu().numpy()
         nats, divergence, groups = self._sums(logits, batch)
         bits = float(nats[_scored(texts)].sum()) / math.log(2) + sum(text.free_bits for text in texts)
         if not math.isfinite(bits + divergence):
@@ -361,7 +386,10 @@ class _Scorer:
                 f"{self.name} gives held-out text a likelihood that is not a number",
                 fix="its weights hold NaN or infinity: take an earlier checkpoint, or a lower learning rate",
             )
-        return Measured(bits, sum(text.scored_bytes for text in texts), divergence, groups)
+        together = Measured(bits, sum(text.scored_bytes for text in texts), divergence, groups)
+        ends = np.cumsum([text.row.labels for text in texts])[:-1]
+        parts = zip(texts, np.split(nats / math.log(2), ends), np.split(is_argmax, ends), strict=True)
+        return Measured.sum((together, *(text.of_words(*of_text) for text, *of_text in parts)))
 
     def _sums(
         self, logits: torch.Tensor, batch: AlignedBatch

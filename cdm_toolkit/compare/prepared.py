@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import read_header
+from cdm_toolkit.compare.continuations import continue_rows, measure, subject_of
 from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
-from cdm_toolkit.compare.study import StudentConfig, StudyConfig, SuiteConfig, TextConfig
+from cdm_toolkit.compare.study import StudentConfig, StudyConfig, SuiteConfig, TextConfig, heldout_name
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
-from cdm_toolkit.compare.types import Measured, ModelScores
+from cdm_toolkit.compare.types import RINGS, Measured, ModelScores
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
@@ -156,6 +158,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     chosen, passed_over = _chosen(study, student, read_by_kind)
     train = [row for rows in chosen.values() for row in rows]
     _check_held_out(train, heldout_rows)
+    _check_selection(study, heldout_rows)
     write_rows(shared / TRAIN_FILE, train)
     cache = _cache(study, shared, on_stage)
     heldout = Heldout.make(
@@ -166,8 +169,11 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
         device=study.run.torch_device,
         on_row=lambda done, total: on_stage("measuring the teacher", done, total),
     )
-    teacher = ModelScores(*_sides(study, heldout.teacher), suite_scores(study, study.teacher))
-    start = score(study, student, heldout, lambda done, total: on_stage("measuring the student", done, total))
+    teacher = _scores(study, heldout.teacher, suite_scores(study, study.teacher))
+    teacher = _with_continuations(study, study.teacher, heldout, teacher, None)
+    start = score(
+        study, student, heldout, teacher, lambda done, total: on_stage("measuring the student", done, total)
+    )
     made_by = provenance(
         fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device
     )
@@ -217,8 +223,8 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
     _check_files(study)
     train = {kind: _rows_of(f"train.{kind}", text) for kind, text in study.train.items()}
     heldout = {
-        kind: _rows_of(f"{side}.{kind}", text)[: text.rows]
-        for side, texts in (("inside", study.inside), ("outside", study.outside))
+        heldout_name(setting, kind): _rows_of(f"{setting}.{kind}", text)[: text.rows]
+        for setting, texts in study.heldout.items()
         for kind, text in texts.items()
     }
     return train, heldout
@@ -226,8 +232,8 @@ def read_texts(study: StudyConfig) -> tuple[dict[str, list[Row]], dict[str, list
 
 def _check_files(study: StudyConfig) -> None:
     """Say of all files that are not there which settings give their paths."""
-    sides = (("train", study.train), ("inside", study.inside), ("outside", study.outside))
-    every = {f"{side}.{kind}": text.path for side, texts in sides for kind, text in texts.items()}
+    sections = (("train", study.train), *study.heldout.items())
+    every = {f"{name}.{kind}": text.path for name, texts in sections for kind, text in texts.items()}
     missing = {name: path for name, path in every.items() if ":" not in path and not Path(path).is_file()}
     if missing:
         paths = ", ".join(dict.fromkeys(missing.values()))
@@ -236,8 +242,10 @@ def _check_files(study: StudyConfig) -> None:
 
 
 def _rows_of(name: str, text: TextConfig) -> list[Row]:
-    """Read all rows of a kind."""
-    rows = text_rows(text.path, split=text.split)
+    """Read all rows of a kind but those to skip."""
+    rows = text_rows(text.path, split=text.split)[text.skip :]
+    if not rows:
+        raise BadOption(f"{name}.skip", text.skip, f"less: {text.path} has no more rows")
     if text.rows is not None and text.rows > len(rows):
         raise BadOption(f"{name}.rows", text.rows, f"at most {len(rows)}: {text.path} has no more")
     return rows
@@ -295,6 +303,16 @@ def _check_held_out(train: Sequence[Row], heldout: Mapping[str, Sequence[Row]]) 
                 f"other text: {known} of its {len(rows)} rows are trained on; split: heldout has other files"
             )
             raise BadOption(f"the held-out text {kind}", f"{len(rows)} rows", allowed)
+
+
+def _check_selection(study: StudyConfig, heldout: Mapping[str, Sequence[Row]]) -> None:
+    """See that alpha is not chosen on what is reported."""
+    reported = {row.text for texts in study.rings.values() for kind in texts for row in heldout[kind]}
+    for kind in study.select_alpha_on:
+        rows = heldout[heldout_name("select_alpha_on", kind)]
+        if known := sum(row.text in reported for row in rows):
+            allowed = f"other text: {known} of its {len(rows)} rows are reported on; skip passes over these"
+            raise BadOption(f"select_alpha_on.{kind}", f"{len(rows)} rows", allowed)
 
 
 # Models
@@ -404,18 +422,46 @@ def _check_cache(study: StudyConfig, shared: Path, top_k: int) -> None:
 
 
 def score(
-    study: StudyConfig, model: str, heldout: Heldout, on_row: Callable[[int, int], None]
+    study: StudyConfig,
+    model: str,
+    heldout: Heldout,
+    teacher: ModelScores,
+    on_row: Callable[[int, int], None],
 ) -> ModelScores:
-    """Measure a model on all held-out text and suites. Raises the errors of both."""
+    """Measure a model on all held-out text and suites, with the teacher's continuations. Raises the errors of all."""
     measured = score_model(model, heldout, device=study.run.torch_device, on_row=on_row)
-    return ModelScores(*_sides(study, measured), suite_scores(study, model))
+    scores = _scores(study, measured, suite_scores(study, model))
+    return _with_continuations(study, model, heldout, scores, teacher)
 
 
-def _sides(
-    study: StudyConfig, measured: Mapping[str, Measured]
-) -> tuple[dict[str, Measured], dict[str, Measured]]:
-    """Split scores by kind into inside and outside."""
-    return {kind: measured[kind] for kind in study.inside}, {kind: measured[kind] for kind in study.outside}
+def _with_continuations(
+    study: StudyConfig, model: str, heldout: Heldout, scores: ModelScores, teacher: ModelScores | None
+) -> ModelScores:
+    """Add what a model says after held-out prompts, if the study wants that; the teacher itself comes without one."""
+    if study.continuations is None:
+        return scores
+    config, device = study.continuations, study.run.torch_device
+    rows = {kind: heldout.rows[kind][: config.rows] for texts in study.rings.values() for kind in texts}
+    teacher_subject = subject_of(study.teacher, device)
+    subject = teacher_subject if teacher is None else subject_of(model, device)
+    texts = continue_rows(subject, rows, config.new_tokens)
+    found = measure(texts, texts if teacher is None else teacher.continuations, teacher_subject)
+    rings: dict[str, Any] = {
+        ring: {kind: Measured.sum((of_kind, found[kind])) for kind, of_kind in scores.on(ring).items()}
+        for ring in RINGS
+    }
+    return replace(scores, **rings, continuations=texts)
+
+
+def _scores(
+    study: StudyConfig, measured: Mapping[str, Measured], suites: Mapping[str, Mapping[str, float]]
+) -> ModelScores:
+    """Part what was measured into the rings of the study."""
+    parts: dict[str, Any] = {
+        setting: {kind: measured[heldout_name(setting, kind)] for kind in texts}
+        for setting, texts in study.heldout.items()
+    }
+    return ModelScores(**parts, suites=suites)
 
 
 def suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:

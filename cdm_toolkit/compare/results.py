@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from cdm_toolkit.artifacts.provenance import provenance
+from cdm_toolkit.compare.best_alpha import at_best_alphas
 from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.prepared import CODE, Shared, open_shared
-from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.compare.study import StudyConfig, heldout_name
 from cdm_toolkit.compare.study_folder import Stored, StudyFolder
 from cdm_toolkit.compare.types import CellResult, StudyResult
 from cdm_toolkit.errors import BadArtifact, FileProblem
@@ -26,7 +27,7 @@ def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> St
         raise FileProblem(folder.path, "none of its cells has been run", "run the study, or one of its cells")
     for stored in cells:
         _check_origin(folder, shared, stored)
-    return StudyResult(
+    result = StudyResult(
         name=study.name,
         about=study.about,
         pair=study.pair,
@@ -39,6 +40,7 @@ def put_together(study: StudyConfig, folder: StudyFolder, *, command: str) -> St
         facts=_facts(study, shared, cells, command),
         provenance=dict(provenance(fingerprints=shared.fingerprints, device=study.run.torch_device)),
     )
+    return at_best_alphas(result)
 
 
 def _check_origin(folder: StudyFolder, shared: Shared, stored: Stored) -> None:
@@ -77,8 +79,12 @@ def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command:
     results = [stored.result for stored in cells]
     facts = {
         "trained on": _counted(shared.counts),
-        "held out, inside": _counted({kind: rows[kind] for kind in study.inside}),
-        "held out, outside": _counted({kind: rows[kind] for kind in study.outside}),
+        **{
+            f"held out, {setting.replace('_', ' ')}": _counted(
+                {kind: rows[heldout_name(setting, kind)] for kind in texts}
+            )
+            for setting, texts in study.heldout.items()
+        },
         "passed over": _passed_over(study, shared),
         "steps": f"{study.steps} of {study.rows_per_step} rows{_tokens(results)}",
         "seeds": ", ".join(map(str, study.seeds)),

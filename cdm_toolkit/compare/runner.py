@@ -139,7 +139,13 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
     config = cell_config(study, shared, cell, scratch)
     trained = run(config, on_progress=lambda at: follower(at.stage, at.done, at.total))
     step_seconds, memory = follower.step_seconds, peak_memory(study.run.torch_device)
-    scores = score(study, str(scratch), shared.heldout, lambda done, total: follower("measure", done, total))
+    scores = score(
+        study,
+        str(scratch),
+        shared.heldout,
+        shared.teacher,
+        lambda done, total: follower("measure", done, total),
+    )
     result = CellResult(
         cell=cell,
         scores=scores,

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
 from cdm_toolkit.artifacts.shipped import given_file, shipped_folder
+from cdm_toolkit.compare.types import RINGS, Ring
 from cdm_toolkit.distill.settings import (
     PRESETS,
     Count,
@@ -52,6 +53,8 @@ class TextConfig(Settings):
     `cdm distill` reads it."""
     rows: Count | None = None
     """The first so many; all without it."""
+    skip: CountOrNone = 0
+    """Pass over so many before these."""
     split: Literal["train", "heldout"] = "train"
     """Which part of a kind that starts with python: the other one has other files."""
 
@@ -123,6 +126,15 @@ class StudentConfig(Settings):
         tokenizer = "" if owner is None else f" with {owner}'s tokenizer"
         entries = "" if self.entries is None else f" ({self.entries:,} entries)"
         return f"{body}{layers}{tokenizer}{entries}"
+
+
+class ContinuationsConfig(Settings):
+    """Greedy continuations of held-out prompts."""
+
+    rows: Count = 4
+    """The first so many of each kind."""
+    new_tokens: Count = 48
+    """The most that a model adds, in its own tokens."""
 
 
 class SuiteConfig(Settings):
@@ -235,8 +247,10 @@ class StudyConfig(Settings):
     """Kinds of text to train on, mixed."""
     inside: Mapping[str, TextConfig] = {}
     """Held-out text of these kinds."""
+    near: Mapping[str, TextConfig] = {}
+    """Text of other kinds that are near these."""
     outside: Mapping[str, TextConfig] = {}
-    """Text of other kinds."""
+    """Text of kinds that are far from these."""
     max_length: Annotated[int, Field(ge=4)] = 512
     """Tokens of a row to train on, on any side: a longer one is passed over, since methods would cut it in
     different positions."""
@@ -247,6 +261,8 @@ class StudyConfig(Settings):
     threads: Count = 1
     """Of a cell: with as many, a cell that is run again gives the same bits."""
     measures: tuple[Text, ...] = MEASURES
+    continuations: ContinuationsConfig | None = None
+    """None, as it is without it, lets no model continue anything."""
     suites: Mapping[str, SuiteConfig] = {}
     default: Text | None = None
     """The method that the others are compared with."""
@@ -254,7 +270,9 @@ class StudyConfig(Settings):
     alpha: Share = 0.5
     """Weight of cross-entropy where neither the method nor its preset has one."""
     curves: Mapping[str, tuple[Share, ...]] = {}
-    """Further alphas of a method, with its first seed alone."""
+    """Further alphas of a method, with its first seed alone; with all of its seeds for `select_alpha_on`."""
+    select_alpha_on: Mapping[str, TextConfig] = {}
+    """Other rows of held-out kinds: each method is judged at that of its alphas which does best on these."""
     teacher_cache: Text | None = None
     """A folder of `cdm teacher cache`, made of this study's training rows."""
 
@@ -299,9 +317,20 @@ class StudyConfig(Settings):
         for kind in self.inside:
             if kind not in self.train:
                 yield f"inside.{kind} is no kind that is trained on: {_not_known('kind', kind, self.train)}"
-        for kind in self.outside:
+        for ring, kind in [("near", kind) for kind in self.near] + [
+            ("outside", kind) for kind in self.outside
+        ]:
             if kind in self.train:
-                yield f"outside.{kind} is trained on: give it another name, or put it inside"
+                yield f"{ring}.{kind} is trained on: give it another name, or put it inside"
+        for kind in self.near.keys() & self.outside.keys():
+            yield f"near.{kind} is outside as well: give one of them another name"
+
+        for kind in self.select_alpha_on:
+            if not any(kind in texts for texts in self.rings.values()):
+                known = [kind for texts in self.rings.values() for kind in texts]
+                yield f"select_alpha_on.{kind} is not held out: {_not_known('kind', kind, known)}"
+        if self.select_alpha_on and not self.curves:
+            yield "select_alpha_on has nothing to choose from: give curves"
 
     def _faults_of_run(self) -> Iterator[str]:
         for name in sorted(self.run.model_fields_set & _OWNED.keys()):
@@ -323,9 +352,14 @@ class StudyConfig(Settings):
         return self.alpha if own is None else own
 
     @property
-    def kinds(self) -> dict[str, TextConfig]:
+    def rings(self) -> dict[Ring, Mapping[str, TextConfig]]:
         """Give all held-out text, inside first."""
-        return {**self.inside, **self.outside}
+        return {ring: getattr(self, ring) for ring in RINGS}
+
+    @property
+    def heldout(self) -> dict[str, Mapping[str, TextConfig]]:
+        """Give all text to measure on, by the setting that names it."""
+        return {**{str(ring): texts for ring, texts in self.rings.items()}, _SELECTION: self.select_alpha_on}
 
     @property
     def pair(self) -> str:
@@ -334,6 +368,18 @@ class StudyConfig(Settings):
     @property
     def rows_per_step(self) -> int:
         return self.run.batch_size * self.run.grad_accumulation
+
+
+_SELECTION = "select_alpha_on"
+
+
+def heldout_name(setting: str, kind: str) -> str:
+    """Name a kind of text among all that is measured: rows to choose alpha on are of the same kinds as others.
+
+    >>> heldout_name("inside", "code"), heldout_name("select_alpha_on", "code")
+    ('code', 'select_alpha_on: code')
+    """
+    return f"{setting}: {kind}" if setting == _SELECTION else kind
 
 
 def _shared_names() -> set[str]:

@@ -17,7 +17,16 @@ from filelock import FileLock, Timeout
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.settings import make, read_yaml
 from cdm_toolkit.compare.study import StudyConfig
-from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, Point, StudyResult
+from cdm_toolkit.compare.types import (
+    RINGS,
+    Cell,
+    CellResult,
+    Continuation,
+    Measured,
+    ModelScores,
+    Point,
+    StudyResult,
+)
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
@@ -28,7 +37,9 @@ STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
     "cell.json",
     "log.txt",
 )
-FORMAT, VERSION = "cdm-toolkit study cell", 2
+FORMAT, VERSION = "cdm-toolkit study cell", 3
+READABLE = (2, VERSION)
+"""Version 2 has neither words, digits, continuations nor text near the domain: its cells are read without these."""
 FREE = ("name", "about", "default", "methods", "seeds", "alpha", "curves")
 """Settings that may change once cells are there: what is said of them, and which there are. A cell itself tells how
 it was trained."""
@@ -155,7 +166,7 @@ class StudyFolder:
         again = f"run it again with `cell={cell.index}` and `overwrite`"
         try:
             content = json.loads(file.read_bytes())
-            if (content["format"], content["version"]) != (FORMAT, VERSION):
+            if content["format"] != FORMAT or content["version"] not in READABLE:
                 raise ValueError("it is of another format")
             result = _cell_result(content["result"])
             warnings, options = tuple(content["warnings"]), dict(content["options"])
@@ -217,7 +228,12 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def model_scores(content: Mapping[str, Any]) -> ModelScores:
     """Make scores of what JSON has of them."""
-    return ModelScores(_measured(content["inside"]), _measured(content["outside"]), content["suites"])
+    parts = {name: _measured(content.get(name, {})) for name in (*RINGS, "select_alpha_on")}
+    texts = {
+        kind: tuple(Continuation(**text) for text in of_kind)
+        for kind, of_kind in content.get("continuations", {}).items()
+    }
+    return ModelScores(**parts, suites=content["suites"], continuations=texts)
 
 
 def _measured(content: Mapping[str, Any]) -> dict[str, Measured]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cdm_toolkit.artifacts.atomic import atomic_write
-from cdm_toolkit.compare.columns import MISSING, Column, by_kind, overview, suites
+from cdm_toolkit.compare.columns import MISSING, Column, by_kind, continuations, overview, suites
 from cdm_toolkit.compare.figures import DARK, LIGHT, LINES_AMONG_MARKS, marker_path, pictures, svg
 from cdm_toolkit.compare.palette import Style, styles
-from cdm_toolkit.compare.summary import Line, MethodSummary, Side, Summary, Verdict, summarize
-from cdm_toolkit.compare.types import StudyResult
+from cdm_toolkit.compare.summary import Line, MethodSummary, Summary, summarize
+from cdm_toolkit.compare.types import ModelScores, Ring, StudyResult
+from cdm_toolkit.compare.verdicts import Verdict
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #59636e; --paper: #ffffff; --line: #d0d7de;
@@ -50,6 +51,7 @@ td.first, th.first { padding-left: 1.2rem; }
 td.best { font-weight: 700; } td .spread { color: var(--faint); font-weight: 400; font-size: .92em; }
 tr.end { color: var(--faint); } tr.end.top { border-top: 2px solid var(--line); }
 td.wrap { white-space: normal; min-width: 18rem; }
+.said td { white-space: pre-wrap; max-width: 75ch; } .said th { vertical-align: top; }
 .facts th { color: var(--faint); font-weight: 400; padding-left: 0; } .facts td { white-space: normal; }
 figure { margin: 1.2rem 0 2rem; max-width: 1060px; } figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .88rem; margin-top: .5rem; max-width: 95ch; }
@@ -82,6 +84,7 @@ def study_page(result: StudyResult) -> str:
         *(_tables(result, summary, marks) if summary.methods else []),
         *(drawn[name] for name in ("bars", "curves") if name in drawn),
         *_kinds(result, summary, marks),
+        *_continuations(result, summary, marks),
         *_lines(summary, marks, drawn.get("alphas", "<h2>Over α</h2>")),
         *_settings(summary, marks),
         _provenance(result.provenance),
@@ -129,8 +132,8 @@ def _verdict(verdict: Verdict, marks: Mapping[str, str]) -> str:
 def _how_judged(summary: Summary) -> str:
     return (
         f"Judged by the {summary.score_name}: of the gap between start and teacher, in bits per byte of held-out text, "
-        "what a method closes. ± is the standard deviation of the differences between runs of the same seed; a "
-        "difference within it tells nothing."
+        "what a method closes. Differences are between runs of the same seed, with their 95 % interval; one method "
+        "beats another where p is below 0.05 in a paired t-test, corrected by Holm for all comparisons of the study."
     )
 
 
@@ -150,8 +153,9 @@ def _tables(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> 
     yield _method_table(summary.methods, overview(result, summary), marks, details=True)
     yield (
         '<p class="faint">Means over seeds ± standard deviation; the best figure of a column is bold. ◆: on the Pareto '
-        "front, no other method is as good on both sides and better on one. Share of the gap: 0 at the start, 1 at the "
-        "teacher. KL in nats a shared boundary of tokens.</p>"
+        "front, no other method is as good inside and outside and better on one. Share of the gap: 0 at the start, 1 "
+        "at the teacher. KL in nats a shared boundary of tokens. Next word: share of words whose every token is the "
+        "likeliest. Bits a digit: of all tokens with a digit.</p>"
     )
     measured = suites(result)
     if measured:
@@ -166,6 +170,40 @@ def _kinds(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> I
     for title, columns in by_kind(result, summary).items():
         yield f"<h3>{escape(title)}</h3>"
         yield _method_table(summary.methods, columns, marks)
+
+
+def _continuations(result: StudyResult, summary: Summary, marks: Mapping[str, str]) -> Iterator[str]:
+    """Show what was measured on greedy continuations, and the texts themselves: of each method, its first cell's."""
+    columns = continuations(result, summary)
+    if not columns:
+        return
+    yield "<h2>Greedy continuations</h2>"
+    yield _method_table(summary.methods, columns, marks)
+    yield (
+        '<p class="faint">Agreement: share of the text until it first differs from what the teacher says itself. '
+        "Repetition: share of the sequences of four words that came before.</p>"
+    )
+    speakers = [("teacher", "", result.teacher), ("start", "", result.start)]
+    for method in summary.methods:
+        cells = [each for each in result.cells if each.cell.method == method.name and not each.cell.in_curve]
+        speakers.append(
+            (method.name, marks[method.name], min(cells, key=lambda each: each.cell.index).scores)
+        )
+    for kind, texts in result.teacher.continuations.items():
+        rows = [_said(at, kind, speakers) for at in range(len(texts))]
+        prompts = f"{len(rows)} prompt{'s' if len(rows) > 1 else ''}"
+        yield f"<details><summary>{escape(kind)}: {prompts}</summary>{''.join(rows)}</details>"
+
+
+def _said(at: int, kind: str, speakers: Sequence[tuple[str, str, ModelScores]]) -> str:
+    """Lay out one prompt and what each model says after it."""
+    prompt = speakers[0][2].continuations[kind][at].prompt
+    rows = "".join(
+        f'<tr><th scope="row">{mark}{escape(name)}</th><td>{escape(scores.continuations[kind][at].text)}</td></tr>\n'
+        for name, mark, scores in speakers
+        if kind in scores.continuations
+    )
+    return f'<pre>{escape(prompt)}</pre><table class="said"><tbody>\n{rows}</tbody></table>'
 
 
 def _method_table(
@@ -239,16 +277,16 @@ def _lines(summary: Summary, marks: Mapping[str, str], above: str) -> Iterator[s
         return
     yield above
     yield '<p class="faint">α is the weight of cross-entropy; the rest is distillation. Share of the gap, one seed.</p>'
-    sides = [side for side, gap in summary.gaps.items() if gap.is_open]
-    names = ["method", "seed", "α", *sides, *(["mean"] if len(sides) > 1 else [])]
+    rings = [ring for ring, gap in summary.gaps.items() if gap.is_open]
+    names = ["method", "seed", "α", *rings, *(["mean"] if len(rings) > 1 else [])]
     head = "".join(f'<th scope="col">{name}</th>' if name == "method" else _heading(name) for name in names)
-    yield _frame(f"<tr>{head}</tr>", [row for line in summary.lines for row in _line(line, sides, marks)])
+    yield _frame(f"<tr>{head}</tr>", [row for line in summary.lines for row in _line(line, rings, marks)])
 
 
-def _line(line: Line, sides: Sequence[Side], marks: Mapping[str, str]) -> Iterator[str]:
+def _line(line: Line, rings: Sequence[Ring], marks: Mapping[str, str]) -> Iterator[str]:
     for run in line.points:
-        figures = [f"{run.seed}", f"{run.alpha:g}", *(f"{run.shares[side]:.3f}" for side in sides)]
-        if len(sides) > 1:
+        figures = [f"{run.seed}", f"{run.alpha:g}", *(f"{run.shares[ring]:.3f}" for ring in rings)]
+        if len(rings) > 1:
             figures.append(MISSING if run.score is None else f"{run.score:.3f}")
         name = f'<th scope="row">{marks[line.method]}{escape(line.method)}</th>'
         yield f"<tr>{name}{''.join(map(_figure, figures))}</tr>"
@@ -269,7 +307,8 @@ _CAPTIONS = {
     ),
     "bars": (
         "Gain and cost",
-        "Shares of the gap, divergence from the teacher on held-out text (lower is better), and what a step takes. "
+        "Shares of the gap, divergence from the teacher and bits a digit on held-out text (lower is better), next-word "
+        "accuracy, and what a step takes. "
         "Whiskers: ± one standard deviation over seeds.",
     ),
     "curves": (
@@ -322,8 +361,8 @@ def _alt(name: str, summary: Summary) -> str:
 
 def _described(method: MethodSummary) -> str:
     shares = [
-        f"{side} no gap" if score.share is None else f"{side} {score.share.value:.3f}"
-        for side, score in method.sides.items()
+        f"{ring} no gap" if score.share is None else f"{ring} {score.share.value:.3f}"
+        for ring, score in method.rings.items()
     ]
     return f"{method.name}: {', '.join(shares)}{', on the Pareto front' if method.on_front else ''}"
 

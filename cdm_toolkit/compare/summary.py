@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import atan, cos, pi, sin, sqrt
 from statistics import fmean, stdev
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from cdm_toolkit.compare.types import CellResult, Measured, ModelScores, StudyResult
+from cdm_toolkit.compare.types import RINGS, CellResult, Measured, Ring, StudyResult
+from cdm_toolkit.compare.verdicts import Verdict, verdicts
 
-Side = Literal["inside", "outside"]
-SIDES: tuple[Side, ...] = ("inside", "outside")
+PLANE: tuple[Ring, Ring] = ("inside", "outside")
+"""The rings that the trade-off and its Pareto front are drawn over."""
 
-_P_TOLD, _LARGEST_P = 0.05, 0.25
-"""Above the first a verdict comes with its p-value, above the second there is none."""
-_SEEDS = {0: "no seed in common", 1: "one seed in common"}
 _Key = TypeVar("_Key")
 
 
@@ -58,12 +55,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where one run came out. A side without text is in neither mapping; `shares` lacks those without a gap."""
+    """Where one run came out. A ring without text is in neither mapping; `shares` lacks those without a gap."""
 
     seed: int
     alpha: float
-    bits_per_byte: Mapping[Side, float]
-    shares: Mapping[Side, float]
+    bits_per_byte: Mapping[Ring, float]
+    shares: Mapping[Ring, float]
 
     @property
     def score(self) -> float | None:
@@ -80,6 +77,13 @@ class Score:
     """Of the gap; None where there is no gap."""
     divergence: Mean | None
     """In nats a shared boundary; None where the study does not measure it."""
+    next_word_accuracy: Mean | None
+    bits_per_digit: Mean | None
+    """None where the text has no digit, and where a version measured that did not count them."""
+    agreement: Mean | None
+    """Of greedy continuations, as the next two; None where the study has none."""
+    written_bits_per_byte: Mean | None
+    repetition: Mean | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +92,11 @@ class MethodSummary:
 
     name: str
     runs: tuple[Run, ...]
-    sides: Mapping[Side, Score]
-    """All kinds of a side together. A side without text is missing."""
-    kinds: Mapping[Side, Mapping[str, Score]]
+    rings: Mapping[Ring, Score]
+    """All kinds of a ring together. A ring without text is missing."""
+    kinds: Mapping[Ring, Mapping[str, Score]]
     score: Mean | None
-    """The mean of the shares inside and outside, of those that are defined; None where neither is."""
+    """The mean of the shares of all rings, of those that are defined; None where none is."""
     step_seconds: Mean
     peak_memory: Mean
     """In bytes."""
@@ -100,7 +104,7 @@ class MethodSummary:
     """The teacher's probability that has a partner, over the whole run; None where the method has no such thing."""
     suites: Mapping[str, Mapping[str, Mean]]
     on_front: bool
-    """No other method is at least as good on both sides and better on one."""
+    """No other method is at least as good both inside and outside, and better on one of them."""
     settings: Mapping[str, Any]
     """Of its first run."""
 
@@ -111,77 +115,19 @@ class MethodSummary:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A method at several alphas with one seed, lowest alpha first; its own alpha is among them once it is there."""
+    """A method at several alphas with its first seed, lowest alpha first; its own is among them once it is there."""
 
     method: str
     points: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """How the default stands to another method, by the mean of the shares; above 0: the default closes more.
-
-    Methods that share two seeds or more are compared seed by seed: a seed fixes the order of the rows for both, so
-    that its luck cancels out, and the std is that of these paired differences. That is sound whether or not the
-    runs of a seed go together; pooling is not, where they do. With fewer seeds in common the std is that of a
-    difference of two independent runs, √2 times the pooled one, which is too wide rather than too narrow; a method with
-    one run is taken to spread as the other does. The difference is that at the common seed, else that of the means.
-
-    A method beats another where the difference exceeds this std. With few seeds equal methods differ so much too:
-    `p_value` is the two-sided probability of such a difference between equal methods, by Student's t. It
-    must not be above one time in four, which with three common seeds it never is, with fewer it may.
-    """
-
-    default: str
-    other: str
-    difference: float
-    std: float | None
-    """None without two runs of either method."""
-    common: int
-    """Seeds that both have."""
-    p_value: float | None
-
-    @property
-    def told_apart(self) -> bool:
-        if self.std is None or self.p_value is None:
-            return False
-        return abs(self.difference) > self.std and self.p_value <= _LARGEST_P
-
-    @property
-    def ahead(self) -> bool:
-        return self.told_apart and self.difference > 0
-
-    @property
-    def behind(self) -> bool:
-        return self.told_apart and self.difference < 0
-
-    @property
-    def text(self) -> str:
-        """The verdict as a sentence."""
-        size = f"{abs(self.difference):.3f}"
-        if self.std is None:
-            side = "ahead" if self.difference > 0 else "behind"
-            return f"{self.default} and {self.other} cannot be told apart by one seed ({size} {side})"
-        size = f"{size} ± {self.std:.3f} ({_SEEDS.get(self.common, f'{self.common} seeds')})"
-        if not self.told_apart:
-            return f"{self.default} and {self.other} cannot be told apart: {size}"
-        verb = "beats" if self.ahead else "is behind"
-        return f"{self.default} {verb} {self.other} by {size}{self._caution}"
-
-    @property
-    def _caution(self) -> str:
-        if self.p_value is None or self.p_value <= _P_TOLD:
-            return ""
-        return f"; p = {self.p_value:.2f}"
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
     """What a study says so far."""
 
-    gaps: Mapping[Side, Gap]
-    """All kinds of a side together. A side without text is missing."""
-    kind_gaps: Mapping[Side, Mapping[str, Gap]]
+    gaps: Mapping[Ring, Gap]
+    """All kinds of a ring together. A ring without text is missing."""
+    kind_gaps: Mapping[Ring, Mapping[str, Gap]]
     methods: tuple[MethodSummary, ...]
     """Best first, by the mean of the shares; in the order of the study where there is none."""
     lines: tuple[Line, ...]
@@ -194,23 +140,23 @@ class Summary:
     @property
     def score_name(self) -> str:
         """What `score` is the mean of, in words."""
-        judged = [side for side in SIDES if side in self.gaps and self.gaps[side].is_open]
+        judged = [ring for ring in RINGS if ring in self.gaps and self.gaps[ring].is_open]
         return "mean of shares" if len(judged) != 1 else f"share {judged[0]}"
 
 
 def summarize(result: StudyResult) -> Summary:
     """Reduce a study's cells to what they say of its methods."""
-    gaps = _gaps(result)
+    gaps = gaps_of(result)
     kind_gaps = _kind_gaps(result)
     methods = _methods(result, gaps, kind_gaps)
-    verdicts = _verdicts(methods, result.default)
+    found = _verdicts(methods, result.default)
     return Summary(
         gaps,
         kind_gaps,
         methods,
         _lines(result, gaps),
-        verdicts,
-        _headline(methods, verdicts, result.default),
+        found,
+        _headline(methods, found, result.default),
         _notes(result, gaps, kind_gaps),
     )
 
@@ -218,27 +164,22 @@ def summarize(result: StudyResult) -> Summary:
 # Text
 
 
-def on_side(scores: ModelScores, side: Side) -> Mapping[str, Measured]:
-    """Return a model's scores on one side, by kind of text."""
-    return scores.inside if side == "inside" else scores.outside
-
-
-def _gaps(result: StudyResult) -> dict[Side, Gap]:
-    together = {side: (on_side(result.start, side), on_side(result.teacher, side)) for side in SIDES}
+def gaps_of(result: StudyResult) -> dict[Ring, Gap]:
+    together = {ring: (result.start.on(ring), result.teacher.on(ring)) for ring in RINGS}
     return {
-        side: Gap(Measured.sum(start.values()).bits_per_byte, Measured.sum(teacher.values()).bits_per_byte)
-        for side, (start, teacher) in together.items()
+        ring: Gap(Measured.sum(start.values()).bits_per_byte, Measured.sum(teacher.values()).bits_per_byte)
+        for ring, (start, teacher) in together.items()
         if start
     }
 
 
-def _kind_gaps(result: StudyResult) -> dict[Side, dict[str, Gap]]:
+def _kind_gaps(result: StudyResult) -> dict[Ring, dict[str, Gap]]:
     return {
-        side: {
-            kind: Gap(measured.bits_per_byte, on_side(result.teacher, side)[kind].bits_per_byte)
-            for kind, measured in on_side(result.start, side).items()
+        ring: {
+            kind: Gap(measured.bits_per_byte, result.teacher.on(ring)[kind].bits_per_byte)
+            for kind, measured in result.start.on(ring).items()
         }
-        for side in SIDES
+        for ring in RINGS
     }
 
 
@@ -260,10 +201,10 @@ def _own_cells(result: StudyResult) -> dict[str, list[CellResult]]:
 
 
 def _methods(
-    result: StudyResult, gaps: Mapping[Side, Gap], kind_gaps: Mapping[Side, Mapping[str, Gap]]
+    result: StudyResult, gaps: Mapping[Ring, Gap], kind_gaps: Mapping[Ring, Mapping[str, Gap]]
 ) -> tuple[MethodSummary, ...]:
     cells = _own_cells(result)
-    runs = {name: tuple(_run(cell, gaps) for cell in group) for name, group in cells.items()}
+    runs = {name: tuple(run_of(cell, gaps) for cell in group) for name, group in cells.items()}
     front = _front({name: _mean_bits(group) for name, group in runs.items()})
     found = [
         _method(name, cells[name], runs[name], gaps, kind_gaps, on_front=name in front) for name in cells
@@ -271,19 +212,21 @@ def _methods(
     return tuple(sorted(found, key=lambda method: -method.score.value if method.score else 0.0))
 
 
-def _run(cell: CellResult, gaps: Mapping[Side, Gap]) -> Run:
-    bits = {side: Measured.sum(on_side(cell.scores, side).values()).bits_per_byte for side in gaps}
-    shares = {side: gaps[side].share(bits[side]) for side in gaps}
-    defined = {side: share for side, share in shares.items() if share is not None}
+def run_of(cell: CellResult, gaps: Mapping[Ring, Gap]) -> Run:
+    bits = {ring: Measured.sum(cell.scores.on(ring).values()).bits_per_byte for ring in gaps}
+    shares = {ring: gaps[ring].share(bits[ring]) for ring in gaps}
+    defined = {ring: share for ring, share in shares.items() if share is not None}
     return Run(cell.cell.seed, cell.cell.alpha, bits, defined)
 
 
 def _mean_bits(runs: Sequence[Run]) -> tuple[float, ...]:
-    return tuple(fmean(run.bits_per_byte[side] for run in runs) for side in runs[0].bits_per_byte)
+    """Average the bits per byte of the trade-off's rings, of those that the study has."""
+    rings = [ring for ring in PLANE if ring in runs[0].bits_per_byte]
+    return tuple(fmean(run.bits_per_byte[ring] for run in runs) for ring in rings)
 
 
 def _front(points: Mapping[str, Sequence[float]]) -> set[str]:
-    """Name the methods that no other one is as good as on each side and better than on one.
+    """Name the methods that no other one is as good as on each axis and better than on one.
 
     By bits per byte, which order methods as shares of the gap do and are defined where these are not.
     """
@@ -302,28 +245,27 @@ def _method(
     name: str,
     cells: Sequence[CellResult],
     runs: tuple[Run, ...],
-    gaps: Mapping[Side, Gap],
-    kind_gaps: Mapping[Side, Mapping[str, Gap]],
+    gaps: Mapping[Ring, Gap],
+    kind_gaps: Mapping[Ring, Mapping[str, Gap]],
     *,
     on_front: bool,
 ) -> MethodSummary:
-    scores = [run.score for run in runs]
     masses = [mass for cell in cells if (mass := _matched_mass(cell)) is not None]
     return MethodSummary(
         name=name,
         runs=runs,
-        sides={
-            side: _score([Measured.sum(on_side(cell.scores, side).values()) for cell in cells], gap)
-            for side, gap in gaps.items()
+        rings={
+            ring: _score([Measured.sum(cell.scores.on(ring).values()) for cell in cells], gap)
+            for ring, gap in gaps.items()
         },
         kinds={
-            side: {
-                kind: _score([on_side(cell.scores, side)[kind] for cell in cells], gap)
-                for kind, gap in kind_gaps[side].items()
+            ring: {
+                kind: _score([cell.scores.on(ring)[kind] for cell in cells], gap)
+                for kind, gap in kind_gaps[ring].items()
             }
-            for side in SIDES
+            for ring in RINGS
         },
-        score=Mean.of([score for score in scores if score is not None]) if None not in scores else None,
+        score=_mean_of_all(run.score for run in runs),
         step_seconds=Mean.of([cell.step_seconds for cell in cells]),
         peak_memory=Mean.of([cell.peak_memory for cell in cells]),
         matched_mass=Mean.of(masses) if masses else None,
@@ -335,14 +277,23 @@ def _method(
 
 def _score(measured: Sequence[Measured], gap: Gap) -> Score:
     bits = [each.bits_per_byte for each in measured]
-    shares = [share for each in bits if (share := gap.share(each)) is not None]
     return Score(
-        Mean.of(bits),
-        Mean.of(shares) if shares else None,
-        Mean.of([each.mean_divergence for each in measured])
-        if all(each.boundaries for each in measured)
-        else None,
+        bits_per_byte=Mean.of(bits),
+        share=_mean_of_all(map(gap.share, bits)),
+        divergence=_mean_of_all(each.mean_divergence if each.boundaries else None for each in measured),
+        next_word_accuracy=_mean_of_all(each.next_word_accuracy for each in measured),
+        bits_per_digit=_mean_of_all(each.bits_per_digit for each in measured),
+        agreement=_mean_of_all(each.agreement for each in measured),
+        written_bits_per_byte=_mean_of_all(each.written_bits_per_byte for each in measured),
+        repetition=_mean_of_all(each.repetition for each in measured),
     )
+
+
+def _mean_of_all(values: Iterable[float | None]) -> Mean | None:
+    """Average what all runs have; None where one lacks it."""
+    every = list(values)
+    found = [value for value in every if value is not None]
+    return Mean.of(found) if found and len(found) == len(every) else None
 
 
 def _matched_mass(cell: CellResult) -> float | None:
@@ -362,14 +313,14 @@ def _suites(cells: Sequence[CellResult]) -> dict[str, dict[str, Mean]]:
     }
 
 
-def _lines(result: StudyResult, gaps: Mapping[Side, Gap]) -> tuple[Line, ...]:
+def _lines(result: StudyResult, gaps: Mapping[Ring, Gap]) -> tuple[Line, ...]:
     cells = sorted(result.cells, key=lambda cell: cell.cell.index)
-    curves = {(cell.cell.method, cell.cell.seed) for cell in cells if cell.cell.in_curve}
+    first_seeds = {cell.cell.method: cell.cell.seed for cell in reversed(cells) if cell.cell.in_curve}
     found = _grouped(cells, lambda cell: (cell.cell.method, cell.cell.seed))
     return tuple(
-        Line(method, tuple(sorted((_run(cell, gaps) for cell in group), key=lambda run: run.alpha)))
+        Line(method, tuple(sorted((run_of(cell, gaps) for cell in group), key=lambda run: run.alpha)))
         for (method, seed), group in found.items()
-        if (method, seed) in curves
+        if first_seeds.get(method) == seed
     )
 
 
@@ -378,98 +329,54 @@ def _lines(result: StudyResult, gaps: Mapping[Side, Gap]) -> tuple[Line, ...]:
 
 def _verdicts(methods: Sequence[MethodSummary], default: str | None) -> tuple[Verdict, ...]:
     scored = {method.name: _scores(method) for method in methods if method.score is not None}
-    if default is None or default not in scored:
-        return ()
-    return tuple(
-        compare(default, scored[default], name, other) for name, other in scored.items() if name != default
-    )
+    return () if default is None or default not in scored else verdicts(default, scored)
 
 
 def _scores(method: MethodSummary) -> dict[int, float]:
     return {run.seed: run.score for run in method.runs if run.score is not None}
 
 
-def compare(default: str, scores: Mapping[int, float], other: str, others: Mapping[int, float]) -> Verdict:
-    """Compare two methods by their scores by seed; see Verdict for what is done."""
-    common = [seed for seed in scores if seed in others]
-    differences = [scores[seed] - others[seed] for seed in common]
-    if len(common) > 1:
-        mean, std = fmean(differences), stdev(differences)
-        p_value = _p_value(mean, std / sqrt(len(common)), len(common) - 1)
-        return Verdict(default, other, mean, std, len(common), p_value)
-    mean = differences[0] if common else fmean(scores.values()) - fmean(others.values())
-    freedom = len(scores) + len(others) - 2
-    if freedom == 0:
-        return Verdict(default, other, mean, None, len(common), None)
-    pooled = sqrt((_squares(scores.values()) + _squares(others.values())) / freedom)
-    runs = (1, 1) if common else (len(scores), len(others))
-    p_value = _p_value(mean, pooled * sqrt(1 / runs[0] + 1 / runs[1]), freedom)
-    return Verdict(default, other, mean, sqrt(2) * pooled, len(common), p_value)
-
-
-def _squares(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum((value - fmean(found)) ** 2 for value in found)
-
-
-def _p_value(difference: float, error: float, freedom: int) -> float:
-    """Return the two-sided probability under Student's t of so many standard errors or more.
-
-    Exact for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
-    """
-    if error == 0:
-        return 1.0 if difference == 0 else 0.0
-    angle = atan(abs(difference) / error / sqrt(freedom))
-    odd = freedom % 2
-    term, total = (cos(angle), 0.0) if odd else (1.0, 0.0)
-    for power in range(1 + odd, freedom, 2):
-        total += term
-        term *= cos(angle) ** 2 * power / (power + 1)
-    within = 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
-    return max(0.0, 1 - within)
-
-
-def _headline(methods: Sequence[MethodSummary], verdicts: Sequence[Verdict], default: str | None) -> str:
+def _headline(methods: Sequence[MethodSummary], found: Sequence[Verdict], default: str | None) -> str:
     """Say in a sentence what came out."""
     if not methods:
         return "No method has been measured yet."
     if default is not None and default not in {method.name for method in methods}:
         return f"{default}, which the others are to be compared with, has not been measured yet."
-    if verdicts:
-        return f"{verdicts[0].default} {_tally(verdicts)}."
+    if found:
+        return f"{found[0].default} {_tally(found)}."
     best = methods[0]
     if best.score is None:
         return "The student is no worse than the teacher before training: there is no gap to close."
     return f"{best.name} closes most of the gap: {best.score.written()}."
 
 
-def _tally(verdicts: Sequence[Verdict]) -> str:
-    ahead, behind = sum(each.ahead for each in verdicts), sum(each.behind for each in verdicts)
-    level = len(verdicts) - ahead - behind
-    parts = [
-        f"beats {ahead or 'none'} of {len(verdicts)} methods",
-        f"is behind {behind or 'none'}",
-        *([f"cannot be told apart from {level}"] if level else []),
-    ]
-    return ", ".join(parts)
+def _tally(found: Sequence[Verdict]) -> str:
+    ahead, behind = sum(each.ahead for each in found), sum(each.behind for each in found)
+    level = len(found) - ahead - behind
+    said = f"beats {ahead or 'none'} of {len(found)} methods, is behind {behind or 'none'}"
+    return said + (f"; no difference is shown to {level}" if level else "")
 
 
 # Notes
 
 
 def _notes(
-    result: StudyResult, gaps: Mapping[Side, Gap], kind_gaps: Mapping[Side, Mapping[str, Gap]]
+    result: StudyResult, gaps: Mapping[Ring, Gap], kind_gaps: Mapping[Ring, Mapping[str, Gap]]
 ) -> tuple[str, ...]:
     notes = []
     if len(result.cells) < result.planned:
         so_far = f"{len(result.cells)} of {result.planned}"
         notes.append(f"{so_far} cells are measured: means and verdicts may change.")
-    for side, gap in gaps.items():
+    if result.start.select_alpha_on:
+        own = {name: cells[0].cell.alpha for name, cells in _own_cells(result).items()}
+        chosen = ", ".join(f"{name} {alpha:g}" for name, alpha in own.items())
+        notes.append(f"each method at that of its alphas which does best on other rows: {chosen}.")
+    for ring, gap in gaps.items():
         if not gap.is_open:
-            notes.append(_no_gap(side, gap) + _judged_by(gaps))
+            notes.append(_no_gap(ring, gap) + _judged_by(gaps))
         else:
-            kinds = kind_gaps[side].items()
-            notes.extend(_no_gap(f"{side}, {kind}", each) for kind, each in kinds if not each.is_open)
+            kinds = kind_gaps[ring].items()
+            notes.extend(_no_gap(f"{ring}, {kind}", each) for kind, each in kinds if not each.is_open)
     return tuple(notes)
 
 
@@ -480,8 +387,6 @@ def _no_gap(where: str, gap: Gap) -> str:
     )
 
 
-def _judged_by(gaps: Mapping[Side, Gap]) -> str:
-    judged = [side for side, gap in gaps.items() if gap.is_open]
-    return (
-        f" Methods are judged by their share {judged[0]}." if judged else " Methods cannot be judged by it."
-    )
+def _judged_by(gaps: Mapping[Ring, Gap]) -> str:
+    judged = " and ".join(ring for ring, gap in gaps.items() if gap.is_open)
+    return f" Methods are judged by their share {judged}." if judged else " Methods cannot be judged by it."

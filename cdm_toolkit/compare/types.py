@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Ring = Literal["inside", "near", "outside"]
+RINGS: tuple[Ring, ...] = ("inside", "near", "outside")
+"""Where held-out text lies: of the kinds trained on, near these, far from these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,35 +21,95 @@ class Measured:
     divergence: float
     """KL(teacher ‖ model) in nats, summed over the shared boundaries; 0 for the teacher itself."""
     boundaries: int
+    words: int = 0
+    """Of the scored bytes; 0 where a version of this toolkit measured that did not count them."""
+    predicted_words: int = 0
+    """Words whose every token is the model's argmax."""
+    digit_bytes: int = 0
+    """ASCII digits among the scored bytes."""
+    digit_bits: float = 0.0
+    """Negative log-likelihood of the tokens that have one of these."""
+    agreed_bytes: int = 0
+    """Of greedy continuations, until they first differ from the teacher's; 0 as the next ones without these."""
+    compared_bytes: int = 0
+    """As far as both models have spoken."""
+    written_bytes: int = 0
+    written_bits: float = 0.0
+    """Negative log-likelihood of the continuations under the teacher."""
+    repeated_grams: int = 0
+    """Sequences of four words that came before in the same continuation."""
+    grams: int = 0
 
     @property
     def bits_per_byte(self) -> float:
         return self.bits / self.scored_bytes
 
     @property
+    def next_word_accuracy(self) -> float | None:
+        """Share of words whose every token is the argmax given the text before; None without a word."""
+        return self.predicted_words / self.words if self.words else None
+
+    @property
+    def bits_per_digit(self) -> float | None:
+        """Bits of all tokens that have a digit, a digit; None without one."""
+        return self.digit_bits / self.digit_bytes if self.digit_bytes else None
+
+    @property
     def mean_divergence(self) -> float:
         """In nats a shared boundary; 0 without one."""
         return self.divergence / max(self.boundaries, 1)
 
+    @property
+    def agreement(self) -> float | None:
+        """Share of the continuations until they first differ from the teacher's; None without one."""
+        return self.agreed_bytes / self.compared_bytes if self.compared_bytes else None
+
+    @property
+    def written_bits_per_byte(self) -> float | None:
+        """What the teacher thinks of the continuations; None where nothing is written."""
+        return self.written_bits / self.written_bytes if self.written_bytes else None
+
+    @property
+    def repetition(self) -> float | None:
+        """Share of repeated sequences of four words; None without such a sequence."""
+        return self.repeated_grams / self.grams if self.grams else None
+
     @staticmethod
     def sum(parts: Iterable[Measured]) -> Measured:
         every = tuple(parts)
-        return Measured(
-            sum(part.bits for part in every),
-            sum(part.scored_bytes for part in every),
-            sum(part.divergence for part in every),
-            sum(part.boundaries for part in every),
-        )
+        return Measured(*(sum(getattr(part, each.name) for part in every) for each in fields(Measured)))
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a model says after a prompt, greedily."""
+
+    row: int
+    """Number of the held-out row that the prompt is of."""
+    prompt: str
+    text: str
+    is_cut: bool
+    """It reached the limit of tokens: the model has not ended it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelScores:
-    """A model on text of the kinds that it is trained on (inside) and of others (outside), by kind."""
+    """A model on the held-out text of each ring, by kind."""
 
     inside: Mapping[str, Measured]
     outside: Mapping[str, Measured]
     suites: Mapping[str, Mapping[str, float]]
     """Score by metric, of each eval suite that the study names."""
+    near: Mapping[str, Measured] = field(default_factory=dict)
+    select_alpha_on: Mapping[str, Measured] = field(default_factory=dict)
+    """Other rows of these kinds, on which alpha is chosen."""
+    continuations: Mapping[str, tuple[Continuation, ...]] = field(default_factory=dict)
+    """By kind of text; none where the study has none."""
+
+    def on(self, ring: Ring) -> Mapping[str, Measured]:
+        """Return the scores on one ring."""
+        scores: Mapping[str, Measured] = getattr(self, ring)
+        return scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,17 +38,29 @@ class GenerationSettings:
 def generate_batch(
     subject: Subject, prompts: Sequence[str], settings: GenerationSettings, *, batch_size: int | None = None
 ) -> list[str]:
-    """Continue prompts up to the end-of-sequence token, a stop string or `max_new_tokens`.
+    """Continue prompts up to the end-of-sequence token, a stop string or `max_new_tokens`, as `generate_ids` does.
 
-    A completion ends before its first stop string, and contains neither the prompt nor special tokens. Batches have
-    at most `batch_size` prompts; None chooses it by their length. Each completion has its own seed, made of
-    `settings.seed`, the prompt and the number of its previous occurrences in `prompts`, so samples do not depend on
-    the batch. A prompt that leaves no room for the answer is truncated on the left. Raises BadOption.
+    A completion ends before its first stop string, and contains neither the prompt nor special tokens.
+    """
+    rows = generate_ids(subject, prompts, settings, batch_size=batch_size)
+    texts = (spelled(subject.view, ids).decode("utf-8", errors="replace") for ids in rows)
+    return [cut_at(text, settings.stop) for text in texts]
+
+
+def generate_ids(
+    subject: Subject, prompts: Sequence[str], settings: GenerationSettings, *, batch_size: int | None = None
+) -> list[list[int]]:
+    """Continue prompts; return the new ids of each, without the end-of-sequence token.
+
+    A row with a stop string ends soon after it. Batches have at most `batch_size` prompts; None chooses it by their
+    length. Each completion has its own seed, made of `settings.seed`, the prompt and the number of its previous
+    occurrences in `prompts`, so samples do not depend on the batch. A prompt that leaves no room for the answer is
+    truncated on the left. Raises BadOption.
     """
     limit = room_for_prompt(subject, settings.max_new_tokens)
     encoded = [prompt_ids(subject.tokenizer, prompt, limit) for prompt in prompts]
     seeds = _seeds(settings.seed, prompts)
-    completions = [""] * len(prompts)
+    completions: list[list[int]] = [[] for _ in prompts]
     for batch in batches([len(ids) + settings.max_new_tokens for ids in encoded], batch_size):
         rows = _continued(
             subject.model,
@@ -59,8 +71,7 @@ def generate_batch(
             subject.view,
         )
         for index, ids in zip(batch, rows, strict=True):
-            text = spelled(subject.view, ids).decode("utf-8", errors="replace")
-            completions[index] = cut_at(text, settings.stop)
+            completions[index] = ids
     return completions
 
 

@@ -94,9 +94,9 @@ def test_the_verdicts_stand_below() -> None:
     lines = shown(study(), 100)
     assert lines[-4:] == [
         "spelling beats 2 of 3 methods, is behind 1.",
-        "▼ spelling is behind spelling k=20 by 0.100 ± 0.000 (3 seeds)",
-        "▲ spelling beats exact by 0.100 ± 0.000 (3 seeds)",
-        "▲ spelling beats sft by 0.200 ± 0.000 (3 seeds)",
+        "▼ spelling is behind spelling k=20: -0.100 [-0.100, -0.100], 3 seeds, p < 0.001",
+        "▲ spelling beats exact: +0.100 [0.100, 0.100], 3 seeds, p < 0.001",
+        "▲ spelling beats sft: +0.200 [0.200, 0.200], 3 seeds, p < 0.001",
     ]
 
 
@@ -108,7 +108,7 @@ def test_what_to_know_before_trusting_them_is_last() -> None:
 def test_names_are_printed_as_they_are() -> None:
     lines = shown(study(("exact [red]x[/red]", "spelling")), 120)
     assert "● exact [red]x[/red]" in row(lines, " ○ exact").replace("○", "●")
-    assert any(line.endswith("(3 seeds)") and "exact [red]x[/red]" in line for line in lines)
+    assert any(line.endswith("3 seeds, p < 0.001") and "exact [red]x[/red]" in line for line in lines)
 
 
 def test_a_study_without_cells_says_so() -> None:

@@ -9,7 +9,15 @@ from random import Random
 
 import pytest
 
-from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, Point, StudyResult
+from cdm_toolkit.compare.types import (
+    Cell,
+    CellResult,
+    Continuation,
+    Measured,
+    ModelScores,
+    Point,
+    StudyResult,
+)
 
 BYTES, BOUNDARIES = 4000, 900
 # bits per byte: of the student before training, of the teacher
@@ -159,3 +167,25 @@ def no_divergence() -> StudyResult:
 
     cells = tuple(replace(each, scores=without(each.scores)) for each in made.cells)
     return replace(made, start=without(made.start), teacher=without(made.teacher), cells=cells)
+
+
+@pytest.fixture
+def with_near() -> StudyResult:
+    """Give a study with text near the domain, where all stand as they do inside; both have words and digits.
+
+    One kind has greedy continuations.
+    """
+    made = study(("sft", "exact", "spelling"))
+
+    def near(scores: ModelScores, seed: int = 0) -> ModelScores:
+        inside = {
+            kind: replace(each, words=10, predicted_words=4 + seed, digit_bytes=5, digit_bits=10.0)
+            for kind, each in scores.inside.items()
+        }
+        inside["code"] = replace(inside["code"], agreed_bytes=3, compared_bytes=4 + seed, grams=9)
+        said = (Continuation(7, "def <f>(", f"x{seed}): pass & go", True),)
+        scores = replace(scores, continuations={"code": said})
+        return replace(scores, inside=inside, near={f"{kind} again": each for kind, each in inside.items()})
+
+    cells = tuple(replace(each, scores=near(each.scores, each.cell.seed)) for each in made.cells)
+    return replace(made, start=near(made.start), teacher=near(made.teacher), cells=cells)

@@ -24,6 +24,21 @@ def test_the_overview_has_shares_likelihood_divergence_and_cost(full_study: Stud
     assert found["cost", "MiB"].end(None) == "–"
 
 
+def test_three_rings_and_all_measures_have_their_columns(with_near: StudyResult) -> None:
+    found = columns_of(with_near)
+    assert [name for group, name in found if group == "share of the gap"] == [
+        "inside",
+        "near",
+        "outside",
+        "mean",
+    ]
+    words = found["next word", "near"]
+    assert (words.end(words.start), words.written(summarize(with_near).methods[0])) == ("0.400", "0.500")
+    assert found["bits a digit", "inside"].written(summarize(with_near).methods[0]) == "2.000"
+    assert found["next word", "outside"].end(found["next word", "outside"].start) == "–"
+    assert "Next-word accuracy" in by_kind(with_near, summarize(with_near))
+
+
 def test_the_best_is_the_highest_share_and_the_lowest_cost(full_study: StudyResult) -> None:
     methods = summarize(full_study).methods
     found = columns_of(full_study)
@@ -86,4 +101,4 @@ def test_a_divergence_that_is_not_measured_has_no_column(no_divergence: StudyRes
         "Share of the gap closed",
         "Bits per byte",
     ]
-    assert summarize(no_divergence).methods[0].sides["inside"].divergence is None
+    assert summarize(no_divergence).methods[0].rings["inside"].divergence is None

@@ -234,3 +234,17 @@ def test_bars_have_a_panel_for_what_is_measured(no_divergence: StudyResult, draw
     every = ["Share of the gap closed", "KL(teacher ‖ student)", "Time of a step", "Peak memory"]
     assert panels(drawn["bars"]) == every
     assert panels(figures_of(no_divergence)["bars"]) == [every[0], *every[2:]]
+
+
+def test_three_rings_have_three_bars_and_the_same_plane(with_near: StudyResult) -> None:
+    figures = figures_of(with_near)
+    (plane,) = figures["trade-off"].axes
+    assert (plane.get_xlabel(), plane.get_ylabel()) == (
+        "share of the gap closed inside the domain",
+        "share of the gap closed outside the domain",
+    )
+    titles = {axes.get_title(loc="left"): axes for axes in figures["bars"].axes}
+    assert {"Next-word accuracy", "Digits"} <= titles.keys()
+    for name, rings in (("Share of the gap closed", 3), ("Next-word accuracy", 2)):
+        assert "from above: inside, near, outside" in titles[name].get_xlabel()
+        assert len(titles[name].patches) == 3 * rings

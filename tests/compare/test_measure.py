@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem, SourceNotFound
 from cdm_toolkit.evaluation.bpb import Passage, passage_bits
 from cdm_toolkit.evaluation.evaluate import Subject
+from cdm_toolkit.evaluation.generation import GenerationSettings, generate_batch
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -113,6 +115,56 @@ def test_the_batch_size_does_not_matter(heldout: Heldout, model: Path) -> None:
     for size in (1, 2, 3):
         for kind, of_kind in score_model(str(model), heldout, batch_size=size).items():
             _close(of_kind, measured[kind], relative=2e-6)
+
+
+# Words and digits, by hand
+
+
+def _words_by_hand(row: Row, folder: Path) -> tuple[int, int, float]:
+    """Read the completion token by token: its predicted words, its digits, the bits of tokens with a digit."""
+    tokenizer = load_tokenizer(str(folder))
+    view, fast = tokenizer.view, tokenizer.tokenizer
+    start = fast.eos_token_id if fast.bos_token_id is None else fast.bos_token_id
+    text, begin = row.text.encode(), row.completion_start
+    ids = ([] if start is None else [start]) + view.encode(row.text).ids.tolist()
+    predicted = _probabilities(load_model(str(folder)), ids)
+    wrong: set[int] = set()
+    bits, at = 0.0, 0
+    for i in range(start is not None, len(ids)):
+        span = range(at, at + len(view.token_bytes[ids[i]]))
+        at = span.stop
+        p = predicted[i - 1][ids[i]] if i else 1 / view.vocab_size
+        wrong |= set() if i and predicted[i - 1].argmax() == ids[i] else set(span)
+        digits = any(text[byte : byte + 1].isdigit() for byte in span if byte >= begin)
+        bits -= math.log2(p) if digits else 0.0
+    words = [match.span() for match in re.finditer(rb"\s*\S+", text[begin:])]
+    right = sum(wrong.isdisjoint(range(begin + a, begin + b)) for a, b in words)
+    return right, sum(byte in b"0123456789" for byte in text[begin:]), bits
+
+
+def test_words_and_digits_are_what_the_definition_says(heldout: Heldout, model: Path) -> None:
+    for kind, measured in score_model(model, heldout).items():
+        by_hand = [_words_by_hand(row, model) for row in heldout.rows[kind]]
+        words, digits, bits = map(sum, zip(*by_hand, strict=True))
+        assert (measured.predicted_words, measured.digit_bytes) == (words, digits)
+        assert measured.digit_bits == pytest.approx(bits, rel=1e-5)
+        assert measured.words == sum(len(row.completion.split()) for row in heldout.rows[kind])
+
+
+def test_what_a_model_says_itself_is_predicted(model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    subject = Subject("model", load_model(str(model)), tokenizer.tokenizer, tokenizer.view)
+    prompts = [f"{word}:" for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
+    said = generate_batch(
+        subject, [f"{prompt}\n" for prompt in prompts], GenerationSettings(max_new_tokens=2)
+    )
+    rows = [
+        Row(i, prompt, f"{text} 17 no") for i, (prompt, text) in enumerate(zip(prompts, said, strict=True), 1)
+    ]
+    heldout = Heldout(tmp_path, {"one": tuple(rows)}, {}, str(model), None)
+    measured = score_model(model, heldout)["one"]
+    assert 0 < measured.predicted_words == sum(_words_by_hand(row, model)[0] for row in rows) < measured.words
+    assert measured.next_word_accuracy == measured.predicted_words / measured.words
 
 
 # Divergence, by hand

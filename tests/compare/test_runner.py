@@ -50,7 +50,9 @@ from cdm_toolkit.errors import (
 STUDY: dict[str, Any] = {
     "train": {"sums": {"path": "sample:train", "rows": 6}, "code": {"path": "python:code", "rows": 2}},
     "inside": {"sums": {"path": "sample:heldout", "rows": 3}},
+    "near": {"docstrings": {"path": "python:docstrings", "rows": 1, "split": "heldout"}},
     "outside": {"manual": {"path": "python:manual", "rows": 2}},
+    "continuations": {"rows": 1, "new_tokens": 5},
     "max_length": 400,
     "steps": 3,
     "run": {"lr": 1e-3, "batch_size": 2},
@@ -117,6 +119,9 @@ def test_cells_do_the_same_work(study: StudyConfig, done: StudyFolder) -> None:
         assert result.step_seconds > 0
         assert [point.step for point in result.curve] == [1, 2, 3]
         assert result.scores.inside["sums"].scored_bytes > 100
+        assert result.scores.near["docstrings"].words > 10
+        assert result.scores.near["docstrings"].compared_bytes > 0
+        assert [len(texts) for texts in result.scores.continuations.values()] == [1, 1, 1]
         assert result.scores.outside["manual"].boundaries > 100
     # the first step begins with the same weights and rows
     assert len({result.curve[0].ce for result in results}) == 1
@@ -243,6 +248,14 @@ def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_pat
         ("outside.more={path: 'python:cod'}", "did you mean python:code?"),
         ("outside.more={path: 'python:code', rows: 3}", "2 of its 3 rows are trained on"),
         ("inside.code={path: 'python:code', rows: 4}", "2 of its 4 rows are trained on"),
+        ("inside.sums.skip=100000", "`inside.sums.skip` is 100000; give less"),
+        (
+            (
+                "curves={spelling: [0.8]}",
+                "select_alpha_on={sums: {path: 'sample:heldout', skip: 2, rows: 2}}",
+            ),
+            "1 of its 2 rows are reported on; skip passes over these",
+        ),
         ("student={transplant: none/such, tokenizer: gpt2}", "cannot find 'none/such'"),
         ("student={size: 3q, tokenizer: gpt2}", "`size` is '3q'"),
         ("student={size: 1m, tokenizer: gpt2, entries: 3}", "`entries` is 3"),
@@ -252,9 +265,9 @@ def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_pat
     ],
 )
 def test_a_study_that_cannot_be_prepared(
-    make: Callable[..., StudyConfig], tmp_path: Path, assignment: str, said: str
+    make: Callable[..., StudyConfig], tmp_path: Path, assignment: str | tuple[str, ...], said: str
 ) -> None:
-    study = make(assignment)
+    study = make(*((assignment,) if isinstance(assignment, str) else assignment))
     with pytest.raises((BadOption, FileProblem, SourceNotFound, UnknownName, BadArtifact)) as caught:
         prepare(study, claimed(study, tmp_path / "out"))
     assert said in str(caught.value)
@@ -325,6 +338,24 @@ def test_a_cache_of_the_study_s_own(
     rows = make(cache("teacher", "good"), "train.sums.rows=5")
     with pytest.raises(BadArtifact, match="its data is"):
         prepare(rows, claimed(rows, tmp_path / "d"))
+
+
+def test_alpha_is_chosen_on_other_rows(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    study = make(
+        "methods={spelling: {method: spelling, top_k: 20}}",
+        "curves={spelling: [0.9]}",
+        "seeds=[0,1]",
+        "select_alpha_on={sums: {path: 'sample:heldout', skip: 3, rows: 2}}",
+    )
+    folder = claimed(study, tmp_path / "out")
+    for cell in grid(study):
+        run_cell(study, folder, cell.index)
+    result = put_together(study, folder, command="x")
+    assert result.facts["held out, select alpha on"] == "sums (2 rows)"
+    assert all(each.scores.select_alpha_on["sums"].scored_bytes > 100 for each in result.cells)
+    own = [each.cell for each in result.cells if not each.cell.in_curve]
+    assert sorted(cell.seed for cell in own) == [0, 1]
+    assert len({cell.alpha for cell in own}) == 1
 
 
 def test_a_study_that_has_grown_keeps_its_cells(

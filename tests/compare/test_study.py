@@ -60,6 +60,21 @@ def test_a_study_is_stopped_early_and_still_compares(file: Path) -> None:
     ]
 
 
+def test_all_seeds_have_every_alpha_where_one_is_chosen(file: Path) -> None:
+    study = from_file(str(file), ["select_alpha_on={sums: {path: 'sample:heldout', skip: 2, rows: 2}}"])
+    assert [(cell.alpha, cell.seed) for cell in grid(study) if cell.in_curve] == [
+        (0.1, 0),
+        (0.9, 0),
+        (0.1, 7),
+        (0.9, 7),
+    ]
+
+
+def test_alphas_are_chosen_among_curves(file: Path) -> None:
+    said = faults(file, "curves={}", "select_alpha_on={sums: {path: 'sample:heldout'}}")
+    assert "select_alpha_on has nothing to choose from" in said
+
+
 def test_a_cell_that_is_not_there(file: Path) -> None:
     study = from_file(str(file))
     assert cell_at(study, 8).in_curve
@@ -128,6 +143,10 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
         ("measures=[bits-per-byte, divergence]", "time, memory cannot be left out"),
         ("inside.smus={path: x}", "unknown kind 'smus'; did you mean sums?"),
         ("outside.code={path: x}", "outside.code is trained on"),
+        ("select_alpha_on={smus: {path: x}}", "select_alpha_on.smus is not held out: unknown kind 'smus'"),
+        ("train.sums.skip=-1", "train.sums.skip is -1"),
+        ("near.code={path: x}", "near.code is trained on"),
+        ("near.manual={path: x}", "near.manual is outside as well"),
         ("default=spel", "default: unknown method 'spel'; did you mean spelling?"),
         ("seeds=[1,1]", "seeds has 1 twice"),
         ("methods.spelling.seeds=[]", "methods.spelling.seeds is []: give at least 1 entries"),
@@ -186,4 +205,6 @@ def test_each_shipped_study_is_without_fault(shipped) -> None:
 
 
 def test_the_shipped_studies_are_these() -> None:
-    assert {"quickstart-small", "transfer-small"} <= {shipped.name for shipped in list_studies()}
+    assert {"quickstart-small", "transfer-small", "transfer-epoch"} <= {
+        shipped.name for shipped in list_studies()
+    }

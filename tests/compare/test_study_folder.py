@@ -176,11 +176,26 @@ def test_a_cell_with_other_options_is_told(
         folder.read_cell(other, stored.result.cell)
 
 
+def test_a_cell_of_the_version_before_is_read_without_words(folder: StudyFolder, stored: Stored) -> None:
+    folder.write_cell(stored)
+    file = folder.of(stored.result.cell) / CELL_FILE
+    content = json.loads(file.read_text())
+    content["version"] = 2
+    del content["result"]["scores"]["near"]
+    for of_kind in content["result"]["scores"].values():
+        for measured in of_kind.values():
+            for name in ("words", "predicted_words", "digit_bytes", "digit_bits"):
+                del measured[name]
+    file.write_text(json.dumps(content))
+    found = folder.read_cell(THE_SAME, stored.result.cell)
+    assert found == stored
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda text: text[:100],
-        lambda text: text.replace('"version": 2', '"version": 3'),
+        lambda text: text.replace('"version": 3', '"version": 1'),
         lambda text: text.replace('"steps"', '"stpes"'),
         lambda text: text.replace('"bits"', '"bytes"', 1),
         lambda text: "[]",

@@ -82,8 +82,8 @@ def test_pictures_come_light_and_dark_and_are_told_to_those_who_do_not_see(outli
 def test_the_page_says_what_was_compared_and_what_came_out(outline: Outline) -> None:
     for text in (
         "smollm2 → smollm2 with gpt2's tokenizer (6,000 entries)",
-        "spelling beats 8 of 10 methods, is behind none, cannot be told apart from 2.",
-        "spelling beats exact by 0.034 ± 0.004 (3 seeds)",
+        "spelling beats 8 of 10 methods, is behind none; no difference is shown to 2.",
+        "spelling beats exact: +0.034 [",
         "word-problems (40 rows), gsm8k (40 rows), code (40 rows)",
         "Linux x86_64, 2 cores, torch 2.13, float32",
         "cdm-toolkit: 0.1.0",
@@ -164,6 +164,18 @@ def test_everything_from_outside_is_escaped(make_study: Make) -> None:
     found = Outline(page)
     assert "script" not in {tag for tag, _ in found.tags}
     assert found.text.count(evil) > 12
+
+
+def test_continuations_are_there_to_be_read(with_near: StudyResult) -> None:
+    page = study_page(with_near)
+    assert "<h2>Greedy continuations</h2>" in page
+    assert "<summary>code: 1 prompt</summary><pre>def &lt;f&gt;(</pre>" in page
+    assert page.count("x0): pass &amp; go") == 2 + 3  # teacher and start, the first seed of each method
+    assert "Agreement of greedy continuations with the teacher" in page
+
+
+def test_no_continuations_have_no_heading(page: str) -> None:
+    assert "Greedy" not in page
 
 
 def test_a_side_without_a_gap_is_said_on_the_page(no_gap_outside: StudyResult) -> None:

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import isclose, sqrt
+from math import sqrt
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare.summary import Gap, Mean, Verdict, _front, _p_value, compare, summarize
+from cdm_toolkit.compare.summary import Gap, Mean, _front, summarize
 from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, StudyResult
+from cdm_toolkit.compare.verdicts import Verdict
 
 Make = Callable[..., StudyResult]
 
@@ -66,7 +67,7 @@ def test_kinds_count_by_their_bytes_and_seeds_alike() -> None:
         cell("m", {"a": measured(1.5), "b": measured(3.5, size=3000)}, {"c": measured(1.75)}, 1),
     ]
     (method,) = summarize(small_study(cells)).methods
-    inside, outside = method.sides["inside"], method.sides["outside"]
+    inside, outside = method.rings["inside"], method.rings["outside"]
     # (1.5·1 + 3·3) / 4 and (1.5·1 + 3.5·3) / 4, between 3.5 and 1.75
     assert inside.bits_per_byte.value == pytest.approx((2.625 + 3.0) / 2)
     assert inside.share is not None
@@ -85,8 +86,8 @@ def test_no_gap_outside_is_said_and_methods_are_judged_by_the_other_side(no_gap_
     assert found.notes[0].endswith("Methods are judged by their share inside.")
     assert found.score_name == "share inside"
     for method in found.methods:
-        assert method.sides["outside"].share is None
-        assert method.score == method.sides["inside"].share
+        assert method.rings["outside"].share is None
+        assert method.score == method.rings["inside"].share
     assert [verdict.other for verdict in found.verdicts if verdict.ahead] == ["exact", "sft"]
 
 
@@ -117,6 +118,41 @@ def test_a_study_without_text_outside_has_one_side(make_study: Make) -> None:
     assert list(found.gaps) == ["inside"]
     assert found.score_name == "share inside"
     assert found.notes == ()
+
+
+def test_three_rings_are_averaged_and_the_front_is_that_of_the_plane(
+    make_study: Make, with_near: StudyResult
+) -> None:
+    before, after = summarize(make_study(("sft", "exact", "spelling"))), summarize(with_near)
+    assert list(after.gaps) == ["inside", "near", "outside"]
+    for method in after.methods:
+        inside, near, outside = (method.rings[ring].share for ring in ("inside", "near", "outside"))
+        assert near == inside
+        assert inside is not None
+        assert outside is not None
+        assert method.score is not None
+        assert method.score.value == pytest.approx((2 * inside.value + outside.value) / 3)
+    assert {m.name for m in after.methods if m.on_front} == {m.name for m in before.methods if m.on_front}
+
+
+def test_no_gap_in_one_of_three_rings_leaves_two(with_near: StudyResult) -> None:
+    start = replace(with_near.start, outside=with_near.teacher.outside)
+    found = summarize(replace(with_near, start=start))
+    assert found.notes[0].endswith("Methods are judged by their share inside and near.")
+    assert found.score_name == "mean of shares"
+
+
+def test_words_and_digits_are_averaged_where_all_runs_have_them(with_near: StudyResult) -> None:
+    found = summarize(with_near).methods[0].rings
+    assert found["inside"].next_word_accuracy == Mean(pytest.approx(0.5), pytest.approx(0.1), 3)
+    assert found["near"].bits_per_digit == Mean(2.0, 0.0, 3)
+    assert found["outside"].next_word_accuracy is None
+    first = with_near.cells[0]
+    old = {kind: replace(each, words=0) for kind, each in first.scores.near.items()}
+    cells = (replace(first, scores=replace(first.scores, near=old)), *with_near.cells[1:])
+    methods = {each.name: each for each in summarize(replace(with_near, cells=cells)).methods}
+    assert methods["sft"].rings["near"].next_word_accuracy is None
+    assert methods["spelling"].rings["near"].next_word_accuracy is not None
 
 
 def test_methods_come_best_first(full_study: StudyResult) -> None:
@@ -184,111 +220,12 @@ def test_every_method_off_the_front_is_dominated_from_the_front(points: list[tup
     assert all(any(dominates(a, b) for a in front) == (b not in front) for b in places)
 
 
-# Verdicts
-
-
-def by_seed(*values: float) -> dict[int, float]:
-    return dict(enumerate(values))
-
-
-def test_a_method_beats_another_by_paired_differences() -> None:
-    em = by_seed(0.40, 0.44, 0.36)
-    found = compare("spelling", by_seed(0.40 + 0.023, 0.44 + 0.031, 0.36 + 0.039), "exact", em)
-    assert found.text == "spelling beats exact by 0.031 ± 0.008 (3 seeds)"
-    assert found.ahead
-    assert not found.behind
-
-
-def test_luck_of_a_seed_that_all_methods_share_cancels_out() -> None:
-    first, second = by_seed(0.1, 0.5, 0.9), by_seed(0.08, 0.47, 0.88)
-    assert compare("a", first, "b", second).ahead
-    # the same figures without a seed in common cannot be told apart
-    assert not compare("a", first, "b", {seed + 9: each for seed, each in second.items()}).told_apart
-
-
-def test_behind_and_level_are_said_in_words() -> None:
-    low, high = by_seed(0.30, 0.31, 0.32), by_seed(0.40, 0.42, 0.41)
-    assert (
-        compare("spelling", low, "exact", high).text == "spelling is behind exact by 0.100 ± 0.010 (3 seeds)"
-    )
-    level = compare("spelling", by_seed(0.30, 0.34, 0.32), "exact", by_seed(0.31, 0.31, 0.33))
-    assert level.text == "spelling and exact cannot be told apart: 0.003 ± 0.023 (3 seeds)"
-
-
-def test_what_p_value_gives_as_well_is_said() -> None:
-    found = compare("spelling", by_seed(0.41, 0.43), "exact", by_seed(0.39, 0.39))
-    # t = 0.03 / (0.0141 / √2) = 3 with one degree of freedom
-    assert found.p_value == pytest.approx(0.2048, abs=1e-4)
-    assert found.text == "spelling beats exact by 0.030 ± 0.014 (2 seeds); p = 0.20"
-
-
-def test_what_p_value_gives_more_often_than_one_time_in_four_is_not_believed() -> None:
-    found = compare("spelling", by_seed(0.40, 0.42), "exact", by_seed(0.39, 0.39))
-    assert found.p_value == pytest.approx(0.2952, abs=1e-4)  # t = 2
-    assert found.text == "spelling and exact cannot be told apart: 0.020 ± 0.014 (2 seeds)"
-
-
-@given(st.lists(st.integers(-64, 64), min_size=3, max_size=6))
-def test_from_three_common_seeds_on_the_deviation_decides_alone(differences: list[int]) -> None:
-    found = compare("a", by_seed(*differences), "b", by_seed(*[0.0] * len(differences)))
-    assert found.std is not None
-    assert found.told_apart == (abs(found.difference) > found.std)
-
-
-def test_one_seed_in_common_is_compared_there_with_the_pooled_deviation() -> None:
-    found = compare("spelling", by_seed(0.40, 0.43, 0.46), "spelling k=20", by_seed(0.39))
-    assert found.difference == pytest.approx(0.01)
-    assert found.std == pytest.approx(sqrt(2) * 0.03)
-    assert found.text == "spelling and spelling k=20 cannot be told apart: 0.010 ± 0.042 (one seed in common)"
-
-
-def test_without_a_common_seed_means_are_compared_with_the_pooled_deviation() -> None:
-    found = compare("a", {0: 0.5, 1: 0.7}, "b", {2: 0.1, 3: 0.2, 4: 0.3})
-    pooled = sqrt((0.02 + 0.02) / 3)
-    assert found.difference == pytest.approx(0.4)
-    assert found.std == pytest.approx(sqrt(2) * pooled)
-    assert found.p_value == pytest.approx(_p_value(0.4, pooled * sqrt(1 / 2 + 1 / 3), 3))
-    assert "(no seed in common)" in found.text
-
-
-def test_one_seed_each_tells_nothing_apart() -> None:
-    found = compare("spelling", by_seed(0.4), "exact", by_seed(0.3))
-    assert found.text == "spelling and exact cannot be told apart by one seed (0.100 ahead)"
-    assert not found.told_apart
-
-
-def test_equal_runs_are_told_apart_by_nothing_and_a_constant_lead_by_all() -> None:
-    assert not compare("a", by_seed(0.5, 0.25), "b", by_seed(0.5, 0.25)).told_apart
-    lead = compare("a", by_seed(0.75, 0.5), "b", by_seed(0.5, 0.25))
-    assert (lead.std, lead.p_value, lead.ahead) == (0.0, 0.0, True)
-
-
-_FIGURES = st.dictionaries(st.integers(0, 3), st.integers(-8, 8).map(lambda n: n / 8), min_size=1)
-
-
-@given(_FIGURES, _FIGURES)
-def test_turning_a_comparison_round_turns_its_sign(a: dict[int, float], b: dict[int, float]) -> None:
-    there, back = compare("a", a, "b", b), compare("b", b, "a", a)
-    assert isclose(there.difference, -back.difference, abs_tol=1e-12)
-    assert there.std == pytest.approx(back.std)
-    assert (there.ahead, there.behind) == (back.behind, back.ahead)
-
-
-@pytest.mark.parametrize(
-    ("statistic", "freedom"), [(12.7062, 1), (4.3027, 2), (3.1824, 3), (2.7764, 4), (2.5706, 5), (2.2281, 10)]
-)
-def test_p_value_is_that_of_the_tables_of_student_s_t(statistic: float, freedom: int) -> None:
-    assert _p_value(statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
-    assert _p_value(-statistic, 1.0, freedom) == pytest.approx(0.05, abs=1e-5)
-    assert _p_value(0.0, 1.0, freedom) == pytest.approx(1.0)
-
-
 # Words
 
 
 def test_the_headline_counts_the_verdicts(full_study: StudyResult) -> None:
     found = summarize(full_study)
-    assert found.headline == "spelling beats 8 of 10 methods, is behind none, cannot be told apart from 2."
+    assert found.headline == "spelling beats 8 of 10 methods, is behind none; no difference is shown to 2."
     assert [verdict.other for verdict in found.verdicts] == [method.name for method in found.methods[1:]]
     assert all(isinstance(verdict, Verdict) and verdict.default == "spelling" for verdict in found.verdicts)
 

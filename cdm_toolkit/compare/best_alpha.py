@@ -1,0 +1,55 @@
+"""Each method at the best of its alphas, chosen on rows apart from those that are reported. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from cdm_toolkit.compare.summary import gaps_of, run_of
+from cdm_toolkit.compare.types import RINGS, Cell, ModelScores, StudyResult
+
+
+def at_best_alphas(result: StudyResult) -> StudyResult:
+    """Take each method at the alpha that closes most of the gap on `select_alpha_on`; its others become its line.
+
+    That is the mean of the shares over the rings of these rows and over the seeds, among the alphas that have most
+    seeds so far; the lower alpha of two that are equal. A study without such rows, or without a gap on them, stays
+    as it is.
+    """
+    scores = _selection_scores(result)
+    if not scores:
+        return result
+
+    def chosen(cell: Cell) -> Cell:
+        return replace(cell, in_curve=cell.alpha != best[cell.method])
+
+    best = {method: _best(of_method) for method, of_method in scores.items()}
+    return replace(result, cells=tuple(replace(each, cell=chosen(each.cell)) for each in result.cells))
+
+
+def _selection_scores(result: StudyResult) -> dict[str, dict[float, list[float]]]:
+    """Score every run on the rows to choose on: by method, by alpha."""
+    gaps = gaps_of(replace(result, start=_selection(result.start), teacher=_selection(result.teacher)))
+    found: defaultdict[str, defaultdict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for each in result.cells:
+        score = run_of(replace(each, scores=_selection(each.scores)), gaps).score
+        if score is not None:
+            found[each.cell.method][each.cell.alpha].append(score)
+    return {method: dict(of_method) for method, of_method in found.items()}
+
+
+def _selection(scores: ModelScores) -> ModelScores:
+    """Put the rows to choose on in the place of those that are reported."""
+    rings: dict[str, Any] = {
+        ring: {kind: of_kind for kind, of_kind in scores.select_alpha_on.items() if kind in scores.on(ring)}
+        for ring in RINGS
+    }
+    return replace(scores, **rings)
+
+
+def _best(scores: dict[float, list[float]]) -> float:
+    most = max(map(len, scores.values()))
+    means = {alpha: fmean(runs) for alpha, runs in scores.items() if len(runs) == most}
+    return max(sorted(means), key=means.__getitem__)
