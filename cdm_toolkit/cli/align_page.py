@@ -1,4 +1,4 @@
-"""Self-contained HTML pages and SVG: one file, no scripts, no external resources."""
+"""Self-contained HTML pages and SVG: one file, no external resources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KIND_COLOURS = {
     "n-m": "#cc79a7",
     "unmatched": "#d55e00",
 }
-_LABEL_INK = {"1-1": "#ffffff", "1-n": "#ffffff", "n-1": "#1b1f24", "n-m": "#1b1f24", "unmatched": "#ffffff"}
+LABEL_INK = {"1-1": "#ffffff", "1-n": "#ffffff", "n-1": "#1b1f24", "n-m": "#1b1f24", "unmatched": "#ffffff"}
 KIND_MEANINGS = {
     "1-1": "one token on each side",
     "1-n": "one token above, several below",
@@ -63,12 +63,12 @@ svg { display: block; margin: 1rem 0; } svg text { fill: currentColor; }
 """
 
 
-def html_page(title: str, facts: str, body: str) -> str:
-    """Wrap a body in a self-contained page."""
+def html_page(title: str, facts: str, body: str, *, style: str = "") -> str:
+    """Wrap a body in a self-contained page; `style` goes over the style that all pages have."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
         f'<h1>{escape(title)}</h1>\n<p class="facts">{escape(facts)}</p>\n{body}\n</body>\n</html>\n'
     )
 
@@ -155,7 +155,7 @@ def _html_group(aligned: TextAlignment, group: Group) -> str:
     key = colour_key(group)
     inexact = "" if group.exact or key == "unmatched" else " inexact"
     return (
-        f'<div class="group{inexact}" style="--kind: {KIND_COLOURS[key]}; --label: {_LABEL_INK[key]}">'
+        f'<div class="group{inexact}" style="--kind: {KIND_COLOURS[key]}; --label: {LABEL_INK[key]}">'
         f"{side(aligned.t, group.t0, group.t1)}"
         f'<div class="kind">{"≈ " if inexact else ""}{group.kind}</div>'
         f"{side(aligned.s, group.s0, group.s1)}</div>"
@@ -235,7 +235,7 @@ def _svg_group(
     parts = [
         f'<rect x="{x:.1f}" y="{band_top:.1f}" width="{width:.1f}" height="{_BAND}" fill="{colour}" opacity="0.85"/>',
         f'<text x="{x + width / 2:.1f}" y="{band_top + 15:.1f}" text-anchor="middle" font-size="11" '
-        f'fill="{_LABEL_INK[key]}">'
+        f'fill="{LABEL_INK[key]}">'
         f"{'≈' if inexact else ''}{group.kind}</text>",
     ]
     for spans, begin, widths, top in (
