@@ -21,7 +21,7 @@ KIND_COLOURS = {
     "n-m": "#cc79a7",
     "unmatched": "#d55e00",
 }
-LABEL_INK = {"1-1": "#ffffff", "1-n": "#ffffff", "n-1": "#1b1f24", "n-m": "#1b1f24", "unmatched": "#ffffff"}
+_LABEL_INK = {"1-1": "#ffffff", "1-n": "#ffffff", "n-1": "#1b1f24", "n-m": "#1b1f24", "unmatched": "#ffffff"}
 KIND_MEANINGS = {
     "1-1": "one token on each side",
     "1-n": "one token above, several below",
@@ -155,7 +155,7 @@ def _html_group(aligned: TextAlignment, group: Group) -> str:
     key = colour_key(group)
     inexact = "" if group.exact or key == "unmatched" else " inexact"
     return (
-        f'<div class="group{inexact}" style="--kind: {KIND_COLOURS[key]}; --label: {LABEL_INK[key]}">'
+        f'<div class="group{inexact}" style="--kind: {KIND_COLOURS[key]}; --label: {_LABEL_INK[key]}">'
         f"{side(aligned.t, group.t0, group.t1)}"
         f'<div class="kind">{"≈ " if inexact else ""}{group.kind}</div>'
         f"{side(aligned.s, group.s0, group.s1)}</div>"
@@ -235,7 +235,7 @@ def _svg_group(
     parts = [
         f'<rect x="{x:.1f}" y="{band_top:.1f}" width="{width:.1f}" height="{_BAND}" fill="{colour}" opacity="0.85"/>',
         f'<text x="{x + width / 2:.1f}" y="{band_top + 15:.1f}" text-anchor="middle" font-size="11" '
-        f'fill="{LABEL_INK[key]}">'
+        f'fill="{_LABEL_INK[key]}">'
         f"{'≈' if inexact else ''}{group.kind}</text>",
     ]
     for spans, begin, widths, top in (

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from math import exp, sqrt
 
-from cdm_toolkit.cli.align_page import KIND_COLOURS, LABEL_INK, html_page
+from cdm_toolkit.cli.align_page import KIND_COLOURS, html_page
 from cdm_toolkit.cli.signal_table import kl_and_share, probability, why_not_compared
 from cdm_toolkit.cli.visible import token_label
 from cdm_toolkit.distill.explain import (
@@ -26,24 +26,19 @@ SHOWN = 10
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Heats in the legend."""
 
-_KINDS = {
-    "1-1": "one token of each side",
-    "1-n": "one token of the teacher, several of the student",
-    "n-1": "several tokens of the teacher, one of the student",
-    "n-m": "several of both",
-}
-
 _STYLE = """
 :root { --heat: #e5702a; --t: #0072b2; --s: #c77700; --ring: #0b57d0; }
 @media (prefers-color-scheme: dark) { :root { --heat: #d2601f; --t: #56b4e9; --s: #e69f00; --ring: #a8c7fa; } }
 * { box-sizing: border-box; }
-fieldset { border: 0; padding: 0; margin: 1rem 0 .3rem; font-size: .9rem; } legend { float: left; margin-right: .8rem; }
+fieldset { border: 0; padding: 0; margin: 1rem 0 .3rem; font-size: .9rem; }
+legend { float: left; padding: 0; margin-right: .8rem; }
 fieldset label { margin-right: 1rem; white-space: nowrap; }
-.text { max-height: 42vh; overflow: auto; border: 1px solid var(--line); border-radius: 6px; padding: .5rem .6rem;
-        line-height: 2.1; margin: .5rem 0; position: relative; }
+.text { max-height: 42vh; position: sticky; top: 0; z-index: 1; background: var(--paper);
+        overflow: auto; border: 1px solid var(--line); border-radius: 6px; padding: .5rem .6rem;
+        line-height: 2.1; margin: .5rem 0; }
 .text span, .text button, code { font: 14px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
         overflow-wrap: anywhere; }
-.text span { color: var(--faint); }
+.text span { color: var(--faint); display: inline-block; max-width: 100%; }
 .text button { color: var(--ink); border: 0; border-bottom: 3px solid var(--kind); border-radius: 0; margin: 0;
         padding: 0 .12em; cursor: pointer; max-width: 100%; text-align: left; }
 .text button, .heats i { background: color-mix(in srgb, var(--heat) calc(var(--h) * 72%), var(--paper)); }
@@ -57,18 +52,18 @@ fieldset label { margin-right: 1rem; white-space: nowrap; }
 .legend { margin: .4rem 0; }
 #detail h2 { margin: 1.2rem 0 .3rem; } #detail h3 { font-size: .95rem; margin: .8rem 0 .2rem; }
 #detail p { margin: .2rem 0; } mark { background: none; color: inherit; font-weight: 700; text-decoration: underline; }
-.chip { background: var(--kind); color: var(--label); border-radius: 3px; padding: 0 .4em; font-size: .8rem; }
+.kind-of { border-bottom: 3px solid var(--kind); padding: 0 .2em; margin-right: .4em; font-weight: 700; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 2rem; }
 .columns table { width: 100%; table-layout: fixed; } .columns th, .columns td { padding: .15rem .4rem .15rem 0; }
-.columns th { font-weight: 400; overflow-wrap: anywhere; } .columns thead th { color: var(--faint); font-size: .8rem; }
-.columns .bars { width: 30%; } .columns .figure { width: 4.2em; } .columns tbody .bars { vertical-align: middle; }
-.bars i { display: block; height: .45em; margin: 1px 0; width: calc(var(--w) * 100%); min-width: 1px;
-          background: var(--t); }
+.columns th { font-weight: 400; overflow-wrap: anywhere; }
+.columns thead th { color: var(--faint); font-size: .8rem; overflow-wrap: normal; white-space: nowrap; }
+.columns .bars { width: 30%; } .columns .figure { width: 4.6em; } .columns tbody .bars { vertical-align: middle; }
+.bars i { display: block; height: .45em; margin: 1px 0; width: calc(var(--w) * 100%); background: var(--t); }
 .bars i.s { background: var(--s); }
 .columns tr.follows th { font-weight: 700; } .columns tr.sum { color: var(--faint); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 kbd { border: 1px solid var(--line); border-radius: 3px; padding: 0 .3em; font-size: .85em; }
-@media (max-width: 600px) { body { padding: 0 .8rem; margin: 1rem auto; } .text { max-height: 36vh; } }
+@media (max-width: 600px) { body { padding: 0 .8rem; margin: 1rem auto; } .text { max-height: 30vh; } }
 """
 
 _SCRIPT = """
@@ -163,10 +158,10 @@ def _legends(explanation: Explanation) -> str:
         for nth in range(len(explanation.methods))
     )
     kinds = "".join(
-        f'<li style="--kind: {KIND_COLOURS[kind]}"><i></i>{kind}: {meaning}</li>'
-        for kind, meaning in _KINDS.items()
+        f'<li style="--kind: {KIND_COLOURS[kind]}"><i></i>{kind}</li>'
+        for kind in ("1-1", "1-n", "n-1", "n-m")
     )
-    return f'{heats}<ul class="legend" aria-label="Kinds of groups, as underlined">{kinds}</ul>'
+    return f'{heats}<ul class="legend"><li>tokens that belong together, teacher-student:</li>{kinds}</ul>'
 
 
 def _largest(explanation: Explanation, nth: int) -> float:
@@ -177,7 +172,8 @@ def _largest(explanation: Explanation, nth: int) -> float:
 def _text(explanation: Explanation) -> str:
     positions = explanation.positions
     read = explanation.student_ids[: positions[0].position + 1]
-    prompt = "".join(f"<span>{_code(explanation.student, i)}</span>" for i in read)
+    student = explanation.student
+    prompt = "".join(f"<span>{escape(token_label(student, i))}</span>{_break(student, i)}" for i in read)
     largest = [_largest(explanation, nth) or 1.0 for nth in range(len(explanation.methods))]
     first = max(range(len(positions)), key=lambda nth: _share(positions[nth], 0))
     tokens = "".join(
@@ -197,12 +193,16 @@ def _button(explanation: Explanation, nth: int, largest: Sequence[float], *, in_
     names += ["last" if group is None or position.before == len(group.student) - 1 else ""]
     kind = "" if group is None else f"; --kind: {KIND_COLOURS[group.kind]}"
     label = escape(token_label(explanation.student, position.follows.id))
-    breaks = "<br>" if "\n" in explanation.student.token_text(position.follows.id) else ""
+    breaks = _break(explanation.student, position.follows.id)
     return (
         f'<button type="button" class="{" ".join(filter(None, names))}" style="{"; ".join(heats)}{kind}" '
         f'tabindex="{0 if in_focus else -1}" aria-controls="detail" '
         f'aria-label="{escape(_spoken(explanation, position))}">{label}</button>{breaks}'
     )
+
+
+def _break(view: Vocabulary, token_id: int) -> str:
+    return "<br>" if "\n" in view.token_text(token_id) else ""
 
 
 def _share(position: ExplainedPosition, nth: int) -> float:
@@ -242,7 +242,7 @@ def _detail(explanation: Explanation, position: ExplainedPosition) -> str:
 
 def _group(explanation: Explanation, group: ExplainedGroup, position: ExplainedPosition) -> str:
     of_teacher = " ".join(
-        f"{_code(explanation.teacher, each.id)} {probability(exp(each.logprob))}" for each in group.teacher
+        f"{_code(explanation.teacher, each.id)} ({probability(exp(each.logprob))})" for each in group.teacher
     )
     of_student = " ".join(
         f"<mark>{_code(explanation.student, token)}</mark>"
@@ -250,11 +250,8 @@ def _group(explanation: Explanation, group: ExplainedGroup, position: ExplainedP
         else _code(explanation.student, token)
         for nth, token in enumerate(group.student)
     )
-    chip = (
-        f'<span class="chip" style="--kind: {KIND_COLOURS[group.kind]}; --label: {LABEL_INK[group.kind]}">'
-        f"{group.kind}</span>"
-    )
-    return f"<p>{chip} teacher: {of_teacher} · student: {of_student}</p>"
+    kind = f'<span class="kind-of" style="--kind: {KIND_COLOURS[group.kind]}">{group.kind}</span>'
+    return f"<p>{kind} teacher: {of_teacher} · student: {of_student}</p>"
 
 
 def _candidates(explanation: Explanation, group: ExplainedGroup, position: ExplainedPosition) -> str:
