@@ -11,7 +11,6 @@ from cdm_toolkit.cli import options
 
 if TYPE_CHECKING:
     from cdm_toolkit.distill.explain import ComparedPosition, ExplainedGroup, Explanation
-    from cdm_toolkit.kd.batch import AlignedBatch
     from cdm_toolkit.kd.method import Method
     from cdm_toolkit.kd.pair import TokenizerPair
     from cdm_toolkit.kd.rows import Row
@@ -73,7 +72,7 @@ def show(
     from cdm_toolkit.cli.signal_page import signal_page
     from cdm_toolkit.cli.signal_table import signal_table
 
-    specs = _checked(method or ["spelling"])
+    specs = _checked(method or ["spelling"], template)
     shown = _row(text, completion, data, row)
     explanation = _explain(
         shown,
@@ -93,11 +92,16 @@ def show(
         screen.out().print(signal_table(explanation))
 
 
-def _checked(specs: list[str]) -> list[str]:
+def _checked(specs: list[str], template: str) -> list[str]:
     """See that all methods exist and have outcomes to show, before anything is loaded."""
-    from cdm_toolkit.errors import BadOption
-    from cdm_toolkit.kd.method import find_method
+    from typing import get_args
 
+    from cdm_toolkit.errors import BadOption, UnknownName
+    from cdm_toolkit.kd.method import find_method
+    from cdm_toolkit.kd.tokenized_rows import TemplateName
+
+    if template not in get_args(TemplateName):
+        raise UnknownName("template", template, get_args(TemplateName))
     for spec in specs:
         find_method(spec.partition(":")[0]).check_outcomes()
     if len(specs) > 2:
@@ -151,7 +155,8 @@ def _explain(
     with screen.err().status("loading the tokenizers") as status:
         pair = TokenizerPair.from_names(*names)
         pair.neighbour_builder = load_or_build_neighbours
-        batch = _batch(pair, row, max_length, template)
+        batch = pair.collate([row], max_length=max_length, template=template)
+        whole = pair.collate([row], max_length=1 << 30, template=template)
         status.update("building the methods' tables")
         methods = {spec: _method(pair, spec, top_k).to(on) for spec in specs}
         status.update("loading the models")
@@ -162,20 +167,14 @@ def _explain(
             models.append(load_model(name, device=str(on)))
             check_vocabulary(models[-1], name, vocab)
             check_positions(models[-1], name, inputs["input_ids"].shape[1], option="max_length")
-    screen.say_device(str(on))
-    return explain(batch.to(on), methods, Local(models[0], vocab=pair.vocab_t), models[1])
-
-
-def _batch(pair: TokenizerPair, row: Row, max_length: int, template: Any) -> AlignedBatch:
-    from cdm_toolkit.cli import screen
-
-    batch = pair.collate([row], max_length=max_length, template=template)
-    whole = len(pair.collate([row], max_length=1 << 30, template=template).labels)
-    if len(batch.labels) < whole:
+        teacher = Local(models[0], vocab=pair.vocab_t)
+        explanation = explain(batch.to(on), methods, teacher, models[1])
+    if cut := len(whole.labels) - len(batch.labels):
         screen.warn(
-            f"{whole - len(batch.labels)} of {whole} tokens are cut off by `max_length`, as in a run with {max_length}"
+            f"{cut} of {len(whole.labels)} tokens are cut off by `max_length`, as in a run with {max_length}"
         )
-    return batch
+    screen.say_device(str(on))
+    return explanation
 
 
 def _method(pair: TokenizerPair, spec: str, top_k: int | None) -> Method[Any, Any]:
