@@ -19,7 +19,7 @@ NOT_OURS = {
 
 TERMINAL = re.compile(
     r"(^|[\s(])--[a-z]"
-    r"|\bcdm (align|tokenizer|vocab-map|student|teacher|distill|compare|recipes|eval|generate|models|doctor)\b"
+    r"|\bcdm (align|tokenizer|vocab-map|student|teacher|distill|signal|compare|recipes|eval|generate|models|doctor)\b"
 )
 
 

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages and SVG: one file, no scripts, no external resources."""
+"""Self-contained HTML pages and SVG: one file, no external resources."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ svg { display: block; margin: 1rem 0; } svg text { fill: currentColor; }
 """
 
 
-def html_page(title: str, facts: str, body: str) -> str:
-    """Wrap a body in a self-contained page."""
+def html_page(title: str, facts: str, body: str, *, style: str = "") -> str:
+    """Wrap a body in a self-contained page; `style` goes over the style that all pages have."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n"
         f'<h1>{escape(title)}</h1>\n<p class="facts">{escape(facts)}</p>\n{body}\n</body>\n</html>\n'
     )
 

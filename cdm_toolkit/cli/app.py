@@ -16,6 +16,7 @@ from cdm_toolkit.cli import (
     generate,
     models,
     recipes,
+    signal,
     student,
     teacher,
     tokenizer,
@@ -36,6 +37,7 @@ app.add_typer(vocab_map.app, name="vocab-map")
 app.add_typer(student.app, name="student")
 app.add_typer(teacher.app, name="teacher")
 app.command(name="distill", cls=distill.DistillCommand)(distill.distill)
+app.add_typer(signal.app, name="signal")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(evaluate.app, name="eval")
 app.command(name="compare")(compare.compare)

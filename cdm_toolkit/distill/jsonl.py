@@ -54,9 +54,9 @@ def _read_objects(path: Path) -> list[tuple[int, Any]]:
 def read_rows(path: str | Path) -> list[Row]:
     """Read all rows of a JSONL file; blank lines are skipped, and counted as lines.
 
-    `sample:train` and the like are texts that come with the package (`cdm_toolkit.samples`). Raises FileProblem for a file that
-    is missing, empty or not text, UnknownName for a sample that is not there, and BadRow for the first row that
-    is not as it must be.
+    `sample:train` and the like are texts that come with the package (`cdm_toolkit.samples`). Raises FileProblem for
+    a file that is missing, empty or not text, UnknownName for a sample that is not there, and BadRow for the first
+    row that is not as it must be.
     """
     rows = []
     for number, fields in _read_objects(_file(path)):

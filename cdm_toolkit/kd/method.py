@@ -165,9 +165,13 @@ class Method(nn.Module, Generic[SettingsT, State]):
 
         Arguments are those of `loss`.
         """
-        others = [name for name, method in methods().items() if method.compare is not Method.compare]
-        allowed = f"one that compares distributions over student tokens: {', '.join(others)}"
-        raise BadOption("method", self.name, allowed)
+        raise _no_outcomes(self.name)
+
+    @classmethod
+    def check_outcomes(cls) -> None:
+        """Refuse a method that `compare` has no answer for. BadOption."""
+        if cls.compare is Method.compare:
+            raise _no_outcomes(cls.name)
 
     def signal(self, teacher: Teacher | nn.Module, batch: AlignedBatch) -> TeacherSignal:
         """Ask a teacher about a batch: a causal model of transformers, or an object of `cdm_toolkit.teachers`.
@@ -298,6 +302,16 @@ def find_method(name: str) -> type[Method[Any, Any]]:
         if _canonical(name) in map(_canonical, (method.name, *method.aliases)):
             return method
     raise UnknownName("method", name, list(known))
+
+
+def _no_outcomes(name: str) -> BadOption:
+    with_outcomes = [each.name for each in methods().values() if each.compare is not Method.compare]
+    without = [each for each in methods() if each not in with_outcomes]
+    allowed = (
+        f"one that compares distributions over student tokens: {', '.join(with_outcomes)}; "
+        f"{', '.join(without)} have no outcomes there"
+    )
+    return BadOption("method", name, allowed)
 
 
 def _canonical(name: str) -> str:

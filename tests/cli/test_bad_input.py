@@ -49,6 +49,7 @@ UNKNOWN_NAMES = {
     "distill": ("distill", "--teacher", UNKNOWN, "--student", UNKNOWN, "--data", "ROWS", "-o", "OUT"),
     "eval": ("eval", "--suite", "bpb", "--model", UNKNOWN, "--data", "ROWS"),
     "generate": ("generate", "text", "--model", UNKNOWN),
+    "signal show": ("signal", "show", "text", "--teacher", UNKNOWN, "--student", "smollm2"),
     "models fetch": ("models", "fetch", UNKNOWN),
 }
 
@@ -68,6 +69,7 @@ READS_A_FILE = {
     "tokenizer diff": ("tokenizer", "diff", "llama3", "qwen2", "--corpus"),
     "distill": ("distill", "--teacher", "smollm2", "--student", "smollm2", "-o", "OUT", "--data"),
     "eval": ("eval", "--suite", "bpb", "--model", "smollm2", "--data"),
+    "signal show": ("signal", "show", "--teacher", "smollm2", "--student", "smollm2", "--data"),
 }
 
 

@@ -25,6 +25,7 @@ def test_help_names_every_group(cdm) -> None:
         "vocab-map",
         "student",
         "distill",
+        "signal",
         "eval",
         "generate",
         "models",
