@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-from jaxtyping import Int8, Int32, Int64
+from jaxtyping import Bool, Int8, Int32, Int64
 
 from cdm_toolkit.tokdiff.view import TokenizerView
-from cdm_toolkit.vocab_map.exact import exact_partners
+from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
 from cdm_toolkit.vocab_map.spelling import spell
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
@@ -24,7 +24,8 @@ class SourceKind(IntEnum):
     MEAN = 2
     """The mean of the rows of the old tokens that spell its bytes."""
     FRESH = 3
-    """Not from old rows: no old token has its role, none spell its bytes, or it has no bytes."""
+    """Not from old rows: no old token has its role, none spell its bytes, it has no bytes, or another new id with its
+    bytes has the old row (Mistral's `<0x2D>` beside `-`), which it would share all predictions with."""
     OMP = 4
     """A combination of the rows of tokens that the old vocabulary shares with a donor's; `row_sources` gives none."""
 
@@ -64,10 +65,13 @@ def row_sources(view_old: TokenizerView, view_new: TokenizerView) -> RowSources:
     """Find the old ids whose rows initialise each new id's row.
 
     Exact partners come first (`exact_partners`: equal bytes, and special tokens of equal role), then special
-    tokens of equal content. The bytes of any other ordinary token are spelled by `spell`.
+    tokens of equal content. The bytes of any other ordinary token are spelled by `spell`. Of several new ids with
+    the same bytes those that find no old row of their own are not made of old rows.
     """
-    partner = partners(view_old, view_new)
-    rest = [i for i, data in enumerate(view_new.token_bytes) if data and partner[i] == NO_MATCH]
+    partner, second = partners(view_old, view_new), _second_of_their_bytes(view_old, view_new)
+    partner[second] = NO_MATCH
+    unmatched = np.flatnonzero((partner == NO_MATCH) & ~second).tolist()
+    rest = [i for i in unmatched if view_new.token_bytes[i]]
     spelled = dict(zip(rest, spell(view_old, [view_new.literals[i] for i in rest]), strict=True))
     rows = [
         [old] if old != NO_MATCH else spelled.get(new_id, []) for new_id, old in enumerate(partner.tolist())
@@ -93,3 +97,16 @@ def partners(view_old: TokenizerView, view_new: TokenizerView) -> Int64[np.ndarr
         if partner[token.id] == NO_MATCH:
             partner[token.id] = by_content.get(token.content, NO_MATCH)
     return partner
+
+
+def _second_of_their_bytes(
+    view_old: TokenizerView, view_new: TokenizerView
+) -> Bool[np.ndarray, " vocab_new"]:
+    """Find the new ids whose bytes another new id spells first, where the old side has no id more for them."""
+    partner, first = exact_partners(view_new, view_old), preferred_ids(view_new)
+    spelled_first = np.array(
+        [i if data is None else first[data] for i, data in enumerate(view_new.token_bytes)]
+    )
+    of_others = spelled_first != np.arange(len(partner))
+    found: Bool[np.ndarray, " vocab_new"] = of_others & (partner == partner[spelled_first])
+    return found

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cdm_toolkit.tokdiff.view import TokenizerView, make_view
+from cdm_toolkit.vocab_map.exact import preferred_ids
 from cdm_toolkit.vocab_map.row_sources import SourceKind, row_sources
 from cdm_toolkit.vocab_map.row_sources_reference import row_sources_reference
 from cdm_toolkit.vocab_map.spelling import build_spellings, fewest_tokens, spell
@@ -149,3 +150,23 @@ def test_special_tokens_go_by_role_then_by_content(
     itself = row_sources(smollm2_view, smollm2_view)
     assert smollm2_view.special[old["<repo_name>"]].role is None
     assert itself.row(old["<repo_name>"]) == [old["<repo_name>"]]
+
+
+def test_one_of_several_ids_with_the_same_bytes_has_their_row(
+    smollm2_view: TokenizerView, mistral_view: TokenizerView
+) -> None:
+    """Mistral has `-` and the byte piece `<0x2D>`: equal rows share each prediction in half."""
+    old, new = smollm2_view, mistral_view
+    sources = row_sources(old, new)
+    dash, byte_piece = preferred_ids(new)[b"-"], 3 + ord("-")
+    assert new.token_bytes[dash] == new.token_bytes[byte_piece] == b"-"
+    assert (sources.kind[dash], sources.row(dash)) == (SourceKind.COPIED, [preferred_ids(old)[b"-"]])
+    assert (sources.kind[byte_piece], sources.row(byte_piece)) == (SourceKind.FRESH, [])
+    copied = [
+        old_id
+        for i in np.flatnonzero(sources.kind == SourceKind.COPIED).tolist()
+        for old_id in sources.row(i)
+    ]
+    assert len(copied) == len(set(copied))
+    itself = row_sources(new, new)
+    assert (itself.kind != SourceKind.FRESH).all()
