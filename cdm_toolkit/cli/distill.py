@@ -64,7 +64,7 @@ def distill(
         str | None,
         _option("What is learned from the teacher; sft: nothing.", _KD, "spelling"),
     ] = None,
-    alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD, "0.5")] = None,
+    alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD, "0.8")] = None,
     temperature: Annotated[float | None, _option("Of both distributions.", _KD, "1.0")] = None,
     top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD, "100")] = None,
     max_edit_distance: Annotated[

@@ -260,7 +260,7 @@ class DistillConfig(Settings):
     output: Text
     """Folder to write."""
     teachers: tuple[TeacherConfig, ...] = ()
-    alpha: Share = 0.5
+    alpha: Share = 0.8
     """Weight of cross-entropy; KD has the rest. Ignored without a teacher."""
     train: TrainConfig = TrainConfig()
 

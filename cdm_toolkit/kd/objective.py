@@ -62,7 +62,7 @@ class Objective(nn.Module):
         self,
         methods: Sequence[Method[Any, Any]],
         *,
-        alpha: float = 0.5,
+        alpha: float = 0.8,
         weights: Sequence[float] | None = None,
     ) -> None:
         """Weigh each teacher by 1 unless `weights` are given. BadOption for an alpha outside 0 to 1."""
