@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +57,20 @@ class _Candidates:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Earlier:
+    """The group `back` groups before each."""
+
+    back: int
+    at: Int64[Tensor, " group"]
+    reach: Bool[Tensor, " group"]
+    """Whether there is one in the same text."""
+    between: Float[Tensor, " group"]
+    """log P of the teacher's tokens from there up to the group."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Covers:
-    """Candidates of the group so many before the one of each position, as covers of the text up to the position.
+    """The candidates of one earlier group, as covers of the text up to each position.
 
     A cover goes on with the student token in `ids`, −1 for none, or ends at the position.
     """
@@ -206,54 +219,56 @@ def _windows(student: StudentLogits, groups: int, longest: int) -> Int64[Tensor,
 
 def _next_tokens(candidates: _Candidates, student: StudentLogits, signal: TeacherSignal) -> TopK:
     """Give the student tokens that come next at each position, with the teacher's probability of each."""
+    assert student.token_group is not None
+    first, _ = _first_and_count(student.token_group, len(candidates.agree))
+    every = torch.arange(len(student.token_group), device=first.device)
+    before = every - first.index_select(0, student.token_group)
+    earlier = _earlier(student, signal, candidates.ways.shape[-1])
+    covers = [_covers(candidates, one, first, student.token_group, before) for one in earlier]
+    return _shares(
+        covers, _is_learned(candidates, student).index_select(0, student.token_group) | (before == 0)
+    )
+
+
+def _earlier(student: StudentLogits, signal: TeacherSignal, most: int) -> Iterator[_Earlier]:
+    """Look back from each group: at itself, at the group before, and so on."""
     assert signal.token_logprobs is not None
     assert signal.token_group is not None
-    assert student.token_group is not None
-    groups, group = len(candidates.agree), student.token_group
-    first, _ = _first_and_count(group, groups)
-    before = torch.arange(len(group), device=group.device) - first.index_select(0, group)
+    groups = len(signal.top.ids)
     of_group = group_sums(signal.token_logprobs.clamp(min=NOTHING), signal.token_group, groups)
-    between, text = torch.zeros_like(of_group), _texts(student, groups)
-    covers = []
-    for back in range(candidates.ways.shape[-1]):
-        at = (torch.arange(groups, device=group.device) - back).clamp(min=0)
-        if back:
-            between = between + of_group.index_select(0, at)
-        reach = (text.index_select(0, at) == text) & (torch.arange(groups, device=group.device) >= back)
-        covers.append(_covers(candidates, at, reach, between, first, group, before, back))
-    return _shares(covers, _is_learned(candidates, student).index_select(0, group) | (before == 0))
+    text, every = _texts(student, groups), torch.arange(groups, device=of_group.device)
+    between = torch.zeros_like(of_group)
+    for back in range(most + 1):  # so far back a candidate can end at the position
+        at = (every - back).clamp(min=0)
+        between = between + of_group.index_select(0, at) if back else between
+        yield _Earlier(back, at, (text.index_select(0, at) == text) & (every >= back), between)
 
 
 def _covers(
     candidates: _Candidates,
-    at: Int64[Tensor, " group"],
-    reach: Bool[Tensor, " group"],
-    between: Float[Tensor, " group"],
+    earlier: _Earlier,
     first: Int64[Tensor, " group"],
     group: Int64[Tensor, " position"],
     before: Int64[Tensor, " position"],
-    back: int,
 ) -> _Covers:
-    """Look at the candidates of the groups `at`, `back` groups before each; `between` is the log of P of these."""
-    longest = candidates.ways.shape[-1]
-    done = (first - first.index_select(0, at)).index_select(0, group) + before
-    at = at.index_select(0, group)
+    """Find the candidates of one earlier group that cover the text from there up to each position.
+
+    `first` is the first student token of each group, `before` counts the group's tokens before the position.
+    """
+    done = ((first - first.index_select(0, earlier.at)).index_select(0, group) + before).unsqueeze(-1)
+    at, longest = earlier.at.index_select(0, group), candidates.ways.shape[-1]
     length, agree = (each.index_select(0, at) for each in (candidates.length, candidates.agree))
     logprobs = candidates.logprobs.index_select(0, at)
-    spelled = done.unsqueeze(-1)
-    fits = (agree >= spelled) & (logprobs > -torch.inf) & reach.index_select(0, group).unsqueeze(-1)
-    goes_on = fits & (length > spelled) & (spelled < longest)
-    ends = fits & (length == spelled)
-    if back == 0:
-        ends = ends & (before > 0).unsqueeze(-1)
-    if back == 1:  # the text's own tokens up to a boundary are the cover that the group's candidates follow
+    fits = (agree >= done) & (logprobs > -torch.inf) & earlier.reach.index_select(0, group).unsqueeze(-1)
+    goes_on, ends = fits & (length > done) & (done < longest), fits & (length == done) & (done > 0)
+    if earlier.back == 1:  # the text's own tokens up to a boundary are the cover that its candidates follow
         ends = ends & (candidates.is_own.index_select(0, at) & (before == 0).unsqueeze(-1)).logical_not()
-    column = done.clamp(max=longest - 1).view(-1, 1, 1).expand(-1, length.shape[1], 1)
-    ids = candidates.ways.index_select(0, at).gather(-1, column).squeeze(-1)
-    weight = logprobs - between.index_select(0, group).unsqueeze(-1)
+    weight = logprobs - earlier.between.index_select(0, group).unsqueeze(-1)
     total = weight.masked_fill((goes_on | ends).logical_not(), -torch.inf).logsumexp(-1)
-    if back == 0:  # all of a distribution, with what is beyond k
+    if earlier.back == 0:  # at a boundary all of the distribution, with what is beyond k
         total = torch.where(before == 0, 0.0, total)
+    column = done.clamp(max=longest - 1).unsqueeze(-1).expand(-1, length.shape[1], 1)
+    ids = candidates.ways.index_select(0, at).gather(-1, column).squeeze(-1)
     return _Covers(
         torch.where(goes_on, ids, NO_MATCH), weight.masked_fill(goes_on.logical_not(), -torch.inf), total
     )
