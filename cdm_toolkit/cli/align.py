@@ -57,7 +57,7 @@ def show(
 ) -> None:
     """Show the tokens of both tokenizers in two rows, grouped by shared byte boundaries.
 
-    Example: cdm align show "Tokens don't match 1:1" --t1 llama3 --t2 qwen2
+    Example: cdm align show "Tokens don't match 1:1" --t1 smollm2 --t2 mistral
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import alignment_page, alignment_svg, write_page
