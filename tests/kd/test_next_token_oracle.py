@@ -1,0 +1,139 @@
+"""The teacher's distribution of the student's next token, beside brute force and beside sampling."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cdm_toolkit.kd import TokenizerPair
+from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle
+
+LONG = 9
+"""Bytes from which brute force takes a token for final."""
+
+
+def tokenizer(merges: Sequence[tuple[str, str]], *specials: str) -> PreTrainedTokenizerFast:
+    """Make a byte-level BPE that knows these merges, without splitting into words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*alphabet, *("".join(merge) for merge in merges)])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(list(specials))
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=specials[0])
+
+
+TEACHER = tokenizer([("a", "b"), ("b", "a"), ("a", "ab")], "<eos>")
+STUDENT = tokenizer([("a", "a"), ("b", "b"), ("aa", "bb"), ("b", "aa")], "</s>")
+SAYS = [TEACHER.convert_tokens_to_ids(piece) for piece in ("a", "b", "ab", "ba", "aab", "<eos>")]
+EOS = SAYS[-1]
+PIECES = dict(zip(SAYS, TEACHER.convert_ids_to_tokens(SAYS), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pair() -> TokenizerPair:
+    return TokenizerPair(TEACHER, STUDENT)
+
+
+class Model:
+    """Says a few of the teacher's tokens, by all the tokens before."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.asked = seed, 0
+        self.of = functools.cache(self._of)
+
+    def _of(self, ids: tuple[int, ...]) -> np.ndarray:
+        logprobs = np.full(len(TEACHER), -np.inf)
+        logits = 1.5 * np.random.default_rng([self.seed, *ids]).normal(size=len(SAYS))
+        logprobs[SAYS] = logits - np.logaddexp.reduce(logits)
+        return logprobs
+
+    def __call__(self, paths: Sequence[tuple[int, ...]]) -> np.ndarray:
+        self.asked += len(paths)
+        return np.stack([self.of(ids) for ids in paths])
+
+
+@functools.cache
+def texts(seed: int) -> dict[tuple[str, bool], float]:
+    """List all texts of LONG bytes, and all that end before, with their probabilities."""
+    model, found = Model(seed), collections.Counter[tuple[str, bool]]()
+    todo: list[tuple[tuple[int, ...], str, float]] = [((), "", 1.0)]
+    while todo:
+        ids, text, mass = todo.pop()
+        ended = ids[-1:] == (EOS,)
+        if ended or len(text) >= LONG:
+            found[text, ended] += mass
+            continue
+        masses = np.exp(model.of(ids))
+        todo += [((*ids, i), text + PIECES[i] * (i != EOS), mass * masses[i]) for i in SAYS]
+    return found
+
+
+def brute_force(seed: int, before: str, given: Sequence[int]) -> dict[int, float]:
+    """Sum up P(student's token after `given`) over all texts."""
+    start = len(STUDENT(before).input_ids)
+    masses: dict[int, float] = {}
+    for (text, ended), mass in texts(seed).items():
+        tokens = [*STUDENT(before + text).input_ids, *([STUDENT.eos_token_id] if ended else [])][start:]
+        if tokens[: len(given)] == list(given) and len(tokens) > len(given):
+            masses[tokens[len(given)]] = masses.get(tokens[len(given)], 0.0) + mass
+    total = sum(masses.values())
+    return {i: mass / total for i, mass in masses.items()}
+
+
+def check(found: NextToken | None, wanted: dict[int, float], slack: float) -> None:
+    assert found is not None
+    masses = dict(zip(found.ids.tolist(), np.exp(found.logprobs).tolist(), strict=True))
+    assert sum(masses.values()) == pytest.approx(1)
+    assert found.logprobs.tolist() == sorted(found.logprobs.tolist(), reverse=True)
+    off = sum(abs(masses.get(i, 0.0) - wanted.get(i, 0.0)) for i in {*masses, *wanted})
+    assert off <= 2 * (found.unknown + found.unsettled) + slack
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_brute_force_at_a_boundary(pair: TokenizerPair, seed: int) -> None:
+    before = "b "
+    ids = STUDENT(before).input_ids
+    oracle = NextTokenOracle(pair, least=1e-6, unsettled=1e-3, most=4000)
+    found = oracle(ids, len(ids), len(ids), Model(seed))
+    assert found is not None
+    assert found.unknown + found.unsettled < 0.01
+    check(found, brute_force(seed, before, ()), slack=0.01)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_brute_force_inside_a_group(pair: TokenizerPair, seed: int) -> None:
+    """A student token has been read; what contradicts it no longer counts."""
+    before, text = "b ", "aabbab"
+    ids = STUDENT(before + text).input_ids
+    first = len(STUDENT(before).input_ids)
+    oracle = NextTokenOracle(pair, least=1e-6, unsettled=1e-3, most=4000)
+    for position in range(first + 1, first + 3):
+        found = oracle(ids, first, position, Model(seed))
+        check(found, brute_force(seed, before, ids[first:position]), slack=0.02)
+
+
+def test_a_short_search_says_what_it_does_not_know(pair: TokenizerPair) -> None:
+    ids = STUDENT("b ").input_ids
+    model = Model(1)
+    found = NextTokenOracle(pair, most=3, at_once=3)(ids, len(ids), len(ids), model)
+    assert model.asked == 3
+    assert found is not None
+    assert found.unsettled > 0.1
+    check(found, brute_force(1, "b ", ()), slack=0.01)
+
+
+def test_nothing_is_said_within_a_character_or_after_tokens_of_another_tokenization(
+    pair: TokenizerPair,
+) -> None:
+    half = STUDENT("é").input_ids[:1]
+    a = STUDENT("a").input_ids
+    oracle = NextTokenOracle(pair)
+    assert oracle(half, 1, 1, Model(0)) is None
+    assert oracle([*a, *a], 1, 1, Model(0)) is None, "the tokenizer writes `aa` as one token"
