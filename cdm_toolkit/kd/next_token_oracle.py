@@ -8,7 +8,6 @@ The likeliest continuations are followed until more text cannot change that toke
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +22,9 @@ PROBES = ("a", "e", "s", "t", "n", " a", "1", ".", "'s", "\n", " ")
 before its end goes on beyond the known text."""
 WINDOW = 48
 """Bytes of the text before a boundary that are encoded with what follows, where these lead to the same tokens."""
+WRITTEN_ON = 0.05
+"""Share of a text that ends in a letter by which the order of the search counts it: a teacher that goes on with the
+same word mostly has one token for all of it. Digits, blanks and signs often come one by one, and count in full."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,15 +47,15 @@ class NextTokenOracle:
         self,
         pair: TokenizerPair,
         *,
-        least: float = 1e-5,
+        least: float = 1e-6,
         unsettled: float = 0.01,
         most: int = 96,
         at_once: int = 32,
     ) -> None:
         """Look at continuations with at least the share `least` of the probability that is in reach.
 
-        The likeliest are followed until those that are not final have the share `unsettled`, or the model was asked
-        about `most`, `at_once` at a time.
+        Those that are likely to change the token are followed until these have the share `unsettled` (`WRITTEN_ON`),
+        or the model was asked about `most`, `at_once` at a time.
         """
         self.pair, self.least, self.unsettled, self.most, self.at_once = pair, least, unsettled, most, at_once
         self.teacher = ByteSortedVocab(pair.teacher.view.token_bytes)
@@ -77,15 +79,18 @@ class NextTokenOracle:
 
 @dataclass(order=True, frozen=True, slots=True)
 class _Continuation:
-    """Teacher tokens that follow the boundary, ordered by probability."""
+    """Teacher tokens that follow the boundary, in the order of the search."""
 
-    negative_logprob: float
+    negative_risk: float
+    """Its probability, or the part of it that more text is thought to change."""
+    mass: float = field(compare=False)
     ids: tuple[int, ...] = field(compare=False)
     spelled: bytes = field(compare=False)
 
-    @property
-    def mass(self) -> float:
-        return math.exp(-self.negative_logprob)
+    @classmethod
+    def of(cls, mass: float, ids: tuple[int, ...], spelled: bytes) -> _Continuation:
+        written_on = spelled[-1:].isalpha() or spelled[-1:] >= b"\x80"
+        return cls(-mass * (WRITTEN_ON if written_on else 1.0), mass, ids, spelled)
 
 
 @dataclass(slots=True)
@@ -95,12 +100,12 @@ class _Search:
     next_logprobs: NextLogprobs
     settled: dict[int, float] = field(default_factory=dict)
     unknown: float = 0.0
-    waiting: list[_Continuation] = field(default_factory=lambda: [_Continuation(0.0, (), b"")])
+    waiting: list[_Continuation] = field(default_factory=lambda: [_Continuation.of(1.0, (), b"")])
     """A heap."""
 
     def run(self) -> NextToken | None:
         asked = 0
-        while self.waiting and asked < self.oracle.most:
+        while asked < self.oracle.most:
             size = min(self.oracle.at_once, self.oracle.most - asked)
             open_ones = self._open(size)
             if not open_ones:
@@ -110,20 +115,23 @@ class _Search:
         return self._distribution()
 
     def _open(self, size: int) -> list[_Continuation]:
-        """Take the likeliest that are not final, none once the others are few; count those that are on the way."""
+        """Take the likeliest that are not final, none once the others are few; count those that are on the way.
+
+        They are few beside what is settled or may be: within a group most contradicts the given tokens.
+        """
         found: list[_Continuation] = []
-        in_wait = sum(each.mass for each in self.waiting)
-        while self.waiting and len(found) < size:
-            if in_wait <= self.oracle.unsettled * (in_wait + sum(self.settled.values())):
-                break
+        risk = -sum(each.negative_risk for each in self.waiting)
+        possible = sum(self.settled.values())
+        possible += 0.0 if self.encoder.given else sum(each.mass for each in self.waiting)
+        while self.waiting and len(found) < size and risk > self.oracle.unsettled * possible:
             each = heapq.heappop(self.waiting)
             token, final = self.encoder.verdict(each.spelled)
+            risk += each.negative_risk
             if not final:
                 found.append(each)
-                continue
-            in_wait -= each.mass
-            if token is not None:
+            elif token is not None:
                 self._count(token, each.mass)
+                possible += each.mass if self.encoder.given else 0.0
         return found
 
     def _count(self, token: int, mass: float) -> None:
@@ -134,12 +142,11 @@ class _Search:
         every = self.next_logprobs([parent.ids for parent in parents])
         found = [(each, *self._children(each, said)) for each, said in zip(parents, every, strict=True)]
         reach = sum(self.settled.values()) + sum(each.mass for each in self.waiting)
-        reach += sum(float(np.exp(logprobs).sum()) for _, _, logprobs in found)
-        least = math.log(self.oracle.least * reach)
-        for parent, ids, logprobs in found:
-            self.unknown += float(np.exp(logprobs[logprobs < least]).sum())
-            for i, logprob in zip(ids[logprobs >= least], logprobs[logprobs >= least], strict=True):
-                self._add(parent, int(i), float(logprob))
+        least = self.oracle.least * (reach + sum(float(masses.sum()) for _, _, masses in found))
+        for parent, ids, masses in found:
+            self.unknown += float(masses[masses < least].sum())
+            for i, mass in zip(ids[masses >= least].tolist(), masses[masses >= least].tolist(), strict=True):
+                self._add(parent, i, mass)
 
     def _children(
         self, parent: _Continuation, logprobs: Float[np.ndarray, " vocab"]
@@ -151,19 +158,18 @@ class _Search:
         ids = np.concatenate((vocab.ids[begin:end], *within))
         if not rest:
             ids = np.concatenate((ids, vocab.without_bytes))
-        return ids, logprobs[ids].astype(np.float64) - parent.negative_logprob
+        return ids, parent.mass * np.exp(logprobs[ids].astype(np.float64))
 
-    def _add(self, parent: _Continuation, i: int, logprob: float) -> None:
+    def _add(self, parent: _Continuation, i: int, mass: float) -> None:
         piece = self.oracle.pair.teacher.view.token_bytes[i]
         if piece:
-            child = _Continuation(-logprob, (*parent.ids, i), parent.spelled + piece)
-            heapq.heappush(self.waiting, child)
+            heapq.heappush(self.waiting, _Continuation.of(mass, (*parent.ids, i), parent.spelled + piece))
             return
         token = self.encoder.at_end(parent.spelled, self.oracle.ends.get(i))
         if token is None:
-            self.unknown += math.exp(logprob)
+            self.unknown += mass
         else:
-            self._count(token, math.exp(logprob))
+            self._count(token, mass)
 
     def _distribution(self) -> NextToken | None:
         unsettled, unknown = 0.0, self.unknown
@@ -197,27 +203,28 @@ class _Encoder:
     text: bytes
     """Their bytes."""
 
+    def is_short(self, spelled: bytes) -> bool:
+        """Say whether a text has no whole character after the given tokens, or ends within one."""
+        return len(spelled) <= len(self.text) or len(_whole(spelled).encode()) < len(spelled)
+
     def verdict(self, spelled: bytes) -> tuple[int | None, bool]:
         """Tell which token a text leads to, and whether that is final; None that is final contradicts the given."""
-        text = _whole(spelled)
-        if len(spelled) <= len(self.text) or len(text.encode()) < len(spelled):
+        if self.is_short(spelled):
             return None, False
-        (now,) = self._next([text])
-        if self._may_merge(spelled, now):
+        (now,) = self.now([spelled])
+        if now is not None and self._may_merge(spelled, now):
             return now, False
+        text = _whole(spelled)
         return now, set(self._next([text + more for more in PROBES])) == {now}
 
-    def _may_merge(self, spelled: bytes, now: int | None) -> bool:
+    def _may_merge(self, spelled: bytes, now: int) -> bool:
         """Whether some token begins within the given tokens, or within this one, and reaches beyond the text."""
-        within = len(self.text) + (1 if now is None else len(self.pair.student.view.token_bytes[now] or b"x"))
+        within = len(self.text) + len(self.pair.student.view.token_bytes[now] or b"")
         return any(self.vocab.goes_on(spelled[at:]) for at in range(min(within, len(spelled))))
 
     def now(self, spelled: Sequence[bytes]) -> list[int | None]:
-        """Give the token that each text leads to as it is."""
-        found = self._next([_whole(each) for each in spelled])
-        return [
-            token if len(each) > len(self.text) else None for each, token in zip(spelled, found, strict=True)
-        ]
+        """Give the token that each text leads to as it is; None for one that contradicts the given, or is short."""
+        return self._next([_whole(each) for each in spelled])
 
     def at_end(self, spelled: bytes, end: int | None) -> int | None:
         """Give the token where the text ends here; `end` is the student's id for that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cdm_toolkit.kd import TokenizerPair
+from cdm_toolkit.kd import TokenizerPair, next_token_oracle
 from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle
 
-LONG = 9
+LONG = 11
 """Bytes from which brute force takes a token for final."""
 
 
@@ -39,6 +40,15 @@ PIECES = dict(zip(SAYS, TEACHER.convert_ids_to_tokens(SAYS), strict=True))
 @pytest.fixture(scope="module")
 def pair() -> TokenizerPair:
     return TokenizerPair(TEACHER, STUDENT)
+
+
+@pytest.fixture(autouse=True)
+def written_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all that more text may change count in full: these tokenizers have no words."""
+    if "real" not in request.node.name:
+        monkeypatch.setattr(next_token_oracle, "WRITTEN_ON", 1.0)
+        every = tuple("".join(each) for size in range(1, 5) for each in itertools.product("ab", repeat=size))
+        monkeypatch.setattr(next_token_oracle, "PROBES", every)
 
 
 class Model:
@@ -96,7 +106,7 @@ def check(found: NextToken | None, wanted: dict[int, float], slack: float) -> No
     assert off <= 2 * (found.unknown + found.unsettled) + slack
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_equals_brute_force_at_a_boundary(pair: TokenizerPair, seed: int) -> None:
     before = "b "
     ids = STUDENT(before).input_ids
@@ -104,10 +114,10 @@ def test_equals_brute_force_at_a_boundary(pair: TokenizerPair, seed: int) -> Non
     found = oracle(ids, len(ids), len(ids), Model(seed))
     assert found is not None
     assert found.unknown + found.unsettled < 0.01
-    check(found, brute_force(seed, before, ()), slack=0.01)
+    check(found, brute_force(seed, before, ()), slack=0.002)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_equals_brute_force_inside_a_group(pair: TokenizerPair, seed: int) -> None:
     """A student token has been read; what contradicts it no longer counts."""
     before, text = "b ", "aabbab"
@@ -116,7 +126,7 @@ def test_equals_brute_force_inside_a_group(pair: TokenizerPair, seed: int) -> No
     oracle = NextTokenOracle(pair, least=1e-6, unsettled=1e-3, most=4000)
     for position in range(first + 1, first + 3):
         found = oracle(ids, first, position, Model(seed))
-        check(found, brute_force(seed, before, ids[first:position]), slack=0.02)
+        check(found, brute_force(seed, before, ids[first:position]), slack=0.002)
 
 
 def test_a_short_search_says_what_it_does_not_know(pair: TokenizerPair) -> None:
@@ -126,7 +136,7 @@ def test_a_short_search_says_what_it_does_not_know(pair: TokenizerPair) -> None:
     assert model.asked == 3
     assert found is not None
     assert found.unsettled > 0.1
-    check(found, brute_force(1, "b ", ()), slack=0.01)
+    check(found, brute_force(1, "b ", ()), slack=0.002)
 
 
 def test_nothing_is_said_within_a_character_or_after_tokens_of_another_tokenization(
