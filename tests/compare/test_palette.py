@@ -4,7 +4,19 @@ import pytest
 
 from cdm_toolkit.compare.palette import family_of, styles
 
-METHODS = ("sft", "exact", "min-ed", "prefix", "uld", "gold", "alm", "cdm", "spelling")
+METHODS = (
+    "sft",
+    "exact",
+    "min-ed",
+    "prefix",
+    "uld",
+    "gold",
+    "alm",
+    "cdm",
+    "spelling",
+    "x-token",
+    "byte-marginal",
+)
 
 
 def test_the_toolkit_s_methods_look_the_same_whatever_else_is_drawn() -> None:

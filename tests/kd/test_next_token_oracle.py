@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cdm_toolkit.kd import TokenizerPair, next_token_oracle
+from cdm_toolkit.kd.continuations import Continuations, ReadText
 from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle
 
 LONG = 11
@@ -147,3 +148,67 @@ def test_nothing_is_said_within_a_character_or_after_tokens_of_another_tokenizat
     oracle = NextTokenOracle(pair)
     assert oracle(half, 1, 1, Model(0)) is None
     assert oracle([*a, *a], 1, 1, Model(0)) is None, "the tokenizer writes `aa` as one token"
+
+
+TEXT = (
+    "Janet's ducks lay 16 eggs per day. She eats 3 for breakfast and bakes muffins with 4. She sells 16 - 3 - 4 = 9 eggs, "
+    "and makes 9 * 2 = 18 dollars every day at the farmers' market, where the blackberries are attributed to her neighbour."
+)
+SAMPLES = 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["1-1", "1-n", "n-1", "inside"])
+def test_agrees_with_samples_of_a_real_teacher(kind: str) -> None:
+    """Whole continuations are sampled and encoded with all of the text before; three positions of each kind of group."""
+    from cdm_toolkit.hub.cut_vocabulary import load_cut
+    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+    pair = TokenizerPair.from_loaded(load_tokenizer("smollm2"), load_cut("gpt2", 6000))
+    aligned = pair.align(TEXT)
+    ids_t, ids = aligned.t.ids.tolist(), aligned.s.ids.tolist()
+    read = ReadText(load_model("smollm2"), ids_t, vocab=pair.vocab_t)
+    groups = [
+        each
+        for each in aligned.alignment
+        if each.s0 > 12 and each.kind == ("1-n" if kind == "inside" else kind)
+    ]
+    for group in groups[1::2][:3]:
+        position = group.s0 + (kind == "inside")
+        found = NextTokenOracle(pair, most=200)(ids, group.s0, position, read.after(group.t0))
+        assert found is not None
+        drawn = samples(pair, read.after(group.t0), ids, group.s0, position)
+        total = drawn.total()
+        assert total > SAMPLES / 4
+        for i, p in zip(found.ids.tolist(), np.exp(found.logprobs).tolist(), strict=True):
+            if p > 0.02:
+                assert drawn[i] / total == pytest.approx(p, abs=0.01 + 4 * (p * (1 - p) / total) ** 0.5)
+
+
+def samples(
+    pair: TokenizerPair, model: Continuations, ids: Sequence[int], first: int, position: int
+) -> collections.Counter[int]:
+    """Count the student's token `position` in sampled continuations that lead to the tokens before it."""
+    rng, teacher, student = np.random.default_rng(0), pair.teacher.view, pair.student.view
+    before = b"".join(student.token_bytes[i] or b"" for i in ids[:first])
+    given = b"".join(student.token_bytes[i] or b"" for i in ids[first:position])
+    possible = [
+        piece is not None and (piece.startswith(given) or given.startswith(piece))
+        for piece in teacher.token_bytes
+    ]
+    paths: list[tuple[int, ...]] = [()] * SAMPLES
+    for step in range(5):
+        distinct = sorted({path for path in paths if path[-1:] == () or teacher.token_bytes[path[-1]]})
+        masses = dict(zip(distinct, np.exp(model(distinct).astype(np.float64)), strict=True))
+        for nth, path in enumerate(paths):
+            if path in masses:
+                p = masses[path] * possible if step == 0 and given else masses[path]
+                paths[nth] = (*path, int(rng.choice(len(p), p=p / p.sum())))
+    found = collections.Counter[int]()
+    for path in paths:
+        spelled = b"".join(teacher.token_bytes[i] or b"" for i in path)
+        tokens = student.encode((before + spelled).decode(errors="ignore")).ids.tolist()
+        if tokens[:position] == list(ids[:position]) and len(tokens) > position:
+            found[tokens[position]] += 1
+    return found
