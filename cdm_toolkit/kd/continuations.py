@@ -79,7 +79,7 @@ class Continuations:
             past_key_values=self.text.new_cache([(keys, values) for keys, values in past]),
             use_cache=True,
         )
-        self._keep(paths, known, before, _state(out.past_key_values))
+        self._keep(paths, known, _state(out.past_key_values, before - max(known)))
         last = torch.tensor(new, device=past.device) - 1
         logits = out.logits[torch.arange(len(paths), device=past.device), last]
         return _normalised(logits, self.text.vocab).numpy(force=True)
@@ -88,17 +88,21 @@ class Continuations:
         """Count the tokens of the path whose state is known; the last one is always read again."""
         return next((size for size in range(len(path) - 1, 0, -1) if path[:size] in self._states), 0)
 
-    def _keep(self, paths: Sequence[Path], known: Sequence[int], before: int, states: Tensor) -> None:
+    def _keep(self, paths: Sequence[Path], known: Sequence[int], states: Tensor) -> None:
         for row, (path, size) in enumerate(zip(paths, known, strict=True)):
-            own = states[:, :, row, :, before - size : before - size + len(path)]
+            begin = max(known) - size
+            own = states[:, :, row, :, begin : begin + len(path)]
             self._states.pop(path, None)
             self._states[path] = own.clone()
         while len(self._states) > len(paths) and sum(map(len, self._states)) > KEPT:
             self._states.pop(next(iter(self._states)))
 
 
-def _state(cache: Any) -> Float[Tensor, "layer two batch heads time width"]:
-    return torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+def _state(cache: Any, begin: int = 0) -> Float[Tensor, "layer two batch heads time width"]:
+    """Take the keys and values of all positions from `begin` on."""
+    return torch.stack(
+        [torch.stack([side[..., begin:, :] for side in (each.keys, each.values)]) for each in cache.layers]
+    )
 
 
 def _normalised(logits: Float[Tensor, "row columns"], vocab: int) -> Float[Tensor, "row vocab"]:

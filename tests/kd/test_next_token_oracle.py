@@ -151,8 +151,9 @@ def test_nothing_is_said_within_a_character_or_after_tokens_of_another_tokenizat
 
 
 TEXT = (
-    "Janet's ducks lay 16 eggs per day. She eats 3 for breakfast and bakes muffins with 4. She sells 16 - 3 - 4 = 9 eggs, "
-    "and makes 9 * 2 = 18 dollars every day at the farmers' market, where the blackberries are attributed to her neighbour."
+    "Janet's ducks lay 16 eggs per day. She eats 3 for breakfast and bakes muffins with 4. She sells 16 - 3 - 4 = 9 "
+    "eggs, and makes 9 * 2 = 18 dollars every day at the farmers' market, where the blackberries are attributed to "
+    "her neighbour."
 )
 SAMPLES = 400
 
@@ -160,7 +161,7 @@ SAMPLES = 400
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["1-1", "1-n", "n-1", "inside"])
 def test_agrees_with_samples_of_a_real_teacher(kind: str) -> None:
-    """Whole continuations are sampled and encoded with all of the text before; three positions of each kind of group."""
+    """Whole continuations are sampled, and encoded with all of the text before; three positions of each kind."""
     from cdm_toolkit.hub.cut_vocabulary import load_cut
     from cdm_toolkit.hub.models import load_model
     from cdm_toolkit.hub.tokenizers import load_tokenizer

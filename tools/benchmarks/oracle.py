@@ -36,6 +36,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "prefix": ("prefix", {}),
     "cdm": ("cdm", {}),
     "x-token": ("x-token", {}),
+    "byte-marginal": ("byte-marginal", {}),
 }
 SMOOTH = 1e-3
 """Probability of the oracle that all ids share: so much a student has left for what no continuation leads to."""
@@ -247,7 +248,7 @@ def _distances_grid(distances: Mapping[str, Mapping[Place, Distance]], shares: M
             None if None in column else float(np.average(column, weights=weights))
             for column in zip(*by_kind.values(), strict=True)
         ]
-        rows.append((name, "all, as frequent as in the texts", len(of_places), *every))
+        rows.append((name, "all", len(of_places), *every))
     return Grid("targets beside the oracle", ("method", "group", "positions", *COLUMNS), rows)
 
 
@@ -320,6 +321,7 @@ def _facts(
         "pair": f"{pair.name_t} → {pair.name_s}",
         "texts": f"{len(texts)}: answers of {options.data.name}, and docstrings of Python",
         "positions by kind of group": ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items()),
+        "all": "weighed by how frequent each kind is in the texts",
         "missed": "the oracle's probability of what is no outcome",
         "left out": "entropy of the oracle within outcomes, of which nothing is taught",
         "loss of the oracle": "what the method makes of a student that predicts as the oracle",
