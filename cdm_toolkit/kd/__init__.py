@@ -1,12 +1,14 @@
 """Cross-tokenizer distillation losses: one object per method, for any training loop.
 
 >>> from cdm_toolkit import kd
->>> print(*kd.methods())
-alm cdm exact gold likelihood min-ed prefix simct spelling uld x-token jsd kl reverse-kl
+>>> list(kd.methods())  # doctest: +NORMALIZE_WHITESPACE
+['alm', 'byte-marginal', 'cdm', 'exact', 'gold', 'likelihood', 'min-ed', 'prefix', 'simct', 'spelling', 'uld',
+ 'x-token', 'jsd', 'kl', 'reverse-kl']
 """
 
 from cdm_toolkit.kd.alm import ALM
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
+from cdm_toolkit.kd.byte_marginal import ByteMarginal
 from cdm_toolkit.kd.cdm import CDM
 from cdm_toolkit.kd.divergences import kd_sums
 from cdm_toolkit.kd.exact_match import ExactMatch
@@ -45,6 +47,7 @@ __all__ = [
     "ULD",
     "AlignedBatch",
     "AlignedTeacherBatch",
+    "ByteMarginal",
     "ExactMatch",
     "KDSums",
     "Likelihood",

@@ -45,6 +45,11 @@ class ByteSortedVocab:
         """Give the half-open range, in byte order, of the tokens that begin with these bytes."""
         return bisect_left(self.bytes, prefix), bisect_left(self.bytes, _after(prefix) or _BEHIND_ALL)
 
+    def goes_on(self, prefix: bytes) -> bool:
+        """Say whether some token begins with these bytes and is longer."""
+        begin, end = self.range(prefix)
+        return begin < end and len(self.bytes[end - 1]) > len(prefix)
+
     def branches(self, prefix: bytes) -> Branches:
         """Split the tokens with this prefix: those equal to it, and the longer ones by their next byte."""
         if prefix not in self._branches:

@@ -15,6 +15,7 @@ from cdm_toolkit.alignment.segments import align_segments
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, NothingToTrain
 from cdm_toolkit.kd.aligned_rows import AlignedRow, align_groups, truncate_aligned
 from cdm_toolkit.kd.batch import AlignedBatch, Collator, PairId
+from cdm_toolkit.kd.byte_lattice import END
 from cdm_toolkit.kd.chat_template import Messages, Piece, no_chat_template
 from cdm_toolkit.kd.rows import Row, RowFault, row_of
 from cdm_toolkit.kd.tokenized_rows import (
@@ -223,6 +224,14 @@ class TokenizerPair:
     def spellings(self) -> Spellings:
         """Spell the ids of each vocabulary in tokens of the other."""
         return self._once("spellings", lambda: build_spellings(self.teacher.view, self.student.view))
+
+    def first_bytes(self) -> tuple[Int64[np.ndarray, " vocab_t"], Int64[np.ndarray, " vocab_s"]]:
+        """Give the first byte of each id of both vocabularies, `byte_lattice.END` for an id without bytes."""
+        views = self.teacher.view, self.student.view
+        of_t, of_s = (
+            np.array([piece[0] if piece else END for piece in view.token_bytes], np.int64) for view in views
+        )
+        return of_t, of_s
 
     def projection(self, width: int = WIDTH) -> Projection:
         """Let each student id stand for up to `width` teacher ids, with weights."""

@@ -17,6 +17,7 @@ METHODS = (
     "x-token",
     "simct",
     "likelihood",
+    "byte-marginal",
 )
 
 

@@ -173,6 +173,9 @@ class WorldPair(TokenizerPair):
         of_s = [-1 if i < 0 else world.vocab_t + i for i in world.beginning]
         return Spellings(np.array(of_t, np.int32), np.array(of_s, np.int32))
 
+    def first_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.world.first_t), np.array(self.world.first_s)
+
     def projection(self, width: int = 4) -> Projection:
         """Give the world's, as wide as it is."""
         rows = self.world.projection
@@ -224,6 +227,8 @@ def method_of(world: World, name: str) -> Method[Any, Any]:
 
 
 LONGEST = 4
+FIRST = (97, 98, 97, 256, 255, 98, 32, 32, 97, 0, 256, 99)
+"""First bytes of ids."""
 PARTNERS = ("some", "none", "all", "many to one")
 
 
@@ -298,6 +303,8 @@ def draw(
             projection=draw_projection(seed, partner.tolist(), vocab_s)
             if partners != "none"
             else ((),) * vocab_s,
+            first_t=FIRST[:vocab_t],
+            first_s=FIRST[::-1][:vocab_s],
         ),
         logits=logits(len(labels), vocab_s + padding),
         labels=labels,
@@ -344,6 +351,7 @@ def alike(name: str, seed: int, *, k: int = 4, temperature: float = 0.8, rest: b
             ways=tuple((i,) if i >= 0 else () for i in partner.tolist()),
             beginning=(-1,) * world.vocab_s,
             projection=tuple(((t, 1.0),) for t in to_student.argsort().tolist()),
+            first_s=tuple(case.world.first_t[t] for t in to_student.argsort().tolist()),
         ),
         logits=logits,
         labels=to_student[case.teacher_ids],

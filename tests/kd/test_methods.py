@@ -289,7 +289,7 @@ def on_cuda(name: str, *, vocab_t: int, vocab_s: int, k: int) -> Method[Any, Any
     method = kind.__new__(kind)
     nn.Module.__init__(method)
     method.pair, method.top_k = WorldPair(replace(WORLD, vocab_t=vocab_t, vocab_s=vocab_s)), k
-    method.settings = kind.Settings() if name == "alm" else kind.Settings(temperature=0.8)
+    method.settings = kind.Settings() if name in ("alm", "byte-marginal") else kind.Settings(temperature=0.8)
     tables = {
         "partner": ids(vocab_t),
         "claimed": ids(vocab_s).bool(),
@@ -302,6 +302,8 @@ def on_cuda(name: str, *, vocab_t: int, vocab_s: int, k: int) -> Method[Any, Any
         "teacher_ids": ids(vocab_s, 4),
         "weights": ids(vocab_s, 4).float(),
         "preimages": ids(vocab_t, 4),
+        "first_t": ids(vocab_t),
+        "first_s": ids(vocab_s),
     }
     for table, values in tables.items():
         method.register_buffer(table, values, persistent=False)

@@ -59,6 +59,9 @@ class World:
     outcomes: int = 128
     projection: Sequence[Sequence[tuple[int, float]]] = ()
     """The teacher ids that each student id stands for, with weights."""
+    first_t: Sequence[int] = ()
+    """The first byte of each id; 256 for one without bytes."""
+    first_s: Sequence[int] = ()
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -276,6 +279,21 @@ def simct_twin(group: Group, world: World) -> tuple[float, float, int]:
     return world.temperature**2 * kl(*sides), *matched(group, world)
 
 
+def byte_marginal_twin(group: Group, world: World) -> tuple[float, float, int]:
+    """Raise λ in max(least, λ q) until it sums to one, by bisection."""
+    q, least = np.zeros(257), np.zeros(257)
+    for i in range(world.vocab_s):
+        q[world.first_s[i]] += group.student[i]
+    for i, mass in group.teacher.items():
+        least[world.first_t[i]] += mass
+    low, high = 0.0, 1 / q[q > 0].min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(least, middle * q).sum() < 1 else (low, middle)
+    p = np.maximum(least, low * q)
+    return kl(p, q), *_all(group)
+
+
 def _shared(group: Group, world: World) -> tuple[np.ndarray, np.ndarray]:
     rest = len(group.teacher) < world.vocab_s
     sides = (list(group.teacher.values()), [group.student[i] for i in group.teacher])
@@ -313,6 +331,7 @@ TWINS = {
     "likelihood": likelihood_twin,
     "simct": simct_twin,
     "x-token": x_token_twin,
+    "byte-marginal": byte_marginal_twin,
     "kl": kl_twin,
     "reverse-kl": reverse_kl_twin,
     "jsd": jsd_twin,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -35,12 +36,22 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """Many figures in one table; None is a cell without."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[float | str | None]]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a benchmark found; `facts` say what was measured on."""
 
     title: str
     facts: Mapping[str, Any]
     lines: list[Line] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
 
 
 def medians(
@@ -93,7 +104,8 @@ def _processor() -> str:
 def record(report: Report) -> dict[str, Any]:
     """Give a report as plain values."""
     lines = [asdict(line) | {"holds": line.holds} for line in report.lines]
-    return {"title": report.title, "machine": machine(), "facts": dict(report.facts), "lines": lines}
+    found = {"title": report.title, "machine": machine(), "facts": dict(report.facts), "lines": lines}
+    return found | {"grids": [asdict(grid) for grid in report.grids]} if report.grids else found
 
 
 def draw(report: Report) -> None:
@@ -105,8 +117,19 @@ def draw(report: Report) -> None:
         table.add_row(line.what, f"{line.value:,.4g}", line.unit, _wanted(line))
     console = Console()
     console.print(table)
+    for grid in report.grids:
+        drawn = Table(*grid.columns, title=grid.title, title_justify="left")
+        for row in grid.rows:
+            drawn.add_row(*map(_cell, row))
+        console.print(drawn)
     for name, fact in {**report.facts, **machine()}.items():
         console.print(f"[dim]{name}: {fact}[/]", highlight=False)
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
 
 
 def _wanted(line: Line) -> str:
