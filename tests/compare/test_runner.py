@@ -480,6 +480,7 @@ def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
         == [
             "trained on",
             "held out, inside",
+            "held out, near",
             "held out, outside",
             "steps",
             "seeds",
