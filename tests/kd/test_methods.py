@@ -20,7 +20,7 @@ from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.method import Method
 from cdm_toolkit.kd.objective import weighted_loss
 from cdm_toolkit.kd.sparse_logprobs import _SparseLogprobs, log_sum_exp, top_k
-from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
+from cdm_toolkit.kd.types import Comparison, KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
 
 from .cases import PARTNERS, Case, WorldPair, alike, cast, draw
 from .twins import TWINS
@@ -270,6 +270,11 @@ def test_a_method_does_not_see_a_gradient() -> None:
 
         def loss(self, logprobs: torch.Tensor, request: LogprobRequest[Any], signal: TeacherSignal) -> KDSums:
             return inputs.method.loss(logprobs, request, signal)
+
+        def compare(
+            self, logprobs: torch.Tensor, request: LogprobRequest[Any], signal: TeacherSignal
+        ) -> Comparison:
+            return inputs.method.compare(logprobs, request, signal)
 
     loss_sums(case.logits.clone().requires_grad_(), case.labels, [replace(inputs, method=Looks())])
     assert not seen[0].logits.requires_grad
