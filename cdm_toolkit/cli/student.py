@@ -63,10 +63,10 @@ def transplant(
     entries: Entries = None,
     layers: Annotated[
         int | None,
-        typer.Option(help="Keep so many layers, those that change the hidden states of --data most."),
+        typer.Option(help="Keep so many layers, those that change hidden states on --data most."),
     ] = None,
     data: Annotated[
-        str, typer.Option(help="Text to choose layers by: JSONL, sample:train or sample:heldout.")
+        str, typer.Option(help="Text to measure the model on: JSONL, sample:train or sample:heldout.")
     ] = "sample:train",
     embeddings: Annotated[
         Literal["mean", "omp"],
@@ -84,10 +84,12 @@ def transplant(
     """Give a trained model another vocabulary, fewer layers, or both; all other weights are kept.
 
     A token that the old vocabulary has keeps its embedding row, special tokens by their role; any other gets the mean
-    of the rows of the old tokens that spell it. The remaining rows are drawn at random. With --embeddings omp (arXiv
-    2506.06607), a donor's row is written as a combination of its rows of shared tokens, and made again of the model's
-    own rows of these. Layers are left out by their block influence (ShortGPT, arXiv 2403.03853), least first, measured
-    before the vocabulary changes.
+    of the rows of the old tokens that spell it, made e times less likely for each after the first. The remaining rows
+    are drawn at random. With --embeddings omp (arXiv 2506.06607), a donor's row is written as a combination of its rows
+    of shared tokens, and made again of the model's own rows of these.
+
+    Layers are left out by their block influence (ShortGPT, arXiv 2403.03853), least first, measured before the
+    vocabulary changes.
 
     Example: cdm student transplant --from smollm2 --tokenizer mistral --layers 20 -o student
     """
@@ -101,7 +103,7 @@ def transplant(
         raise BadOption("embeddings", embeddings, "omp together with `donor`, or neither")
 
     named = tokenizer or donor or source
-    texts = [] if layers is None else [row.text for row in read_rows(data)]
+    texts = [row.text for row in read_rows(data)]
     with screen.err().status(f"{source}: making the student"):
         given = give(
             source,

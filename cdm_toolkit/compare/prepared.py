@@ -13,7 +13,7 @@ from cdm_toolkit.artifacts.teacher_cache import read_header
 from cdm_toolkit.compare.continuations import continue_rows, measure, subject_of
 from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
-from cdm_toolkit.compare.study import StudentConfig, StudyConfig, SuiteConfig, TextConfig, heldout_name
+from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig, heldout_name
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
 from cdm_toolkit.compare.types import RINGS, Measured, ModelScores
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
@@ -335,7 +335,7 @@ def _student(study: StudyConfig, folder: Path, on_stage: OnStage) -> str:
             folder,
             entries=entries,
             layers=student.layers,
-            texts=_texts_for_layers(student),
+            texts=[row.text for row in _rows_of("student.data", student.data)[: student.data.rows]],
             donor=None if student.donor is None else Donor(student.donor),
             seed=seed,
             overwrite=True,
@@ -346,13 +346,6 @@ def _student(study: StudyConfig, folder: Path, on_stage: OnStage) -> str:
         new_student(student.tokenizer, student.size, folder, entries=entries, seed=seed, overwrite=True)
     on_stage("making the student", 1, 1)
     return str(folder)
-
-
-def _texts_for_layers(student: StudentConfig) -> list[str]:
-    """Read the text on which layers are chosen, where they are."""
-    if student.layers is None:
-        return []
-    return [row.text for row in _rows_of("student.data", student.data)[: student.data.rows]]
 
 
 def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:

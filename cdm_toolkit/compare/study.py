@@ -77,7 +77,7 @@ class StudentConfig(Settings):
     layers: Count | None = None
     """Keep so many layers of a transplanted model, those of greatest block influence."""
     data: TextConfig = TextConfig(path="sample:train")
-    """Text on which that is measured."""
+    """Text on which that, and the mean hidden state for rows of new tokens, is measured."""
     embeddings: Literal["mean", "omp"] = "mean"
     """How a transplanted model gets rows of new tokens: means of old rows, or combinations after those of a `donor`."""
     donor: Text | None = None
@@ -110,8 +110,6 @@ class StudentConfig(Settings):
             raise ValueError("size needs a tokenizer")
         if way == "transplant" and self.tokenizer is None and self.layers is None and self.donor is None:
             raise ValueError("transplant needs a tokenizer, a donor or a number of layers")
-        if "data" in self.model_fields_set and self.layers is None:
-            raise ValueError("data has no use without layers, which are chosen by it")
         if (self.embeddings == "omp") != (self.donor is not None):
             raise ValueError("embeddings: omp and a donor go together")
 

@@ -49,15 +49,13 @@ class SharedTokens:
     """The donor's ids of these."""
 
 
-def shared_tokens(
-    donor: TokenizerView, old: TokenizerView, new: TokenizerView, missing: Int64[np.ndarray, " missing"]
-) -> SharedTokens:
-    """Find the donor's tokens among the `missing` new ids and among the old ids (`partners`).
+def shared_tokens(donor: TokenizerView, old: TokenizerView, new: TokenizerView) -> SharedTokens:
+    """Find the donor's tokens among the old ids, and among the new ids that the old vocabulary lacks (`partners`).
 
     Raises CdmError where donor and old model share no token.
     """
     old_of_donor, donor_of_new = partners(old, donor), partners(donor, new)
-    targets = missing[donor_of_new[missing] != NO_MATCH]
+    targets = np.flatnonzero((partners(old, new) == NO_MATCH) & (donor_of_new != NO_MATCH))
     shared = np.flatnonzero((old_of_donor != NO_MATCH) & ~donor.is_special)
     if not len(shared):
         raise CdmError(

@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cdm_toolkit.batching import batches, padded
 from cdm_toolkit.errors import BadOption, CdmError
+from cdm_toolkit.hub.hidden_states import last_states, token_sequences
 
 if TYPE_CHECKING:
     import torch
-    from jaxtyping import Float, Float64, Int
+    from jaxtyping import Float, Float64, Int32
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from cdm_toolkit.tokdiff.view import TokenizerView
-
-MAX_TOKENS = 1024
-"""Tokens of a text that are read, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +45,7 @@ def prune_layers(
     there = len(decoder_layers(model))
     if not 1 <= layers < there:
         raise BadOption("layers", layers, f"1 to {there - 1}: the model has {there}")
-    longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
-    sequences = [ids for spans in view.encode_batch(texts) if len(ids := spans.ids[:longest])]
-    influence = block_influence(model, sequences)
+    influence = block_influence(model, token_sequences(model, view, texts))
     least_first = np.argsort(influence, kind="stable")
     pruned = Pruned(tuple(influence.tolist()), tuple(sorted(least_first[: there - layers].tolist())))
     return keep_layers(model, pruned.kept), pruned
@@ -83,40 +78,33 @@ def influence_of(
 
 
 def block_influence(
-    model: PreTrainedModel, sequences: Sequence[Int[np.ndarray, " time"]], *, batch_tokens: int = 2048
+    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]], *, batch_tokens: int = 2048
 ) -> Float64[np.ndarray, " layer"]:
     """Return each layer's influence: the mean of `influence_of` over all tokens of the sequences, none of them empty.
 
-    Sequences are batched, padded on the right to at most `batch_tokens` in total (or one sequence). Raises CdmError
-    where there is none.
+    Batches are those of `last_states`. Raises CdmError where there is no sequence.
     """
-    import torch
-
     if not sequences:
         raise CdmError("the texts to measure layers on are empty", fix="give rows with text as `data`")
     layers = decoder_layers(model)
     sums = np.zeros(len(layers))
-    for batch in batches([len(ids) for ids in sequences], tokens=batch_tokens):
-        ids, mask, _ = (
-            torch.from_numpy(array).to(model.device) for array in padded([sequences[i] for i in batch])
-        )
-        with torch.inference_mode(), ExitStack() as hooks:
-            for nth, layer in enumerate(layers):
-                hook = layer.register_forward_hook(_adds_to(sums, nth, mask.bool()), with_kwargs=True)
-                hooks.callback(hook.remove)
-            model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    found: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for nth, layer in enumerate(layers):
+            hooks.callback(layer.register_forward_hook(_keeps(found, nth), with_kwargs=True).remove)
+        for _, mask in last_states(model, sequences, batch_tokens=batch_tokens):
+            sums += [found[nth][mask].double().sum().item() for nth in range(len(layers))]
     return sums / sum(map(len, sequences))
 
 
-def _adds_to(sums: Float64[np.ndarray, " layer"], nth: int, mask: Tensor) -> Callable[..., None]:
-    """Make a forward hook that adds a layer's influence on the tokens of a batch."""
+def _keeps(found: dict[int, Tensor], nth: int) -> Callable[..., None]:
+    """Make a forward hook that keeps a layer's influence on the tokens of a batch."""
 
-    def add(_layer: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(_layer: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        sums[nth] += influence_of(before, after)[mask].double().sum().item()
+        found[nth] = influence_of(before, output[0] if isinstance(output, tuple) else output)
 
-    return add
+    return keep
 
 
 # The smaller model

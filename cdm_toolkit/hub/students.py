@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadOption, CdmError, OutputExists
 from cdm_toolkit.hub.cut_vocabulary import load_cut
-from cdm_toolkit.hub.embedding_rows import load_donation, replace_rows
+from cdm_toolkit.hub.embedding_rows import Donation, load_donation, replace_rows
+from cdm_toolkit.hub.hidden_states import mean_state, token_sequences
 from cdm_toolkit.hub.models import (
     check_vocabulary,
     load_as_stored,
@@ -214,8 +215,9 @@ def transplant(
     many ids (`cut`). With a `donor`, new ids that it has get a row by orthogonal matching pursuit in place of a mean or
     a fresh one; without `tokenizer` the new vocabulary is then the donor's.
 
-    `layers` is how many to keep: those of greatest block influence on `texts`, as the source reads them with its own
-    tokenizer (`prune_layers`).
+    The model reads `texts` with its own tokenizer. `layers` is how many to keep: those of greatest block influence on
+    them (`prune_layers`). Their mean hidden state makes means of several rows less likely (`new_rows`), which without
+    texts are plain means.
 
     Raises OutputExists, SourceNotFound, ModelNotLoaded, VocabularyTooSmall where the model has no row for some id of
     its own tokenizer, CdmError where nothing is asked for, FileProblem, and as `cut` and `prune_layers`.
@@ -234,31 +236,44 @@ def transplant(
         "source model": model_fingerprint(model_folder(source)),
         "source tokenizer": old.view.fingerprint,
         "tokenizer": new.view.fingerprint,
+        "texts": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
     }
     pruned, counts = None, None
     if layers is not None:
         model, pruned = prune_layers(model, old.view, layers, texts)
-        fingerprints["texts"] = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
     if new is not old:
-        sources, donation = row_sources(old.view, new.view), None
-        if donor is not None:
-            donation = load_donation(donor, old.view, new.view, sources)
-            sources = donation.covers(sources)
-            fingerprints |= donation.fingerprints
-        replace_rows(model, sources, seed, donation)
-        counts = sources.counts
-        _set_special_ids(model, new.tokenizer)
-    made = Transplanted(model.num_parameters(), new.view.vocab_size, counts, pruned)
-    facts = provenance(fingerprints=fingerprints, seed=seed, device="cpu")
-    named = {
+        donation = None if donor is None else load_donation(donor, old.view, new.view)
+        fingerprints |= {} if donation is None else donation.fingerprints
+        counts = _change_vocabulary(model, old, new, texts, donation, seed)
+    facts = {
+        **provenance(fingerprints=fingerprints, seed=seed, device="cpu"),
         "source": source,
         "tokenizer": new.view.name,
         "rows": counts and asdict(counts),
         "donor": donor and asdict(donor),
         "layers": pruned and asdict(pruned),
     }
-    _save(model, new, output, {**facts, **named})
-    return made
+    _save(model, new, output, facts)
+    return Transplanted(model.num_parameters(), new.view.vocab_size, counts, pruned)
+
+
+def _change_vocabulary(
+    model: PreTrainedModel,
+    old: Loaded,
+    new: Loaded,
+    texts: Sequence[str],
+    donation: Donation | None,
+    seed: int,
+) -> SourceCounts:
+    """Replace a model's rows and special ids by those of a new tokenizer; count the rows by their source."""
+    sources = row_sources(old.view, new.view)
+    if donation is not None:
+        sources = donation.covers(sources)
+    sequences = token_sequences(model, old.view, texts)
+    state = mean_state(model, sequences) if sequences else None
+    replace_rows(model, sources, seed, state=state, donation=donation)
+    _set_special_ids(model, new.tokenizer)
+    return sources.counts
 
 
 def _set_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

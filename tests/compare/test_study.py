@@ -158,7 +158,6 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
         ("student={size: 3m}", "size needs a tokenizer"),
         ("student={size: 3m, tokenizer: y, layers: 2}", "a fresh model has no use for layers"),
         ("student={transplant: x}", "transplant needs a tokenizer, a donor or a number"),
-        ("student={transplant: x, tokenizer: y, data: {path: z}}", "data has no use without layers"),
         ("student={transplant: x, tokenizer: y, embeddings: omp}", "omp and a donor go together"),
         ("student={model: x, donor: y}", "no use for donor"),
         ("student={model: x, entries: 3}", "a model that is there has no use for entries"),

@@ -128,8 +128,7 @@ def test_what_the_donor_lacks_is_a_mean(source: Path, donor: Path, tmp_path: Pat
     assert given.rows.mean + given.rows.omp + given.rows.fresh == means.rows.mean + means.rows.fresh
     assert 300 < given.rows.mean < means.rows.mean
     old, new = (load_tokenizer(str(path)).view for path in (source, tmp_path / "out"))
-    missing = np.flatnonzero(np.isin(row_sources(old, new).kind, (SourceKind.MEAN, SourceKind.FRESH)))
-    targets = shared_tokens(load_tokenizer(str(donor)).view, old, new, missing).targets_new
+    targets = shared_tokens(load_tokenizer(str(donor)).view, old, new).targets_new
     assert given.rows.omp == len(targets)
     table, plain = (
         load_model(str(tmp_path / name)).get_input_embeddings().weight for name in ("out", "means")
@@ -156,10 +155,7 @@ def test_an_untied_heads_rows_are_made_after_the_donors_head(
     made = vocabulary_tables(load_as_stored(str(tmp_path / "out")))
     gpt2, qwen2 = loaded("gpt2").view, loaded("qwen2").view
     new = load_tokenizer(str(tmp_path / "out")).view
-    kinds = row_sources(qwen2, new).kind
-    tokens = shared_tokens(
-        gpt2, qwen2, new, np.flatnonzero(np.isin(kinds, (SourceKind.MEAN, SourceKind.FRESH)))
-    )
+    tokens = shared_tokens(gpt2, qwen2, new)
     assert len(tokens.targets_new) > 10
     for old, donor, table in zip(tables["qwen2"][:2], tables["gpt2"][:2], made[:2], strict=True):
         assert torch.equal(table[tokens.targets_new], rows_by_omp(old, donor, tokens, 3))
@@ -169,4 +165,4 @@ def test_a_donor_that_shares_nothing_is_refused(source: Path, monkeypatch: pytes
     view = load_tokenizer(str(source)).view
     monkeypatch.setattr("cdm_toolkit.hub.omp.partners", lambda _, new: np.full(new.vocab_size, -1))
     with pytest.raises(CdmError, match="shares no token"):
-        shared_tokens(view, view, view, np.arange(5))
+        shared_tokens(view, view, view)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from cdm_toolkit.errors import BadOption, FileProblem, OutputExists, VocabularyTooSmall
 from cdm_toolkit.hub import students
-from cdm_toolkit.hub.embedding_rows import new_rows, vocabulary_tables
+from cdm_toolkit.hub.embedding_rows import PIECE_NATS, new_rows, vocabulary_tables
 from cdm_toolkit.hub.models import load_as_stored, load_model, model_fingerprint, model_folder, save_model
 from cdm_toolkit.hub.students import (
     Shape,
@@ -211,6 +211,26 @@ def test_fresh_rows_are_of_the_embeddings_scale(
     old = table[:49_152]
     torch.testing.assert_close(made.std(0), old.std(0), rtol=0.1, atol=0)
     torch.testing.assert_close(made.mean(0), old.mean(0), rtol=0, atol=0.4)
+
+
+def test_a_mean_is_less_likely_for_each_piece(smollm2_view: TokenizerView, gpt2_view: TokenizerView) -> None:
+    sources = row_sources(smollm2_view, gpt2_view)
+    table = torch.randn(49_152, 16, generator=torch.Generator().manual_seed(1))
+    state = torch.arange(16.0)
+    plain, made = (new_rows(table, sources, torch.Generator().manual_seed(0), s) for s in (None, state))
+    lower = (plain - made) @ state
+    pieces = torch.tensor([len(sources.row(i)) for i in range(len(sources.kind))])
+    expected = PIECE_NATS * torch.where(torch.from_numpy(sources.kind == SourceKind.MEAN), pieces - 1, 0)
+    torch.testing.assert_close(lower, expected.float(), rtol=0, atol=1e-3)
+    assert torch.equal(made[expected == 0], plain[expected == 0])
+
+
+def test_texts_change_the_head_alone(
+    untied: Path, moved: tuple[Path, Transplanted], mistral: Loaded, tmp_path: Path
+) -> None:
+    transplant(str(untied), mistral, tmp_path / "out", seed=7, texts=[TEXT, ""])
+    plain, made = (vocabulary_tables(load_as_stored(str(folder))) for folder in (moved[0], tmp_path / "out"))
+    assert [torch.equal(a, b) for a, b in zip(plain, made, strict=True)] == [True, False, True][: len(plain)]
 
 
 def test_fresh_rows_depend_on_the_seed_alone(

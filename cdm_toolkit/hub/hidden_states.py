@@ -1,0 +1,58 @@
+"""Read texts with a model's transformer layers alone, without the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cdm_toolkit.batching import batches, padded
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int32
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from cdm_toolkit.tokdiff.view import TokenizerView
+
+MAX_TOKENS = 1024
+"""Tokens of a text that are read, at most."""
+ENOUGH_TOKENS = 4096
+"""Tokens after which the mean of the last hidden states is known well enough."""
+
+
+def token_sequences(
+    model: PreTrainedModel, view: TokenizerView, texts: Sequence[str]
+) -> list[Int32[np.ndarray, " time"]]:
+    """Tokenize texts, each cut to what the model reads at once; texts without tokens are left out."""
+    longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
+    return [ids for spans in view.encode_batch(texts) if len(ids := spans.ids[:longest])]
+
+
+def last_states(
+    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]], *, batch_tokens: int = 2048
+) -> Iterator[tuple[Float[Tensor, "batch time hidden"], Bool[Tensor, "batch time"]]]:
+    """Yield what the output head reads, with a mask of the tokens, batch by batch, longest sequences first.
+
+    Sequences are padded on the right to at most `batch_tokens` in total (or one sequence); none of them is empty.
+    """
+    import torch
+
+    for batch in batches([len(ids) for ids in sequences], tokens=batch_tokens):
+        arrays = padded([sequences[i] for i in batch])[:2]
+        ids, mask = (torch.from_numpy(array).to(model.device) for array in arrays)
+        with torch.inference_mode():
+            states = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+        yield states.last_hidden_state, mask.bool()
+
+
+def mean_state(
+    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]]
+) -> Float[Tensor, " hidden"]:
+    """Return the mean of what the output head reads, in float32, over the first sequences that have enough tokens."""
+    ends = np.cumsum([len(ids) for ids in sequences])
+    first = sequences[: int(np.searchsorted(ends, ENOUGH_TOKENS)) + 1]
+    total = sum(states[mask].float().sum(0) for states, mask in last_states(model, first))
+    assert not isinstance(total, int)
+    return total / sum(map(len, first))
