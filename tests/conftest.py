@@ -23,6 +23,7 @@ install_import_hook(
         "cdm_toolkit.teachers",
         "cdm_toolkit.distill.sampler",
         "cdm_toolkit.compare.label_placement",
+        "cdm_toolkit.compare.words",
     ],
     # a whole number is a float, as PEP 484 has it
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
