@@ -22,6 +22,7 @@ install_import_hook(
         "cdm_toolkit.kd",
         "cdm_toolkit.teachers",
         "cdm_toolkit.distill.sampler",
+        "cdm_toolkit.hub.omp",
         "cdm_toolkit.compare.label_placement",
         "cdm_toolkit.compare.words",
     ],

@@ -7,19 +7,16 @@ combination of the old model's rows of these tokens is the new row (arXiv 2506.0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
 
 from cdm_toolkit.errors import CdmError
+from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.row_sources import partners
 from cdm_toolkit.vocab_map.types import NO_MATCH
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int64, Shaped
-    from torch import Tensor
-
-    from cdm_toolkit.tokdiff.view import TokenizerView
 
 TARGETS_AT_ONCE = 256
 """Rows that are approximated together: their correlations with all shared tokens exist at one time."""
@@ -74,7 +71,6 @@ def rows_by_omp(
 
     Computed in float32 or better; the result has the dtype of `old`.
     """
-    import torch
 
     def rows(table: Tensor, ids: Int64[np.ndarray, " some"]) -> Tensor:
         return table[torch.from_numpy(ids)].to(torch.promote_types(table.dtype, torch.float32))
@@ -97,8 +93,6 @@ def matching_pursuit(
     outside the span of those chosen before (arXiv 2506.06607, algorithm 1; Pati et al. 1993). With fewer than k atoms
     all are chosen. An atom inside that span has the coefficient 0.
     """
-    import torch
-
     count, steps = len(targets), min(k, len(atoms))
     chosen = torch.zeros(count, steps, dtype=torch.long, device=targets.device)
     basis = targets.new_zeros(count, steps, targets.shape[1])
