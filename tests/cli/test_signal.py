@@ -37,7 +37,8 @@ def loss_of(models: Path, student: str, name: str, row: dict[str, str], **settin
 
 @pytest.mark.parametrize("name", WITH_OUTCOMES)
 def test_positions_add_up_to_the_loss_of_a_run(cdm, small_models: Path, name: str) -> None:
-    student = "other" if kd.find_method(name).same_tokenizer else "student"
+    method = kd.find_method(name)
+    student = "other" if method.same_tokenizer else "nested" if method.nested_tokenizers else "student"
     models = ("--teacher", small_models / "teacher", "--student", small_models / student)
     record = json.loads(cdm("signal", "show", TEXT, *models, "--method", name, "--json").out)
     out = loss_of(small_models, student, name, {"text": TEXT})

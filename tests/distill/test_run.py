@@ -92,7 +92,7 @@ def test_writes_a_student_that_loads_with_equal_logits(config, monkeypatch: pyte
     assert [log.step for log in result.losses] == [1, 2, 3, 4]
     assert result.losses[-1].ce < result.losses[0].ce
     last, (teacher,) = result.losses[-1], result.losses[-1].teachers
-    assert last.loss == pytest.approx(0.5 * last.ce + 0.5 * teacher.kd, rel=1e-5)
+    assert last.loss == pytest.approx(0.8 * last.ce + 0.2 * teacher.kd, rel=1e-5)
     assert teacher.kd > 0
     assert 0.1 < teacher.matched_mass <= 1
     assert 0.1 < teacher.aligned_share <= 1

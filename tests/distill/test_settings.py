@@ -41,7 +41,7 @@ def test_all_faults_are_listed_at_once() -> None:
         "output is missing",
         "data.max_length is 3",
         "alpha is 1.5: give a number of at most 1",
-        "teachers.0.method is 'cdn': did you mean cdm? known: alm, cdm, exact,",
+        "teachers.0.method is 'cdn': did you mean cdm? known: alm, byte-marginal, cdm, exact,",
         "teachers.0.temperature is 0: give a number above 0",
         "teachers.0.max_edit_distance is 1.0",
         "teachers.0.top_k is 0",

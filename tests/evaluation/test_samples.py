@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.samples import SPLITS, sample_path
+from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.samples import FILES, sample_path
 
+SPLITS = ("train", "heldout")
+"""Of the word problems."""
 GENERATOR = Path(__file__).resolve().parents[2] / "tools" / "make_sample"
 STEP = re.compile(r"(\d+(?: [-+*/] \d+)+) = (\d+)")
 NUMBER = re.compile(r"\d+")
@@ -82,3 +85,10 @@ def test_the_problems_are_varied_and_small() -> None:
     shapes = Counter(re.sub(r"\d+|\b[A-Z]\w+", "_", row["question"]) for row in rows("train"))
     assert len(shapes) > 100
     assert sum(sample_path(split).stat().st_size for split in SPLITS) < 250_000
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_sample_is_read_by_its_name(name: str) -> None:
+    found = read_rows(f"sample:{name}")
+    assert len(found) == len(rows(name))
+    assert len({row.completion for row in found}) == len(found)
