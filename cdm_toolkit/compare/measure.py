@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float64
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cdm_toolkit.artifacts.atomic import atomic_write
@@ -41,7 +42,6 @@ from cdm_toolkit.teachers.cached import Cached, check_rows, open_cache
 from cdm_toolkit.tokdiff.changes import changes
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float64
     from transformers import PreTrainedModel
 
     from cdm_toolkit.tokdiff.spans import TokenSpans

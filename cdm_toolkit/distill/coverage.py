@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool
     from transformers import PreTrainedModel
 
     from cdm_toolkit.tokdiff.view import TokenizerView

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float64, Int32
 
 from cdm_toolkit.hub.token_entropies import batch_entropies
 
 if TYPE_CHECKING:
-    from jaxtyping import Float64, Int32
     from transformers import PreTrainedModel
 
 
@@ -27,7 +27,7 @@ class ModelEntropies:
     """Is told how many sequences a call has run."""
 
     def along(
-        self, side: int, sequences: Sequence[Int32[np.ndarray, " time"]], *, vocab: int
+        self, side: int, sequences: Sequence[Int32[np.ndarray, " _"]], *, vocab: int
     ) -> Sequence[Float64[np.ndarray, " time"]]:
         """Give the entropy, in nats, of the prediction after each token."""
         if side not in self.models:

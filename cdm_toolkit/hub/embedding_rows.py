@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float, Shaped
+from torch import Tensor
 
 from cdm_toolkit.hub.models import check_vocabulary, load_as_stored, model_fingerprint, model_folder
 from cdm_toolkit.hub.omp import Donor, SharedTokens, rows_by_omp, shared_tokens
@@ -14,8 +16,6 @@ from cdm_toolkit.vocab_map.row_sources import RowSources, SourceKind
 
 if TYPE_CHECKING:
     import torch
-    from jaxtyping import Float, Shaped
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cdm_toolkit.tokdiff.view import TokenizerView

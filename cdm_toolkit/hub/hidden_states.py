@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor
 
 from cdm_toolkit.batching import batches, padded
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int32
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cdm_toolkit.tokdiff.view import TokenizerView
@@ -24,14 +24,14 @@ ENOUGH_TOKENS = 4096
 
 def token_sequences(
     model: PreTrainedModel, view: TokenizerView, texts: Sequence[str]
-) -> list[Int32[np.ndarray, " time"]]:
+) -> list[Int32[np.ndarray, " _"]]:
     """Tokenize texts, each cut to what the model reads at once; texts without tokens are left out."""
     longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
     return [ids for spans in view.encode_batch(texts) if len(ids := spans.ids[:longest])]
 
 
 def last_states(
-    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]], *, batch_tokens: int = 2048
+    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]], *, batch_tokens: int = 2048
 ) -> Iterator[tuple[Float[Tensor, "batch time hidden"], Bool[Tensor, "batch time"]]]:
     """Yield what the output head reads, with a mask of the tokens, batch by batch, longest sequences first.
 
@@ -48,7 +48,7 @@ def last_states(
 
 
 def mean_state(
-    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]]
+    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]]
 ) -> Float[Tensor, " hidden"]:
     """Return the mean of what the output head reads, in float32, over the first sequences that have enough tokens."""
     ends = np.cumsum([len(ids) for ids in sequences])

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float, Float64, Int32
+from torch import Tensor
 
 from cdm_toolkit.errors import BadOption, CdmError
 from cdm_toolkit.hub.hidden_states import last_states, token_sequences
 
 if TYPE_CHECKING:
     import torch
-    from jaxtyping import Float, Float64, Int32
-    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from cdm_toolkit.tokdiff.view import TokenizerView
@@ -78,7 +78,7 @@ def influence_of(
 
 
 def block_influence(
-    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]], *, batch_tokens: int = 2048
+    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]], *, batch_tokens: int = 2048
 ) -> Float64[np.ndarray, " layer"]:
     """Return each layer's influence: the mean of `influence_of` over all tokens of the sequences, none of them empty.
 

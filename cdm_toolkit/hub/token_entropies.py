@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float, Float64, Int32
+from torch import Tensor
 
 from cdm_toolkit.batching import batches, padded
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float64, Int32
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from cdm_toolkit.tokdiff.spans import TokenSpans
@@ -27,17 +27,17 @@ def token_entropies(model: PreTrainedModel, spans: TokenSpans) -> Float64[np.nda
 
 def batch_entropies(
     model: PreTrainedModel,
-    sequences: Sequence[Int32[np.ndarray, " time"]],
+    sequences: Sequence[Int32[np.ndarray, " _"]],
     *,
     vocab: int,
     batch_tokens: int = 2048,
-) -> list[Float64[np.ndarray, " time"]]:
+) -> list[Float64[np.ndarray, " _"]]:
     """Return, for each token of several sequences, the entropy in nats of the next-token distribution after it.
 
     Sequences of similar length are batched, padded on the right to at most `batch_tokens` in total (or one sequence).
     Logits from index `vocab` on are padding, and excluded from the distribution.
     """
-    found: list[Float64[np.ndarray, " time"]] = [np.zeros(0) for _ in sequences]
+    found: list[Float64[np.ndarray, " _"]] = [np.zeros(0) for _ in sequences]
     full = [i for i, ids in enumerate(sequences) if len(ids)]
     for batch in batches([len(sequences[i]) for i in full], tokens=batch_tokens):
         indices = [full[i] for i in batch]
@@ -47,7 +47,7 @@ def batch_entropies(
     return found
 
 
-def _logits(model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " time"]]) -> Tensor:
+def _logits(model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]]) -> Tensor:
     import torch
 
     ids, mask, _ = padded(sequences)

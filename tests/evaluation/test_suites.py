@@ -45,7 +45,8 @@ def test_all_faults_of_a_part_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(BadSettings) as caught:
         load_suite(path)
     assert str(caught.value).removeprefix(path) == (
-        " has 5 faults: data.sample is 'dev': give one of train, heldout, prose, languages; data.hub is 3: give a text; "
+        " has 5 faults: data.sample is 'dev': give one of train, heldout, prose, languages; "
+        "data.hub is 3: give a text; "
         "paper.source is missing; paper.figures.a is 1: give a valid dictionary; "
         "sumary is no setting, did you mean summary?; mend them and run again"
     )
