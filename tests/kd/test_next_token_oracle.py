@@ -155,13 +155,13 @@ TEXT = (
     "eggs, and makes 9 * 2 = 18 dollars every day at the farmers' market, where the blackberries are attributed to "
     "her neighbour."
 )
-SAMPLES = 400
+SAMPLES = 250
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["1-1", "1-n", "n-1", "inside"])
 def test_agrees_with_samples_of_a_real_teacher(kind: str) -> None:
-    """Whole continuations are sampled, and encoded with all of the text before; three positions of each kind."""
+    """Whole continuations are sampled, and encoded with all of the text before."""
     from cdm_toolkit.hub.cut_vocabulary import load_cut
     from cdm_toolkit.hub.models import load_model
     from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -170,21 +170,17 @@ def test_agrees_with_samples_of_a_real_teacher(kind: str) -> None:
     aligned = pair.align(TEXT)
     ids_t, ids = aligned.t.ids.tolist(), aligned.s.ids.tolist()
     read = ReadText(load_model("smollm2"), ids_t, vocab=pair.vocab_t)
-    groups = [
-        each
-        for each in aligned.alignment
-        if each.s0 > 12 and each.kind == ("1-n" if kind == "inside" else kind)
-    ]
-    for group in groups[1::2][:3]:
-        position = group.s0 + (kind == "inside")
-        found = NextTokenOracle(pair, most=200)(ids, group.s0, position, read.after(group.t0))
-        assert found is not None
-        drawn = samples(pair, read.after(group.t0), ids, group.s0, position)
-        total = drawn.total()
-        assert total > SAMPLES / 4
-        for i, p in zip(found.ids.tolist(), np.exp(found.logprobs).tolist(), strict=True):
-            if p > 0.02:
-                assert drawn[i] / total == pytest.approx(p, abs=0.01 + 4 * (p * (1 - p) / total) ** 0.5)
+    wanted = "1-n" if kind == "inside" else kind
+    group = [each for each in aligned.alignment if each.kind == wanted and each.s0 > 12][1]
+    position, after = group.s0 + (kind == "inside"), read.after(group.t0)
+    found = NextTokenOracle(pair)(ids, group.s0, position, after)
+    assert found is not None
+    drawn = samples(pair, after, ids, group.s0, position)
+    total = drawn.total()
+    assert total > SAMPLES / 4
+    for i, p in zip(found.ids.tolist(), np.exp(found.logprobs).tolist(), strict=True):
+        if p > 0.02:
+            assert drawn[i] / total == pytest.approx(p, abs=0.01 + 4 * (p * (1 - p) / total) ** 0.5)
 
 
 def samples(
@@ -199,7 +195,7 @@ def samples(
         for piece in teacher.token_bytes
     ]
     paths: list[tuple[int, ...]] = [()] * SAMPLES
-    for step in range(5):
+    for step in range(4):
         distinct = sorted({path for path in paths if path[-1:] == () or teacher.token_bytes[path[-1]]})
         masses = dict(zip(distinct, np.exp(model(distinct).astype(np.float64)), strict=True))
         for nth, path in enumerate(paths):
