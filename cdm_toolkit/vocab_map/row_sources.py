@@ -68,7 +68,8 @@ def row_sources(view_old: TokenizerView, view_new: TokenizerView) -> RowSources:
     tokens of equal content. The bytes of any other ordinary token are spelled by `spell`. Of several new ids with
     the same bytes those that find no old row of their own are not made of old rows.
     """
-    partner, second = partners(view_old, view_new), _second_of_their_bytes(view_old, view_new)
+    partner = partners(view_old, view_new)
+    second = _second_of_their_bytes(view_new, partner)
     partner[second] = NO_MATCH
     unmatched = np.flatnonzero((partner == NO_MATCH) & ~second).tolist()
     rest = [i for i in unmatched if view_new.token_bytes[i]]
@@ -100,10 +101,10 @@ def partners(view_old: TokenizerView, view_new: TokenizerView) -> Int64[np.ndarr
 
 
 def _second_of_their_bytes(
-    view_old: TokenizerView, view_new: TokenizerView
+    view_new: TokenizerView, partner: Int64[np.ndarray, " vocab_new"]
 ) -> Bool[np.ndarray, " vocab_new"]:
     """Find the new ids whose bytes another new id spells first, where the old side has no id more for them."""
-    partner, first = exact_partners(view_new, view_old), preferred_ids(view_new)
+    first = preferred_ids(view_new)
     spelled_first = np.array(
         [i if data is None else first[data] for i, data in enumerate(view_new.token_bytes)]
     )
