@@ -72,8 +72,8 @@ class Method(nn.Module, Generic[SettingsT, State]):
     """The student's tokens must be parts of the teacher's: `TokenizerPair.nesting_fault`."""
     needs_match: ClassVar[bool] = False
     """It compares ids that have a match in the other vocabulary: without any it teaches nothing."""
-    reads_teacher_tokens: bool = False
-    """It reads the log-probabilities of the teacher's tokens in a group; an instance may do so by a setting alone."""
+    reads_teacher_tokens: ClassVar[bool] = False
+    """It reads the log-probabilities of the teacher's tokens in a group."""
     reads_student_tokens: ClassVar[bool] = False
     """It reads logits at every student token of a group, not only at its first."""
 
@@ -191,9 +191,9 @@ class Method(nn.Module, Generic[SettingsT, State]):
         """Make the signal for a batch without a group."""
         ids = side.token_positions.new_zeros(0, self.top_k)
         top = TopK(ids, ids.float())
-        return TeacherSignal(
-            top, *((ids[:, 0].float(), ids[:, 0], ids[:, 0]) if self.reads_teacher_tokens else ())
-        )
+        none, wanted = ids[:, 0], self.signal_request
+        logprobs, token_ids = (none.float(), none) if wanted.token_logprobs else (None, None)
+        return TeacherSignal(top, logprobs, token_ids, token_ids, top if wanted.token_top else None)
 
     def forward(
         self,
@@ -264,8 +264,10 @@ class Method(nn.Module, Generic[SettingsT, State]):
                 k,
                 f"{self.top_k}, which {self.name} was built with, or build it with top_k={k}",
             )
-        for name in ("token_logprobs", "token_group", "token_ids"):
-            if self.reads_teacher_tokens and getattr(signal, name) is None:
+        request = self.signal_request
+        needed = ("token_logprobs", "token_group", "token_ids") if request.token_logprobs else ()
+        for name in (*needed, *(("token_top",) if request.token_top else ())):
+            if getattr(signal, name) is None:
                 allowed = f"those of the groups' tokens, which {self.name} reads"
                 raise BadOption(f"the signal's {name}", None, allowed)
         found = len(signal.top.ids), len(signal.token_logprobs if signal.token_logprobs is not None else ())

@@ -1,9 +1,11 @@
 """Mapping by spelling: each teacher candidate stands for the student token that its bytes continue with.
 
-At a shared boundary the teacher's candidates stand for the student tokens that their spellings begin with. At a
-student token inside a group, the part of the group before it is known, and only the candidates whose spelling
-begins with it are left: what they spell next is the teacher's distribution there. By the chain rule the two are, in
-expectation over the teacher's text, the divergence over whole teacher tokens, seen through the student's spelling.
+At a shared boundary the teacher's candidates stand for the student tokens that their spellings begin with. Where the
+teacher writes a student token in several, and the text begins so, what it predicts at the later of these says how
+likely that student token and its likes are. At a student token inside a group, the part of the group before it is
+known, and only the candidates whose spelling begins with it are left: what they spell next is the teacher's
+distribution there. By the chain rule these are, in expectation over the teacher's text, the divergence over whole
+teacher tokens, seen through the student's spelling.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, group_sums, kd_sums
+from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, kd_sums
+from cdm_toolkit.kd.joint import joint_outcomes
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
@@ -26,7 +29,16 @@ from cdm_toolkit.kd.settings import (
 )
 from cdm_toolkit.kd.sparse_logprobs import top_k
 from cdm_toolkit.kd.static_map import merged
-from cdm_toolkit.kd.types import Comparison, KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
+from cdm_toolkit.kd.types import (
+    Comparison,
+    KDSums,
+    LogprobRequest,
+    SignalRequest,
+    StudentLogits,
+    TeacherSignal,
+    TopK,
+)
+from cdm_toolkit.vocab_map.spelling_tree import build_spelling_tree
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 STUDENT_CANDIDATES = 32
@@ -50,10 +62,9 @@ class SpellingSettings(MethodSettings):
     intra_group: bool = setting(
         True, "Teach the student's tokens inside a group too, not only at shared boundaries."
     )
-    observed: bool = setting(
-        False,
-        "At a boundary, compare the student token that really follows as one more outcome, with the teacher's "
-        "probability of its whole group.",
+    joint: bool = setting(
+        True,
+        "Give a student token that the teacher writes in several the probability of all of them, along the text.",
     )
 
 
@@ -75,6 +86,8 @@ class SpelledOutcomes:
     longer: _Longer | None
     has_partner: Bool[Tensor, "group topk"]
     """Of the teacher's candidates."""
+    known: Float[Tensor, " position"]
+    """How much of what may come next the candidates know of: 1 at boundaries."""
 
 
 class Spelling(Method[SpellingSettings, SpelledOutcomes]):
@@ -82,11 +95,13 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
 
     Candidates whose spellings go on with one token are one outcome. Both distributions are renormalised over
     the outcomes at temperature T, with all other probability as one more where `rest_bucket` is set. At a
-    boundary a student token of its likeliest that is no outcome, such as `48` where the teacher writes `4` and
-    `8`, counts for the outcome that its own spelling begins with. The divergences of a group's positions are
-    summed up. Positions inside a group count only where the group is one teacher token that is a candidate: of an
-    unexpected word the candidates say little about how it continues. The outcomes are the
-    OUTCOMES with the most of the teacher's probability; smaller ones are a part of the rest on both sides.
+    boundary a student token that the teacher writes in several, such as `48` for `4` and `8`, is an outcome with
+    the probability of all of them, where the text goes on with all of these but the last; any other of the
+    student's likeliest that is no outcome counts for the one that its own spelling begins with. The divergences of
+    a group's positions are summed up. Positions inside a group count only where the group is one teacher token
+    that is a candidate, and then by what the candidates know of: of an unexpected word they say little about how
+    it continues. The outcomes are the OUTCOMES with the most of the teacher's probability; smaller ones are a part
+    of the rest on both sides.
 
     A mapping of this toolkit's own, in place of the pairs of arXiv 2502.11104, section 3.3.
     """
@@ -104,21 +119,34 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
     beginning: Tensor
     """int64 [vocab_s]: the student id that stands for the first teacher token of each student id's spelling, −1
     without one."""
+    tree_keys: Tensor
+    tree_ends: Tensor
+    above: Tensor
+    """Those of the `SpellingTree` of the student's ids."""
 
     def build_tables(self, pair: TokenizerPair) -> None:
         spellings = pair.spellings()
         of_t, of_s = as_buffer(spellings.of_t), as_buffer(spellings.of_s)
-        beginning = torch.where(of_s >= 0, of_t[of_s.clamp(min=0), 0], NO_MATCH)
+        beginning = torch.where(of_s[:, 0] >= 0, of_t[of_s[:, 0].clamp(min=0), 0], NO_MATCH)
         self.register_buffer("spelling", of_t, persistent=False)
         self.register_buffer("beginning", beginning, persistent=False)
-        self.reads_teacher_tokens = self.settings.observed
+        tree = build_spelling_tree(spellings.of_s, pair.vocab_t)
+        self.register_buffer("tree_keys", as_buffer(tree.keys), persistent=False)
+        self.register_buffer("tree_ends", as_buffer(tree.ends), persistent=False)
+        self.register_buffer("above", as_buffer(tree.above), persistent=False)
+
+    @property
+    def signal_request(self) -> SignalRequest:
+        """Ask for the candidates at every teacher token where joint probabilities are wanted."""
+        joint = self.settings.joint
+        return SignalRequest(self.top_k, token_logprobs=joint, token_top=joint)
 
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[SpelledOutcomes]:
         groups = len(signal.top.ids)
         positions = _positions(student, groups, self.settings.intra_group)
-        partners, logprobs = _next_tokens(student, signal.top, positions, self.spelling)
-        if self.settings.observed:
-            partners, logprobs = _with_observed(partners, logprobs, student, signal)
+        partners, logprobs, known = _next_tokens(student, signal.top, positions, self.spelling)
+        if self.settings.joint:
+            partners, logprobs = self._with_joint(partners, logprobs, student, signal)
         teacher = largest_outcomes(merged(TopK(partners, logprobs), partners))
         width = teacher.ids.shape[1]
         rows, ids = positions.rows.repeat_interleave(width), teacher.ids.clamp(min=0).flatten()
@@ -126,11 +154,37 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         if self.settings.both_directions:
             k = min(self.top_k, STUDENT_CANDIDATES)
             top = top_k(student.logits, k, real=student.vocab, rows=student.rows, lse=student.lse).ids
-            longer = _longer(top, teacher.ids.narrow(0, 0, groups), self.beginning)
+            longer = _longer(top, teacher.ids.narrow(0, 0, groups), self.above, self.beginning)
             rows = torch.cat((rows, student.rows.repeat_interleave(longer.ids.shape[1])))
             ids = torch.cat((ids, longer.ids.flatten()))
         has_partner = partners.narrow(0, 0, groups).narrow(1, 0, signal.top.ids.shape[1]) >= 0
-        return LogprobRequest(rows, ids, SpelledOutcomes(teacher, longer, has_partner))
+        return LogprobRequest(rows, ids, SpelledOutcomes(teacher, longer, has_partner, known))
+
+    def _with_joint(
+        self,
+        partners: Int64[Tensor, "position candidate"],
+        logprobs: Float[Tensor, "position candidate"],
+        student: StudentLogits,
+        signal: TeacherSignal,
+    ) -> tuple[Int64[Tensor, "position outcome"], Float[Tensor, "position outcome"]]:
+        """Add, at boundaries, the student tokens that the teacher writes in several, and the text's own token.
+
+        What these have comes off the candidate that they begin with.
+        """
+        assert student.follows is not None
+        groups = len(signal.top.ids)
+        joint = joint_outcomes(signal, student.follows, self.tree_keys, self.tree_ends, self.pair.vocab_t)
+        tiny = torch.finfo(logprobs.dtype).tiny
+        left = (joint.first_logprob.exp() - joint.taken).clamp(min=tiny).log()
+        boundary, inside = logprobs.split([groups, len(logprobs) - groups])
+        boundary = boundary.masked_fill(signal.top.ids == joint.first.unsqueeze(-1), -torch.inf)
+        ids = torch.cat(
+            (self.spelling.select(1, 0).index_select(0, joint.first).unsqueeze(-1), joint.ids), -1
+        )
+        added = torch.cat((left.unsqueeze(-1), joint.masses.clamp(min=tiny).log()), -1)
+        ids = torch.cat((ids, ids.new_full((len(inside), ids.shape[1]), NO_MATCH)))
+        added = torch.cat((added, added.new_full((len(inside), added.shape[1]), -torch.inf)))
+        return torch.cat((partners, ids), -1), torch.cat((torch.cat((boundary, inside)), added), -1)
 
     def compare(
         self,
@@ -152,7 +206,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
             rest_bucket=self.settings.rest_bucket,
         )
         rows = request.rows.narrow(0, 0, teacher.ids.numel()).view_as(teacher.ids).select(1, 0)
-        return Comparison(rows, teacher.ids, teacher.logprobs, own, divergence)
+        return Comparison(rows, teacher.ids, teacher.logprobs, own, request.state.known * divergence)
 
     def loss(
         self,
@@ -185,10 +239,13 @@ def _next_tokens(
     candidates: TopK,
     positions: _Positions,
     spelling: Int64[Tensor, "vocab_t longest"],
-) -> tuple[Int64[Tensor, "position candidate"], Float[Tensor, "position candidate"]]:
+) -> tuple[
+    Int64[Tensor, "position candidate"], Float[Tensor, "position candidate"], Float[Tensor, " position"]
+]:
     """Give the student token that each candidate goes on with, −1 where it does not, and its log-probability.
 
-    Inside a group that is the probability given what of the group is spelled already.
+    Inside a group that is the probability given what of the group is spelled already. The candidates know nothing
+    of what follows one that ends there, and of tokens that are none of them: the third is their share.
     """
     groups, longest = len(candidates.ids), spelling.shape[1]
     possible = candidates.logprobs > -torch.inf
@@ -208,36 +265,10 @@ def _next_tokens(
     left = left & is_text.any(-1, keepdim=True)
     at = before.clamp(max=longest - 1).view(-1, 1, 1).expand(-1, ids.shape[1], 1)
     inside = torch.where(left, ways.gather(-1, at).squeeze(-1), NO_MATCH)
-    given = _given(candidates.logprobs.index_select(0, group), inside >= 0)
-    return torch.cat((at_boundary, inside)), torch.cat((candidates.logprobs, given))
-
-
-def _with_observed(
-    partners: Int64[Tensor, "position candidate"],
-    logprobs: Float[Tensor, "position candidate"],
-    student: StudentLogits,
-    signal: TeacherSignal,
-) -> tuple[Int64[Tensor, "position outcome"], Float[Tensor, "position outcome"]]:
-    """Add the student token that follows each boundary, with the teacher's probability of its group's tokens.
-
-    The candidate that begins the group keeps what is left of its own. Inside groups nothing is added.
-    """
-    assert signal.token_logprobs is not None
-    assert signal.token_group is not None
-    assert signal.token_ids is not None
-    groups = len(signal.top.ids)
-    joint = group_sums(signal.token_logprobs, signal.token_group, groups)
-    first_t = torch.searchsorted(signal.token_group, torch.arange(groups, device=joint.device))
-    is_first = signal.top.ids == signal.token_ids.index_select(0, first_t).unsqueeze(-1)
-    at_boundary, inside = logprobs.split([groups, len(logprobs) - groups])
-    left = at_boundary + torch.log1p(-(joint.unsqueeze(-1) - at_boundary).clamp(max=0).exp())
-    at_boundary = torch.where(is_first, left, at_boundary)
-    added = torch.cat((joint, joint.new_full((len(inside),), -torch.inf)))
-    ids = torch.cat((_text(student, groups, 1)[0], partners.new_full((len(inside),), NO_MATCH)))
-    return (
-        torch.cat((partners, ids.unsqueeze(-1)), dim=-1),
-        torch.cat((torch.cat((at_boundary, inside)), added.unsqueeze(-1)), dim=-1),
-    )
+    every = candidates.logprobs.index_select(0, group)
+    known = torch.cat((every.new_ones(groups), _known(every.exp(), left, inside >= 0)))
+    given = _given(every, inside >= 0)
+    return torch.cat((at_boundary, inside)), torch.cat((candidates.logprobs, given)), known
 
 
 def _text(student: StudentLogits, groups: int, most: int) -> list[Int64[Tensor, " group"]]:
@@ -254,6 +285,17 @@ def _text(student: StudentLogits, groups: int, most: int) -> list[Int64[Tensor, 
         )
         for nth in range(most)
     ]
+
+
+def _known(
+    masses: Float[Tensor, "position candidate"],
+    left: Bool[Tensor, "position candidate"],
+    goes_on: Bool[Tensor, "position candidate"],
+) -> Float[Tensor, " position"]:
+    """Give the share of the candidates that go on among these, those that end there, and all that are none."""
+    further = torch.where(goes_on, masses, 0.0).sum(-1)
+    every = torch.where(left, masses, 0.0).sum(-1) + (1 - masses.sum(-1)).clamp(min=0)
+    return further / every.clamp(min=torch.finfo(masses.dtype).tiny)
 
 
 def _given(
@@ -293,12 +335,17 @@ class _Longer:
 def _longer(
     ids: Int64[Tensor, "group topk"],
     outcomes: Int64[Tensor, "group outcome"],
+    above: Int64[Tensor, " vocab_s"],
     beginning: Int64[Tensor, " vocab_s"],
 ) -> _Longer:
     in_order = torch.where(outcomes >= 0, outcomes, FAR).sort(-1)
     is_outcome, _ = find_outcomes(ids, *in_order)
-    there, slots = find_outcomes(beginning.index_select(0, ids.flatten()).view_as(ids), *in_order)
-    return _Longer(ids, slots, there & is_outcome.logical_not())
+    near, far = (
+        find_outcomes(table.index_select(0, ids.flatten()).view_as(ids), *in_order)
+        for table in (above, beginning)
+    )
+    there = (near[0] | far[0]) & is_outcome.logical_not()
+    return _Longer(ids, torch.where(near[0], near[1], far[1]), there)
 
 
 def find_outcomes(

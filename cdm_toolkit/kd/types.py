@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
 from jaxtyping import Bool, Float, Int64
@@ -30,29 +30,30 @@ class TeacherSignal:
     `top` is the distribution of the token that follows the shared boundary before each group, or the one of the
     group's mean logits. `token_logprobs` are the log-probabilities of the teacher's tokens in the groups, each
     given all tokens before it; `token_group` is the group of each of them, ascending, and `token_ids` are the
-    tokens. Methods that do not read them leave all three None.
+    tokens. `token_top` has the candidates at each of them. Methods that do not read these leave them None.
     """
 
     top: TopK
     token_logprobs: Float[Tensor, " token_t"] | None = None
     token_group: Int64[Tensor, " token_t"] | None = None
     token_ids: Int64[Tensor, " token_t"] | None = None
+    token_top: TopK | None = None
 
     def detach(self) -> TeacherSignal:
         """Cut the signal off from gradients."""
-        tokens = None if self.token_logprobs is None else self.token_logprobs.detach()
-        return TeacherSignal(
-            TopK(self.top.ids, self.top.logprobs.detach()), tokens, self.token_group, self.token_ids
-        )
+        return self._with_each(Tensor.detach)
 
     def to(self, device: Any) -> TeacherSignal:
         """Move the tensors to a device."""
-        return TeacherSignal(
-            TopK(self.top.ids.to(device), self.top.logprobs.to(device)),
-            None if self.token_logprobs is None else self.token_logprobs.to(device),
-            None if self.token_group is None else self.token_group.to(device),
-            None if self.token_ids is None else self.token_ids.to(device),
-        )
+        return self._with_each(lambda tensor: tensor.to(device))
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> TeacherSignal:
+        def changed(part: Any) -> Any:
+            if isinstance(part, TopK):
+                return TopK(change(part.ids), change(part.logprobs))
+            return None if part is None else change(part)
+
+        return TeacherSignal(*(changed(getattr(self, each.name)) for each in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class SignalRequest:
     """Log-probabilities of the tokens in the groups as well."""
     mean_logits: bool = False
     """Top k of the mean of a group's logits, in place of those at its first token: needs whole logits."""
+    token_top: bool = False
+    """The top k at each of these tokens too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

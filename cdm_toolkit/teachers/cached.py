@@ -82,14 +82,23 @@ class Cached:
             row = self.cache.row(number)
             at = self._offsets(row, positions[begin:end])
             self._check_tokens(row, positions[begin:end], next_ids[begin:end])
-            tops.append(self._top(row, at[first[(first >= begin) & (first < end)] - begin], request.top_k))
+            wanted = at if request.token_top else at[first[(first >= begin) & (first < end)] - begin]
+            tops.append(self._top(row, wanted, request.top_k))
             tokens.append(row.token_logprobs[at])
         ids, logprobs = (torch.cat(each).to(device) for each in zip(*tops, strict=True))
-        top = TopK(ids, logprobs)
+        top = every = TopK(ids, logprobs)
         if not request.token_logprobs:
             return TeacherSignal(top)
+        if request.token_top:
+            top = TopK(ids.index_select(0, side.group_first), logprobs.index_select(0, side.group_first))
         token_logprobs = torch.from_numpy(np.concatenate(tokens)).to(device)
-        return TeacherSignal(top, token_logprobs, torch.from_numpy(group).to(device), side.next_ids)
+        return TeacherSignal(
+            top,
+            token_logprobs,
+            torch.from_numpy(group).to(device),
+            side.next_ids,
+            every if request.token_top else None,
+        )
 
     def check(self, request: SignalRequest) -> None:
         """Refuse a request that the cache cannot answer. BadOption."""

@@ -11,6 +11,7 @@ from jaxtyping import Int32
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
+from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 LONGEST = 16
@@ -23,18 +24,17 @@ class Spellings:
 
     of_t: Int32[np.ndarray, "vocab_t longest"]
     """Student tokens of each teacher id; a single one where bytes or role are equal."""
-    of_s: Int32[np.ndarray, " vocab_s"]
-    """The first teacher token of each student id."""
+    of_s: Int32[np.ndarray, "vocab_s deepest"]
+    """Teacher tokens of each student id, as many as `spelling_tree` needs."""
 
 
 def build_spellings(view_t: TokenizerView, view_s: TokenizerView, longest: int = LONGEST) -> Spellings:
-    """Spell each side's ids with the other's, up to `longest` tokens.
+    """Spell each side's ids with the other's, the teacher's up to `longest` tokens.
 
     An id with an exact partner is spelled by it; other special tokens have no spelling. Of two student ids with
     the same bytes, the preferred one is used for both (`preferred_ids`).
     """
-    first = spelled(view_s, view_t, 1)[:, 0]
-    return Spellings(spelled(view_t, view_s, longest), first)
+    return Spellings(spelled(view_t, view_s, longest), spelled(view_s, view_t, DEEPEST + 1))
 
 
 def spelled(view: TokenizerView, by: TokenizerView, longest: int) -> Int32[np.ndarray, "vocab longest"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from cdm_toolkit.kd.types import TeacherSignal
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.projection import Projection
 from cdm_toolkit.vocab_map.spelling import Spellings
+from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
 from cdm_toolkit.vocab_map.types import (
     Neighbours,
     NeighbourTable,
@@ -68,14 +70,15 @@ class Case:
         if not tokens:
             return TeacherSignal(top)
         chosen = logits[:, : world.vocab_t].log_softmax(-1).gather(1, self.teacher_ids[:, None])[:, 0]
-        return TeacherSignal(top, chosen, self.group_t, self.teacher_ids)
+        every = top_k(logits, k, real=world.vocab_t)
+        return TeacherSignal(top, chosen, self.group_t, self.teacher_ids, every)
 
     def inputs(self, name: str) -> LossInputs:
         method = method_of(self.world, name)
         tokens = method.reads_teacher_tokens or method.reads_student_tokens
         return LossInputs(
             method=method,
-            signal=self.signal(tokens=method.reads_teacher_tokens),
+            signal=self.signal(tokens=method.signal_request.token_logprobs),
             vocab_s=self.world.vocab_s,
             student_rows=self.rows[self.first(self.group_s)],
             token_rows=self.rows if tokens else None,
@@ -96,10 +99,8 @@ class Case:
         for g in range(self.groups):
             of_t, of_s = (np.flatnonzero(group.numpy() == g) for group in (self.group_t, self.group_s))
             rows = self.rows.numpy()[of_s]
-            full = softmax(zt[of_t[0], : world.vocab_t])
-            best = np.argsort(-full, kind="stable")[: world.top_k]
             found = Group(
-                teacher={int(i): float(full[i]) for i in best},
+                teacher=self._likeliest(of_t[0]),
                 student=softmax(z[rows[0]]),
                 tokens_t=[float(softmax(zt[i, : world.vocab_t])[self.teacher_ids[i]]) for i in of_t],
                 first_t=int(self.teacher_ids[of_t[0]]),
@@ -107,10 +108,29 @@ class Case:
                 text=self.labels[rows].tolist(),
                 at_tokens=[softmax(z[i]) for i in rows],
                 before=None if g in self.begins else before,
+                ahead=self._ahead(of_t[0], g),
             )
             before = found
             totals += TWINS[name](found, world)
         return tuple(totals.tolist())
+
+    def _of_teacher(self, token: int) -> np.ndarray:
+        return softmax(self.teacher_logits[token, : self.world.vocab_t].double().numpy())
+
+    def _likeliest(self, token: int) -> dict[int, float]:
+        """Give the teacher's top k at one of its tokens."""
+        full = self._of_teacher(token)
+        best = np.argsort(-full, kind="stable")[: self.world.top_k]
+        return {int(i): float(full[i]) for i in best}
+
+    def _ahead(self, first: int, group: int) -> list[tuple[int, float, dict[int, float]]]:
+        """List the teacher's tokens behind one of them, up to the end of the text."""
+        later = [g for g in self.begins if g > group]
+        end = int((self.group_t < (min(later) if later else self.groups)).sum())
+        ids = self.teacher_ids.tolist()
+        return [
+            (ids[i], float(self._of_teacher(i)[ids[i]]), self._likeliest(i)) for i in range(first + 1, end)
+        ]
 
 
 class WorldPair(TokenizerPair):
@@ -163,14 +183,9 @@ class WorldPair(TokenizerPair):
         return self.exact_map()
 
     def spellings(self) -> Spellings:
-        """Spell the teacher's ids as the world does.
-
-        Rows after them, which no candidate has, let each student id begin with whatever token the world says.
-        """
-        world = self.world
-        of_t = [[*way, *[-1] * LONGEST][:LONGEST] for way in world.ways]
-        of_t += [[i, *[-1] * (LONGEST - 1)] for i in range(world.vocab_s)]
-        of_s = [-1 if i < 0 else world.vocab_t + i for i in world.beginning]
+        """Spell the ids of both sides as the world does."""
+        of_t = [[*way, *[-1] * LONGEST][:LONGEST] for way in self.world.ways]
+        of_s = [[*way, *[-1] * (DEEPEST + 1)][: DEEPEST + 1] for way in self.world.ways_s]
         return Spellings(np.array(of_t, np.int32), np.array(of_s, np.int32))
 
     def first_bytes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +232,7 @@ def method_of(world: World, name: str) -> Method[Any, Any]:
         "tau": world.tau,
         "intra_group": world.intra_group,
         "both_directions": world.both_directions,
-        "observed": world.observed,
+        "joint": world.joint,
     }
     known = {field.name for field in fields_of(kind.Settings)}
     method = kind(WorldPair(world), **{setting: wanted[setting] for setting in known & wanted.keys()})
@@ -246,7 +261,7 @@ def draw(
     tau: float = 100.0,
     spread: float = 2.0,
     intra_group: bool = True,
-    observed: bool = False,
+    joint: bool = True,
     both_directions: bool = True,
     sizes: tuple[int, int] = (9, 12),
 ) -> Case:
@@ -280,7 +295,10 @@ def draw(
     elif partners == "many to one" and name != "cdm":  # whose pairs are one to one
         partner = torch.randint(-1, 3, (vocab_t,), generator=generator)
     ways = [[] if partners == "none" else [i] if i >= 0 else more() for i in partner.tolist()]
+    ways_s = tuple(some_of(vocab_t, generator) for _ in range(vocab_s))
     teacher_ids = torch.randint(0, vocab_t, (len(group_t),), generator=generator)
+    text = [i for way in ways_s for i in way]  # so that many student tokens are spelled by what stands there
+    teacher_ids[: len(text)] = torch.tensor(text, dtype=torch.long)[: len(teacher_ids)]
     for group in range(groups):  # most groups hold what their first teacher token is spelled by
         way, where = ways[teacher_ids[group_t == group][0]], torch.nonzero(group_s == group)[:, 0] + 1
         labels[where[: len(way)]] = torch.tensor(way[: len(where)], dtype=torch.long)
@@ -297,9 +315,10 @@ def draw(
             ways=tuple(map(tuple, ways)),
             longest=LONGEST,
             intra_group=intra_group,
-            observed=observed,
+            joint=joint,
+            ways_s=ways_s,
             both_directions=both_directions,
-            beginning=tuple(torch.randint(-1, vocab_s, (vocab_s,), generator=generator).tolist()),
+            beginning=beginnings(ways, ways_s),
             projection=draw_projection(seed, partner.tolist(), vocab_s)
             if partners != "none"
             else ((),) * vocab_s,
@@ -314,6 +333,17 @@ def draw(
         rows=torch.arange(1, len(group_s) + 1),
         group_s=group_s,
     )
+
+
+def some_of(vocab: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Spell a student id by none to six teacher tokens, of few."""
+    size = int(torch.randint(0, 7, (), generator=generator))
+    return tuple(torch.randint(0, min(3, vocab), (size,), generator=generator).tolist())
+
+
+def beginnings(ways: Sequence[Sequence[int]], ways_s: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Give the student id that each student id begins with, by the teacher token that it begins with."""
+    return tuple(ways[way[0]][0] if way and ways[way[0]] else -1 for way in ways_s)
 
 
 def draw_projection(seed: int, partner: list[int], vocab_s: int) -> tuple[tuple[tuple[int, float], ...], ...]:
@@ -349,6 +379,7 @@ def alike(name: str, seed: int, *, k: int = 4, temperature: float = 0.8, rest: b
             world,
             partner=tuple(partner.tolist()),
             ways=tuple((i,) if i >= 0 else () for i in partner.tolist()),
+            ways_s=((),) * world.vocab_s,
             beginning=(-1,) * world.vocab_s,
             projection=tuple(((t, 1.0),) for t in to_student.argsort().tolist()),
             first_s=tuple(case.world.first_t[t] for t in to_student.argsort().tolist()),

@@ -29,6 +29,7 @@ from cdm_toolkit.kd import (
 )
 from cdm_toolkit.kd.loss_sums import LossInputs, following_groups, loss_sums
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, top_k
+from cdm_toolkit.kd.types import SignalRequest
 from cdm_toolkit.teachers import Local
 
 from .conftest import Side
@@ -163,12 +164,15 @@ def test_a_signal_is_that_of_the_model_alone(two: TokenizerPair, teacher: Side) 
 
 
 def test_a_teacher_computes_no_more_than_the_settings_read(two: TokenizerPair, teacher: Side) -> None:
-    plain, observed = Spelling(two), Spelling(two, observed=True)
-    assert not plain.signal_request.token_logprobs
-    assert observed.signal_request.token_logprobs
+    plain, joint = Spelling(two, joint=False), Spelling(two)
+    assert plain.signal_request == SignalRequest(100)
+    assert joint.signal_request == SignalRequest(100, token_logprobs=True, token_top=True)
     batch = two.collate(ROWS)
     assert plain.signal(teacher.model, batch).token_logprobs is None
-    assert observed.signal(teacher.model, batch).token_logprobs is not None
+    found = joint.signal(teacher.model, batch)
+    assert found.token_logprobs is not None
+    assert found.token_top is not None
+    assert torch.equal(found.token_top.ids[batch.teachers[0].group_first], found.top.ids)
 
 
 def positions_in(side: AlignedTeacherBatch) -> list[str]:
@@ -287,10 +291,10 @@ def test_signals_that_do_not_fit(case: Any, two: TokenizerPair, teacher: Side) -
     assert refused(BadOption, lambda: gold(logits, plain, batch)) == (
         "the signal's token_logprobs is None; give those of the groups' tokens, which gold reads"
     )
-    observed = Spelling(two, top_k=20, observed=True)
-    without_ids = replace(gold.signal(teacher.model, batch), token_ids=None)
-    assert refused(BadOption, lambda: observed(logits, without_ids, batch)) == (
-        "the signal's token_ids is None; give those of the groups' tokens, which spelling reads"
-    )
+    spelling, of_gold = Spelling(two, top_k=20), gold.signal(teacher.model, batch)
+    for part, signal in (("token_ids", replace(of_gold, token_ids=None)), ("token_top", of_gold)):
+        assert refused(BadOption, lambda signal=signal: spelling(logits, signal, batch)) == (
+            f"the signal's {part} is None; give those of the groups' tokens, which spelling reads"
+        )
     one = CDM(two, top_k=1).signal(teacher.model, batch)
     assert "which alm reads" in refused(BadOption, lambda: alm(logits, one, batch))

@@ -58,7 +58,7 @@ def test_each_method_has_a_twin() -> None:
     beta=st.sampled_from([0.1, 0.5, 0.8]),
     tau=st.sampled_from([1.0, 100.0]),
     intra_group=st.booleans(),
-    observed=st.booleans(),
+    joint=st.booleans(),
     both_directions=st.booleans(),
 )
 @settings(max_examples=60)
@@ -241,9 +241,9 @@ def test_no_groups(name: str) -> None:
     kind = find_method(name)
     tokens = kind.reads_teacher_tokens or kind.reads_student_tokens
     signal = TeacherSignal(top)
-    if kind.reads_teacher_tokens:
+    if inputs.method.signal_request.token_logprobs:
         assert inputs.signal.token_logprobs is not None
-        signal = TeacherSignal(top, inputs.signal.token_logprobs[:0], nobody, nobody)
+        signal = TeacherSignal(top, inputs.signal.token_logprobs[:0], nobody, nobody, top)
     empty = LossInputs(
         method=inputs.method,
         signal=signal,
@@ -299,6 +299,9 @@ def on_cuda(name: str, *, vocab_t: int, vocab_s: int, k: int) -> Method[Any, Any
         "spelling": ids(vocab_t, 8),
         "length": ids(vocab_t),
         "beginning": ids(vocab_s),
+        "above": ids(vocab_s),
+        "tree_keys": ids(vocab_s),
+        "tree_ends": ids(vocab_s + 1),
         "teacher_ids": ids(vocab_s, 4),
         "weights": ids(vocab_s, 4).float(),
         "preimages": ids(vocab_t, 4),
@@ -341,7 +344,9 @@ def test_traces_on_cuda_without_a_stray_cpu_tensor_or_a_host_sync(name: str, mea
         inputs = LossInputs(
             method=method,
             signal=TeacherSignal(
-                teacher, *((ids(240).float(), ids(240), ids(240)) if kind.reads_teacher_tokens else ())
+                teacher,
+                *((ids(240).float(), ids(240), ids(240)) if method.signal_request.token_logprobs else ()),
+                token_top=TopK(ids(240, k), ids(240, k).float()) if method.signal_request.token_top else None,
             ),
             vocab_s=vocab_s,
             student_rows=ids(groups),

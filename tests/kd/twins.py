@@ -31,6 +31,8 @@ class Group:
     """Of all columns of the student's logits, at each of them."""
     before: Group | None = None
     """The group that ends where this one begins."""
+    ahead: Sequence[tuple[int, float, dict[int, float]]] = ()
+    """The teacher's tokens of the text behind the first: the id, its probability, and the top k there."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class World:
     longest: int
     """Tokens of a spelling that a method knows."""
     intra_group: bool = True
-    observed: bool = False
-    """Split what follows off the candidate that begins it."""
+    joint: bool = False
+    """Give student tokens that the teacher writes in several the probability of all of them."""
+    deepest: int = 4
+    ways_s: Sequence[Sequence[int]] = ()
+    """The teacher tokens that each student id is spelled by."""
     both_directions: bool = True
     """Look from the student's candidates too."""
     outcomes: int = 128
@@ -137,24 +142,66 @@ def spelling_twin(group: Group, world: World) -> tuple[float, float, int]:
             way = list(world.ways[teacher_id])
             if way[:place] == group.text[:place] and len(way) > place:
                 masses[way[place]] = masses.get(way[place], 0.0) + mass
-        if not place and world.observed:
-            joint = math.prod(group.tokens_t)
-            if group.first_t in candidates and (way := world.ways[group.first_t]):
-                masses[way[0]] = max(masses[way[0]] - joint, 0.0)
-            masses[group.text[0]] = masses.get(group.text[0], 0.0) + joint
+        if not place and world.joint:
+            masses = with_joint(masses, group, world)
         if not masses:
             continue
+        weight = 1.0
         if place:
-            masses = {i: mass / sum(masses.values()) for i, mass in masses.items()}
+            goes_on = sum(masses.values())
+            ended = sum(mass for i, mass in candidates.items() if list(world.ways[i]) == group.text[:place])
+            weight = goes_on / (goes_on + ended + max(1 - sum(candidates.values()), 0))
+            masses = {i: mass / goes_on for i, mass in masses.items()}
         masses = dict(sorted(masses.items(), key=lambda item: -item[1])[: world.outcomes])
         q = {i: float(student[i]) for i in masses}
         if not place and world.both_directions:
             for i in best(student, world):
-                if i not in masses and world.beginning[i] in masses:
-                    q[world.beginning[i]] += student[i]
-        kd += bucket_kl(list(masses.values()), list(q.values()), world, world.rest)
+                nearest = next((j for j in prefixes(i, world) if j in masses), None)
+                if i not in masses and nearest is not None:
+                    q[nearest] += student[i]
+        kd += weight * bucket_kl(list(masses.values()), list(q.values()), world, world.rest)
     spelled = [mass for teacher_id, mass in candidates.items() if world.ways[teacher_id]]
     return kd, sum(spelled), len(spelled)
+
+
+def joined(world: World) -> dict[tuple[int, ...], int]:
+    """Give the student id of each sequence of two to `deepest` teacher tokens, the lowest of several."""
+    found: dict[tuple[int, ...], int] = {}
+    for student_id, way in enumerate(world.ways_s):
+        if 1 < len(way) <= world.deepest:
+            found.setdefault(tuple(way), student_id)
+    return found
+
+
+def prefixes(student_id: int, world: World) -> list[int]:
+    """List what a student token counts for: its longest beginning that is one, and that of its first token."""
+    way, ids = tuple(world.ways_s[student_id]), joined(world)
+    sizes = range(len(way) - 1, 1, -1) if len(way) <= world.deepest else ()
+    longest = [ids[way[:size]] for size in sizes if way[:size] in ids]
+    return [*longest[:1], world.beginning[student_id]]
+
+
+def with_joint(masses: dict[int, float], group: Group, world: World) -> dict[int, float]:
+    """Walk along the text: each sequence that is a student token takes its probability off what it begins with."""
+    text, ids, found = (group.first_t, *(token for token, _, _ in group.ahead)), joined(world), {}
+    reached = group.tokens_t[0]
+    for depth, (token, mass, top) in enumerate(group.ahead, 1):
+        for candidate, probability in (top | {token: mass}).items():
+            if (way := (*text[:depth], candidate)) in ids:
+                found[way] = reached * probability
+        reached *= mass
+    for depth in range(len(text), 1, -1):
+        if (here := text[:depth]) in found:
+            found[here] = max(
+                found[here] - sum(found[way] for way in found if way[:depth] == here != way), 0.0
+            )
+    if begins := world.ways[group.first_t]:
+        there = group.teacher.get(group.first_t, 0.0)
+        left = max(group.tokens_t[0] - sum(found.values()), 0.0)
+        masses[begins[0]] = masses.get(begins[0], 0.0) - there + left
+    for way, mass in found.items():
+        masses[ids[way]] = masses.get(ids[way], 0.0) + mass
+    return masses
 
 
 def likelihood_twin(group: Group, world: World) -> tuple[float, float, int]:

@@ -199,7 +199,13 @@ def on_cuda(batch: AlignedBatch, mode: FakeTensorMode) -> AlignedBatch:
 
 
 TABLES: Mapping[str, Callable[[int], Mapping[str, Any]]] = {
-    "spelling": lambda vocab_t: {"spelling": (vocab_t, LONGEST), "beginning": (VOCAB_S,)},
+    "spelling": lambda vocab_t: {
+        "spelling": (vocab_t, LONGEST),
+        "beginning": (VOCAB_S,),
+        "above": (VOCAB_S,),
+        "tree_keys": (VOCAB_S,),
+        "tree_ends": (VOCAB_S + 1,),
+    },
     "cdm": lambda vocab_t: {
         "partner_ids": (vocab_t + 1, WIDTH),
         "partner_keys": (vocab_t + 1, WIDTH),

@@ -30,7 +30,7 @@ from cdm_toolkit.kd.sparse_logprobs import top_k
 KINDS = ("1-1", "1-n", "n-1", "n-m", "inside 1-n", "inside n-m")
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "spelling": ("spelling", {}),
-    "spelling, observed": ("spelling", {"observed": True}),
+    "spelling, not joint": ("spelling", {"joint": False}),
     "spelling, one direction": ("spelling", {"both_directions": False}),
     "exact": ("exact", {}),
     "min-ed": ("min-ed", {}),
@@ -204,9 +204,10 @@ def _ideal_logits(batch: kd.AlignedBatch, found: Mapping[int, NextToken], vocab:
 
 def _signal(read: ReadText, batch: kd.AlignedBatch, k: int) -> kd.TeacherSignal:
     (side,) = batch.teachers
-    top = top_k(read.logprobs, k, real=read.vocab, rows=side.group_positions)
+    every = top_k(read.logprobs, k, real=read.vocab, rows=side.token_positions)
+    top = kd.TopK(every.ids[side.group_first], every.logprobs[side.group_first])
     tokens = read.logprobs[side.token_positions, side.next_ids]
-    return kd.TeacherSignal(top, tokens, side.token_group, side.next_ids)
+    return kd.TeacherSignal(top, tokens, side.token_group, side.next_ids, every)
 
 
 def _distances(
