@@ -53,6 +53,14 @@ def show(
     template: Annotated[
         str, typer.Option(help="none, or chat: each side reads the row by its own chat template.")
     ] = "none",
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle",
+            help="Also show what a method could know at best: the teacher's distribution of the student's next "
+            "token, over many continuations. A second or more for each position.",
+        ),
+    ] = False,
     device: options.Device = "auto",
     html: Annotated[
         Path | None, typer.Option(help="Write a page that one walks through by mouse or arrow keys.")
@@ -82,6 +90,7 @@ def show(
         max_length=max_length,
         template=template,
         device=device,
+        oracle=oracle,
     )
     if html:
         write_page(html, signal_page(explanation))
@@ -142,12 +151,14 @@ def _explain(
     max_length: int,
     template: Any,
     device: str,
+    oracle: bool,
 ) -> Explanation:
     """Load tokenizers, build methods, then load the models: what is wrong with the first is told soon."""
     from cdm_toolkit.artifacts.maps import load_or_build_neighbours
     from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.explain import explain
     from cdm_toolkit.hub.models import check_positions, check_vocabulary, load_model, resolve_device
+    from cdm_toolkit.kd.next_token_oracle import NextTokenOracle
     from cdm_toolkit.kd.pair import TokenizerPair
     from cdm_toolkit.teachers.local import Local
 
@@ -168,7 +179,10 @@ def _explain(
             check_vocabulary(models[-1], name, vocab)
             check_positions(models[-1], name, inputs["input_ids"].shape[1], option="max_length")
         teacher = Local(models[0], vocab=pair.vocab_t)
-        explanation = explain(batch.to(on), methods, teacher, models[1])
+        if oracle:
+            status.update("asking the oracle, position by position")
+        best = (NextTokenOracle(pair), models[0]) if oracle else None
+        explanation = explain(batch.to(on), methods, teacher, models[1], oracle=best)
     if cut := len(whole.labels) - len(batch.labels):
         screen.warn(
             f"{cut} of {len(whole.labels)} tokens are cut off by `max_length`, as in a run with {max_length}"

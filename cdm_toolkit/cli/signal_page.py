@@ -45,10 +45,12 @@ fieldset label { margin-right: 1rem; white-space: nowrap; }
 .text button.last { margin-right: .3em; }
 .text button.alone { border-bottom-style: dashed; --kind: var(--faint); }
 [data-by="0"] button { --h: var(--h0); } [data-by="1"] button { --h: var(--h1); }
+[data-by="2"] button { --h: var(--h2); }
 .text button[aria-current] { outline: 2px solid var(--ink); outline-offset: 1px; position: relative; }
 :focus-visible, .text button[aria-current]:focus-visible { outline: 3px solid var(--ring); outline-offset: 2px; }
 .heats i { width: 1.6em; border: 1px solid var(--line); }
-[data-by="0"] .heats.by1, [data-by="1"] .heats.by0 { display: none; }
+.heats:not(.by0), [data-by="1"] .heats.by0, [data-by="2"] .heats.by0 { display: none; }
+[data-by="1"] .heats.by1, [data-by="2"] .heats.by2 { display: flex; }
 .legend { margin: .4rem 0; }
 #detail h2 { margin: 1.2rem 0 .3rem; } #detail h3 { font-size: .95rem; margin: .8rem 0 .2rem; }
 #detail p { margin: .2rem 0; } mark { background: none; color: inherit; font-weight: 700; text-decoration: underline; }

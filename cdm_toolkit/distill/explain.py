@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from cdm_toolkit.alignment.groups import Group
 from cdm_toolkit.errors import BadOption, NothingToTrain
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
+from cdm_toolkit.kd.continuations import ReadText
 from cdm_toolkit.kd.method import Method, Teacher
+from cdm_toolkit.kd.next_token_oracle import NextTokenOracle
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, sparse_logprobs
 from cdm_toolkit.kd.types import Comparison, SignalRequest, TeacherSignal
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -109,15 +111,25 @@ class Explanation:
     ce: float
 
 
+ORACLE = "oracle"
+"""What the oracle is called beside the methods."""
+
+
 @torch.no_grad()
 def explain(
-    batch: AlignedBatch, methods: Mapping[str, Method[Any, Any]], teacher: Teacher, student: nn.Module
+    batch: AlignedBatch,
+    methods: Mapping[str, Method[Any, Any]],
+    teacher: Teacher,
+    student: nn.Module,
+    *,
+    oracle: tuple[NextTokenOracle, nn.Module] | None = None,
 ) -> Explanation:
     """Show what methods make of a teacher's predictions for a batch of one row.
 
     `methods` come by the names that they are shown under, all of the pair that collated the batch. The divergences
-    of one add up to its KD loss. BadOption for several rows, and for a method without outcomes over student ids;
-    NothingToTrain for a row without groups.
+    of one add up to its KD loss. An `oracle` of the same pair, with the teacher's model, comes behind the methods as
+    one more, `ORACLE`: KL(oracle ‖ student) at each position of a group that it has an answer for. BadOption for
+    several rows, and for a method without outcomes over student ids; NothingToTrain for a row without groups.
     """
     if len(batch.rows) != 1:
         raise BadOption("the number of rows in the batch", len(batch.rows), "one row")
@@ -133,6 +145,8 @@ def explain(
             signals[request] = teacher.signal(batch, request)
         found = method.explain(logits, signals[request], batch)
         compared.append(_by_label(found, side.student_rows if method.mean_logits else None))
+    if oracle is not None:
+        compared.append(_by_oracle(batch, *oracle, logits))
     return _explanation(batch, methods, logits, next(iter(signals.values())), compared)
 
 
@@ -148,6 +162,8 @@ def _explanation(
     every = torch.arange(len(batch.labels), device=logits.device)
     follows = sparse_logprobs(logits, log_sum_exp(logits), every, batch.labels).tolist()
     place = _places(side)
+    shown = [(name, getattr(method.settings, "rest_bucket", True)) for name, method in methods.items()]
+    shown += [(ORACLE, True)] if len(compared) > len(shown) else []
     positions = tuple(
         ExplainedPosition(
             position=position,
@@ -168,11 +184,9 @@ def _explanation(
         positions=positions,
         methods=tuple(
             ExplainedMethod(
-                name,
-                sum(each.divergence for each in of_method.values()) / side.groups,
-                getattr(method.settings, "rest_bucket", True),
+                name, sum(each.divergence for each in of_method.values()) / side.groups, rest_bucket
             )
-            for (name, method), of_method in zip(methods.items(), compared, strict=True)
+            for (name, rest_bucket), of_method in zip(shown, compared, strict=True)
         ),
         ce=-sum(follows) / len(follows),
     )
@@ -190,6 +204,38 @@ def _by_label(found: Comparison, group_rows: Tensor | None) -> dict[int, Compare
     return {
         row: _compared(divergence, divergence / whole if whole else 0.0, zip(*outcomes, strict=True))
         for row, divergence, *outcomes in zip(*columns, teacher, student, strict=True)
+    }
+
+
+def _by_oracle(
+    batch: AlignedBatch,
+    oracle: NextTokenOracle,
+    model: nn.Module,
+    logits: Float[Tensor, "label vocab"],
+) -> dict[int, ComparedPosition]:
+    """Ask the oracle at each label of a group; labels that it has no answer for are left out."""
+    (side,) = batch.teachers
+    read = ReadText(model, side.inputs["input_ids"][0].tolist(), vocab=oracle.pair.vocab_t)
+    ids, at = batch.student["input_ids"][0].tolist(), (batch.label_positions + 1).tolist()
+    first, before = side.student_rows.tolist(), (side.group_positions + 1).tolist()
+    found = {}
+    for label, (group, _) in _places(side).items():
+        said = oracle(ids, at[first[group]], at[label], read.after(before[group]))
+        if said is not None:
+            found[label] = (
+                said.ids,
+                said.logprobs,
+                logits[label].double().log_softmax(-1).cpu().numpy()[said.ids],
+            )
+    kls = {label: float(np.exp(p) @ (p - q)) for label, (_, p, q) in found.items()}
+    whole = sum(kls.values())
+    return {
+        label: _compared(
+            kls[label],
+            kls[label] / whole if whole else 0.0,
+            zip(said.tolist(), np.exp(p).tolist(), np.exp(q).tolist(), strict=True),
+        )
+        for label, (said, p, q) in found.items()
     }
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cdm_toolkit import kd
-from cdm_toolkit.distill.explain import Explanation, explain
+from cdm_toolkit.distill.explain import ORACLE, Explanation, explain
 from cdm_toolkit.errors import BadOption, NothingToTrain
 from cdm_toolkit.hub.models import load_model
+from cdm_toolkit.kd.next_token_oracle import NextTokenOracle
 from cdm_toolkit.teachers import Local
 
 TEXT = " through unbelievable 1250 naïve words"
@@ -64,6 +66,24 @@ def test_outcomes_are_likeliest_first(explained: Explanation) -> None:
         masses = [outcome.teacher for outcome in compared.outcomes]
         assert masses == sorted(masses, reverse=True)
         assert all(outcome.id >= 0 for outcome in compared.outcomes)
+
+
+def test_the_oracle_stands_beside_the_methods(case, explained: Explanation) -> None:
+    pair, teacher, student = case
+    batch = pair.collate([{"text": TEXT}])
+    oracle = NextTokenOracle(pair, most=4)
+    found = explain(batch, {"exact": kd.ExactMatch(pair)}, teacher, student, oracle=(oracle, teacher.model))
+    assert [method.name for method in found.methods] == ["exact", ORACLE]
+    for own, other in zip(found.positions, explained.positions, strict=True):
+        assert own.compared[0] == other.compared[1]
+    answers = [each.compared[1] for each in found.positions if each.compared[1]]
+    assert len(answers) > 5
+    for each in answers:
+        assert sum(outcome.teacher for outcome in each.outcomes) == pytest.approx(1)
+        kl = sum(o.teacher * math.log(o.teacher / o.student) for o in each.outcomes if o.teacher)
+        assert each.divergence == pytest.approx(kl, rel=1e-4)
+    assert found.methods[1].kd * len(found.groups) == pytest.approx(sum(each.divergence for each in answers))
+    assert sum(each.share for each in answers) == pytest.approx(1)
 
 
 def test_a_teacher_that_agrees_teaches_nothing(small_models: Path) -> None:
