@@ -40,10 +40,13 @@ from cdm_toolkit import kd
 from cdm_toolkit.distill.trainer import DistillTrainer, TeacherObjective
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
+from cdm_toolkit.kd.x_token import PREIMAGES
 from cdm_toolkit.teachers import Local
 from cdm_toolkit.vocab_map.partners import WIDTH
 from cdm_toolkit.vocab_map.spelling import LONGEST
 
+WEIGHTS = 4
+"""Teacher ids that a student id stands for in a projection, by default."""
 VOCAB_T, VOCAB_S, ROWS_S = 128_256, 151_936, 152_064
 FUSED = "fused"
 """Name of the attention that CUDA takes for a batch without padding."""
@@ -215,9 +218,16 @@ TABLES: Mapping[str, Callable[[int], Mapping[str, Any]]] = {
     "min-ed": lambda vocab_t: {"partner": (vocab_t,)},
     "prefix": lambda vocab_t: {"partner": (vocab_t,)},
     "gold": lambda vocab_t: {"partner": (vocab_t,), "claimed": (VOCAB_S,)},
+    "simct": lambda vocab_t: {"partner": (vocab_t,)},
+    "likelihood": lambda vocab_t: {"spelling": (vocab_t, LONGEST), "length": (vocab_t,)},
+    "x-token": lambda vocab_t: {
+        "teacher_ids": (VOCAB_S, WEIGHTS),
+        "weights": (VOCAB_S, WEIGHTS),
+        "preimages": (vocab_t, PREIMAGES),
+    },
 }
 """Shapes of the tables of each method."""
-DTYPES = {"partner_keys": torch.int32, "claimed": torch.bool}
+DTYPES = {"partner_keys": torch.int32, "claimed": torch.bool, "weights": torch.float32}
 
 
 def method(name: str, sizes: Sizes) -> kd.Method[Any, Any]:
@@ -225,7 +235,12 @@ def method(name: str, sizes: Sizes) -> kd.Method[Any, Any]:
     vocab_t = sizes.vocab_t[0]
     kind = kd.find_method(name)
     pair: Any = SimpleNamespace(
-        vocab_t=vocab_t, vocab_s=VOCAB_S, name_t="t", name_s="s", same_tokenizer=sizes.same_tokenizer
+        vocab_t=vocab_t,
+        vocab_s=VOCAB_S,
+        name_t="t",
+        name_s="s",
+        same_tokenizer=sizes.same_tokenizer,
+        nesting_fault=lambda: "",
     )
     with patch.object(kind, "build_tables", lambda self, pair: None):
         made = kind(pair)
