@@ -187,8 +187,8 @@ def test_the_method_trains(cdm: Callable[..., Any]) -> None:
         "--json",
         "--lr",
         "1e-2",
-        "--log-every",
-        "1",
+        "--set",
+        "train.log_every=1",
     )
     assert answer.returncode == 0, answer.stderr
     losses = json.loads(answer.stdout)["losses"]

@@ -37,7 +37,9 @@ def main(args: list[str] | None = None) -> int:
     except usage_error as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "cdm"
-        return _fail(f"{error.format_message()} See: {where} --help")  # type: ignore[attr-defined]
+        hint = _setting_hint(where, getattr(error, "option_name", None))
+        said = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        return _fail(f"{said}.{hint} See: {where} --help")
     except BrokenPipeError:
         # The reader went away, as `head` does. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,6 +52,15 @@ def main(args: list[str] | None = None) -> int:
         print("cdm: stopped", file=sys.stderr)
         return 130
     return status if isinstance(status, int) else 0
+
+
+def _setting_hint(command: str, flag: str | None) -> str:
+    """Say how a setting is given that has no option of its own."""
+    from cdm_toolkit.cli.settings_options import setting_named
+
+    if flag is None or command != "cdm distill" or (setting := setting_named(flag)) is None:
+        return ""
+    return f" It is a setting of the run: --set {setting}=…."
 
 
 def _fail(message: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from cdm_toolkit.cli import options
+from cdm_toolkit.cli.settings_options import run_option
 
 if TYPE_CHECKING:
     from cdm_toolkit.distill.plan import Plan
@@ -22,91 +23,62 @@ if TYPE_CHECKING:
     from cdm_toolkit.distill.trainer import StepLog
 
 _RUN, _KD, _TRAIN = "The run", "Distillation (of the first teacher)", "Training"
-
-
-def _option(help: str, panel: str, default: str | None = None) -> Any:
-    """Make an option; `default` is what a run has without it and without a run file."""
-    return typer.Option(help=help, rich_help_panel=panel, show_default=default or False)
+SETTINGS: Mapping[str, str] = {
+    "student": "student",
+    "teacher": "teachers.0.model",
+    "teacher_cache": "teachers.0.cache",
+    "data": "data.path",
+    "output": "output",
+    "preset": "preset",
+    "method": "teachers.0.method",
+    "alpha": "alpha",
+    "lr": "train.lr",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "batch_size": "train.batch_size",
+    "max_length": "data.max_length",
+    "template": "data.template",
+    "seed": "train.seed",
+    "device": "train.device",
+}
+"""The settings of a run that have an option of their own."""
 
 
 def distill(
+    context: typer.Context,
     run_file: Annotated[
         str | None,
         typer.Argument(
             help="A run file (YAML), or the name of a recipe (cdm recipes list). Options go over it."
         ),
     ] = None,
-    student: Annotated[
-        str | None, _option("The model to train: an alias, a folder or a hub id.", _RUN)
+    student: Annotated[str | None, run_option("student", _RUN)] = None,
+    teacher: Annotated[str | None, run_option("teachers.0.model", _RUN, "--teacher")] = None,
+    teacher_cache: Annotated[Path | None, run_option("teachers.0.cache", _RUN, "--teacher-cache")] = None,
+    data: Annotated[Path | None, run_option("data.path", _RUN, "--data")] = None,
+    output: Annotated[Path | None, run_option("output", _RUN, "--output", "-o")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper: the settings of arXiv 2502.11104.", rich_help_panel=_RUN)
     ] = None,
-    teacher: Annotated[str | None, _option("The model to learn from. Not needed by sft.", _RUN)] = None,
-    teacher_cache: Annotated[
-        Path | None, _option("Folder of cdm teacher cache, instead of the teacher in memory.", _RUN)
-    ] = None,
-    data: Annotated[
-        Path | None,
-        _option("JSONL with prompt and completion, question and answer, messages, or text in a row.", _RUN),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write.", rich_help_panel=_RUN)
-    ] = None,
-    preset: Annotated[str | None, _option("paper: the settings of arXiv 2502.11104.", _RUN)] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any setting of a run file, such as train.lr=2e-5 or teachers.0.top_k=400. Again for more.",
+            help="Any setting of a run file, such as train.save_every=100 or teachers.0.top_k=400. Again for more.",
             rich_help_panel=_RUN,
         ),
     ] = None,
-    method: Annotated[
-        str | None,
-        _option("What is learned from the teacher; sft: nothing.", _KD, "spelling"),
-    ] = None,
-    alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD, "0.8")] = None,
-    temperature: Annotated[float | None, _option("Of both distributions.", _KD, "1.0")] = None,
-    top_k: Annotated[int | None, _option("Candidates of each model at a position.", _KD, "100")] = None,
-    max_edit_distance: Annotated[
-        float | None,
-        _option("Of cdm: near ids have an edit distance below this share of both lengths.", _KD, "0.3"),
-    ] = None,
-    positions: Annotated[
-        str | None,
-        _option(
-            "boundary: logits at the shared boundary. mean: the mean over a group, as in the paper.",
-            _KD,
-            "boundary",
-        ),
-    ] = None,
-    aligner: Annotated[str | None, _option("anchored, bytes, entropy-dtw or dtw.", _KD, "anchored")] = None,
-    epochs: Annotated[float | None, _option("Passes over the data.", _TRAIN, "1.0")] = None,
-    max_steps: Annotated[int | None, _option("Optimizer steps; goes before --epochs.", _TRAIN)] = None,
-    batch_size: Annotated[int | None, _option("Rows per batch and device.", _TRAIN, "8")] = None,
-    grad_accumulation: Annotated[int | None, _option("Batches per optimizer step.", _TRAIN, "1")] = None,
-    lr: Annotated[float | None, _option("Peak learning rate.", _TRAIN, "2e-05")] = None,
-    max_length: Annotated[
-        int | None, _option("Tokens of a row, on any side; more are cut.", _TRAIN, "512")
-    ] = None,
-    template: Annotated[
-        str | None, _option("none, or chat: each side reads rows by its own chat template.", _TRAIN, "none")
-    ] = None,
-    dtype: Annotated[
-        str | None, _option("float32, or bfloat16 for mixed precision.", _TRAIN, "float32")
-    ] = None,
-    lora_rank: Annotated[int | None, _option("Train adapters of this rank.", _TRAIN)] = None,
-    seed: Annotated[int | None, _option("Random seed.", _TRAIN, "0")] = None,
-    device: Annotated[
-        str | None, _option("auto (a GPU where there is one), cpu, cuda or mps.", _TRAIN, "auto")
-    ] = None,
-    workers: Annotated[int | None, _option("Processes that tokenize and align.", _TRAIN, "1")] = None,
-    log_every: Annotated[int | None, _option("Steps between two lines of the log.", _TRAIN, "10")] = None,
-    save_every: Annotated[
-        int | None, _option("Steps between checkpoints; 0 writes none.", _TRAIN, "500")
-    ] = None,
-    tensorboard: Annotated[
-        bool | None, typer.Option("--tensorboard", help="Write event files.", rich_help_panel=_TRAIN)
-    ] = None,
+    method: Annotated[str | None, run_option("teachers.0.method", _KD)] = None,
+    alpha: Annotated[float | None, run_option("alpha", _KD)] = None,
+    lr: Annotated[float | None, run_option("train.lr", _TRAIN)] = None,
+    epochs: Annotated[float | None, run_option("train.epochs", _TRAIN)] = None,
+    max_steps: Annotated[int | None, run_option("train.max_steps", _TRAIN)] = None,
+    batch_size: Annotated[int | None, run_option("train.batch_size", _TRAIN)] = None,
+    max_length: Annotated[int | None, run_option("data.max_length", _TRAIN)] = None,
+    template: Annotated[str | None, run_option("data.template", _TRAIN)] = None,
+    seed: Annotated[int | None, run_option("train.seed", _TRAIN)] = None,
+    device: Annotated[str | None, run_option("train.device", _TRAIN)] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve everything, print the plan, train nothing.")
     ] = False,
@@ -131,37 +103,11 @@ def distill(
 
     if overwrite and resume:
         raise TwoWays("--overwrite", "--resume")
-    said = {
-        "student": student,
-        "data.path": data,
-        "data.max_length": max_length,
-        "data.template": template,
-        "data.workers": workers,
-        "output": output,
-        "preset": preset,
-        "alpha": alpha,
-        "teachers.0.model": teacher,
-        "teachers.0.cache": teacher_cache,
-        "teachers.0.method": None if method == "sft" else method,
-        "teachers.0.temperature": temperature,
-        "teachers.0.top_k": top_k,
-        "teachers.0.max_edit_distance": max_edit_distance,
-        "teachers.0.positions": positions,
-        "teachers.0.aligner": aligner,
-        "train.epochs": epochs,
-        "train.max_steps": max_steps,
-        "train.batch_size": batch_size,
-        "train.grad_accumulation": grad_accumulation,
-        "train.lr": lr,
-        "train.dtype": dtype,
-        "train.lora.rank": lora_rank,
-        "train.seed": seed,
-        "train.device": device,
-        "train.log_every": log_every,
-        "train.save_every": save_every,
-        "train.tensorboard": tensorboard,
-    }
-    config = _config(run_file, said, assignments or [], without_teachers=method == "sft")
+    said = {setting: context.params[name] for name, setting in SETTINGS.items()}
+    without_teachers = method == "sft"
+    if without_teachers:
+        said["teachers.0.method"] = None
+    config = _config(run_file, said, assignments or [], without_teachers=without_teachers)
     with _TrainingScreen(config.train.torch_device, as_json) as shown:
         if dry_run:
             planned = plan(config, on_progress=shown.follow)
@@ -211,7 +157,7 @@ def _config(
     try:
         return from_mapping(content, source="the command line")
     except BadSettings as error:
-        faults = [_in_options(fault, said) for fault in error.faults]
+        faults = [_in_options(fault) for fault in error.faults]
         raise BadSettings("the command line", faults) from None
 
 
@@ -228,24 +174,13 @@ class DistillCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-_NAMED_OTHERWISE = {
-    "data.path": "--data",
-    "teachers.0.model": "--teacher",
-    "teachers.0.cache": "--teacher-cache",
-    "train.lora.rank": "--lora-rank",
-}
-
-
-def _in_options(fault: str, settings: Iterable[str]) -> str:
+def _in_options(fault: str) -> str:
     """Name the option that sets what a fault is about, to somebody who has no run file."""
     setting, _, rest = fault.partition(" ")
-    if setting in settings:
-        return f"{_NAMED_OTHERWISE.get(setting) or _option_of(setting)} {rest}"
+    options = {setting: name for name, setting in SETTINGS.items()} | {"data": "data"}
+    if setting in options:
+        return f"--{options[setting].replace('_', '-')} {rest}"
     return fault.removeprefix("teachers.0: ")
-
-
-def _option_of(setting: str) -> str:
-    return "--" + setting.rpartition(".")[2].replace("_", "-")
 
 
 def _as_yaml(value: Any) -> str:

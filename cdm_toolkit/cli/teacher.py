@@ -9,58 +9,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cdm_toolkit.cli import options
+from cdm_toolkit.cli.settings_options import record_option
 
 if TYPE_CHECKING:
     from cdm_toolkit.artifacts.teacher_header import CacheHeader
     from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheResult
+
+_option = functools.partial(record_option, "distill/write_teacher_cache.py", "CacheSettings")
 
 app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's log-probabilities.")
 
 
 @app.command()
 def cache(
-    model: Annotated[str, typer.Option(help="The teacher: an alias, a folder or a hub id.")],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="JSONL with prompt and completion, question and answer, messages, or text in each row."
-        ),
-    ],
-    output: options.OutputFolder,
-    k: Annotated[
-        int,
-        typer.Option(
-            "-k", "--top-k", help="Top-k ids to store at each position; 0 stores the whole vocabulary."
-        ),
-    ] = 100,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Dtype of log-probabilities on disk: float16 or float32 (always, with -k 0)."),
-    ] = None,
-    quantised: Annotated[
-        bool, typer.Option("--quantised", help="Store log-probabilities in 3 to 8 bits: half the size.")
-    ] = False,
-    max_length: Annotated[
-        int, typer.Option(help="Maximum tokens of a row; longer rows are truncated.")
-    ] = 512,
-    template: Annotated[
-        str, typer.Option(help="none, or chat: render rows with the chat template.")
-    ] = "none",
-    batch_size: Annotated[int, typer.Option(help="Rows that the model reads at once.")] = 8,
-    device: options.Device = "auto",
-    teacher_dtype: Annotated[
-        str, typer.Option(help="Dtype of the model: float32, bfloat16, float16.")
-    ] = "float32",
-    shard: Annotated[
-        str, typer.Option(help="Compute only part i of n, such as 1/4: for several machines.")
-    ] = "1/1",
-    limit: Annotated[int | None, typer.Option(help="Use only the first rows of the file.")] = None,
-    rows_per_shard: Annotated[
-        int | None,
-        typer.Option(
-            help="Rows per shard file; an interrupted run resumes after the last shard. Default 256, or 8 with -k 0."
-        ),
-    ] = None,
+    context: typer.Context,
+    model: Annotated[str, _option("model")],
+    data: Annotated[Path, _option("data")],
+    output: Annotated[Path, _option("output", "--output", "-o")],
+    k: Annotated[int | None, _option("k", "-k", "--top-k")] = None,
+    dtype: Annotated[str | None, _option("dtype")] = None,
+    quantised: Annotated[bool, _option("quantised", "--quantised")] = False,
+    max_length: Annotated[int | None, _option("max_length")] = None,
+    template: Annotated[str | None, _option("template")] = None,
+    batch_size: Annotated[int | None, _option("batch_size")] = None,
+    device: Annotated[str | None, _option("device")] = None,
+    teacher_dtype: Annotated[str | None, _option("teacher_dtype")] = None,
+    shard: Annotated[str | None, _option("shard")] = None,
+    limit: Annotated[int | None, _option("limit")] = None,
+    rows_per_shard: Annotated[int | None, _option("rows_per_shard")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Store a teacher's top-k log-probabilities at each completion token, so that training needs no teacher in memory.
@@ -76,23 +52,11 @@ def cache(
     from cdm_toolkit.errors import Interrupted
     from cdm_toolkit.hub.models import resolve_device
 
-    device = str(resolve_device(device))
+    device = str(resolve_device(device or "auto"))
     given = {
-        "model": model,
-        "data": str(data),
-        "output": str(output),
-        "k": k,
-        "dtype": dtype,
-        "quantised": quantised,
-        "max_length": max_length,
-        "template": template,
-        "batch_size": batch_size,
-        "device": device,
-        "teacher_dtype": teacher_dtype,
-        "shard": shard,
-        "limit": limit,
-        "rows_per_shard": rows_per_shard,
+        name: value for name in CacheSettings.model_fields if (value := context.params[name]) is not None
     }
+    given |= {"data": str(data), "output": str(output), "device": device}
     settings = make(CacheSettings, given, source="the command line")
     with screen.progress() as bar:
         task = bar.add_task("running the teacher", total=None, note="")

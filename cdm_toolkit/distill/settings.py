@@ -48,9 +48,9 @@ class TeacherConfig(Settings):
     model_config = ConfigDict(extra="allow")
 
     model: Text
-    """An alias, a folder or a hub id."""
+    """The model to learn from: an alias, a folder or a hub id."""
     method: Text = DEFAULT_METHOD
-    """Name of a method of `kd`."""
+    """What is learned from the teacher: the name of a method of `kd`."""
     weight: Positive = 1.0
     """Of this teacher's KD among all."""
     cache: Text | None = None
@@ -217,6 +217,7 @@ class TrainConfig(Settings):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: CountOrNone = 0
     epochs: Positive = 1.0
+    """Passes over the data."""
     max_steps: Count | None = None
     """Optimizer steps; goes before epochs."""
     batch_size: Count = 8
@@ -228,6 +229,7 @@ class TrainConfig(Settings):
     group_by_length: bool = True
     """Batch rows of similar length."""
     seed: CountOrNone = 0
+    """Of all that is random: the order of the rows, adapters, dropout."""
 
     device: DeviceName = "auto"
     """auto: a GPU where there is one, else the CPU. cuda is the first GPU that this process sees; several are for

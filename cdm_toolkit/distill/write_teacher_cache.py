@@ -75,7 +75,9 @@ class CacheSettings(Settings):
     max_length: Annotated[int, Field(ge=4)] = 512
     """Tokens of a row; more are cut."""
     template: TemplateName = "none"
+    """chat: rows are read through the model's chat template."""
     batch_size: Count = 8
+    """Rows that the model reads at once."""
     device: Text = "auto"
     """auto: a GPU where there is one, else the CPU."""
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -85,6 +87,7 @@ class CacheSettings(Settings):
     limit: Count | None = None
     """Rows at the front of the file to take; all where it is not set."""
     rows_per_shard: Count | None = None
+    """Rows of a file; an interrupted run goes on after the last. 256, or 8 with the whole vocabulary."""
 
     @field_validator("shard")
     @classmethod

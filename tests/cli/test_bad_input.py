@@ -159,10 +159,21 @@ def test_faults_name_the_options_where_there_is_no_run_file(cdm, rows: Path, tmp
     command = ("distill", "--student", "smollm2", "--data", rows, "-o", tmp_path / "out")
     refused(cdm(*command), "the command line has a fault: --teacher is missing; mend it and run again")
     teacher = ("--teacher", "smollm2")
-    refused(cdm(*command, *teacher, "--top-k", "0"), "--top-k is 0: give a number of at least 1")
-    refused(cdm(*command, *teacher, "--lora-rank", "-1", "--alpha", "3"), "2 faults: --alpha is 3")
+    refused(cdm(*command, *teacher, "--max-steps", "0"), "--max-steps is 0: give a number of at least 1")
+    refused(cdm(*command, *teacher, "--seed", "-1", "--alpha", "3"), "2 faults: --alpha is 3")
     refused(
-        cdm(*command, *teacher, "--method", "kl", "--max-edit-distance", "0.2"),
-        "a fault: --max-edit-distance is of no use to kl: it has temperature, top_k",
+        cdm(*command, *teacher, "--method", "kl", "--set", "teachers.0.max_edit_distance=0.2"),
+        "a fault: teachers.0.max_edit_distance is of no use to kl: it has temperature, top_k",
     )
     refused(cdm(*command, *teacher, "--set", "train.lrr=1"), "train.lrr is no setting")
+    refused(cdm(*command[:-2], *teacher), "--output is missing")
+
+
+def test_a_setting_without_an_option_is_named(cdm) -> None:
+    for flag, setting in (("--save-every", "train.save_every"), ("--tau", "teachers.0.tau")):
+        refused(
+            cdm("distill", flag, "1"),
+            f"No such option: {flag}",
+            f"It is a setting of the run: --set {setting}=…",
+        )
+    assert "setting of the run" not in cdm("distill", "--save-evry", "1").err

@@ -1,0 +1,116 @@
+"""Options of the command line that are settings: their help and defaults are those of the settings' fields.
+
+They are read from the sources of the settings, whose import brings torch (seconds).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import typer
+
+PACKAGE = Path(__file__).parents[1]
+RUN = "distill/settings.py"
+RECORDS_OF_A_RUN: Mapping[str, str] = {
+    "": "DistillConfig",
+    "data": "DataConfig",
+    "teachers.0": "TeacherConfig",
+    "train": "TrainConfig",
+    "train.lora": "LoraConfig",
+}
+"""Which record of `RUN` stands where in a run file."""
+
+
+@dataclass(frozen=True, slots=True)
+class SettingField:
+    """What the source says of a field; `default` as it is written, None where that is nothing or off."""
+
+    help: str
+    default: str | None
+
+
+def run_option(setting: str, panel: str, *flags: str) -> Any:
+    """Make the option of a run's setting, such as `train.lr`; its flag is the last part of it unless given."""
+    where, _, name = setting.rpartition(".")
+    return _option(fields_of(RUN, RECORDS_OF_A_RUN[where])[name], flags, panel)
+
+
+def record_option(source: str, record: str, name: str, *flags: str) -> Any:
+    """Make the option of a field of one record, in a source file of the package."""
+    return _option(fields_of(source, record)[name], flags, None)
+
+
+def _option(field: SettingField, flags: tuple[str, ...], panel: str | None) -> Any:
+    return typer.Option(*flags, help=field.help, rich_help_panel=panel, show_default=field.default or False)
+
+
+def setting_named(flag: str) -> str | None:
+    """Find the run's setting that a flag such as `--save-every` would be of; None where there is none."""
+    name = flag.lstrip("-").replace("-", "_")
+    for where, record in RECORDS_OF_A_RUN.items():
+        if name in fields_of(RUN, record):
+            return f"{where}.{name}" if where else name
+    if any(name in fields for file in (PACKAGE / "kd").glob("*.py") for fields in _settings_in(file)):
+        return f"teachers.0.{name}"
+    return None
+
+
+@cache
+def fields_of(source: str, record: str) -> Mapping[str, SettingField]:
+    """Read the fields of a class from its source: the string below a field is its help."""
+    tree = _parsed(PACKAGE / source)
+    constants = dict(_constants(tree))
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record)
+    return dict(_fields(found, constants))
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _settings_in(file: Path) -> Iterator[set[str]]:
+    """Give the names of the fields of each class of settings in a file."""
+    for node in _parsed(file).body:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Settings"):
+            yield {each.target.id for each in _declared(node)}
+
+
+def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, str(node.value.value)
+
+
+def _declared(record: ast.ClassDef) -> Iterator[Any]:
+    for node in record.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node
+
+
+def _fields(record: ast.ClassDef, constants: Mapping[str, str]) -> Iterator[tuple[str, SettingField]]:
+    below = dict(zip(record.body, record.body[1:], strict=False))
+    for node in _declared(record):
+        match below.get(node):
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                help = " ".join(text.replace("`", "").split())
+            case _:
+                help = ""
+        yield node.target.id, SettingField(help, _default(node.value, constants))
+
+
+def _default(value: ast.expr | None, constants: Mapping[str, str]) -> str | None:
+    match value:
+        case ast.Name(id=name):
+            return constants.get(name)
+        case ast.Constant(value=None | False) | None:
+            return None
+        case _:
+            return ast.unparse(value).strip("'\"")
