@@ -15,6 +15,7 @@ from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig, heldout_name
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
+from cdm_toolkit.compare.tuned_teacher import TEACHER_FOLDER, tuned
 from cdm_toolkit.compare.types import RINGS, Measured, ModelScores
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheSettings, write_cache
@@ -52,6 +53,8 @@ class Shared:
     """What is in a study's folder before its first cell runs."""
 
     student: str
+    teacher_model: str | None
+    """The teacher that was trained on the rows; None where the study's own teaches as it is."""
     train: Path
     cache: str | None
     """Folder of the teacher's log-prob cache for the training rows; None where no method reads it."""
@@ -100,7 +103,7 @@ def _ready(study: StudyConfig, folder: StudyFolder) -> Shared | None:
 def _ask_again(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     """Make a larger teacher cache for added methods; the old one stays for cells that are running."""
     content = json.loads((shared / SHARED_FILE).read_bytes())
-    cache = _cache(study, shared, on_stage)
+    cache = _cache(tuned(study, shared / TRAIN_FILE, shared / TEACHER_FOLDER), shared, on_stage)
     write_json(shared / SHARED_FILE, content | {"cache": cache and _kept(shared, cache)})
 
 
@@ -115,6 +118,7 @@ def open_shared(folder: StudyFolder) -> Shared:
         content = json.loads(file.read_bytes())
         found = Shared(
             student=_found(folder.shared, content["student"]),
+            teacher_model=(own := content.get("teacher_model")) and _found(folder.shared, own),
             train=train,
             cache=content["cache"] and _found(folder.shared, content["cache"]),
             heldout=Heldout.open(folder.shared / HELDOUT_FOLDER),
@@ -143,7 +147,8 @@ def _found(shared: Path, kept: str) -> str:
 
 def check_origin(study: StudyConfig, shared: Shared) -> None:
     """See that models, suites and a cache that is given are those that the study began with. Raises BadArtifact."""
-    now = _made_of(study, shared.student)
+    teacher = shared.teacher_model or study.teacher
+    now = _made_of(study.model_copy(update={"teacher": teacher}), shared.student)
     if changed := [name for name, value in now.items() if shared.fingerprints.get(name) != value]:
         problem = f"the {' and '.join(changed)} changed since the study began"
         raise BadArtifact(shared.train.parent, problem, f"put back what was there, or {_AGAIN}")
@@ -160,6 +165,9 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     _check_held_out(train, heldout_rows)
     _check_selection(study, heldout_rows)
     write_rows(shared / TRAIN_FILE, train)
+    if study.teacher_run is not None:
+        on_stage("training the teacher", 0, 1)
+        study = tuned(study, shared / TRAIN_FILE, shared / TEACHER_FOLDER)
     cache = _cache(study, shared, on_stage)
     heldout = Heldout.make(
         shared / HELDOUT_FOLDER,
@@ -179,6 +187,7 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     )
     content = {
         "student": _kept(shared, student),
+        "teacher_model": None if study.teacher_run is None else _kept(shared, study.teacher),
         "cache": cache and _kept(shared, cache),
         "teacher": asdict(teacher),
         "start": asdict(start),

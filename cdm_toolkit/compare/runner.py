@@ -99,7 +99,8 @@ def cell_config(study: StudyConfig, shared: Shared, cell: Cell, output: Path) ->
     }
     if teacher:
         cached = {"cache": shared.cache} if uses_cache(teacher) else {}
-        run |= {"alpha": cell.alpha, "teachers": [{"model": study.teacher} | cached | teacher]}
+        taught_by = shared.teacher_model or study.teacher
+        run |= {"alpha": cell.alpha, "teachers": [{"model": taught_by} | cached | teacher]}
     return from_mapping(run, source=f"cell {cell.index}")
 
 

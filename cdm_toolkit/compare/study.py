@@ -43,6 +43,8 @@ _OWNED: Mapping[str, str] = {
     "group_by_length": "one order of rows for all methods",
 }
 """Settings of training that the study itself decides, and what it has for them."""
+_OF_TEACHER: Mapping[str, set[str]] = {"run": set(), "teacher_run": {"seed"}}
+"""Those of them that a training may have all the same."""
 
 
 class TextConfig(Settings):
@@ -256,6 +258,9 @@ class StudyConfig(Settings):
     seeds: Seeds = (0,)
     run: TrainConfig = TrainConfig()
     """Of training, for all cells."""
+    teacher_run: TrainConfig | None = None
+    """Train the teacher on the rows first, by cross-entropy, for as many steps: its settings of training. None, as it
+    is without it, lets it teach as it is."""
     threads: Count = 1
     """Of a cell: with as many, a cell that is run again gives the same bits."""
     measures: tuple[Text, ...] = MEASURES
@@ -331,8 +336,11 @@ class StudyConfig(Settings):
             yield "select_alpha_on has nothing to choose from: give curves"
 
     def _faults_of_run(self) -> Iterator[str]:
-        for name in sorted(self.run.model_fields_set & _OWNED.keys()):
-            yield f"run.{name} is the study's own: it has {_OWNED[name]}"
+        for where, run in (("run", self.run), ("teacher_run", self.teacher_run)):
+            for name in sorted((run.model_fields_set if run else set()) & _OWNED.keys() - _OF_TEACHER[where]):
+                yield f"{where}.{name} is the study's own: it has {_OWNED[name]}"
+        if self.teacher_run is not None and self.teacher_cache is not None:
+            yield "teacher_cache has what the teacher knew before teacher_run: leave one of them out"
 
     def _faults_of_curves(self) -> Iterator[str]:
         for name, alphas in self.curves.items():
@@ -361,7 +369,8 @@ class StudyConfig(Settings):
 
     @property
     def pair(self) -> str:
-        return f"{self.teacher} → {self.student.words}"
+        trained = "" if self.teacher_run is None else ", trained on the rows,"
+        return f"{self.teacher}{trained} → {self.student.words}"
 
     @property
     def rows_per_step(self) -> int:

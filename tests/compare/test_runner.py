@@ -40,6 +40,7 @@ from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,
+    BadSettings,
     FileProblem,
     Interrupted,
     SourceNotFound,
@@ -104,6 +105,41 @@ def copied(done: StudyFolder, tmp_path: Path) -> StudyFolder:
 def figures(result: CellResult) -> CellResult:
     """Take what must be the same wherever a cell is run: not its costs, and not the paths among its settings."""
     return replace(result, step_seconds=0.0, peak_memory=0, settings={})
+
+
+# A teacher that is trained first
+
+
+def test_a_teacher_is_trained_on_the_rows_before_it_teaches(
+    make: Callable[..., StudyConfig], done: StudyFolder, tmp_path: Path
+) -> None:
+    study = make(
+        "teacher_run.lr=1e-2", "teacher_run.batch_size=2", "methods.sft={}", "methods.exact.top_k=20"
+    )
+    folder = claimed(study, tmp_path / "out")
+    shared, plain = prepare(study, folder), open_shared(done)
+    assert plain.teacher_model is None
+    assert shared.teacher_model is not None
+    assert shared.fingerprints["teacher"] != plain.fingerprints["teacher"]
+    assert shared.fingerprints["student"] == plain.fingerprints["student"]
+    assert shared.teacher.inside["sums"].bits < plain.teacher.inside["sums"].bits
+    assert shared.start.inside["sums"].bits == plain.start.inside["sums"].bits
+    settings = cell_config(study, shared, grid(study)[1], tmp_path / "cell")
+    assert settings.teachers[0].model == shared.teacher_model
+    assert run_cell(study, folder, 1).scores.inside["sums"].divergence > 0
+    weights = Path(shared.teacher_model, "model.safetensors")
+    before = weights.stat().st_mtime_ns
+    assert open_shared(folder) is not None
+    prepare(study, folder)
+    assert weights.stat().st_mtime_ns == before
+    assert "trained on the rows" in put_together(study, folder, command="cdm compare small").pair
+
+
+def test_a_trained_teacher_is_checked(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match=r"teacher_run\.max_steps is the study's own: it has steps"):
+        make("teacher_run.max_steps=3")
+    with pytest.raises(BadSettings, match="teacher_cache has what the teacher knew before teacher_run"):
+        make("teacher_run.lr=1e-3", f"teacher_cache={tmp_path}")
 
 
 # Cells
