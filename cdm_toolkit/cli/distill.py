@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 if TYPE_CHECKING:
     from cdm_toolkit.distill.plan import Plan
@@ -24,22 +24,31 @@ if TYPE_CHECKING:
 _RUN, _KD, _TRAIN = "The run", "Distillation (of the first teacher)", "Training"
 
 
-def _option(help: str, panel: str, default: str | None = None) -> Any:
-    """Make an option; `default` is what a run has without it and without a run file."""
-    return typer.Option(help=help, rich_help_panel=panel, show_default=default or False)
+def _option(
+    help: str,
+    panel: str,
+    default: str | None = None,
+    names: Callable[[], completion.Completions] | None = None,
+) -> Any:
+    """Make an option; `default` is what a run has without it and without a run file, `names` complete it."""
+    return typer.Option(help=help, rich_help_panel=panel, show_default=default or False, autocompletion=names)
 
 
 def distill(
     run_file: Annotated[
         str | None,
         typer.Argument(
-            help="A run file (YAML), or the name of a recipe (cdm recipes list). Options go over it."
+            help="A run file (YAML), or the name of a recipe (cdm recipes list). Options go over it.",
+            autocompletion=completion.recipes,
         ),
     ] = None,
     student: Annotated[
-        str | None, _option("The model to train: an alias, a folder or a hub id.", _RUN)
+        str | None,
+        _option("The model to train: an alias, a folder or a hub id.", _RUN, names=completion.models),
     ] = None,
-    teacher: Annotated[str | None, _option("The model to learn from. Not needed by sft.", _RUN)] = None,
+    teacher: Annotated[
+        str | None, _option("The model to learn from. Not needed by sft.", _RUN, names=completion.models)
+    ] = None,
     teacher_cache: Annotated[
         Path | None, _option("Folder of cdm teacher cache, instead of the teacher in memory.", _RUN)
     ] = None,
@@ -62,7 +71,9 @@ def distill(
     ] = None,
     method: Annotated[
         str | None,
-        _option("What is learned from the teacher; sft: nothing.", _KD, "spelling"),
+        _option(
+            "What is learned from the teacher; sft: nothing.", _KD, "spelling", completion.methods_or_none
+        ),
     ] = None,
     alpha: Annotated[float | None, _option("Weight of cross-entropy; KD has the rest.", _KD, "0.8")] = None,
     temperature: Annotated[float | None, _option("Of both distributions.", _KD, "1.0")] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 if TYPE_CHECKING:
     from cdm_toolkit.artifacts.teacher_header import CacheHeader
@@ -19,7 +19,10 @@ app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's 
 
 @app.command()
 def cache(
-    model: Annotated[str, typer.Option(help="The teacher: an alias, a folder or a hub id.")],
+    model: Annotated[
+        str,
+        typer.Option(help="The teacher: an alias, a folder or a hub id.", autocompletion=completion.models),
+    ],
     data: Annotated[
         Path,
         typer.Option(
