@@ -7,10 +7,13 @@ if (location.protocol === "file:") {
       this.frame.hidden = true;
       document.body.append(this.frame);
       const inner = this.frame.contentWindow;
-      inner.postMessage = (data) => {
-        const event = new MessageEvent("message", { data });
-        this.dispatchEvent(event);
-        this.onmessage?.(event);
+      inner.postMessage = (message) => {
+        const data = structuredClone(message);
+        setTimeout(() => {
+          const event = new MessageEvent("message", { data });
+          this.dispatchEvent(event);
+          this.onmessage?.(event);
+        });
       };
       this.ready = new Promise((loaded, failed) => {
         const script = inner.document.createElement("script");
@@ -19,10 +22,11 @@ if (location.protocol === "file:") {
       });
     }
 
-    postMessage(data) {
+    postMessage(message) {
+      const data = structuredClone(message);
       this.ready.then(() => {
         const inner = this.frame.contentWindow;
-        inner.dispatchEvent(new inner.MessageEvent("message", { data }));
+        setTimeout(() => inner.dispatchEvent(new inner.MessageEvent("message", { data })));
       });
     }
 
