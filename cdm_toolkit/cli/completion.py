@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from textwrap import shorten
 
 Completions = list[tuple[str, str]]
 
@@ -61,4 +60,6 @@ def _first_line(path: Path) -> str:
 
 
 def _short(names: Iterable[tuple[str, str]]) -> Completions:
+    from textwrap import shorten
+
     return [(name, shorten(about, WIDTH, placeholder=" …")) for name, about in names]
