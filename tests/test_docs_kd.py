@@ -1,4 +1,4 @@
-"""What README.md and docs/kd.md show of `kd` runs, and gives what `cdm distill` gives."""
+"""What README.md, docs/kd.md and the method of docs/how-to show of `kd` runs, and gives what `cdm distill` gives."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from cdm_toolkit.samples import sample_path
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "kd.md"
+METHOD_PAGE = ROOT / "docs" / "how-to" / "add-a-method.md"
 
 
 def blocks(page: Path, heading: str) -> list[str]:
@@ -129,7 +130,7 @@ def test_accumulated_gradients_are_those_of_one_batch(page: dict[str, Any]) -> N
 @pytest.fixture
 def cdm(workplace: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Give the function that runs `cdm` in a process that knows the method of the page."""
-    (code,) = blocks(PAGE, "Add a method")
+    (code,) = blocks(METHOD_PAGE, "The file")
     assert len(code.splitlines()) <= 40
     (workplace / "top_token.py").write_text(code, encoding="utf-8")
     environment = os.environ | {

@@ -26,7 +26,6 @@ from cdm_toolkit.cli import (
 app = typer.Typer(
     name="cdm",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Distill one language model into another that has a different tokenizer, and see how it is done.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 from cdm_toolkit.cli.distill import STAGES
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 def compare(
     study: Annotated[
-        str | None, typer.Argument(help="A study file (YAML), or the name of a shipped one.")
+        str | None,
+        typer.Argument(
+            help="A study file (YAML), or the name of a shipped one.", autocompletion=completion.studies
+        ),
     ] = None,
     output: Annotated[
         Path | None,

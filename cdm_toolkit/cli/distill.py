@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 from cdm_toolkit.cli.settings_options import run_option
 
 if TYPE_CHECKING:
@@ -49,11 +49,14 @@ def distill(
     run_file: Annotated[
         str | None,
         typer.Argument(
-            help="A run file (YAML), or the name of a recipe (cdm recipes list). Options go over it."
+            help="A run file (YAML), or the name of a recipe (cdm recipes list). Options go over it.",
+            autocompletion=completion.recipes,
         ),
     ] = None,
-    student: Annotated[str | None, run_option("student", _RUN)] = None,
-    teacher: Annotated[str | None, run_option("teachers.0.model", _RUN, "--teacher")] = None,
+    student: Annotated[str | None, run_option("student", _RUN, names=completion.models)] = None,
+    teacher: Annotated[
+        str | None, run_option("teachers.0.model", _RUN, "--teacher", names=completion.models)
+    ] = None,
     teacher_cache: Annotated[Path | None, run_option("teachers.0.cache", _RUN, "--teacher-cache")] = None,
     data: Annotated[Path | None, run_option("data.path", _RUN, "--data")] = None,
     output: Annotated[Path | None, run_option("output", _RUN, "--output", "-o")] = None,
@@ -69,7 +72,9 @@ def distill(
             rich_help_panel=_RUN,
         ),
     ] = None,
-    method: Annotated[str | None, run_option("teachers.0.method", _KD)] = None,
+    method: Annotated[
+        str | None, run_option("teachers.0.method", _KD, names=completion.methods_or_none)
+    ] = None,
     alpha: Annotated[float | None, run_option("alpha", _KD)] = None,
     lr: Annotated[float | None, run_option("train.lr", _TRAIN)] = None,
     epochs: Annotated[float | None, run_option("train.epochs", _TRAIN)] = None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,10 +29,16 @@ app = typer.Typer(
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        str | None, typer.Option(help="A suite (cdm eval list), the path of a YAML file, or all.")
+        str | None,
+        typer.Option(
+            help="A suite (cdm eval list), the path of a YAML file, or all.", autocompletion=completion.suites
+        ),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="An alias, a folder or a hub id. Repeat for more models.")
+        list[str] | None,
+        typer.Option(
+            help="An alias, a folder or a hub id. Repeat for more models.", autocompletion=completion.models
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="JSONL file to score, instead of the suite's own data.")

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    model: Annotated[str, typer.Option(help="An alias, a folder or a hub id.")],
+    model: Annotated[
+        str, typer.Option(help="An alias, a folder or a hub id.", autocompletion=completion.models)
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
     device: options.Device = "auto",
     as_json: options.AsJson = False,

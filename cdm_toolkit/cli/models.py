@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 app = typer.Typer(no_args_is_help=True, help="List the aliases of tokenizers and models, and fetch them.")
 
@@ -34,7 +34,7 @@ def list_models(as_json: options.AsJson = False) -> None:
 
 @app.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(help="Aliases or hub ids.")],
+    names: Annotated[list[str], typer.Argument(help="Aliases or hub ids.", autocompletion=completion.models)],
     as_json: options.AsJson = False,
 ) -> None:
     """Fetch tokenizers and models into the cache, and convert them for fast loading.

@@ -7,8 +7,14 @@ from typing import Annotated
 
 import typer
 
-_T1 = typer.Option("--t1", help="First tokenizer: an alias (cdm models list), a folder or a hub id.")
-_T2 = typer.Option("--t2", help="Second tokenizer, likewise.")
+from cdm_toolkit.cli import completion
+
+_T1 = typer.Option(
+    "--t1",
+    help="First tokenizer: an alias (cdm models list), a folder or a hub id.",
+    autocompletion=completion.models,
+)
+_T2 = typer.Option("--t2", help="Second tokenizer, likewise.", autocompletion=completion.models)
 FirstTokenizer = Annotated[str, _T1]
 SecondTokenizer = Annotated[str, _T2]
 FirstTokenizerIfGiven = Annotated[str | None, _T1]
@@ -24,8 +30,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing o
 Aligner = Annotated[str, typer.Option(help="anchored (exact), bytes, entropy-dtw (the paper's) or dtw.")]
 Workers = Annotated[int, typer.Option(help="Number of worker processes.", min=1)]
 Teacher = Annotated[
-    str, typer.Option("--t1", help="The teacher's tokenizer: an alias, a folder or a hub id.")
+    str,
+    typer.Option(
+        "--t1",
+        help="The teacher's tokenizer: an alias, a folder or a hub id.",
+        autocompletion=completion.models,
+    ),
 ]
 Student = Annotated[
-    str, typer.Option("--t2", help="The student's tokenizer: an alias, a folder or a hub id.")
+    str,
+    typer.Option(
+        "--t2",
+        help="The student's tokenizer: an alias, a folder or a hub id.",
+        autocompletion=completion.models,
+    ),
 ]

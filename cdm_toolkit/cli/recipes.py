@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 app = typer.Typer(no_args_is_help=True, help="Run files to start from: list, show, copy.")
 
-Name = Annotated[str, typer.Argument(help="Name of a recipe (cdm recipes list).")]
+Name = Annotated[
+    str, typer.Argument(help="Name of a recipe (cdm recipes list).", autocompletion=completion.recipes)
+]
 
 
 @app.command("list")

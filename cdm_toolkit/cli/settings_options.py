@@ -6,7 +6,7 @@ They are read from the sources of the settings, whose import brings torch (secon
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,9 @@ from typing import Any
 
 import typer
 
+from cdm_toolkit.cli.completion import Completions
+
+Names = Callable[[], Completions]
 PACKAGE = Path(__file__).parents[1]
 RUN = "distill/settings.py"
 RECORDS_OF_A_RUN: Mapping[str, str] = {
@@ -34,19 +37,28 @@ class SettingField:
     default: str | None
 
 
-def run_option(setting: str, panel: str, *flags: str) -> Any:
-    """Make the option of a run's setting, such as `train.lr`; its flag is the last part of it unless given."""
+def run_option(setting: str, panel: str, *flags: str, names: Names | None = None) -> Any:
+    """Make the option of a run's setting, such as `train.lr`; its flag is the last part of it unless given.
+
+    `names` are what the shell completes.
+    """
     where, _, name = setting.rpartition(".")
-    return _option(fields_of(RUN, RECORDS_OF_A_RUN[where])[name], flags, panel)
+    return _option(fields_of(RUN, RECORDS_OF_A_RUN[where])[name], flags, panel, names)
 
 
-def record_option(source: str, record: str, name: str, *flags: str) -> Any:
-    """Make the option of a field of one record, in a source file of the package."""
-    return _option(fields_of(source, record)[name], flags, None)
+def record_option(source: str, record: str, name: str, *flags: str, names: Names | None = None) -> Any:
+    """Make the option of a field of one record, in a source file of the package; `names` as `run_option`."""
+    return _option(fields_of(source, record)[name], flags, None, names)
 
 
-def _option(field: SettingField, flags: tuple[str, ...], panel: str | None) -> Any:
-    return typer.Option(*flags, help=field.help, rich_help_panel=panel, show_default=field.default or False)
+def _option(field: SettingField, flags: tuple[str, ...], panel: str | None, names: Names | None) -> Any:
+    return typer.Option(
+        *flags,
+        help=field.help,
+        rich_help_panel=panel,
+        show_default=field.default or False,
+        autocompletion=names,
+    )
 
 
 def setting_named(flag: str) -> str | None:

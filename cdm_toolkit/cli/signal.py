@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 if TYPE_CHECKING:
     from cdm_toolkit.distill.explain import ComparedPosition, ExplainedGroup, Explanation
@@ -26,8 +26,15 @@ def _group() -> None:
 
 @app.command()
 def show(
-    teacher: Annotated[str, typer.Option(help="The model to learn from: an alias, a folder or a hub id.")],
-    student: Annotated[str, typer.Option(help="The model to train, likewise.")],
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="The model to learn from: an alias, a folder or a hub id.", autocompletion=completion.models
+        ),
+    ],
+    student: Annotated[
+        str, typer.Option(help="The model to train, likewise.", autocompletion=completion.models)
+    ],
     text: Annotated[
         str | None, typer.Argument(help="The text that is learned. With --completion: the prompt before it.")
     ] = None,
@@ -44,6 +51,7 @@ def show(
             help="What compares the two, with settings that are not the defaults: spelling, "
             "spelling:temperature=2,intra_group=false. Twice for two methods, side by side.",
             show_default="spelling",
+            autocompletion=completion.methods,
         ),
     ] = None,
     top_k: Annotated[

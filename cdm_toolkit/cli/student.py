@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 if TYPE_CHECKING:
     from cdm_toolkit.hub.students import Transplanted
@@ -26,7 +26,12 @@ app = typer.Typer(no_args_is_help=True, help="Create a student model to train.")
 
 @app.command()
 def new(
-    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the student: an alias, a folder or a hub id.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="Tokenizer of the student: an alias, a folder or a hub id.", autocompletion=completion.models
+        ),
+    ],
     output: options.OutputFolder,
     size: Annotated[str, typer.Option(help="Approximate number of parameters: 10m, 135m, 1b.")] = "10m",
     entries: Entries = None,
@@ -52,12 +57,18 @@ def new(
 
 @app.command()
 def transplant(
-    source: Annotated[str, typer.Option("--from", help="The model: an alias, a folder or a hub id.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from", help="The model: an alias, a folder or a hub id.", autocompletion=completion.models
+        ),
+    ],
     output: options.OutputFolder,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="The new tokenizer: an alias, a folder or a hub id. The donor's or the model's own if left out."
+            help="The new tokenizer: an alias, a folder or a hub id. The donor's or the model's own if left out.",
+            autocompletion=completion.models,
         ),
     ] = None,
     entries: Entries = None,
@@ -74,7 +85,10 @@ def transplant(
     ] = "mean",
     donor: Annotated[
         str | None,
-        typer.Option(help="A trained model with the new vocabulary: an alias, a folder or a hub id."),
+        typer.Option(
+            help="A trained model with the new vocabulary: an alias, a folder or a hub id.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     k: Annotated[int, typer.Option(help="Old rows that omp combines to a new one.", min=1)] = 64,
     seed: options.Seed = 0,

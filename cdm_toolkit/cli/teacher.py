@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 from cdm_toolkit.cli.settings_options import record_option
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's 
 @app.command()
 def cache(
     context: typer.Context,
-    model: Annotated[str, _option("model")],
+    model: Annotated[str, _option("model", names=completion.models)],
     data: Annotated[Path, _option("data")],
     output: Annotated[Path, _option("output", "--output", "-o")],
     k: Annotated[int | None, _option("k", "-k", "--top-k")] = None,

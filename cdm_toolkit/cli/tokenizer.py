@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.statistics import PairStatistics
@@ -47,7 +47,9 @@ def list_tokenizers(as_json: options.AsJson = False) -> None:
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="An alias, a folder or a hub id.")],
+    name: Annotated[
+        str, typer.Argument(help="An alias, a folder or a hub id.", autocompletion=completion.models)
+    ],
     as_json: options.AsJson = False,
 ) -> None:
     """Show a tokenizer's family, size, normalisers, special tokens by role and longest tokens.
@@ -73,8 +75,13 @@ def info(
 
 @app.command("diff")
 def compare(
-    first: Annotated[str | None, typer.Argument(help="First tokenizer, instead of --t1.")] = None,
-    second: Annotated[str | None, typer.Argument(help="Second tokenizer, instead of --t2.")] = None,
+    first: Annotated[
+        str | None, typer.Argument(help="First tokenizer, instead of --t1.", autocompletion=completion.models)
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(help="Second tokenizer, instead of --t2.", autocompletion=completion.models),
+    ] = None,
     t1: options.FirstTokenizerIfGiven = None,
     t2: options.SecondTokenizerIfGiven = None,
     corpus: Annotated[

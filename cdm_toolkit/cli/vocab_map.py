@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import completion, options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -205,7 +205,11 @@ def stats(
         typer.Option(help="JSONL or text file: also print the share of its tokens that have a match."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A model: also print its matched mass on --data, by strategy.")
+        str | None,
+        typer.Option(
+            help="A model: also print its matched mass on --data, by strategy.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL or text file that the teacher reads.")] = None,
     limit: Annotated[int, typer.Option(help="Rows of --data that the teacher reads.", min=1)] = 50,

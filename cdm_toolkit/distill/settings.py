@@ -204,9 +204,13 @@ class LoraConfig(Settings):
     """Train low-rank adapters (arXiv 2106.09685) in place of the weights; they are merged in at the end."""
 
     rank: Count = 16
+    """Of the two matrices that are trained for each weight."""
     alpha: Positive = 32.0
+    """Scale: their product counts alpha / rank times."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of their inputs that is dropped in training."""
     targets: tuple[Text, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get adapters; all-linear: every linear layer but the last."""
 
 
 class TrainConfig(Settings):
@@ -215,7 +219,9 @@ class TrainConfig(Settings):
     lr: Positive = 2e-5
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Of the learning rate after the warm-up."""
     warmup_steps: CountOrNone = 0
+    """Optimizer steps in which the learning rate rises to its peak."""
     epochs: Positive = 1.0
     """Passes over the data."""
     max_steps: Count | None = None
@@ -225,7 +231,9 @@ class TrainConfig(Settings):
     grad_accumulation: Count = 1
     """Batches per optimizer step."""
     weight_decay: NotNegative = 0.0
+    """Of AdamW."""
     max_grad_norm: Positive = 1.0
+    """Norm to which the gradient of a step is clipped."""
     group_by_length: bool = True
     """Batch rows of similar length."""
     seed: CountOrNone = 0
@@ -237,11 +245,14 @@ class TrainConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: mixed precision, with weights in float32."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     compile: bool = False
     """Compile the student's layers with torch.compile."""
     lora: LoraConfig | None = None
+    """Train adapters in place of the weights."""
 
     log_every: Count = 10
+    """Steps between two entries of the log."""
     save_every: CountOrNone = 500
     """Steps between checkpoints; 0 writes none."""
     tensorboard: bool = False
@@ -259,12 +270,15 @@ class DistillConfig(Settings):
     student: Text
     """The model to train: an alias, a folder or a hub id."""
     data: DataConfig
+    """The rows to train on."""
     output: Text
     """Folder to write."""
     teachers: tuple[TeacherConfig, ...] = ()
+    """What the student learns from besides the labels."""
     alpha: Share = 0.8
     """Weight of cross-entropy; KD has the rest. Ignored without a teacher."""
     train: TrainConfig = TrainConfig()
+    """How it is trained."""
 
     @property
     def ce_weight(self) -> float:
