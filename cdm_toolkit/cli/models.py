@@ -34,7 +34,7 @@ def list_models(as_json: options.AsJson = False) -> None:
 
 @app.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(help="Aliases or hub ids.")],
+    names: Annotated[list[str], typer.Argument(help="Aliases or hub ids; @ and a revision may follow.")],
     as_json: options.AsJson = False,
 ) -> None:
     """Fetch tokenizers and models into the cache, and convert them for fast loading.
@@ -52,7 +52,8 @@ def fetch(
         with screen.err().status(f"{name}: fetching"):
             found = resolve(name)
             folder = model_folder(name) if has_weights(name) else found.folder
-        fetched.append({"name": name, "origin": found.origin, "folder": str(folder)})
+        commit = {"commit": found.commit} if found.commit else {}
+        fetched.append({"name": name, "origin": found.origin, **commit, "folder": str(folder)})
         came = "here already" if found.origin in ("cache", "local") else f"from the {found.origin}"
         screen.say(f"{name}: {came}, in {folder}")
     if as_json:
