@@ -214,8 +214,8 @@ def _commit(hub_id: str, revision: str) -> str:
 def _ask_commit(hub_id: str, revision: str) -> str:
     from huggingface_hub import constants, errors, hf_hub_url
 
-    url = hf_hub_url(hub_id, "config.json", revision=revision, endpoint=constants.ENDPOINT)
     try:
+        url = hf_hub_url(hub_id, "config.json", revision=revision, endpoint=constants.ENDPOINT)
         commit = _within(_seconds(), lambda: _head(url))
     except errors.HfHubHTTPError as error:
         raise _answered_problem(error, hub_id, revision) from None
