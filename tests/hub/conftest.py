@@ -30,7 +30,9 @@ def loaded() -> Callable[[str], Loaded]:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Run a hub on the loopback, which this process and those that it starts ask, with an empty cache."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
 
+    disable_progress_bars()
     with serve() as hub:
         cache = tmp_path / "hub-cache"
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

@@ -127,11 +127,14 @@ def serve() -> Iterator[Hub]:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
+    cut: int | None = None
 
     def do_GET(self) -> None:
+        if re.match("/api/(?!models/)", self.path):  # what huggingface_hub asks of its own accord
+            self.answer(404)
+            return
         asked = Asked(self.command, self.path, self.headers["Range"], self.headers["Authorization"])
         self.hub.asked.append(asked)
-        self.cut: int | None = None
         if fault := self.hub.fault(asked):
             if fault.slow:
                 self.hub.closing.wait(60)
