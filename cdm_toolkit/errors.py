@@ -74,7 +74,7 @@ class SourceNotFound(CdmError):
     def __init__(
         self, name: str, tried: Sequence[str], *, needs: str, near: str | None = None, fix: str = ""
     ) -> None:
-        hint = f"did you mean {near}? " if near else ""
+        hint = f"did you mean {near}? otherwise " if near else ""
         first = f"{fix}, or " if fix else ""
         super().__init__(
             f"cannot find {name!r}",

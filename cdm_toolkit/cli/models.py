@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="List the aliases of tokenizers and
 def list_models(as_json: options.AsJson = False) -> None:
     """List each alias: its source, its licence, and whether it is available locally.
 
-    A local folder or a hub id can be used wherever an alias can.
+    A local folder or a hub id can be used wherever an alias can; @ and a revision may follow an alias or hub id.
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.resolve import list_aliases

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import re
 import sys
@@ -94,8 +93,8 @@ _process = _Process()
 
 
 def say_once(subject: str, message: str) -> None:
-    """Log a warning, once a process for each subject; processes that this one starts stay silent."""
-    if subject not in _process.said and multiprocessing.parent_process() is None:
+    """Log a warning, once a process for each subject."""
+    if subject not in _process.said:
         _process.said.add(subject)
         log.warning(message)
 
@@ -282,7 +281,7 @@ def _answered_problem(error: Any, hub_id: str, revision: str) -> HubProblem:
             fix = f"ask for access at {constants.ENDPOINT}/{hub_id} and log in, or set HF_TOKEN"
             return HubProblem("it is gated, and this login has no access", fix)
         case errors.RepositoryNotFoundError():
-            fix = "check the spelling; if it is private, log in or set HF_TOKEN"
+            fix = "check the spelling, log in or set HF_TOKEN where it is private"
             return HubProblem("there is no such repository, or it is private", fix)
         case errors.RevisionNotFoundError():
             return _NoSuchRevision(f"it has no revision {revision!r}", "name a branch, tag or commit of it")
