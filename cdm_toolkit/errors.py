@@ -71,11 +71,16 @@ class UnknownName(CdmError):
 class SourceNotFound(CdmError):
     """No source has what an alias, path or hub id names."""
 
-    def __init__(self, name: str, tried: Sequence[str], *, needs: str) -> None:
+    def __init__(
+        self, name: str, tried: Sequence[str], *, needs: str, near: str | None = None, fix: str = ""
+    ) -> None:
+        hint = f"did you mean {near}? otherwise " if near else ""
+        first = f"{fix}, or " if fix else ""
         super().__init__(
             f"cannot find {name!r}",
             got=f"tried {'; '.join(tried)}",
-            fix=f"give the path of a local folder that holds {needs}, or one of the names that `list_aliases` gives",
+            fix=f"{hint}{first}give the path of a local folder that holds {needs}, or one of the names that "
+            "`list_aliases` gives",
         )
 
 

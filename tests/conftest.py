@@ -50,6 +50,15 @@ if (
 if TYPE_CHECKING:
     from cdm_toolkit.tokdiff.view import TokenizerView
 
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_source_of_aliases_is_said() -> None:
+    """Take the note that wheels stand in for the hub, said once a process, out of what commands print."""
+    from cdm_toolkit.hub import snapshots
+
+    snapshots._process.said.add("")
+
+
 SHARED = Path(__file__).parents[2] / "shared"
 REAL = ("llama3", "qwen2", "gpt2", "opt", "smollm2", "mistral", "deepseek", "gemma2", "phi3", "llama2")
 # No wheel ships these; the folder beside the repository may.

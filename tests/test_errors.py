@@ -33,6 +33,19 @@ EXAMPLES: list[tuple[str, CdmError]] = [
             needs="tokenizer.json",
         ),
     ),
+    (
+        "tokenizer info",
+        errors.SourceNotFound(
+            "lama3",
+            [
+                "the folder lama3 (not there)",
+                "the hub's lama3 (there is no such repository, or it is private)",
+            ],
+            needs="a tokenizer.json",
+            near="llama3",
+            fix="check the spelling, log in or set HF_TOKEN where it is private",
+        ),
+    ),
     ("models fetch", errors.DamagedSource("qwen2", "qwen.tiktoken", "b2b1b8dfb5cc5f02", "0000aaaa0000aaaa")),
     ("tokenizer info", errors.UnsupportedTokenizer("my-tokenizer", "it has no fast backend")),
     (

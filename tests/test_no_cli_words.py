@@ -13,7 +13,7 @@ ROOT = Path(cdm_toolkit.__file__).parent
 NOT_OURS = {
     "cli": "the terminal's own words",
     "compare/study_page.py": "its style sheet has custom properties",
-    "hub/resolve.py": "it starts pip, whose options these are",
+    "hub/wheels.py": "it starts pip, whose options these are",
 }
 """Packages and files that may spell options, with the reason."""
 

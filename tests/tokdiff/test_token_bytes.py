@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 
 from cdm_toolkit.errors import UnsupportedTokenizer
 from cdm_toolkit.hub.aliases import ALIASES
-from cdm_toolkit.hub.resolve import wheel_files
+from cdm_toolkit.hub.wheels import wheel_files
 from cdm_toolkit.tokdiff.token_bytes import gpt2_alphabet, scheme_of, token_bytes
 from cdm_toolkit.tokdiff.view import make_view
 
