@@ -48,6 +48,7 @@ def main() -> None:
 
 
 def _memory_group(job: Mapping[str, Any]) -> AbstractContextManager[cgroup.MemoryGroup | None]:
+    """Make the control group of the child. It takes what one process and the scratch folder may."""
     limits = job["limits"]
     ceiling = (limits["memory_mib"] + limits["scratch_mib"]) * MIB
     return cgroup.MemoryGroup(ceiling) if "cgroup" in job["layers"] else nullcontext()
