@@ -127,10 +127,11 @@ def run_program(
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a process ended: its wait status, and its processor time."""
+    """How a process ended: its wait status, its processor time, and whether its group ran out of memory."""
 
     status: int
     cpu_seconds: float
+    out_of_memory: bool = False
 
     def __str__(self) -> str:
         code = os.waitstatus_to_exitcode(self.status)
@@ -156,6 +157,7 @@ class _SandboxProcess:
             pass_fds=descriptors,
             cwd="/",
             env=ENVIRONMENT,
+            start_new_session=True,  # a signal to our process group does not keep it from clearing up after us
         )
         whole = {
             **job,
@@ -192,7 +194,7 @@ class _SandboxProcess:
         process.stdin.close()
         report = self._report(END_SECONDS)
         if "status" in report:
-            self._end = _End(report["status"], report["cpu_seconds"])
+            self._end = _End(report["status"], report["cpu_seconds"], report["killed"] > 0)
         else:
             self._kill()
         process.wait()
@@ -276,5 +278,8 @@ def _outcome(
     if reason == "ended":
         if worker.cpu_seconds >= limits.cpu_seconds - 0.1:
             return Outcome("cpu", f"it took longer than {spent}", seconds)
+        if worker.out_of_memory:
+            together = limits.memory_mib + limits.scratch_mib
+            return Outcome("ended", f"its processes took more than {together} MiB together", seconds)
         return Outcome("ended", f"its process ended before it answered ({worker})", seconds)
     return Outcome(reason, detail, seconds)

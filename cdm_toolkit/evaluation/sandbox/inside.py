@@ -20,10 +20,10 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NoReturn
 
-from cdm_toolkit.evaluation.sandbox import checker, kernel, landlock, seccomp, worker
+from cdm_toolkit.evaluation.sandbox import cgroup, checker, kernel, landlock, seccomp, worker
 
 NOBODY = 65534
 # Standard library modules that need shared libraries outside its folders.
@@ -39,36 +39,52 @@ def main() -> None:
     try:
         _preload(job["preload"], job["path"])
         library = _library()
-        layers = job["layers"]
-        # RLIMIT_NPROC counts this process in a new user namespace, else all processes of the user.
-        others = 1 if "user" in layers else _running(os.getuid() or NOBODY)
-        namespaces = tuple(layer for layer in kernel.NAMESPACES if layer in layers)
-        if namespaces:
-            _enter(namespaces)
-        scratch = job["scratch"]
-        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        if "mount" in layers:
-            _new_root(library, job["mountpoint"], job["limits"]["scratch_mib"])
-            scratch = SCRATCH
-        kernel.prctl("PR_SET_DUMPABLE", kernel.PR_SET_DUMPABLE, 0)
-        kernel.prctl("PR_SET_CHILD_SUBREAPER", kernel.PR_SET_CHILD_SUBREAPER, 1)
-        wake, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(waker)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        ready, readiness = os.pipe2(os.O_CLOEXEC)
-        child = os.fork()
-        if child == 0:
-            _work(job, library, scratch, [nothing, *job["descriptors"], readiness], others)
-        for descriptor in (readiness, *job["descriptors"]):
-            os.close(descriptor)
-        problem = b"".join(iter(lambda: os.read(ready, 65536), b"")).decode()
-        if problem:
-            raise OSError(problem)
+        with _memory_group(job) as group:
+            child, wake = _start(job, library, group)
+            _report(child=child)
+            _await(child, wake, group)
     except OSError as error:
         _report(problem=_message(error))
-        return
-    _report(child=child)
-    _await(child, wake)
+
+
+def _memory_group(job: Mapping[str, Any]) -> AbstractContextManager[cgroup.MemoryGroup | None]:
+    """Make the control group of the child. It takes what one process and the scratch folder may."""
+    limits = job["limits"]
+    ceiling = (limits["memory_mib"] + limits["scratch_mib"]) * MIB
+    return cgroup.MemoryGroup(ceiling) if "cgroup" in job["layers"] else nullcontext()
+
+
+def _start(
+    job: Mapping[str, Any], library: Sequence[str], group: cgroup.MemoryGroup | None
+) -> tuple[int, int]:
+    """Start the isolated child; return its pid, and a descriptor that is readable when it may have ended."""
+    layers = job["layers"]
+    # RLIMIT_NPROC counts this process in a new user namespace, else all processes of the user.
+    others = 1 if "user" in layers else _running(os.getuid() or NOBODY)
+    namespaces = tuple(layer for layer in kernel.NAMESPACES if layer in layers)
+    if namespaces:
+        _enter(namespaces)
+    scratch = job["scratch"]
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    if "mount" in layers:
+        _new_root(library, job["mountpoint"], job["limits"]["scratch_mib"])
+        scratch = SCRATCH
+    kernel.prctl("PR_SET_DUMPABLE", kernel.PR_SET_DUMPABLE, 0)
+    kernel.prctl("PR_SET_CHILD_SUBREAPER", kernel.PR_SET_CHILD_SUBREAPER, 1)
+    wake, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(waker)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    ready, readiness = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        _work(job, library, scratch, [nothing, *job["descriptors"], readiness], others, group)
+    for descriptor in (readiness, *job["descriptors"]):
+        os.close(descriptor)
+    problem = b"".join(iter(lambda: os.read(ready, 65536), b"")).decode()
+    if problem:
+        os.waitpid(child, 0)
+        raise OSError(problem)
+    return child, wake
 
 
 def _message(error: OSError) -> str:
@@ -151,7 +167,12 @@ def _flags(path: str) -> int:
 
 
 def _work(
-    job: Mapping[str, Any], library: Sequence[str], scratch: str, descriptors: Sequence[int], others: int
+    job: Mapping[str, Any],
+    library: Sequence[str],
+    scratch: str,
+    descriptors: Sequence[int],
+    others: int,
+    group: cgroup.MemoryGroup | None,
 ) -> NoReturn:
     """Isolate this process irreversibly and do the work; setup errors are written to the last descriptor."""
     readiness = descriptors[-1]
@@ -159,6 +180,8 @@ def _work(
         layers, limits = job["layers"], job["limits"]
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if group is not None:
+            group.enter()
         readiness = _take_descriptors(descriptors)
         os.chdir(scratch)
         os.environ.clear()
@@ -233,7 +256,7 @@ def _running(uid: int) -> int:
     return count
 
 
-def _await(child: int, wake: int) -> None:
+def _await(child: int, wake: int, group: cgroup.MemoryGroup | None) -> None:
     """Wait until the child ends or stdin closes, kill what is left, and report the child's wait status."""
     status = None
     while status is None:
@@ -246,7 +269,8 @@ def _await(child: int, wake: int) -> None:
         if found:
             status = ended
     _kill_orphans()
-    _report(status=status, cpu_seconds=usage.ru_utime + usage.ru_stime)
+    killed = 0 if group is None else group.killed()
+    _report(status=status, cpu_seconds=usage.ru_utime + usage.ru_stime, killed=killed)
 
 
 def _kill_orphans() -> None:

@@ -10,7 +10,7 @@ from functools import cache
 
 from cdm_toolkit.errors import IsolationMissing
 from cdm_toolkit.evaluation.sandbox.execute import SetupError, run_program
-from cdm_toolkit.evaluation.sandbox.records import LAYERS, Isolation, Program
+from cdm_toolkit.evaluation.sandbox.records import CGROUP, LAYERS, Isolation, Program
 
 NAMESPACES = LAYERS[:6]
 TRIAL = Program("def answer(n):\n    return [n]\n", "answer", "assert answer(41) == [41]")
@@ -26,24 +26,39 @@ def probe() -> Isolation:
         raise IsolationMissing("everything", f"it is {sys.platform} on {platform.machine()}")
     problems: dict[str, str] = {}
     for layers in _combinations():
-        try:
-            outcome = run_program(TRIAL, isolation=Isolation(layers))
-        except SetupError as error:
-            for layer in layers:
-                problems.setdefault(layer, str(error))
-            continue
-        if not outcome.passed:
-            raise IsolationMissing("a process that works", f"a trial {outcome.reason}: {outcome.detail}")
-        missing = tuple((layer, problems[layer]) for layer in LAYERS if layer not in layers)
-        return Isolation(layers, missing)
+        if (problem := _try(layers)) is None:
+            missing = tuple((layer, problems[layer]) for layer in LAYERS if layer not in layers)
+            return _with_cgroup(Isolation(layers, missing))
+        for layer in layers:
+            problems.setdefault(layer, problem)
     raise IsolationMissing("everything", problems.get("", next(iter(problems.values()))))
 
 
 def require(isolation: Isolation) -> None:
-    """Raise IsolationMissing where layers are missing; it names all of them."""
-    if isolation.missing:
-        lacking = ", ".join(layer for layer, _ in isolation.missing)
-        raise IsolationMissing(lacking, "; ".join(sorted({why for _, why in isolation.missing})))
+    """Raise IsolationMissing where layers are missing; it names all of them. A control group is not required."""
+    missing = [(layer, why) for layer, why in isolation.missing if layer != CGROUP]
+    if missing:
+        lacking = ", ".join(layer for layer, _ in missing)
+        raise IsolationMissing(lacking, "; ".join(sorted({why for _, why in missing})))
+
+
+def _with_cgroup(isolation: Isolation) -> Isolation:
+    layers = (*isolation.layers, CGROUP)
+    problem = _try(layers)
+    if problem is None:
+        return Isolation(layers, isolation.missing)
+    return Isolation(isolation.layers, (*isolation.missing, (CGROUP, problem)))
+
+
+def _try(layers: tuple[str, ...]) -> str | None:
+    """Run the trial program; return why the layers cannot be set up, if so."""
+    try:
+        outcome = run_program(TRIAL, isolation=Isolation(layers))
+    except SetupError as error:
+        return str(error)
+    if not outcome.passed:
+        raise IsolationMissing("a process that works", f"a trial {outcome.reason}: {outcome.detail}")
+    return None
 
 
 def _combinations() -> Iterator[tuple[str, ...]]:

@@ -11,6 +11,9 @@ from cdm_toolkit.artifacts.settings import Settings
 
 LAYERS = ("user", "mount", "pid", "network", "ipc", "uts", "landlock", "seccomp")
 """Isolation layers that a machine may lack: six namespaces, path rules (Landlock), system call filter (seccomp)."""
+CGROUP = "cgroup"
+"""A control group for the memory of all processes of a program together: used where the machine gives one, not needed
+for isolation, because seccomp forbids other processes."""
 
 Reason = Literal[
     "passed",  # the test ran to its end
@@ -32,7 +35,8 @@ class Limits(Settings):
     """From the start of its process to the end of its tests."""
     cpu_seconds: int = Field(default=5, ge=1)
     memory_mib: int = Field(default=512, ge=64)
-    """Address space of a process."""
+    """Address space of a process; with `scratch_mib`, also the memory of all its processes and files together, where
+    the machine has control groups."""
     scratch_mib: int = Field(default=16, ge=1)
     """Total size of the scratch folder, and of each file."""
     processes: int = Field(default=16, ge=1)

@@ -1,7 +1,10 @@
-"""seccomp filter: refuse system calls that a computing program does not need.
+"""seccomp filter: allow the system calls that a computing program needs, and no others.
 
-Refused calls fail with EPERM, so Python raises PermissionError and the program continues; a call with another
-architecture's convention kills it. New processes are refused, threads are not. Numbers: the kernel's syscall tables.
+Other calls fail, so that the program continues: the older ones with EPERM (in Python PermissionError), those since
+Linux 5.1 with ENOSYS, as on an older kernel, because C libraries then fall back to an older call. A call with another
+architecture's convention kills the program. New processes are refused, threads are not. Numbers: the kernel's syscall
+tables. The list: what CPython 3.11 to 3.14, glibc and musl use once the program runs; docs/sandbox.md says how it was
+found.
 """
 
 from __future__ import annotations
@@ -18,93 +21,160 @@ MACHINES: Mapping[str, int] = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """Supported machines, with the audit architecture that seccomp reports."""
 
 # Name: number on x86_64, on aarch64; None where the machine has no such call.
-REFUSED: Mapping[str, tuple[int | None, int | None]] = {
-    # the network, and sockets of every kind
-    "socket": (41, 198),
-    "socketpair": (53, 199),
-    "connect": (42, 203),
-    "bind": (49, 200),
-    "listen": (50, 201),
-    "accept": (43, 202),
-    "accept4": (288, 242),
-    # other processes
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "kcmp": (312, 272),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    "pidfd_send_signal": (424, 424),
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "setpriority": (141, 140),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "sched_setaffinity": (203, 122),
-    "sched_setattr": (314, 274),
-    "ioprio_set": (251, 30),
-    # memory that is not counted by the limits
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "shmat": (30, 196),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    # mounts and namespaces
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsconfig": (431, 431),
-    "fsmount": (432, 432),
-    "fspick": (433, 433),
-    "mount_setattr": (442, 442),
-    # large, rarely used parts of the kernel with a history of vulnerabilities
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "personality": (135, 92),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    "quotactl": (179, 60),
-    "acct": (163, 89),
-    "syslog": (103, 116),
-    "swapon": (167, 224),
-    "swapoff": (168, 225),
-    "reboot": (169, 142),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294),
-    "fork": (57, None),
-    "vfork": (58, None),
+ALLOWED: Mapping[str, tuple[int | None, int | None]] = {
+    # open files and pipes
+    "read": (0, 63),
+    "write": (1, 64),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "preadv": (295, 69),
+    "pwritev": (296, 70),
+    "preadv2": (327, 286),
+    "pwritev2": (328, 287),
+    "lseek": (8, 62),
+    "close": (3, 57),
+    "close_range": (436, 436),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "pipe": (22, None),
+    "pipe2": (293, 59),
+    "flock": (73, 32),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "ftruncate": (77, 46),
+    "fallocate": (285, 47),
+    "fadvise64": (221, 223),
+    "sendfile": (40, 71),
+    "copy_file_range": (326, 285),
+    "poll": (7, None),
+    "ppoll": (271, 73),
+    "select": (23, None),
+    "pselect6": (270, 72),
+    # files by name, which the mount namespace and Landlock restrict
+    "open": (2, None),
+    "openat": (257, 56),
+    "creat": (85, None),
+    "access": (21, None),
+    "faccessat": (269, 48),
+    "faccessat2": (439, 439),
+    "stat": (4, None),
+    "lstat": (6, None),
+    "fstat": (5, 80),
+    "newfstatat": (262, 79),
+    "statx": (332, 291),
+    "statfs": (137, 43),
+    "fstatfs": (138, 44),
+    "listxattr": (194, 11),
+    "llistxattr": (195, 12),
+    "flistxattr": (196, 13),
+    "readlink": (89, None),
+    "readlinkat": (267, 78),
+    "getdents64": (217, 61),
+    "getcwd": (79, 17),
+    "chdir": (80, 49),
+    "fchdir": (81, 50),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "rmdir": (84, None),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "truncate": (76, 45),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "utimensat": (280, 88),
+    "umask": (95, 166),
+    # memory of its own, which is limited
+    "brk": (12, 214),
+    "mmap": (9, 222),
+    "munmap": (11, 215),
+    "mremap": (25, 216),
+    "mprotect": (10, 226),
+    "madvise": (28, 233),
+    "msync": (26, 227),
+    "membarrier": (324, 283),
+    # threads
+    "futex": (202, 98),
+    "set_robust_list": (273, 99),
+    "rseq": (334, 293),
+    "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123),
+    "getcpu": (309, 168),
+    "gettid": (186, 178),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+    # its own signals and timers
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigpending": (127, 136),
+    "rt_sigsuspend": (130, 133),
+    "rt_sigtimedwait": (128, 137),
+    "rt_sigreturn": (15, 139),
+    "restart_syscall": (219, 128),
+    "sigaltstack": (131, 132),
+    "pause": (34, None),
+    "alarm": (37, None),
+    "getitimer": (36, 102),
+    "setitimer": (38, 103),
+    # time and randomness
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "nanosleep": (35, 101),
+    "gettimeofday": (96, 169),
+    "time": (201, None),
+    "times": (100, 153),
+    "getrandom": (318, 278),
+    # who and where it is
+    "getpid": (39, 172),
+    "getppid": (110, 173),
+    "getpgid": (121, 155),
+    "getpgrp": (111, None),
+    "getsid": (124, 156),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+    "getgid": (104, 176),
+    "getegid": (108, 177),
+    "getresuid": (118, 148),
+    "getresgid": (120, 150),
+    "getgroups": (115, 158),
+    "getrusage": (98, 165),
+    "uname": (63, 160),
+    "sysinfo": (99, 179),
 }
-CLONE, CLONE3, PRCTL, PRLIMIT = (56, 220), (435, 435), (157, 167), (302, 261)
-CLONE_THREAD = 0x10000
+# Name: numbers, the index of an argument, and the values that it may have; the kernel reads 32 bits of each.
+ALLOWED_WITH: Mapping[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
+    # Threads, with the flags of glibc and of musl; the new clone3 is refused, its flags are out of a filter's sight.
+    "clone": ((56, 220), 0, (0x3D0F00, 0x7D0F00)),
+    # PR_GET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_GET_SECCOMP, PR_GET_NO_NEW_PRIVS
+    "prctl": ((157, 167), 0, (3, 15, 16, 21, 39)),
+    # pid 0: its own limits
+    "prlimit64": ((302, 261), 0, (0,)),
+    # F_DUPFD to F_SETLKW, F_OFD_GETLK to F_OFD_SETLKW, F_DUPFD_CLOEXEC; not F_SETOWN, which sends signals to others
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030)),
+    # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, FICLONE
+    "ioctl": ((16, 29), 1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x40049409)),
+}
+FIRST_NEW_CALL = 424  # of Linux 5.1; from here on, numbers are the same on every machine
 X32_BIT = 0x40000000  # a second table of numbers on x86_64
-REFUSED_OPTIONS = (kernel.PR_SET_PDEATHSIG, kernel.PR_SET_DUMPABLE)
 
-LOAD, JUMP_IF_EQUAL, JUMP_IF_AT_LEAST, JUMP_IF_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER_AT, MACHINE_AT, ARGUMENT_AT = 0, 4, 16  # in struct seccomp_data; the low half of the first argument
+LOAD, JUMP_IF_EQUAL, JUMP_IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+NUMBER_AT, MACHINE_AT, ARGUMENTS_AT = (
+    0,
+    4,
+    16,
+)  # in struct seccomp_data; the low half of an argument comes first
 KILL, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 PR_SET_SECCOMP, MODE_FILTER = 22, 2
 
@@ -131,26 +201,17 @@ def steps(machine: str) -> Iterator[tuple[int, int, int, int]]:
     if machine == "x86_64":
         yield JUMP_IF_AT_LEAST, 0, 1, X32_BIT
         yield RETURN, 0, 0, KILL
-    for numbers in REFUSED.values():
+    for numbers in ALLOWED.values():
         if (number := numbers[column]) is not None:
             yield JUMP_IF_EQUAL, 0, 1, number
-            yield RETURN, 0, 0, ERRNO | errno.EPERM
-    # With ENOSYS, the C library falls back to clone, whose flags the filter can inspect.
-    yield JUMP_IF_EQUAL, 0, 1, CLONE3[column]
+            yield RETURN, 0, 0, ALLOW
+    for pair, index, values in ALLOWED_WITH.values():
+        yield JUMP_IF_EQUAL, 0, len(values) + 3, pair[column]
+        yield LOAD, 0, 0, ARGUMENTS_AT + 8 * index
+        for place, value in enumerate(values):
+            yield JUMP_IF_EQUAL, len(values) - place, 0, value
+        yield RETURN, 0, 0, ERRNO | errno.EPERM
+        yield RETURN, 0, 0, ALLOW
+    yield JUMP_IF_AT_LEAST, 0, 1, FIRST_NEW_CALL
     yield RETURN, 0, 0, ERRNO | errno.ENOSYS
-    yield JUMP_IF_EQUAL, 0, 4, CLONE[column]
-    yield LOAD, 0, 0, ARGUMENT_AT
-    yield JUMP_IF_BIT, 1, 0, CLONE_THREAD
-    yield RETURN, 0, 0, ERRNO | errno.EPERM
-    yield RETURN, 0, 0, ALLOW
-    yield JUMP_IF_EQUAL, 0, 4, PRLIMIT[column]
-    yield LOAD, 0, 0, ARGUMENT_AT
-    yield JUMP_IF_EQUAL, 1, 0, 0  # pid 0: its own limits
-    yield RETURN, 0, 0, ERRNO | errno.EPERM
-    yield RETURN, 0, 0, ALLOW
-    yield JUMP_IF_EQUAL, 0, 1 + len(REFUSED_OPTIONS), PRCTL[column]
-    yield LOAD, 0, 0, ARGUMENT_AT
-    for index, option in enumerate(REFUSED_OPTIONS):
-        yield JUMP_IF_EQUAL, len(REFUSED_OPTIONS) - index, 0, option
-    yield RETURN, 0, 0, ALLOW
     yield RETURN, 0, 0, ERRNO | errno.EPERM
