@@ -31,7 +31,6 @@ install_import_hook(
         "cdm_toolkit.distill.model_entropies",
         "cdm_toolkit.distill.sampler",
         "cdm_toolkit.evaluation.bpb",
-        "cdm_toolkit.compare.label_placement",
         "cdm_toolkit.compare.measure",
         "cdm_toolkit.compare.words",
     ],

@@ -60,9 +60,10 @@ def show(
     Example: cdm align show "Tokens don't match 1:1" --t1 smollm2 --t2 mistral
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.align_page import alignment_page, alignment_svg, write_page
+    from cdm_toolkit.cli.align_page import alignment_page, alignment_svg
     from cdm_toolkit.cli.align_rows import draw_rows
     from cdm_toolkit.cli.corpus_file import read_corpus
+    from cdm_toolkit.pages import write_page
 
     if (text is None) == (file is None):
         raise typer.BadParameter("give a text, or --file, and not both.")
@@ -109,8 +110,8 @@ def report(
     """
     from cdm_toolkit.cli import report as rendering
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.align_page import write_page
     from cdm_toolkit.cli.corpus_file import read_corpus
+    from cdm_toolkit.pages import write_page
 
     texts = read_corpus(file)
     found = rendering.run_report(t1, t2, texts, aligner=aligner, workers=workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,6 +78,7 @@ def compare(
     cdm compare study.yaml -o out --set steps=20 --list
     """
     from cdm_toolkit.cli import screen
+    from cdm_toolkit.compare.figures import require_matplotlib
     from cdm_toolkit.compare.study import from_file
     from cdm_toolkit.compare.study_folder import StudyFolder
 
@@ -90,19 +90,19 @@ def compare(
     if list_cells:
         _list(config, folder, as_json)
     elif report:
-        _check_drawing()
+        require_matplotlib()
         folder.check(config)
         _report(config, folder, command, as_json)
     elif cell is not None:
         _run_one(config, folder, cell, command, keep_models=keep_models, overwrite=overwrite, as_json=as_json)
     else:
-        _check_drawing()
+        require_matplotlib()
         _check_texts(config, folder)
         if not overwrite:
             folder.check(config)
             folder.read_cells(config, _grid(config))
         folder.claim(config, overwrite=overwrite)
-        failures = _run_all(config, folder, workers, command, keep_models=keep_models, quiet=as_json)
+        failures = _run_all(config, folder, workers, keep_models=keep_models, quiet=as_json)
         if folder.read_cells(config, _grid(config)):
             _report(config, folder, command, as_json)
         _raise_for(failures, folder, command)
@@ -124,16 +124,6 @@ def _check_options(study: str | None, ways: Mapping[str, bool], overwrite: bool)
         raise TwoWays(first, others[0])
     if overwrite and first in ("--list", "--report"):
         raise TwoWays("--overwrite", first)
-
-
-def _check_drawing() -> None:
-    """Check that figures can be drawn, before hours of training."""
-    from importlib.util import find_spec
-
-    from cdm_toolkit.errors import MissingExtra
-
-    if find_spec("matplotlib") is None:
-        raise MissingExtra("matplotlib", "compare", "drawing the figures of a study")
 
 
 def _check_texts(config: StudyConfig, folder: StudyFolder) -> None:
@@ -160,12 +150,13 @@ def _grid(config: StudyConfig) -> tuple[Cell, ...]:
 
 
 def _run_all(
-    config: StudyConfig, folder: StudyFolder, workers: int, command: str, *, keep_models: bool, quiet: bool
+    config: StudyConfig, folder: StudyFolder, workers: int, *, keep_models: bool, quiet: bool
 ) -> list[Failure]:
     from cdm_toolkit.cli import screen
     from cdm_toolkit.compare.runner import run_study
 
-    with _Screen(quiet) as shown:
+    shown = _Display(quiet)
+    with shown.bar:
         return run_study(
             config,
             folder,
@@ -197,7 +188,8 @@ def _run_one(
     number = cell_at(config, which).index
     _check_texts(config, folder)
     folder.claim(config)
-    with _Screen(quiet=True) as shown:
+    shown = _Display(quiet=True)
+    with shown.bar:
         result = run_cell(
             config,
             folder,
@@ -235,92 +227,53 @@ def _named(cell: Cell) -> str:
     return f"cell {cell.index} ({cell.method}{alpha}, seed {cell.seed})"
 
 
-class _Screen:
-    """Progress display of a study: finished cells, steps of the running ones, and a line for each that ends."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.progress import TimeRemainingColumn
-
-        from cdm_toolkit.cli import screen
-
-        self._bar = screen.progress()
-        # Cells are few and long, so the remaining time is estimated by `_left` instead.
-        kept = [column for column in self._bar.columns if not isinstance(column, TimeRemainingColumn)]
-        self._bar.columns = tuple(kept)
-        self._quiet = quiet
-        self._tasks: dict[str, Any] = {}
-        self._began = time.monotonic()
-        self._first_done: int | None = None
-
-    def __enter__(self) -> _Screen:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)  # type: ignore[arg-type]
-
-    def prepare(self, stage: str, done: int, total: int) -> None:
-        self._update(_STAGES.get(stage, stage), done, total)
-        for name in [name for name in self._tasks if name != _STAGES.get(stage, stage)]:
-            self._bar.remove_task(self._tasks.pop(name))
-
-    def follow(self, progress: Progress) -> None:
-        if self._first_done is None:
-            self._first_done, self._began = progress.done, time.monotonic()
-        shown = {"cells": None} | {_named(each.cell): each for each in progress.running}
-        for name in [name for name in self._tasks if name not in shown]:
-            self._bar.remove_task(self._tasks.pop(name))
-        self._update("cells", progress.done, progress.planned, self._left(progress))
-        for each in progress.running:
-            self._update(_named(each.cell), each.done, each.total, _STAGES.get(each.stage, each.stage))
-        if not self._quiet:
-            self._tell(progress)
-
-    def _update(self, name: str, done: int, total: int, note: str = "") -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task(name, total=total, note=note)
-        self._bar.update(self._tasks[name], completed=done, total=total, note=note)
-
-    def _left(self, progress: Progress) -> str:
-        """Estimate the remaining time from the progress since this process began."""
-        begun = sum(_share_done(each) for each in progress.running)
-        made = progress.done - (self._first_done or 0) + begun
-        left = progress.planned - progress.done - begun
-        if made < MIN_SHARE_TO_ESTIMATE or not left:
-            return ""
-        return f"about {_duration((time.monotonic() - self._began) / made * left)} left"
-
-    def _tell(self, progress: Progress) -> None:
-        if progress.failed:
-            line, style = f"{_named(progress.failed.cell)} failed: {progress.failed.why}", "red"
-        elif progress.finished:
-            result = progress.finished
-            line = f"{_named(result.cell)} is done, {result.step_seconds:.2f} s a step"
-            parts = [f"{progress.done} of {progress.planned}", self._left(progress)]
-            line, style = f"{line}; {', '.join(filter(None, parts))}", "dim"
-        else:
-            return
-        self._bar.console.print(line, markup=False, soft_wrap=True, style=style)
-
-
 _STAGES = {**STAGES, "start": "starting", "measure": "measuring"}
 
 
-MIN_SHARE_TO_ESTIMATE = 0.2
-"""Share of a cell that must be finished before the remaining time is estimated."""
-_TRAINING = 0.8
-"""Approximate share of training in the time of a cell."""
+class _Display:
+    """Progress of a study: a bar for all cells and one for each that runs, and a line for each that ends."""
+
+    def __init__(self, quiet: bool) -> None:
+        from cdm_toolkit.cli import screen
+
+        self.bar = screen.progress()
+        self._quiet = quiet
+        self._tasks: dict[str, Any] = {}
+
+    def prepare(self, stage: str, done: int, total: int) -> None:
+        self._show({_STAGES.get(stage, stage): (done, total, "")})
+
+    def follow(self, progress: Progress) -> None:
+        running = {
+            _named(each.cell): (each.done, each.total, _STAGES.get(each.stage, each.stage))
+            for each in progress.running
+        }
+        done = progress.done + sum(map(_share_done, progress.running))  # for the time that is left
+        self._show({"cells": (done, progress.planned, "")} | running)
+        if not self._quiet and (progress.failed or progress.finished):
+            self.bar.console.print(_ended(progress), markup=False, soft_wrap=True, style="dim")
+
+    def _show(self, rows: Mapping[str, tuple[float, int, str]]) -> None:
+        for name in self._tasks.keys() - rows.keys():
+            self.bar.remove_task(self._tasks.pop(name))
+        for name, (done, total, note) in rows.items():
+            if name not in self._tasks:
+                self._tasks[name] = self.bar.add_task(name, total=total, completed=int(done), note=note)
+            self.bar.update(self._tasks[name], completed=done, total=total, note=note)
 
 
 def _share_done(running: Running) -> float:
-    """Estimate the finished share of a cell."""
-    share = running.done / max(running.total, 1)
-    parts = {"train": share * _TRAINING, "save": _TRAINING, "measure": _TRAINING + share * (1 - _TRAINING)}
-    return parts.get(running.stage, 0.0)
+    """Estimate the finished share of a cell, most of whose time is training."""
+    shares = {"train": running.done / max(running.total, 1), "save": 1.0, "measure": 1.0}
+    return 0.9 * shares.get(running.stage, 0.0)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+def _ended(progress: Progress) -> str:
+    if progress.failed:
+        return f"{_named(progress.failed.cell)} failed: {progress.failed.why}"
+    assert progress.finished is not None
+    result, count = progress.finished, f"{progress.done} of {progress.planned}"
+    return f"{_named(result.cell)} is done, {result.step_seconds:.2f} s a step; {count}"
 
 
 # What came out
@@ -332,19 +285,22 @@ def _report(config: StudyConfig, folder: StudyFolder, command: str, as_json: boo
     from cdm_toolkit.cli.compare_table import table
     from cdm_toolkit.compare.figures import draw
     from cdm_toolkit.compare.results import put_together, uneven
-    from cdm_toolkit.compare.study_folder import PAGE_FILE
+    from cdm_toolkit.compare.study_folder import PAGE_FILE, RESULTS_FILE, write_json
     from cdm_toolkit.compare.study_page import write_page
+    from cdm_toolkit.compare.summary import results_record
 
     result = put_together(config, folder, command=command)
-    written = [folder.write_results(result), *draw(result, folder.path)]
-    write_page(result, folder.path / PAGE_FILE)
+    page, figures = folder.path / PAGE_FILE, folder.path / RESULTS_FILE
+    write_json(figures, results_record(result))
+    written = [page, figures, *draw(result, folder.path)]
+    write_page(result, page)
     for line in uneven(result.cells):
         screen.warn(f"{line}: this is no equal comparison")
     if as_json:
-        print((folder.path / "results.json").read_text(encoding="utf-8"), end="")  # noqa: T201
+        print(figures.read_text(encoding="utf-8"), end="")  # noqa: T201
         return
     screen.out().print(table(result))
-    for file in (folder.path / PAGE_FILE, *written):
+    for file in written:
         screen.out().print(str(file), markup=False, soft_wrap=True)
 
 

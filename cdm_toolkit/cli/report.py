@@ -55,12 +55,23 @@ def print_statistics(name_a: str, name_b: str, measured: PairStatistics) -> None
         *figures,
         right=figures,
     )
-    rows: list[tuple[str, Tally]] = sorted(measured.classes.items(), key=lambda item: -item[1].bytes)
-    for name, tally in [*rows, ("all", measured.total)]:
-        per_a, per_b = tally.bytes_per_token
-        shares = [f"{tally.share(kind):.1%}" for kind in ("1-1", "1-n", "n-1", "n-m")]
-        shown.add_row(name, f"{tally.bytes:,}", f"{per_a:.2f}", f"{per_b:.2f}", *shares)
+    for row in _class_rows(measured):
+        shown.add_row(*row)
     screen.out().print(shown)
+
+
+def _class_rows(measured: PairStatistics) -> list[tuple[str, ...]]:
+    """Write the figures of each class of text, most bytes first, then of all."""
+    classes = sorted(measured.classes.items(), key=lambda item: -item[1].bytes)
+    return [
+        (
+            name,
+            f"{tally.bytes:,}",
+            *(f"{length:.2f}" for length in tally.bytes_per_token),
+            *(f"{tally.share(kind):.1%}" for kind in ("1-1", "1-n", "n-1", "n-m")),
+        )
+        for name, tally in [*classes, ("all", measured.total)]
+    ]
 
 
 _WORST = ("row", "groups not exact", "boundaries agree", "tokens", "text")
@@ -161,42 +172,25 @@ def statistics_record(measured: PairStatistics) -> dict[str, Any]:
 
 def report_page(found: CorpusReport, texts: Sequence[str], *, source: str, worst: int) -> str:
     """Render the report as a self-contained page."""
-    from html import escape
-
-    from cdm_toolkit.cli.align_page import KIND_COLOURS, bar_chart, html_page, html_table
+    from cdm_toolkit.cli.align_page import KINDS
+    from cdm_toolkit.pages import render
 
     total = found.total.total
-    kinds = [kind for kind in KIND_COLOURS if kind != "unmatched"]
-    bars = [
-        (kind, total.share(kind), f"{total.share(kind):.1%} ({total.kinds.get(kind, 0):,})") for kind in kinds
-    ]
-    classes = sorted(found.total.classes.items(), key=lambda item: -item[1].bytes)
-    rows = [
-        (
-            name,
-            f"{tally.bytes:,}",
-            *(f"{figure:.2f}" for figure in tally.bytes_per_token),
-            *(f"{tally.share(kind):.1%}" for kind in kinds),
-        )
-        for name, tally in [*classes, ("all", total)]
-    ]
-    columns = ("class", "bytes", *(f"bytes a token, {name}" for name in found.names), *kinds)
-    lengths = [
-        (name, figure, f"{figure:.2f}")
-        for name, figure in zip(found.names, total.bytes_per_token, strict=True)
-    ]
-    parts = [
-        f"<p>{escape(_verdict(found))} Boundaries agree {found.total.agreement:.1%}.</p>",
-        bar_chart("Groups by kind", bars, colours=[KIND_COLOURS[kind] for kind in kinds], unit="share"),
-        bar_chart("Bytes a token", lengths, colours=["#56606b"]),
-        "<h2>By class of text</h2>",
-        html_table(columns, rows, figures=range(1, len(columns))),
-        *(f"<p>{escape(line)}</p>" for line in _change_lines(found)),
-        "<h2>Texts cut most differently</h2>",
-        html_table(_WORST, _worst_rows(found, texts, worst), figures=range(4)),
-    ]
-    return html_page(
-        f"{found.names[0]} and {found.names[1]} on {source}",
-        f"{found.total.texts:,} texts, {total.bytes:,} bytes, {total.tokens_t:,} and {total.tokens_s:,} tokens",
-        "\n".join(parts),
+    lengths = zip(found.names, total.bytes_per_token, strict=True)
+    return render(
+        "corpus.html.j2",
+        title=f"{found.names[0]} and {found.names[1]} on {source}",
+        about=f"{found.total.texts:,} texts, {total.bytes:,} bytes, {total.tokens_t:,} and {total.tokens_s:,} tokens",
+        verdict=f"{_verdict(found)} Boundaries agree {found.total.agreement:.1%}.",
+        kinds=KINDS,
+        shares=[
+            (kind, total.share(kind), f"{total.share(kind):.1%} ({total.kinds.get(kind, 0):,})")
+            for kind in KINDS
+        ],
+        bytes_per_token=[(name, length, f"{length:.2f}") for name, length in lengths],
+        class_columns=("class", "bytes", *(f"bytes a token, {name}" for name in found.names), *KINDS),
+        classes=_class_rows(found.total),
+        changes=_change_lines(found),
+        worst_columns=_WORST,
+        worst=_worst_rows(found, texts, worst),
     )

@@ -84,9 +84,9 @@ def show(
     Example: cdm signal show "Tokens don't match 1:1" --teacher smollm2 --student student --html signal.html
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.align_page import write_page
     from cdm_toolkit.cli.signal_page import signal_page
     from cdm_toolkit.cli.signal_table import signal_table
+    from cdm_toolkit.pages import write_page
 
     specs = _checked(method or ["spelling"], template)
     shown = _row(text, completion, data, row)

@@ -28,7 +28,7 @@ def signal_table(explanation: Explanation) -> RenderableType:
             _candidates(explanation, position),
             *(_outcomes(explanation, position, nth) for nth in range(len(explanation.methods))),
         )
-    return Lines(table, *(Text(line) for line in _losses(explanation)))
+    return Lines(table, *(Text(line) for line in loss_lines(explanation)))
 
 
 def probability(value: float) -> str:
@@ -93,7 +93,8 @@ def _both(teacher: float, student: float) -> str:
     return f"{probability(teacher)} → {probability(student)}"
 
 
-def _losses(explanation: Explanation) -> list[str]:
+def loss_lines(explanation: Explanation) -> list[str]:
+    """Write the losses of the row, by method, and the cross-entropy."""
     groups = len(explanation.groups)
     lines = [
         f"{method.name}: KD {method.kd:.4f} nats a group, {method.kd * groups:.3f} in all {groups} groups"

@@ -223,9 +223,9 @@ def stats(
     Example: cdm vocab-map stats --t1 smollm2 --t2 mistral --teacher smollm2 --data rows.jsonl
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.align_page import write_page
     from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.hub.tokenizers import load_view
+    from cdm_toolkit.pages import write_page
     from cdm_toolkit.vocab_map.stats import coverage_by_frequency
 
     if (teacher is None) != (data is None):
@@ -386,36 +386,29 @@ def _stats_record(
 def _stats_page(
     mapping: VocabMap, view_t: TokenizerView, by_frequency: Coverage | None, mass: dict[str, float] | None
 ) -> str:
-    from cdm_toolkit.cli.align_page import KIND_COLOURS, bar_chart, html_page, html_table
+    from cdm_toolkit.cli.align_page import KINDS
+    from cdm_toolkit.pages import render
     from cdm_toolkit.vocab_map.stats import coverage_by_class, coverage_by_ids
 
-    whole = coverage_by_ids(mapping)
-    classes = coverage_by_class(mapping, view_t)
-    blue = [KIND_COLOURS["1-n"]]
-    parts = []
-    if mass:
-        bars = [(name, share, f"{share:.4f}") for name, share in mass.items()]
-        parts.append(bar_chart("Matched probability by strategy", bars, colours=[KIND_COLOURS["1-1"]]))
-    largest = list(classes.items())[:12]
-    bars = [(name, part.share, f"{part.share:.1%} of {part.total:,}") for name, part in largest]
-    parts.append(bar_chart("Ids with a match, by class", bars, colours=blue))
-    rows = [
-        (name, f"{part.matched:,}", f"{part.total:,}", f"{part.share:.1%}") for name, part in classes.items()
-    ]
-    parts.append(html_table(("class of token", "matched", "of", "share"), rows, figures=range(1, 4)))
-    if by_frequency:
-        parts.append(
-            f"<p>Of the corpus's {by_frequency.total:,} tokens {by_frequency.share:.2%} have a match.</p>"
-        )
-    return html_page(
-        f"{mapping.name_t} to {mapping.name_s}, {mapping.strategy}",
-        f"{whole.matched:,} of {whole.total:,} ids have a match, {len(mapping.ids):,} entries"
-        + (
-            f", max_edit_distance {mapping.max_edit_distance}"
-            if mapping.max_edit_distance is not None
-            else ""
-        ),
-        "\n".join(parts),
+    whole, classes = coverage_by_ids(mapping), coverage_by_class(mapping, view_t)
+    about = f"{whole.matched:,} of {whole.total:,} ids have a match, {len(mapping.ids):,} entries"
+    if mapping.max_edit_distance is not None:
+        about += f", max_edit_distance {mapping.max_edit_distance}"
+    corpus = by_frequency and (
+        f"Of the corpus's {by_frequency.total:,} tokens {by_frequency.share:.2%} have a match."
+    )
+    return render(
+        "coverage.html.j2",
+        title=f"{mapping.name_t} to {mapping.name_s}, {mapping.strategy}",
+        about=about,
+        kinds=KINDS,
+        mass=[(name, share, f"{share:.4f}") for name, share in (mass or {}).items()],
+        shares=[(name, part.share, f"{part.share:.1%} of {part.total:,}") for name, part in classes.items()],
+        classes=[
+            (name, f"{part.matched:,}", f"{part.total:,}", f"{part.share:.1%}")
+            for name, part in classes.items()
+        ],
+        corpus=corpus,
     )
 
 

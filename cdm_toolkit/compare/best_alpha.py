@@ -7,8 +7,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from cdm_toolkit.compare.summary import gaps_of, run_of
-from cdm_toolkit.compare.types import RINGS, Cell, ModelScores, StudyResult
+from cdm_toolkit.compare.table import gaps_of, mean_share
+from cdm_toolkit.compare.types import RINGS, ModelScores, StudyResult
 
 
 def at_best_alphas(result: StudyResult) -> StudyResult:
@@ -21,12 +21,12 @@ def at_best_alphas(result: StudyResult) -> StudyResult:
     scores = _selection_scores(result)
     if not scores:
         return result
-
-    def chosen(cell: Cell) -> Cell:
-        return replace(cell, in_curve=cell.alpha != best[cell.method])
-
     best = {method: _best(of_method) for method, of_method in scores.items()}
-    return replace(result, cells=tuple(replace(each, cell=chosen(each.cell)) for each in result.cells))
+    cells = (replace(each.cell, in_curve=each.cell.alpha != best[each.cell.method]) for each in result.cells)
+    return replace(
+        result,
+        cells=tuple(replace(each, cell=cell) for each, cell in zip(result.cells, cells, strict=True)),
+    )
 
 
 def _selection_scores(result: StudyResult) -> dict[str, dict[float, list[float]]]:
@@ -34,7 +34,7 @@ def _selection_scores(result: StudyResult) -> dict[str, dict[float, list[float]]
     gaps = gaps_of(replace(result, start=_selection(result.start), teacher=_selection(result.teacher)))
     found: defaultdict[str, defaultdict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for each in result.cells:
-        score = run_of(replace(each, scores=_selection(each.scores)), gaps).score
+        score = mean_share(_selection(each.scores), gaps)
         if score is not None:
             found[each.cell.method][each.cell.alpha].append(score)
     return {method: dict(of_method) for method, of_method in found.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
-from statistics import fmean, stdev
-
-from scipy.special import stdtr, stdtrit
+from statistics import fmean
 
 SIGNIFICANT, SMALLEST_WRITTEN, CONFIDENCE = 0.05, 0.001, 0.95
 
@@ -47,6 +45,11 @@ class Verdict:
         return self.is_significant and self.difference < 0
 
     @property
+    def sign(self) -> str:
+        """The verdict at a glance: ▲ ahead, ▼ behind, ≈ no difference shown."""
+        return "▲" if self.ahead else "▼" if self.behind else "≈"
+
+    @property
     def text(self) -> str:
         """The verdict as a sentence."""
         if self.is_significant:
@@ -80,27 +83,28 @@ def verdicts(default: str, scores: Mapping[str, Scores]) -> tuple[Verdict, ...]:
 
 def compare(default: str, scores: Scores, other: str, others: Scores) -> Verdict:
     """Compare two methods by their scores by seed; the p-value is that of this comparison alone."""
-    differences = [scores[seed] - others[seed] for seed in scores if seed in others]
-    if len(differences) < 2:
-        mean = differences[0] if differences else fmean(scores.values()) - fmean(others.values())
-        return Verdict(default, other, mean, len(differences), None, None)
-    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
-    freedom = len(differences) - 1
-    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
-    return Verdict(
-        default, other, mean, len(differences), (mean - half, mean + half), p_value(mean, error, freedom)
-    )
+    seeds = [seed for seed in scores if seed in others]
+    if not seeds:
+        return Verdict(default, other, fmean(scores.values()) - fmean(others.values()), 0, None, None)
+    own, theirs = [scores[seed] for seed in seeds], [others[seed] for seed in seeds]
+    difference = fmean(a - b for a, b in zip(own, theirs, strict=True))
+    if len(seeds) == 1:
+        return Verdict(default, other, difference, 1, None, None)
+    return Verdict(default, other, difference, len(seeds), *_paired_t_test(own, theirs))
 
 
-def p_value(difference: float, error: float, freedom: int) -> float:
-    """Return the two-sided probability under Student's t of so many standard errors or more.
+def _paired_t_test(own: Sequence[float], others: Sequence[float]) -> tuple[tuple[float, float], float]:
+    """Return the interval of the mean difference, and the two-sided p-value of there being none."""
+    from scipy.stats import ttest_rel
 
-    >>> round(p_value(4.3027, 1.0, 2), 4)
-    0.05
-    """
-    if error == 0:
-        return 1.0 if difference == 0 else 0.0
-    return float(2 * stdtr(freedom, -abs(difference) / error))
+    first, *more = {a - b for a, b in zip(own, others, strict=True)}
+    if not more:  # no variance, which scipy divides by
+        return (first, first), float(first == 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that they hardly vary
+        found = ttest_rel(own, others)
+    low, high = found.confidence_interval(CONFIDENCE)
+    return (float(low), float(high)), float(found.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -123,7 +123,9 @@ def test_a_report_counts_and_quotes(cdm, tmp_path: Path) -> None:
     assert [(change["row"], bytes.fromhex(change["text"]).decode()) for change in changed] == [(2, "e\u0301")]
     assert bytes.fromhex(changed[0]["spelled"]).decode() == "é"
     assert record["changes"]["t1"] == []
-    assert "<svg" in page.read_text(encoding="utf-8")
+    content = page.read_text(encoding="utf-8")
+    assert '<span>1-1</span><i data-kind="1-1" style="--share: 1.0000"></i><span>' in content
+    assert "plain words" in content
 
 
 def test_a_report_does_not_depend_on_workers(cdm, tmp_path: Path) -> None:

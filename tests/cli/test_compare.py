@@ -86,9 +86,10 @@ def test_a_finished_study_is_drawn(cdm, study: Path, output: Path) -> None:
         assert word in answer.out
     page = (output / "report.html").read_text(encoding="utf-8")
     assert f"cdm compare {study} -o {output}" in page
-    assert json.loads(cdm("compare", study, "-o", output, "--report", "--json").out) == json.loads(
-        (output / "results.json").read_text(encoding="utf-8")
-    )
+    record = json.loads(cdm("compare", study, "-o", output, "--report", "--json").out)
+    assert record == json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert record["headline"] in page
+    assert {name for column in record["table"] for name in column["means"]} == {"sft", "exact"}
 
 
 def test_a_report_of_a_part(cdm, study: Path, output: Path) -> None:

@@ -61,7 +61,12 @@ def test_stats_count_ids_classes_and_a_corpus(cdm, tmp_path: Path) -> None:
     assert record["corpus"] == {"matched": 4, "total": 4, "share": 1.0}
     assert record["classes"]["digits"]["matched"] >= 10
     assert sum(part["total"] for part in record["classes"].values()) == record["ids"]["total"] == 49_152
-    assert "<svg" in page.read_text(encoding="utf-8")
+    content = page.read_text(encoding="utf-8")
+    for label, part in record["classes"].items():
+        assert f"<td>{label}</td>" in content
+        assert f"{part['share']:.1%}" in content
+    assert '<i data-kind="1-n" style="--share: 1.0000"></i>' in content
+    assert "Of the corpus&#39;s 4 tokens 100.00% have a match." in content
     assert "--data" in cdm("vocab-map", "stats", *PAIR, "--teacher", "smollm2").err
 
 

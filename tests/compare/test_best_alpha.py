@@ -49,25 +49,25 @@ def on(cell: CellResult, bits_per_byte: float) -> CellResult:
 def test_each_method_is_reported_at_the_alpha_that_is_best_elsewhere(made: StudyResult) -> None:
     found = summarize(at_best_alphas(made))
     methods = {method.name: method for method in found.methods}
-    assert {name: {run.alpha for run in method.runs} for name, method in methods.items()} == {
+    assert {name: {each.cell.alpha for each in method.cells} for name, method in methods.items()} == {
         "sft": {1.0},
         "spelling": {0.3},
         "gold": {0.5},
     }
-    assert methods["spelling"].seeds == (0, 1, 2)
+    assert [each.cell.seed for each in methods["spelling"].cells] == [0, 1, 2]
     assert found.notes[0].startswith("each method at that of its alphas which does best on other rows: ")
     assert "spelling 0.3" in found.notes[0]
 
 
 def test_a_line_has_the_first_seed_and_all_alphas(made: StudyResult) -> None:
     lines = {line.method: line for line in summarize(at_best_alphas(made)).lines}
-    assert [(point.seed, point.alpha) for point in lines["spelling"].points] == [
+    assert [(each.cell.seed, each.cell.alpha) for each in lines["spelling"].cells] == [
         (0, 0.1),
         (0, 0.3),
         (0, 0.5),
         (0, 0.9),
     ]
-    assert [point.alpha for point in lines["gold"].points] == [0.5, 0.9]
+    assert [each.cell.alpha for each in lines["gold"].cells] == [0.5, 0.9]
 
 
 def test_rings_count_alike_and_what_is_reported_does_not_count(made: StudyResult) -> None:

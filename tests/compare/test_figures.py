@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from cdm_toolkit.errors import FileProblem, MissingExtra
 
 pytest.importorskip("matplotlib", reason="the extra `compare` is not installed")
 
-from cdm_toolkit.compare.figures import DARK, LIGHT, draw, marker_path, pictures, svg
+from cdm_toolkit.compare.figures import DARK, PAPER, darkened, draw, marker_path, pictures, svg
 from cdm_toolkit.compare.palette import styles
 from cdm_toolkit.compare.summary import summarize
 
@@ -27,7 +26,7 @@ Make = Callable[..., StudyResult]
 
 
 def figures_of(result: StudyResult) -> dict[str, Figure]:
-    return pictures(result, summarize(result), LIGHT)
+    return pictures(result, summarize(result))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def test_pictures_are_png_files_of_150_dots_an_inch(full_study: StudyResult, tmp
     from matplotlib.image import imread
 
     written = draw(full_study, tmp_path / "out")
-    assert [path.name for path in written] == ["trade-off.png", "bars.png", "curves.png"]
+    assert [path.name for path in written] == ["trade-off.png", "curves.png"]
     assert imread(written[0]).shape[:2] == (990, 1500)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written}
 
@@ -65,7 +64,8 @@ def test_without_matplotlib_the_extra_is_named(
 def test_importing_draws_in_no_matplotlib_and_drawing_no_pyplot() -> None:
     code = (
         "import sys, cdm_toolkit.compare.figures as f; assert 'matplotlib' not in sys.modules;"
-        "f._figure(2, 2, f.LIGHT).savefig(sys.argv[1], format='png'); assert 'matplotlib.pyplot' not in sys.modules"
+        "f._figure(2, 2, title='', x='', y='')[0].savefig(sys.argv[1], format='png');"
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True, timeout=60)
 
@@ -79,7 +79,7 @@ def test_drawing_leaves_matplotlib_s_settings_alone(drawn: dict[str, Figure]) ->
 
 
 def test_the_same_picture_is_the_same_svg(make_study: Make) -> None:
-    first, second = (svg(figures_of(make_study(("exact", "spelling")))["bars"]) for _ in range(2))
+    first, second = (svg(figures_of(make_study(("exact", "spelling")))["trade-off"]) for _ in range(2))
     assert first == second
 
 
@@ -107,18 +107,6 @@ def test_a_part_of_a_study_is_drawn_as_in_the_whole(make_study: Make) -> None:
     assert (now.get_marker(), now.get_color()) == (was.get_marker(), was.get_color())
 
 
-def test_bars_have_the_colours_too_best_first_from_the_top(drawn: dict[str, Figure]) -> None:
-    from matplotlib.colors import to_hex
-
-    time = drawn["bars"].axes[2]
-    names = [label.get_text() for label in drawn["bars"].axes[0].get_yticklabels()]
-    assert names[-1] == "spelling"
-    assert names[0] == "sft"
-    bars = dict(zip(names, time.patches, strict=True))
-    assert to_hex(bars["exact"].get_facecolor()) == styles(["exact"])["exact"].fill
-    assert bars["exact"].get_width() == pytest.approx(0.954, abs=0.001)
-
-
 def texts_of(figure: Figure) -> dict[str, list[object]]:
     found: dict[str, list[object]] = {}
     for text in figure.axes[0].texts:
@@ -126,35 +114,53 @@ def texts_of(figure: Figure) -> dict[str, list[object]]:
     return found
 
 
-def test_the_trade_off_labels_methods_and_alphas_without_overlap(drawn: dict[str, Figure]) -> None:
+def test_marks_grow_with_alpha_along_a_line(drawn: dict[str, Figure]) -> None:
     figure = drawn["trade-off"]
-    figure.draw_without_rendering()
-    labels = figure.axes[0].texts
-    assert {f"α {alpha}" for alpha in (0.1, 0.3, 0.5, 0.7, 0.9)} <= set(texts_of(figure))
-    assert {"spelling", "sft", "spelling k=20"} <= set(texts_of(figure))
-    boxes = [label.get_window_extent() for label in labels]
-    overlaps = [
-        (a.get_text(), b.get_text())
-        for (a, box), (b, other) in combinations(zip(labels, boxes, strict=True), 2)
-        if box.overlaps(other)
+    blue = [
+        each for each in figure.axes[0].lines if each.get_color() == styles(["spelling"])["spelling"].fill
     ]
-    assert overlaps == []
-    frame = figure.axes[0].bbox
-    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+    line = next(each for each in blue if len(each.get_xdata()) == 5)
+    ends = {tuple(xy): each.get_markersize() for each in blue for xy in each.get_xydata() if each is not line}
+    sizes = [ends[tuple(xy)] for xy in line.get_xydata()]
+    assert sizes == sorted(sizes)
+    legend = {text: each.get_markersize() for text, each in in_legend(figure).items()}
+    assert (legend["α 0.1"], legend["α 0.9"]) == (sizes[0], sizes[-1])
+
+
+def test_a_mark_is_the_mean_of_its_seeds_with_their_std(make_study: Make) -> None:
+    made = make_study(("sft",))
+    (column,) = (
+        each for each in summarize(made).columns("text") if each.heads == ("share of the gap", "inside")
+    )
+    (axes,) = figures_of(made)["trade-off"].axes
+    (bars,) = axes.containers
+    assert bars.lines[0].get_xdata()[0] == pytest.approx(column.means["sft"].value)
+    left, right = (cap.get_xdata()[0] for cap in bars.lines[1][:2])
+    assert (right - left) / 2 == pytest.approx(column.means["sft"].std)
+
+
+def test_the_front_is_drawn_through_those_on_it(drawn: dict[str, Figure], full_study: StudyResult) -> None:
+    (line,) = (each for each in drawn["trade-off"].axes[0].lines if each.get_drawstyle() == "steps-pre")
+    summary = summarize(full_study)
+    (best,) = (each.name for each in summary.methods if each.on_front)
+    shares = [
+        column.means[best].value
+        for column in summary.columns("text")
+        if column.measure == "share of the gap" and column.name != "mean"
+    ]
+    assert tuple(line.get_xydata()[1]) == pytest.approx(tuple(shares))
 
 
 def test_many_lines_have_a_picture_of_their_own(make_study: Make) -> None:
     names = ("sft", "spelling", "gold", "uld")
     made = make_study(names, curves=dict.fromkeys(names[1:], (0.1, 0.9)))
     drawn = figures_of(made)
-    assert list(drawn) == ["trade-off", "alphas", "bars", "curves"]
-    assert not any(text.startswith("α") for text in texts_of(drawn["trade-off"]))
-    found = texts_of(drawn["alphas"])
-    assert set(found) == {"α 0.1", "α 0.5", "α 0.9"}
-    assert {label.get_color() for label in found["α 0.9"]} == {
-        styles([name])[name].edge for name in names[1:]
-    }
-    assert set(in_legend(drawn["alphas"])) == set(names[1:])
+    assert list(drawn) == ["trade-off", "alphas", "curves"]
+    assert not any(text.startswith("α") for text in in_legend(drawn["trade-off"]))
+    (axes,) = drawn["alphas"].axes
+    lines = [each for each in axes.lines if len(each.get_xdata()) == 3]
+    assert {line.get_color() for line in lines} == {styles([name])[name].fill for name in names[1:]}
+    assert set(in_legend(drawn["alphas"])) == {*names[1:], "", "α 0.1", "α 0.9"}
 
 
 def test_the_axes_say_what_they_are_and_the_legend_is_beside_them(drawn: dict[str, Figure]) -> None:
@@ -185,7 +191,7 @@ def test_without_a_gap_the_axis_is_in_bits_per_byte(no_gap_outside: StudyResult)
 
 
 def test_one_method_with_one_seed_can_be_drawn(make_study: Make) -> None:
-    assert set(figures_of(make_study(("sft",), seeds=(0,)))) == {"trade-off", "bars", "curves"}
+    assert set(figures_of(make_study(("sft",), seeds=(0,)))) == {"trade-off", "curves"}
 
 
 def test_a_study_with_one_side_has_no_trade_off(make_study: Make) -> None:
@@ -196,26 +202,24 @@ def test_a_study_with_one_side_has_no_trade_off(make_study: Make) -> None:
         teacher=replace(made.teacher, outside={}),
         cells=tuple(replace(each, scores=replace(each.scores, outside={})) for each in made.cells),
     )
-    assert set(figures_of(made)) == {"bars", "curves"}
+    assert set(figures_of(made)) == {"curves"}
 
 
-def test_curves_are_means_over_seeds_and_kd_is_relative(make_study: Make) -> None:
+def test_curves_are_means_over_seeds(make_study: Make) -> None:
     made = make_study(("sft", "spelling"))
-    left, right = figures_of(made)["curves"].axes
-    cdm = [each for each in made.cells if each.cell.method == "spelling"]
-    assert len(left.lines) == 2
-    assert left.lines[0].get_ydata()[0] == pytest.approx(sum(each.curve[0].ce for each in cdm) / 3)
-    assert len(right.lines) == 1  # plain fine-tuning has no KD
-    assert right.lines[0].get_ydata()[0] == 1.0
+    (axes,) = figures_of(made)["curves"].axes
+    cells = [each for each in made.cells if each.cell.method == "spelling"]
+    assert len(axes.lines) == 2
+    assert axes.lines[0].get_ydata()[0] == pytest.approx(sum(each.curve[0].ce for each in cells) / 3)
 
 
-def test_a_dark_picture_has_dark_paper(make_study: Make) -> None:
-    from matplotlib.colors import to_hex
-
-    made = make_study(("sft", "spelling"))
-    for figure in pictures(made, summarize(made), DARK).values():
-        assert to_hex(figure.get_facecolor()) == DARK.paper
-        assert {to_hex(axes.get_facecolor()) for axes in figure.axes} == {DARK.paper}
+def test_a_dark_picture_has_dark_paper_and_the_colours_of_the_methods(make_study: Make) -> None:
+    for figure in figures_of(make_study(("sft", "spelling"))).values():
+        light = svg(figure).decode()
+        dark = darkened(light.encode()).decode()
+        assert light.count(PAPER) == dark.count(DARK[PAPER]) > 0
+        assert not any(color in dark for color in DARK)
+        assert dark.count(styles(["spelling"])["spelling"].fill) == light.count("#0072b2") > 0
 
 
 @pytest.mark.parametrize("name", ["spelling", "exact", "alm", "gold", "spelling k=20"])
@@ -227,24 +231,9 @@ def test_a_marker_s_outline_fills_its_box(name: str) -> None:
     assert max(figures) - min(figures) > 12
 
 
-def test_bars_have_a_panel_for_what_is_measured(no_divergence: StudyResult, drawn: dict[str, Figure]) -> None:
-    def panels(figure: Figure) -> list[str]:
-        return [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
-
-    every = ["Share of the gap closed", "KL(teacher ‖ student)", "Time of a step", "Peak memory"]
-    assert panels(drawn["bars"]) == every
-    assert panels(figures_of(no_divergence)["bars"]) == [every[0], *every[2:]]
-
-
-def test_three_rings_have_three_bars_and_the_same_plane(with_near: StudyResult) -> None:
-    figures = figures_of(with_near)
-    (plane,) = figures["trade-off"].axes
+def test_three_rings_have_the_same_plane(with_near: StudyResult) -> None:
+    (plane,) = figures_of(with_near)["trade-off"].axes
     assert (plane.get_xlabel(), plane.get_ylabel()) == (
         "share of the gap closed inside the domain",
         "share of the gap closed outside the domain",
     )
-    titles = {axes.get_title(loc="left"): axes for axes in figures["bars"].axes}
-    assert {"Next-word accuracy", "Digits"} <= titles.keys()
-    for name, rings in (("Share of the gap closed", 3), ("Next-word accuracy", 2)):
-        assert "from above: inside, near, outside" in titles[name].get_xlabel()
-        assert len(titles[name].patches) == 3 * rings

@@ -64,7 +64,7 @@ def test_the_page_needs_nothing_but_itself(page: str, outline: Outline) -> None:
         for name, value in attributes.items()
         if name in ("src", "srcset", "href")
     ]
-    assert len(sources) == 6
+    assert len(sources) == 4
     assert all(source and source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert "url(" not in page
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", page)
@@ -72,11 +72,10 @@ def test_the_page_needs_nothing_but_itself(page: str, outline: Outline) -> None:
 
 def test_pictures_come_light_and_dark_and_are_told_to_those_who_do_not_see(outline: Outline) -> None:
     media = [attributes["media"] for tag, attributes in outline.tags if tag == "source"]
-    assert media == ["(prefers-color-scheme: dark)"] * 3
+    assert media == ["(prefers-color-scheme: dark)"] * 2
     alts = [attributes["alt"] or "" for tag, attributes in outline.tags if tag == "img"]
     assert "spelling: inside 0.595, outside 0.434, on the Pareto front; " in alts[0]
-    assert "best first" in alts[1]
-    assert alts[2].startswith("Lines of cross-entropy")
+    assert alts[1].startswith("Lines of cross-entropy")
 
 
 def test_the_page_says_what_was_compared_and_what_came_out(outline: Outline) -> None:
@@ -198,7 +197,7 @@ def test_suites_have_a_table(make_study: Make) -> None:
         replace(each, scores=replace(each.scores, suites={"math": {"exact": 0.125}})) for each in made.cells
     )
     made = replace(made, cells=cells, start=replace(made.start, suites={"math": {"exact": 0.0625}}))
-    suites = Outline(study_page(made)).text.split("Suites")[1].split("Gain and cost")[0]
+    suites = Outline(study_page(made)).text.split("Suites")[1].split("By kind of text")[0]
     assert "math" in suites
     assert "0.125" in suites
     assert "0.062" in suites

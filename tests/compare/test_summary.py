@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.compare.summary import Gap, Mean, _front, summarize
+from cdm_toolkit.compare.summary import Summary, _front, results_record, summarize
+from cdm_toolkit.compare.table import Gap, Mean
 from cdm_toolkit.compare.types import Cell, CellResult, Measured, ModelScores, StudyResult
 from cdm_toolkit.compare.verdicts import Verdict
 
@@ -34,6 +35,14 @@ def small_study(cells: Sequence[CellResult], *, teacher_outside: float = 1.0) ->
     teacher = scores({"a": measured(1.0), "b": measured(2.0, size=3000)}, {"c": measured(teacher_outside)})
     methods = tuple(dict.fromkeys(each.cell.method for each in cells))
     return StudyResult("s", "", "t → s", None, teacher, start, tuple(cells), methods, len(cells), {}, {})
+
+
+def mean(found: Summary, method: str, measure: str, name: str, kind: str | None = None) -> Mean | None:
+    """Look a figure up in the table."""
+    (column,) = (
+        each for each in found.table if (each.measure, each.name, each.kind) == (measure, name, kind)
+    )
+    return column.means.get(method)
 
 
 # Means and shares
@@ -66,18 +75,21 @@ def test_kinds_count_by_their_bytes_and_seeds_alike() -> None:
         cell("m", {"a": measured(1.5), "b": measured(3.0, size=3000)}, {"c": measured(1.25)}, 0),
         cell("m", {"a": measured(1.5), "b": measured(3.5, size=3000)}, {"c": measured(1.75)}, 1),
     ]
-    (method,) = summarize(small_study(cells)).methods
-    inside, outside = method.rings["inside"], method.rings["outside"]
+    found = summarize(small_study(cells))
+    (method,) = found.methods
+    bits, inside = (mean(found, "m", measure, "inside") for measure in ("bits per byte", "share of the gap"))
     # (1.5·1 + 3·3) / 4 and (1.5·1 + 3.5·3) / 4, between 3.5 and 1.75
-    assert inside.bits_per_byte.value == pytest.approx((2.625 + 3.0) / 2)
-    assert inside.share is not None
-    assert inside.share.value == pytest.approx((0.5 + 2 / 7) / 2)
-    assert outside.share == Mean(0.5, pytest.approx(sqrt(0.125)), 2)
+    assert bits is not None
+    assert bits.value == pytest.approx((2.625 + 3.0) / 2)
+    assert inside is not None
+    assert inside.value == pytest.approx((0.5 + 2 / 7) / 2)
+    assert mean(found, "m", "share of the gap", "outside") == Mean(0.5, pytest.approx(sqrt(0.125)), 2)
     assert method.score is not None
     assert method.score.value == pytest.approx(((0.5 + 0.75) / 2 + (2 / 7 + 0.25) / 2) / 2)
-    assert method.kinds["inside"]["b"].share == Mean(0.375, pytest.approx(sqrt(0.03125)), 2)
-    assert method.step_seconds.value == 1.5
-    assert inside.divergence.value == 0.5
+    assert mean(found, "m", "share of the gap", "mean") == method.score
+    assert mean(found, "m", "share of the gap", "inside", "b") == Mean(0.375, pytest.approx(sqrt(0.03125)), 2)
+    assert mean(found, "m", "cost", "s a step") == Mean(1.5, pytest.approx(sqrt(0.5)), 2)
+    assert mean(found, "m", "KL, nats", "inside") == Mean(0.5, 0.0, 2)
 
 
 def test_no_gap_outside_is_said_and_methods_are_judged_by_the_other_side(no_gap_outside: StudyResult) -> None:
@@ -86,8 +98,8 @@ def test_no_gap_outside_is_said_and_methods_are_judged_by_the_other_side(no_gap_
     assert found.notes[0].endswith("Methods are judged by their share inside.")
     assert found.score_name == "share inside"
     for method in found.methods:
-        assert method.rings["outside"].share is None
-        assert method.score == method.rings["inside"].share
+        assert mean(found, method.name, "share of the gap", "outside") is None
+        assert method.score == mean(found, method.name, "share of the gap", "inside")
     assert [verdict.other for verdict in found.verdicts if verdict.ahead] == ["exact", "sft"]
 
 
@@ -106,8 +118,9 @@ def test_a_kind_without_a_gap_is_named(make_study: Make) -> None:
     start = replace(made.start, outside={**made.start.outside, "manual": made.teacher.outside["manual"]})
     found = summarize(replace(made, start=start))
     assert [note.split(":")[0] for note in found.notes] == ["outside, manual"]
-    assert found.methods[0].kinds["outside"]["manual"].share is None
-    assert found.methods[0].kinds["outside"]["headers"].share is not None
+    best = found.methods[0].name
+    assert mean(found, best, "share of the gap", "outside", "manual") is None
+    assert mean(found, best, "share of the gap", "outside", "headers") is not None
 
 
 def test_a_study_without_text_outside_has_one_side(make_study: Make) -> None:
@@ -126,7 +139,9 @@ def test_three_rings_are_averaged_and_the_front_is_that_of_the_plane(
     before, after = summarize(make_study(("sft", "exact", "spelling"))), summarize(with_near)
     assert list(after.gaps) == ["inside", "near", "outside"]
     for method in after.methods:
-        inside, near, outside = (method.rings[ring].share for ring in ("inside", "near", "outside"))
+        inside, near, outside = (
+            mean(after, method.name, "share of the gap", ring) for ring in ("inside", "near", "outside")
+        )
         assert near == inside
         assert inside is not None
         assert outside is not None
@@ -143,16 +158,17 @@ def test_no_gap_in_one_of_three_rings_leaves_two(with_near: StudyResult) -> None
 
 
 def test_words_and_digits_are_averaged_where_all_runs_have_them(with_near: StudyResult) -> None:
-    found = summarize(with_near).methods[0].rings
-    assert found["inside"].next_word_accuracy == Mean(pytest.approx(0.5), pytest.approx(0.1), 3)
-    assert found["near"].bits_per_digit == Mean(2.0, 0.0, 3)
-    assert found["outside"].next_word_accuracy is None
+    found = summarize(with_near)
+    best = found.methods[0].name
+    assert mean(found, best, "next word", "inside") == Mean(pytest.approx(0.5), pytest.approx(0.1), 3)
+    assert mean(found, best, "bits a digit", "near") == Mean(2.0, 0.0, 3)
+    assert mean(found, best, "next word", "outside") is None
     first = with_near.cells[0]
     old = {kind: replace(each, words=0) for kind, each in first.scores.near.items()}
     cells = (replace(first, scores=replace(first.scores, near=old)), *with_near.cells[1:])
-    methods = {each.name: each for each in summarize(replace(with_near, cells=cells)).methods}
-    assert methods["sft"].rings["near"].next_word_accuracy is None
-    assert methods["spelling"].rings["near"].next_word_accuracy is not None
+    partly = summarize(replace(with_near, cells=cells))
+    assert mean(partly, "sft", "next word", "near") is None
+    assert mean(partly, "spelling", "next word", "near") is not None
 
 
 def test_methods_come_best_first(full_study: StudyResult) -> None:
@@ -169,11 +185,13 @@ def test_suites_and_matched_mass_are_averaged(make_study: Make) -> None:
         replace(each, scores=replace(each.scores, suites={"math": {"exact": float(each.cell.seed)}}))
         for each in made.cells
     )
-    found = {method.name: method for method in summarize(replace(made, cells=cells)).methods}
-    assert found["spelling"].suites == {"math": {"exact": Mean(1.0, 1.0, 3)}}
-    assert found["sft"].matched_mass is None
-    assert found["spelling"].matched_mass is not None
-    assert found["spelling"].matched_mass.value == pytest.approx(0.93, abs=0.005)
+    start = replace(made.start, suites={"math": {"exact": 0.0}})
+    found = summarize(replace(made, cells=cells, start=start))
+    assert mean(found, "spelling", "math", "exact") == Mean(1.0, 1.0, 3)
+    assert mean(found, "sft", "cost", "matched mass") is None
+    mass = mean(found, "spelling", "cost", "matched mass")
+    assert mass is not None
+    assert mass.value == pytest.approx(0.93, abs=0.005)
 
 
 # Lines over alpha
@@ -183,17 +201,17 @@ def test_lines_have_the_own_cell_of_their_seed_and_leave_the_means_alone(full_st
     found = summarize(full_study)
     lines = {line.method: line for line in found.lines}
     assert set(lines) == {"gold", "spelling"}
-    assert [point.alpha for point in lines["spelling"].points] == [0.1, 0.3, 0.5, 0.7, 0.9]
-    assert {point.seed for point in lines["spelling"].points} == {0}
-    assert found.methods[0].seeds == (0, 1, 2)
-    assert {run.alpha for run in found.methods[0].runs} == {0.5}
+    assert [each.cell.alpha for each in lines["spelling"].cells] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert {each.cell.seed for each in lines["spelling"].cells} == {0}
+    assert [each.cell.seed for each in found.methods[0].cells] == [0, 1, 2]
+    assert {each.cell.alpha for each in found.methods[0].cells} == {0.5}
 
 
 def test_a_line_is_drawn_before_its_method_is_there(full_study: StudyResult) -> None:
     only = tuple(each for each in full_study.cells if each.cell.in_curve)
     found = summarize(replace(full_study, cells=only))
     assert found.methods == ()
-    assert [len(line.points) for line in found.lines] == [4, 4]
+    assert [len(line.cells) for line in found.lines] == [4, 4]
 
 
 # The front
@@ -259,3 +277,22 @@ def test_a_study_without_cells_is_a_summary_too(make_study: Make) -> None:
     found = summarize(replace(make_study(("exact", "spelling")), cells=()))
     assert found.methods == ()
     assert found.headline == "No method has been measured yet."
+
+
+def test_the_record_has_the_figures_of_the_table_and_what_they_say(full_study: StudyResult) -> None:
+    import json
+
+    record = json.loads(json.dumps(results_record(full_study)))
+    assert len(record["cells"]) == len(full_study.cells)
+    found = summarize(full_study)
+    assert record["headline"] == found.headline
+    assert [each["other"] for each in record["verdicts"]] == [each.other for each in found.verdicts]
+    (share,) = (
+        each for each in record["table"] if (each["measure"], each["name"]) == ("share of the gap", "mean")
+    )
+    assert share["means"]["spelling"] == {
+        "value": found.methods[0].score.value,
+        "std": pytest.approx(0.0079, abs=1e-3),
+        "runs": 3,
+    }
+    assert (share["start"], share["teacher"]) == (0.0, 1.0)
