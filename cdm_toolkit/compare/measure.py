@@ -16,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.batching import batches, scored_positions
 from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.compare.words import Ranges, digit_bits, digit_bytes, predicted_words, word_ranges
 from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
 from cdm_toolkit.evaluation.bpb import first_scored
+from cdm_toolkit.forward import logits_by_batch
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -241,11 +241,12 @@ def score_model(
     check_positions(loaded, name, longest, option="the tokens of the longest held-out row")
     scorer = _Scorer(name, loaded, None if pair is None else _Divergence.of(heldout, pair, texts, device))
     parts: dict[str, list[Measured]] = {kind: [] for kind in heldout.rows}
-    done = 0
-    for kind, batch in _batches(heldout, texts, batch_size, loaded):
-        parts[kind].append(scorer.measure(batch))
-        done += len(batch)
-        on_row(done, len(texts))
+    left, done = iter(texts), 0
+    for kind, rows in heldout.rows.items():
+        for measured, count in scorer.by_batch([next(left) for _ in rows], batch_size):
+            parts[kind].append(measured)
+            done += count
+            on_row(done, len(texts))
     return {kind: Measured.sum(of_kind) for kind, of_kind in parts.items()}
 
 
@@ -336,19 +337,6 @@ def _text(file: Path, row: Row, aligned: AlignedRow | None, spans: TokenSpans, s
 _LEAVE_OUT = "leave this row out"
 
 
-def _batches(
-    heldout: Heldout, texts: Sequence[_Text], size: int | None, model: PreTrainedModel
-) -> Iterator[tuple[str, list[_Text]]]:
-    """Put the rows of a kind together that have like lengths."""
-    positions = scored_positions(model.get_input_embeddings().weight.shape[0])
-    left = iter(texts)
-    for kind, rows in heldout.rows.items():
-        of_kind = [next(left) for _ in rows]
-        lengths = [len(text.row.student_ids) for text in of_kind]
-        for batch in batches(lengths, size, tokens=positions):
-            yield kind, [of_kind[index] for index in batch]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Divergence:
     """KL from the teacher's cached log-probabilities, over ids with the same bytes."""
@@ -374,10 +362,16 @@ class _Scorer:
         pairs = () if divergence is None else (divergence.method.pair.fingerprints,)
         self.collator = Collator(pairs)
 
+    def by_batch(self, texts: Sequence[_Text], size: int | None) -> Iterator[tuple[Measured, int]]:
+        """Measure texts, those of like length together; yield what each batch gives, with its number of texts."""
+        ids = [text.row.student_ids for text in texts]
+        labels = [range(text.row.label_from - 1, len(text.row.student_ids) - 1) for text in texts]
+        for batch in logits_by_batch(self.model, ids, labels, size=size):
+            yield self._measure([texts[row] for row in batch.rows], batch.values), len(batch.rows)
+
     @torch.inference_mode()
-    def measure(self, texts: Sequence[_Text]) -> Measured:
+    def _measure(self, texts: Sequence[_Text], logits: torch.Tensor) -> Measured:
         batch = self.collator([text.row for text in texts]).to(self.model.device)
-        logits = batch.student_logits_at(self.model)
         is_argmax = (logits.argmax(-1) == batch.labels).cpu().numpy()
         nats, divergence, groups = self._sums(logits, batch)
         bits = float(nats[_scored(texts)].sum()) / math.log(2) + sum(text.free_bits for text in texts)

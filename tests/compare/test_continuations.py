@@ -94,7 +94,9 @@ def test_models_go_on_and_are_measured(small_models: Path) -> None:
 def test_each_kind_has_the_bits_of_its_own_texts(small_models: Path) -> None:
     """Whichever is longer: passages are scored the longest first."""
     teacher = subject_of(str(small_models / "teacher"), "cpu")
-    short, long = (Continuation(1, "a\n", said, True) for said in ("bc", "What is read of it, and more. " * 3))
+    short, long = (
+        Continuation(1, "a\n", said, True) for said in ("bc", "What is read of it, and more. " * 3)
+    )
     texts = {"short": (short,), "long": (long,)}
     found = measure(texts, texts, teacher)
     for kind, (text,) in texts.items():

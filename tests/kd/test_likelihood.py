@@ -41,7 +41,9 @@ class SpelledPair(WorldPair):
 
     def spellings(self) -> Spellings:
         nothing = np.full((len(self.of_t), 1), -1)  # the table is wider than any spelling
-        return Spellings(np.hstack((self.of_t, nothing)).astype(np.int32), np.zeros((self.vocab_s, 1), np.int32))
+        return Spellings(
+            np.hstack((self.of_t, nothing)).astype(np.int32), np.zeros((self.vocab_s, 1), np.int32)
+        )
 
 
 def taught(pair: SpelledPair, teacher: torch.Tensor, ids: Sequence[int]) -> Comparison:
