@@ -35,7 +35,7 @@ from cdm_toolkit.errors import Interrupted
 from cdm_toolkit.kd.method import find_method
 
 PROGRESS_FILE, MODEL_FOLDER, SCRATCH = "progress.json", "model", ".scratch"
-TRAINED_BY = ("tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
+TRAINED_BY = ("batching.py", "forward.py", "tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
 """Sources that training depends on."""
 LINES_OF_LOG = 20
 """How many lines a cell logs, where the study does not say how often."""

@@ -12,9 +12,9 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.lock import is_locked, locked
 from cdm_toolkit.artifacts.settings import make, read_yaml
 from cdm_toolkit.compare.study import StudyConfig
 from cdm_toolkit.compare.types import (
@@ -298,31 +298,10 @@ def only_one(folder: Path, waiting: str, say: Say = lambda _: None) -> Iterator[
 
     The lock goes with the process that holds it, however that ends. FileProblem where the folder cannot be written.
     """
-    lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process that {waiting}")
-            lock.acquire()
-    except OSError as error:
-        fix = "name a folder that you may write to"
-        raise FileProblem(folder, f"it cannot be written ({error.strerror or error})", fix) from None
-    try:
+    with locked(folder / LOCK, lambda: say(f"waiting for another process that {waiting}")):
         yield
-    finally:
-        lock.release()
 
 
 def is_held(folder: Path) -> bool:
     """Say whether a process is in the block of `only_one` for this folder."""
-    if not (folder / LOCK).is_file():
-        return False
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
+    return is_locked(folder / LOCK)

@@ -46,7 +46,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from jaxtyping import Float, Int32
 
-MADE_BY = ("tokdiff", "alignment", "kd", "distill/dataset.py", "distill/dataset_store.py")
+MADE_BY = (
+    "batching.py",
+    "forward.py",
+    "hub/token_entropies.py",
+    "tokdiff",
+    "alignment",
+    "kd",
+    "distill/dataset.py",
+    "distill/dataset_store.py",
+)
 """Sources that decide what the features of a row are: a change in them makes new features."""
 BATCH = 128
 """Rows that are encoded in one call."""
