@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
+from cdm_toolkit.artifacts.manifest import Format, validated, write_json
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.compare.words import Ranges, digit_bits, digit_bytes, predicted_words, word_ranges
 from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
-from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
+from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError
 from cdm_toolkit.evaluation.bpb import first_scored
 from cdm_toolkit.forward import logits_by_batch
 from cdm_toolkit.hub.models import (
@@ -46,8 +46,22 @@ if TYPE_CHECKING:
 
     from cdm_toolkit.tokdiff.spans import TokenSpans
 
-FORMAT: Literal["cdm-toolkit held-out text"] = "cdm-toolkit held-out text"
-VERSION: Literal[2] = 2
+FORMAT = Format(
+    "cdm-toolkit held-out text",
+    2,
+    "remove the folder, and have it made again",
+    code=(
+        "batching.py",
+        "forward.py",
+        "tokdiff",
+        "alignment",
+        "kd",
+        "distill/dataset.py",
+        "evaluation/bpb.py",
+        "compare/measure.py",
+        "compare/words.py",
+    ),
+)
 HEADER_FILE, ROWS_FILE, CACHE_FOLDER = "heldout.json", "rows.jsonl", "teacher-cache"
 TOP_K = 100
 """Most likely ids of the teacher that the divergence compares one by one; all others are one outcome."""
@@ -63,8 +77,10 @@ class _Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    format: Literal["cdm-toolkit held-out text"] = FORMAT
-    version: Literal[2] = VERSION
+    format: str = FORMAT.name
+    version: int = FORMAT.version
+    code: str | None = None
+    """Hash of the sources that measured; None where a version of this toolkit wrote it that did not keep that."""
     kinds: dict[str, int]
     """How many rows each kind has, in the order of the rows."""
     rows_fingerprint: str
@@ -131,7 +147,8 @@ class Heldout:
         if header.top_k is not None:
             _cache_teacher(folder, header, batch_size or 8, device)
         made_by = provenance(fingerprints={"model": header.model_fingerprint}, device=device)
-        _write_header(folder, header.model_copy(update={"scores": measured, "provenance": dict(made_by)}))
+        done = {"code": code_fingerprint(*FORMAT.code), "scores": measured, "provenance": made_by}
+        write_json(folder / HEADER_FILE, header.model_copy(update=done).model_dump())
         return Heldout.open(folder)
 
     @staticmethod
@@ -142,13 +159,10 @@ class Heldout:
         every = read_rows(folder / ROWS_FILE)
         whole = sum(header.kinds.values()) == len(every) and header.scores.keys() == header.kinds.keys()
         if not whole or rows_fingerprint(every) != header.rows_fingerprint:
-            raise BadArtifact(folder / ROWS_FILE, "these are not the rows that were written", _AGAIN)
+            raise BadArtifact(folder / ROWS_FILE, "these are not the rows that were written", FORMAT.again)
         left = iter(every)
         rows = {kind: tuple(next(left) for _ in range(count)) for kind, count in header.kinds.items()}
         return Heldout(folder, rows, header.scores, header.teacher, header.top_k)
-
-
-_AGAIN = "remove the folder, and have it made again"
 
 
 def _numbered(kinds: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Row, ...]]:
@@ -170,19 +184,9 @@ def _numbered(kinds: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Row, ...]]:
     }
 
 
-def _write_header(folder: Path, header: _Header) -> None:
-    with atomic_write(folder / HEADER_FILE) as file:
-        file.write((json.dumps(header.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def _read_header(folder: Path) -> _Header:
     file = folder / HEADER_FILE
-    try:
-        return _Header.model_validate(json.loads(file.read_bytes()))
-    except OSError as error:
-        raise FileProblem(file, f"it cannot be read ({error.strerror})") from None
-    except (ValidationError, ValueError) as error:
-        raise BadArtifact(file, f"it is damaged ({str(error).splitlines()[0]})", _AGAIN) from None
+    return validated(_Header, file, FORMAT.read(file), FORMAT.again)
 
 
 def _same(folder: Path, header: _Header) -> Heldout:

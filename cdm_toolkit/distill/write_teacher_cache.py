@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.artifacts.teacher_cache import (
@@ -22,7 +23,7 @@ from cdm_toolkit.artifacts.teacher_cache import (
     read_note,
     shard_name,
 )
-from cdm_toolkit.artifacts.teacher_header import CacheHeader
+from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.settings import Count, Text
 from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
@@ -182,6 +183,7 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
     model, data = model_fingerprint(model_folder(settings.model)), rows_fingerprint(rows)
     named = {"model": model, "tokenizer": side.view.fingerprint, "data": data}
     return CacheHeader(
+        code=code_fingerprint(*FORMAT.code),
         model=settings.model,
         model_fingerprint=model,
         teacher_dtype=settings.teacher_dtype,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cdm_toolkit.artifacts.lock import locked
+from cdm_toolkit.artifacts.manifest import differences
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.evaluation.scores import Item
 
@@ -108,21 +109,10 @@ def _item(path: Path, number: int, line: bytes) -> Item:
 def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
     try:
         before = json.loads(line)["run"]
-        names = [*run, *(name for name in before if name not in run)]
+        differ = list(differences(before, run))
     except (ValueError, TypeError, KeyError):
         problem = "its first line does not say which run it is of"
         raise BadArtifact(path, problem, "name another `output`, or start anew with `overwrite`") from None
-    differ = [
-        f"{name} was {_short(before.get(name))}, is {_short(run.get(name))}"
-        for name in names
-        if before.get(name) != run.get(name)
-    ]
     if differ:
         fix = "run it as before to go on, name another `output`, or start anew with `overwrite`"
-        raise BadArtifact(path, f"it is of another run: {', '.join(differ)}", fix)
-
-
-def _short(value: object) -> str:
-    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
-        return f"{value[:8]}…"
-    return json.dumps(value, ensure_ascii=False)
+        raise BadArtifact(path, f"it is of another run: {'; '.join(differ)}", fix)
