@@ -42,13 +42,7 @@ class Format:
 
     def read(self, path: Path, again: str | None = None) -> dict[str, Any]:
         """Read a header from a JSON file. FileProblem where there is none, and as `check`."""
-        try:
-            found = json.loads(path.read_bytes())
-        except OSError as error:
-            raise FileProblem(path, f"it cannot be read ({error.strerror})", again or self.again) from None
-        except ValueError as error:
-            raise BadArtifact(path, f"it is damaged ({error})", again or self.again) from None
-        return self.check(path, found, again)
+        return self.check(path, read_json(path, again or self.again), again)
 
     def check(self, path: str | Path, found: Any, again: str | None = None) -> dict[str, Any]:
         """Give a header that can be used. BadArtifact for one of another format or version, with who made it."""
@@ -71,6 +65,16 @@ def _maker(found: Mapping[str, Any]) -> str:
         return f"; it was made by cdm-toolkit {found['provenance']['versions']['cdm-toolkit']}"
     except (KeyError, TypeError):
         return ""
+
+
+def read_json(path: Path, again: str) -> Any:
+    """Read JSON. FileProblem where there is none, BadArtifact where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise FileProblem(path, f"it cannot be read ({error.strerror})", again) from None
+    except ValueError as error:
+        raise BadArtifact(path, f"it is damaged ({error})", again) from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

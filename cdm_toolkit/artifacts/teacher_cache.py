@@ -8,7 +8,6 @@ data set, so the shards of several machines are merged by copying them into one 
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
-from cdm_toolkit.artifacts.manifest import FileSum, validated, write_json
+from cdm_toolkit.artifacts.manifest import FileSum, read_json, validated, write_json
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_encodings import pack_candidates, unpack_candidates
 from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, CacheHeader
@@ -51,7 +50,7 @@ class ShardNote(BaseModel):
     provenance: dict[str, Any]
 
     @property
-    def sum(self) -> FileSum:
+    def file(self) -> FileSum:
         return FileSum(self.size, self.sha256)
 
 
@@ -117,9 +116,8 @@ class CacheWriter:
             if any(folder.glob("shard-*")):
                 problem = f"it holds another cache: {'; '.join(differences)}"
                 raise BadArtifact(folder, problem, "give another `output`, or the settings of the one there")
-            write_json(
-                folder / HEADER_FILE, header.model_dump()
-            )  # no shard was made of the one that is there
+            # no shard was made of the one that is there
+            write_json(folder / HEADER_FILE, header.model_dump())
 
     def state(self, index: int) -> Literal["missing", "whole", "damaged"]:
         """Return the state of a shard; the whole file is read to verify it."""
@@ -179,7 +177,7 @@ def read_header(folder: Path) -> CacheHeader:
 def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
     """Read the note of a shard; BadArtifact where it is damaged, or of another cache."""
     path, again = _note_file(folder, index), _make_again(folder, header, index)
-    note = validated(ShardNote, path, _json(path, again), again)
+    note = validated(ShardNote, path, read_json(path, again), again)
     if note.digest != header.digest:
         raise BadArtifact(path, f"this shard is of another cache than {HEADER_FILE}", again)
     return note
@@ -187,19 +185,12 @@ def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
 
 def check_size(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
     """Raise BadArtifact where a shard is missing or its size differs from its note."""
-    note.sum.check_size(_data_file(folder, index), _make_again(folder, header, index))
+    note.file.check_size(_data_file(folder, index), _make_again(folder, header, index))
 
 
 def check_content(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
     """Raise BadArtifact where the sha256 of a shard differs from its note; the whole file is read."""
-    note.sum.check(_data_file(folder, index), _make_again(folder, header, index))
-
-
-def _json(path: Path, again: str) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BadArtifact(path, f"it is damaged ({error})", again) from None
+    note.file.check(_data_file(folder, index), _make_again(folder, header, index))
 
 
 def _make_again(folder: Path, header: CacheHeader, index: int) -> str:
