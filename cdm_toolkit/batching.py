@@ -24,10 +24,17 @@ def scored_positions(vocabulary: int) -> int:
     return max(1, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary))
 
 
-def batches(lengths: Sequence[int], size: int | None = None, *, tokens: int | None = None) -> list[list[int]]:
+def batches(
+    lengths: Sequence[int],
+    size: int | None = None,
+    *,
+    tokens: int | None = None,
+    logits: Sequence[int] | None = None,
+) -> list[list[int]]:
     """Group items of similar length, longest first: at most `size` items and `tokens` tokens per batch.
 
-    Without either, `TOKENS_AT_ONCE` is the limit. Padding counts as tokens. Batches depend only on the lengths, so a
+    Without either, `TOKENS_AT_ONCE` is the limit. Padding counts as tokens. With `logits`, the number that is made for
+    each item, a batch has at most `LOGITS_AT_ONCE` of these besides. Batches depend only on these numbers, so a
     resumed run makes the same batches as an uninterrupted one.
 
     >>> batches([5, 1, 9, 2], tokens=10)
@@ -36,19 +43,24 @@ def batches(lengths: Sequence[int], size: int | None = None, *, tokens: int | No
     [[2, 0, 3], [1]]
     >>> batches([5, 1, 9, 2], 1, tokens=10)
     [[2], [0], [3], [1]]
+    >>> batches([5, 1, 9, 2], logits=[LOGITS_AT_ONCE, 1, 2, LOGITS_AT_ONCE - 1])
+    [[2], [0], [3, 1]]
     """
     if size is None and tokens is None:
         tokens = TOKENS_AT_ONCE
     made: list[list[int]] = []
-    room = 0
+    room = room_for_logits = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if not room:
+        own = 0 if logits is None else logits[index]
+        if not room or own > room_for_logits:
             room = len(lengths) if size is None else size
             if tokens is not None:
                 room = min(room, max(1, tokens // max(1, lengths[index])))
+            room_for_logits = LOGITS_AT_ONCE
             made.append([])
         made[-1].append(index)
         room -= 1
+        room_for_logits -= own
     return made
 
 

@@ -19,6 +19,7 @@ install_import_hook(
         "cdm_toolkit.vocab_map",
         "cdm_toolkit.artifacts",
         "cdm_toolkit.batching",
+        "cdm_toolkit.forward",
         "cdm_toolkit.kd",
         "cdm_toolkit.teachers",
         "cdm_toolkit.hub.embedding_rows",

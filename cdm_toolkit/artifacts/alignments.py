@@ -10,12 +10,15 @@ from typing import Any
 
 from cdm_toolkit.alignment.aligners import TextAlignment
 from cdm_toolkit.artifacts.atomic import atomic_folder
+from cdm_toolkit.artifacts.manifest import Format
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import MissingExtra, UnknownName
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 FORMATS = ("parquet", "arrow")
-ALIGNMENT_FORMAT, VERSION = "cdm-alignments", 1
+ALIGNMENTS = Format(
+    "cdm-alignments", 1, "write it again with `write_alignments`", code=("tokdiff", "alignment")
+)
 ROWS_PER_BATCH = 1000
 
 
@@ -42,20 +45,14 @@ def write_alignments(
     except ModuleNotFoundError:
         raise MissingExtra("pyarrow", "export", "an alignment table") from None
     fingerprints = {"teacher": sides[0].fingerprint, "student": sides[1].fingerprint}
-    header = {
-        "format": ALIGNMENT_FORMAT,
-        "version": VERSION,
-        "teacher": sides[0].name,
-        "student": sides[1].name,
-        "aligner": aligner,
-        "provenance": provenance(fingerprints=fingerprints),
-    }
+    names = {"teacher": sides[0].name, "student": sides[1].name}
+    header = ALIGNMENTS.header(provenance(fingerprints=fingerprints), **names, aligner=aligner)
     numbers, group = pa.list_(pa.int64()), pa.list_(pa.list_(pa.int32(), 4))
     columns = {"text": pa.binary()}
     columns |= {f"{column}_{side}": numbers for side in "ts" for column in ("ids", "start", "end")}
     columns |= {"groups": group, "exact": pa.list_(pa.bool_())}
     schema = pa.schema(
-        list(columns.items()), metadata={ALIGNMENT_FORMAT: json.dumps(header, ensure_ascii=False)}
+        list(columns.items()), metadata={ALIGNMENTS.name: json.dumps(header, ensure_ascii=False)}
     )
     name = f"alignments.{file_format}"
     with atomic_folder(folder, overwrite=overwrite) as temporary:

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
+from cdm_toolkit.artifacts.manifest import Format
 from cdm_toolkit.artifacts.provenance import Provenance, provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -33,15 +34,10 @@ from cdm_toolkit.vocab_map.types import (
     pair_info_of,
 )
 
-MAP_FORMAT = "cdm-toolkit vocabulary mapping"
-TABLE_FORMAT = "cdm-toolkit neighbour table"
-# Increment it whenever the layout of a file, or the meaning of its contents, changes.
-VERSION = 2
+MADE_BY = ("tokdiff", "vocab_map")
+MAP = Format("cdm-toolkit vocabulary mapping", 2, "write it again with `export_map`", code=MADE_BY)
+TABLE = Format("cdm-toolkit neighbour table", 2, "build it again with `build_neighbours`", code=MADE_BY)
 HEADER = "cdm_toolkit"
-AGAIN = {
-    MAP_FORMAT: "write it again with `export_map`",
-    TABLE_FORMAT: "build it again with `build_neighbours`",
-}
 
 Made = TypeVar("Made")
 
@@ -58,8 +54,8 @@ def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> 
     FileProblem where there is no such file, BadArtifact where it is damaged, of another format or version,
     TokenizerMismatch where it was built for other tokenizers.
     """
-    arrays, header = _load(path, MAP_FORMAT)
-    mapping = _made(path, MAP_FORMAT, lambda: VocabMap(**{**_record(VocabMap, header), **arrays}))
+    arrays, header = _load(path, MAP)
+    mapping = _made(path, MAP, lambda: VocabMap(**{**_record(VocabMap, header), **arrays}))
     check_tokenizers(f"the mapping {path}", mapping, pair_info(view_t, view_s))
     return mapping
 
@@ -73,19 +69,19 @@ def save_table(path: str | Path, table: NeighbourTable, made_by: Provenance | No
     }
     facts = {"max_edit_distance": table.max_edit_distance, "match_digits": table.match_digits}
     counts = {"t_to_s": len(table.t_to_s.ids), "s_to_t": len(table.s_to_t.ids)}
-    _save(path, arrays, _header(TABLE_FORMAT, table, {**facts, "counts": counts}, made_by))
+    _save(path, arrays, _header(TABLE, table, {**facts, "counts": counts}, made_by))
 
 
 def load_table(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> NeighbourTable:
     """Read a neighbour table for these tokenizers. Raises as `load_map`."""
-    arrays, header = _load(path, TABLE_FORMAT)
+    arrays, header = _load(path, TABLE)
 
     def way(name: str) -> Neighbours:
         return Neighbours(**{field.name: arrays[f"{name}.{field.name}"] for field in fields(Neighbours)})
 
     table = _made(
         path,
-        TABLE_FORMAT,
+        TABLE,
         lambda: NeighbourTable(**_record(NeighbourTable, header), t_to_s=way("t_to_s"), s_to_t=way("s_to_t")),
     )
     check_tokenizers(f"the neighbour table {path}", table, pair_info(view_t, view_s))
@@ -138,8 +134,8 @@ def cached_table(
     """Say where the cache keeps the table of two tokenizers."""
     key = json.dumps(
         [
-            VERSION,
-            code_fingerprint("tokdiff", "vocab_map"),
+            TABLE.version,
+            code_fingerprint(*MADE_BY),
             view_t.fingerprint,
             view_s.fingerprint,
             max_edit_distance,
@@ -157,15 +153,15 @@ def map_header(mapping: VocabMap, made_by: Provenance | None) -> dict[str, Any]:
         "match_digits": mapping.match_digits,
     }
     counts = {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}
-    return _header(MAP_FORMAT, mapping, {**facts, "counts": counts}, made_by)
+    return _header(MAP, mapping, {**facts, "counts": counts}, made_by)
 
 
 def _header(
-    kind: str, built: VocabMap | NeighbourTable, facts: Mapping[str, Any], made_by: Provenance | None
+    kind: Format, built: VocabMap | NeighbourTable, facts: Mapping[str, Any], made_by: Provenance | None
 ) -> dict[str, Any]:
     fingerprints = {"teacher": built.fingerprint_t, "student": built.fingerprint_s}
     made = provenance(fingerprints=fingerprints) if made_by is None else made_by
-    return {"format": kind, "version": VERSION, **pair_info_of(built), **facts, "provenance": made}
+    return kind.header(made, **pair_info_of(built), **facts)
 
 
 def _save(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
@@ -175,18 +171,14 @@ def _save(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[st
         stream.write(content)
 
 
-def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    again = AGAIN[kind]
+def _load(path: str | Path, kind: Format) -> tuple[dict[str, Any], dict[str, Any]]:
+    again = kind.again
     if not Path(path).is_file():
         raise FileProblem(path, "there is no such file", f"check the path, or {again}")
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "null"))
-            if not isinstance(header, dict) or header.get("format") != kind:
-                raise BadArtifact(path, f"this is no {kind} file", f"give another file, or {again}")
-            if header.get("version") != VERSION:
-                problem = f"it has format version {header.get('version')}, this tool reads {VERSION}"
-                raise BadArtifact(path, problem, again)
+            kind.check(path, header)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise BadArtifact(path, f"it is damaged or no safetensors file ({error})", again) from None
@@ -197,12 +189,12 @@ def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return arrays, header
 
 
-def _made(path: str | Path, kind: str, make: Callable[[], Made]) -> Made:
+def _made(path: str | Path, kind: Format, make: Callable[[], Made]) -> Made:
     try:
         return make()
     except (KeyError, TypeError) as error:
         problem = f"its contents are not complete ({error})"
-        raise BadArtifact(path, problem, AGAIN[kind]) from None
+        raise BadArtifact(path, problem, kind.again) from None
 
 
 def _record(of: type[VocabMap] | type[NeighbourTable], header: Mapping[str, Any]) -> dict[str, Any]:

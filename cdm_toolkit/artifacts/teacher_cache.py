@@ -8,32 +8,30 @@ data set, so the shards of several machines are merged by copying them into one 
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Float32, Int32
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.manifest import FileSum, read_json, validated, write_json
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_encodings import pack_candidates, unpack_candidates
-from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, VERSION, CacheHeader
+from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, CacheHeader
 from cdm_toolkit.artifacts.teacher_packing import id_bits, pack, unpack
 from cdm_toolkit.errors import BadArtifact, FileProblem, TokenizerMismatch
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 OPEN_SHARDS, DECODED_ROWS = 32, 64
 """How many of each a reader caches in memory."""
-
-Read = TypeVar("Read", bound=BaseModel)
 
 
 class ShardNote(BaseModel):
@@ -50,6 +48,10 @@ class ShardNote(BaseModel):
     positions: int
     """Number of cached positions, one for each predicted token."""
     provenance: dict[str, Any]
+
+    @property
+    def file(self) -> FileSum:
+        return FileSum(self.size, self.sha256)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,12 +111,13 @@ class CacheWriter:
             if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
                 fix = "give a new or an empty folder as `output`"
                 raise FileProblem(folder, "it is not empty, and holds no teacher cache", fix)
-            _write(folder / HEADER_FILE, _as_json(header))
+            write_json(folder / HEADER_FILE, header.model_dump())
         elif differences := read_header(folder).differences(header):
             if any(folder.glob("shard-*")):
                 problem = f"it holds another cache: {'; '.join(differences)}"
                 raise BadArtifact(folder, problem, "give another `output`, or the settings of the one there")
-            _write(folder / HEADER_FILE, _as_json(header))  # no shard was made of the one that is there
+            # no shard was made of the one that is there
+            write_json(folder / HEADER_FILE, header.model_dump())
 
     def state(self, index: int) -> Literal["missing", "whole", "damaged"]:
         """Return the state of a shard; the whole file is read to verify it."""
@@ -140,8 +143,9 @@ class CacheWriter:
             positions=sum(len(row.token_logprobs) for row in rows),
             provenance=dict(provenance(device=device)),
         )
-        _write(_data_file(self.folder, index), content)
-        _write(_note_file(self.folder, index), _as_json(note))
+        with atomic_write(_data_file(self.folder, index)) as stream:
+            stream.write(content)
+        write_json(_note_file(self.folder, index), note.model_dump())
         return note
 
     def _remove_leftovers(self, index: int) -> None:
@@ -149,15 +153,6 @@ class CacheWriter:
         _note_file(self.folder, index).unlink(missing_ok=True)
         for stale in self.folder.glob(f".{shard_name(index)}.*"):
             stale.unlink(missing_ok=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as stream:
-        stream.write(content)
-
-
-def _as_json(record: BaseModel) -> bytes:
-    return (json.dumps(record.model_dump(), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _data_file(folder: Path, index: int) -> Path:
@@ -176,20 +171,13 @@ def read_header(folder: Path) -> CacheHeader:
     path = folder / HEADER_FILE
     if not path.is_file():
         raise FileProblem(folder, "there is no teacher cache here", "make one with `write_cache`")
-    found = _json(path)
-    again = "make the cache again, in another folder, with `write_cache`"
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise BadArtifact(path, f"this is no {FORMAT}", again)
-    if found.get("version") != VERSION:
-        problem = f"it has format version {found.get('version')}, this tool reads {VERSION}"
-        raise BadArtifact(path, problem, again)
-    return _record(CacheHeader, path, found, again)
+    return validated(CacheHeader, path, FORMAT.read(path), FORMAT.again)
 
 
 def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
     """Read the note of a shard; BadArtifact where it is damaged, or of another cache."""
     path, again = _note_file(folder, index), _make_again(folder, header, index)
-    note = _record(ShardNote, path, _json(path), again)
+    note = validated(ShardNote, path, read_json(path, again), again)
     if note.digest != header.digest:
         raise BadArtifact(path, f"this shard is of another cache than {HEADER_FILE}", again)
     return note
@@ -197,39 +185,12 @@ def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
 
 def check_size(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
     """Raise BadArtifact where a shard is missing or its size differs from its note."""
-    path, again = _data_file(folder, index), _make_again(folder, header, index)
-    if not path.is_file():
-        raise BadArtifact(path, "it is missing", again)
-    if (size := path.stat().st_size) != note.size:
-        raise BadArtifact(path, f"it is damaged: it has {size:,} bytes instead of {note.size:,}", again)
+    note.file.check_size(_data_file(folder, index), _make_again(folder, header, index))
 
 
 def check_content(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
     """Raise BadArtifact where the sha256 of a shard differs from its note; the whole file is read."""
-    check_size(folder, header, index, note)
-    path = _data_file(folder, index)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != note.sha256:
-        problem = f"it is damaged: its sha256 is {digest[:12]}… instead of {note.sha256[:12]}…"
-        raise BadArtifact(path, problem, _make_again(folder, header, index))
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        fix = "make it again with `write_cache`, as before"
-        raise BadArtifact(path, f"it is damaged ({error})", fix) from None
-
-
-def _record(kind: type[Read], path: Path, found: Any, fix: str) -> Read:
-    try:
-        return kind.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise BadArtifact(path, f"it is damaged ({where}: {first['msg']})", fix) from None
+    note.file.check(_data_file(folder, index), _make_again(folder, header, index))
 
 
 def _make_again(folder: Path, header: CacheHeader, index: int) -> str:

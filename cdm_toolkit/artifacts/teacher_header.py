@@ -9,8 +9,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT: Literal["cdm-toolkit teacher cache"] = "cdm-toolkit teacher cache"
-VERSION: Literal[2] = 2
+from cdm_toolkit.artifacts.manifest import Format, differences
+
+FORMAT = Format(
+    "cdm-toolkit teacher cache",
+    2,
+    "make the cache again, in another folder, with `write_cache`",
+    code=("batching.py", "forward.py", "tokdiff", "kd", "artifacts", "distill/write_teacher_cache.py"),
+)
 HEADER_FILE = "cache.json"
 
 
@@ -19,8 +25,10 @@ class CacheHeader(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    format: Literal["cdm-toolkit teacher cache"] = FORMAT
-    version: Literal[2] = VERSION
+    format: str = FORMAT.name
+    version: int = FORMAT.version
+    code: str | None = None
+    """Hash of the sources that made it; None where a version of this toolkit wrote it that did not keep that."""
     model: str
     model_fingerprint: str
     teacher_dtype: str
@@ -55,16 +63,16 @@ class CacheHeader(BaseModel):
     @property
     def digest(self) -> str:
         """Give the sha256 of what makes two caches the same; names, paths and provenance do not."""
-        facts = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in _FACTS}
+        facts = {"format": FORMAT.name, "version": FORMAT.version} | {
+            name: getattr(self, name) for name in _FACTS
+        }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: CacheHeader) -> list[str]:
         """Say in which facts another header is not the same."""
-        return [
-            f"{words} is {self._shown(name)} there and {other._shown(name)} now"
-            for name, words in _FACTS.items()
-            if getattr(self, name) != getattr(other, name)
-        ]
+        differ = [name for name in _FACTS if getattr(self, name) != getattr(other, name)]
+        there, now = ({_FACTS[name]: each._shown(name) for name in differ} for each in (self, other))
+        return list(differences(there, now))
 
     def _shown(self, name: str) -> str:
         value = getattr(self, name)

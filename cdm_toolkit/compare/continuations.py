@@ -73,9 +73,7 @@ def measure(texts: Texts, teacher_texts: Texts, teacher: Subject) -> dict[str, M
     every = list(chain.from_iterable(texts.values()))
     written = [each for each in every if each.text]
     passages = [Passage(each.prompt + each.text, len(each.prompt.encode())) for each in written]
-    bits = {
-        id(each): of_text.bits for each, of_text in zip(written, passage_bits(teacher, passages), strict=True)
-    }
+    bits = {id(written[found.passage]): found.bits for found in passage_bits(teacher, passages)}
     return {
         kind: Measured.sum(
             _measured(each, other, bits.get(id(each), 0.0))

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
+from cdm_toolkit.artifacts.manifest import Format, validated, write_json
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.batching import batches, scored_positions
 from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.compare.words import Ranges, digit_bits, digit_bytes, predicted_words, word_ranges
 from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
-from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError, FileProblem
+from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError
 from cdm_toolkit.evaluation.bpb import first_scored
+from cdm_toolkit.forward import logits_by_batch
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -46,8 +46,22 @@ if TYPE_CHECKING:
 
     from cdm_toolkit.tokdiff.spans import TokenSpans
 
-FORMAT: Literal["cdm-toolkit held-out text"] = "cdm-toolkit held-out text"
-VERSION: Literal[2] = 2
+FORMAT = Format(
+    "cdm-toolkit held-out text",
+    2,
+    "remove the folder, and have it made again",
+    code=(
+        "batching.py",
+        "forward.py",
+        "tokdiff",
+        "alignment",
+        "kd",
+        "distill/dataset.py",
+        "evaluation/bpb.py",
+        "compare/measure.py",
+        "compare/words.py",
+    ),
+)
 HEADER_FILE, ROWS_FILE, CACHE_FOLDER = "heldout.json", "rows.jsonl", "teacher-cache"
 TOP_K = 100
 """Most likely ids of the teacher that the divergence compares one by one; all others are one outcome."""
@@ -63,8 +77,10 @@ class _Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    format: Literal["cdm-toolkit held-out text"] = FORMAT
-    version: Literal[2] = VERSION
+    format: str = FORMAT.name
+    version: int = FORMAT.version
+    code: str | None = None
+    """Hash of the sources that measured; None where a version of this toolkit wrote it that did not keep that."""
     kinds: dict[str, int]
     """How many rows each kind has, in the order of the rows."""
     rows_fingerprint: str
@@ -131,7 +147,8 @@ class Heldout:
         if header.top_k is not None:
             _cache_teacher(folder, header, batch_size or 8, device)
         made_by = provenance(fingerprints={"model": header.model_fingerprint}, device=device)
-        _write_header(folder, header.model_copy(update={"scores": measured, "provenance": dict(made_by)}))
+        done = {"code": code_fingerprint(*FORMAT.code), "scores": measured, "provenance": made_by}
+        write_json(folder / HEADER_FILE, header.model_copy(update=done).model_dump())
         return Heldout.open(folder)
 
     @staticmethod
@@ -142,13 +159,10 @@ class Heldout:
         every = read_rows(folder / ROWS_FILE)
         whole = sum(header.kinds.values()) == len(every) and header.scores.keys() == header.kinds.keys()
         if not whole or rows_fingerprint(every) != header.rows_fingerprint:
-            raise BadArtifact(folder / ROWS_FILE, "these are not the rows that were written", _AGAIN)
+            raise BadArtifact(folder / ROWS_FILE, "these are not the rows that were written", FORMAT.again)
         left = iter(every)
         rows = {kind: tuple(next(left) for _ in range(count)) for kind, count in header.kinds.items()}
         return Heldout(folder, rows, header.scores, header.teacher, header.top_k)
-
-
-_AGAIN = "remove the folder, and have it made again"
 
 
 def _numbered(kinds: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Row, ...]]:
@@ -170,19 +184,9 @@ def _numbered(kinds: Mapping[str, Sequence[Row]]) -> dict[str, tuple[Row, ...]]:
     }
 
 
-def _write_header(folder: Path, header: _Header) -> None:
-    with atomic_write(folder / HEADER_FILE) as file:
-        file.write((json.dumps(header.model_dump(), indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def _read_header(folder: Path) -> _Header:
     file = folder / HEADER_FILE
-    try:
-        return _Header.model_validate(json.loads(file.read_bytes()))
-    except OSError as error:
-        raise FileProblem(file, f"it cannot be read ({error.strerror})") from None
-    except (ValidationError, ValueError) as error:
-        raise BadArtifact(file, f"it is damaged ({str(error).splitlines()[0]})", _AGAIN) from None
+    return validated(_Header, file, FORMAT.read(file), FORMAT.again)
 
 
 def _same(folder: Path, header: _Header) -> Heldout:
@@ -241,11 +245,12 @@ def score_model(
     check_positions(loaded, name, longest, option="the tokens of the longest held-out row")
     scorer = _Scorer(name, loaded, None if pair is None else _Divergence.of(heldout, pair, texts, device))
     parts: dict[str, list[Measured]] = {kind: [] for kind in heldout.rows}
-    done = 0
-    for kind, batch in _batches(heldout, texts, batch_size, loaded):
-        parts[kind].append(scorer.measure(batch))
-        done += len(batch)
-        on_row(done, len(texts))
+    left, done = iter(texts), 0
+    for kind, rows in heldout.rows.items():
+        for measured, count in scorer.by_batch([next(left) for _ in rows], batch_size):
+            parts[kind].append(measured)
+            done += count
+            on_row(done, len(texts))
     return {kind: Measured.sum(of_kind) for kind, of_kind in parts.items()}
 
 
@@ -336,19 +341,6 @@ def _text(file: Path, row: Row, aligned: AlignedRow | None, spans: TokenSpans, s
 _LEAVE_OUT = "leave this row out"
 
 
-def _batches(
-    heldout: Heldout, texts: Sequence[_Text], size: int | None, model: PreTrainedModel
-) -> Iterator[tuple[str, list[_Text]]]:
-    """Put the rows of a kind together that have like lengths."""
-    positions = scored_positions(model.get_input_embeddings().weight.shape[0])
-    left = iter(texts)
-    for kind, rows in heldout.rows.items():
-        of_kind = [next(left) for _ in rows]
-        lengths = [len(text.row.student_ids) for text in of_kind]
-        for batch in batches(lengths, size, tokens=positions):
-            yield kind, [of_kind[index] for index in batch]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Divergence:
     """KL from the teacher's cached log-probabilities, over ids with the same bytes."""
@@ -374,10 +366,16 @@ class _Scorer:
         pairs = () if divergence is None else (divergence.method.pair.fingerprints,)
         self.collator = Collator(pairs)
 
+    def by_batch(self, texts: Sequence[_Text], size: int | None) -> Iterator[tuple[Measured, int]]:
+        """Measure texts, those of like length together; yield what each batch gives, with its number of texts."""
+        ids = [text.row.student_ids for text in texts]
+        labels = [range(text.row.label_from - 1, len(text.row.student_ids) - 1) for text in texts]
+        for batch in logits_by_batch(self.model, ids, labels, size=size):
+            yield self._measure([texts[row] for row in batch.rows], batch.values), len(batch.rows)
+
     @torch.inference_mode()
-    def measure(self, texts: Sequence[_Text]) -> Measured:
+    def _measure(self, texts: Sequence[_Text], logits: torch.Tensor) -> Measured:
         batch = self.collator([text.row for text in texts]).to(self.model.device)
-        logits = batch.student_logits_at(self.model)
         is_argmax = (logits.argmax(-1) == batch.labels).cpu().numpy()
         nats, divergence, groups = self._sums(logits, batch)
         bits = float(nats[_scored(texts)].sum()) / math.log(2) + sum(text.free_bits for text in texts)

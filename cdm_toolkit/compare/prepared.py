@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cdm_toolkit.artifacts.manifest import Format, write_json
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import read_header
 from cdm_toolkit.compare.continuations import continue_rows, measure, subject_of
 from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig, heldout_name
-from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one, write_json
+from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one
 from cdm_toolkit.compare.tuned_teacher import TEACHER_FOLDER, tuned
 from cdm_toolkit.compare.types import RINGS, Measured, ModelScores
 from cdm_toolkit.distill.jsonl import read_rows, write_rows
@@ -43,6 +43,7 @@ FITTED_AT_ONCE = 64
 _MADE_HERE = "shared:"
 """Prefix of the name of a file that was made in the folder `shared`."""
 _AGAIN = "start the study anew with `overwrite`"
+FORMAT = Format("cdm-toolkit prepared study", 2, _AGAIN, older=(1,), unmarked=1)
 
 OnStage = Callable[[str, int, int], None]
 """Called with what is prepared, how much of it is done, and how much there is."""
@@ -102,7 +103,7 @@ def _ready(study: StudyConfig, folder: StudyFolder) -> Shared | None:
 
 def _ask_again(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     """Make a larger teacher cache for added methods; the old one stays for cells that are running."""
-    content = json.loads((shared / SHARED_FILE).read_bytes())
+    content = FORMAT.read(shared / SHARED_FILE)
     cache = _cache(tuned(study, shared / TRAIN_FILE, shared / TEACHER_FOLDER), shared, on_stage)
     write_json(shared / SHARED_FILE, content | {"cache": cache and _kept(shared, cache)})
 
@@ -115,7 +116,7 @@ def open_shared(folder: StudyFolder) -> Shared:
             folder.path, "its study has not been prepared", "run the study, or one of its cells"
         )
     try:
-        content = json.loads(file.read_bytes())
+        content = FORMAT.read(file)
         found = Shared(
             student=_found(folder.shared, content["student"]),
             teacher_model=(own := content.get("teacher_model")) and _found(folder.shared, own),
@@ -129,7 +130,7 @@ def open_shared(folder: StudyFolder) -> Shared:
             fingerprints=content["provenance"]["fingerprints"],
         )
         rows = found.fingerprints[TRAINING_ROWS]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadArtifact(file, f"it is damaged ({str(error) or type(error).__name__})", _AGAIN) from None
     if rows_fingerprint(read_rows(train)) != rows:
         raise BadArtifact(train, "these are not the rows that were written", _AGAIN)
@@ -185,16 +186,16 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     made_by = provenance(
         fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device
     )
-    content = {
-        "student": _kept(shared, student),
-        "teacher_model": None if study.teacher_run is None else _kept(shared, study.teacher),
-        "cache": cache and _kept(shared, cache),
-        "teacher": asdict(teacher),
-        "start": asdict(start),
-        "counts": {kind: len(rows) for kind, rows in chosen.items()},
-        "passed_over": passed_over,
-        "provenance": dict(made_by),
-    }
+    content = FORMAT.header(
+        made_by,
+        student=_kept(shared, student),
+        teacher_model=None if study.teacher_run is None else _kept(shared, study.teacher),
+        cache=cache and _kept(shared, cache),
+        teacher=asdict(teacher),
+        start=asdict(start),
+        counts={kind: len(rows) for kind, rows in chosen.items()},
+        passed_over=passed_over,
+    )
     write_json(shared / SHARED_FILE, content)
 
 

@@ -30,13 +30,12 @@ from cdm_toolkit.compare.prepared import CODE, OnStage, Shared, check_origin, pr
 from cdm_toolkit.compare.study import StudyConfig
 from cdm_toolkit.compare.study_folder import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import Cell, CellResult, Point
+from cdm_toolkit.distill.output_folder import TRAINED_BY
 from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 from cdm_toolkit.errors import Interrupted
 from cdm_toolkit.kd.method import find_method
 
 PROGRESS_FILE, MODEL_FOLDER, SCRATCH = "progress.json", "model", ".scratch"
-TRAINED_BY = ("tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
-"""Sources that training depends on."""
 LINES_OF_LOG = 20
 """How many lines a cell logs, where the study does not say how often."""
 _BEGUN = ("start", 0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +11,10 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.lock import is_locked, locked
+from cdm_toolkit.artifacts.manifest import Format, differences, write_json
 from cdm_toolkit.artifacts.settings import make, read_yaml
 from cdm_toolkit.compare.study import StudyConfig
 from cdm_toolkit.compare.types import (
@@ -37,8 +37,7 @@ STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
     "cell.json",
     "log.txt",
 )
-FORMAT, VERSION = "cdm-toolkit study cell", 3
-READABLE = (2, VERSION)
+FORMAT = Format("cdm-toolkit study cell", 3, "run it again with `overwrite`", older=(2,))
 """Version 2 has neither words, digits, continuations nor text near the domain: its cells are read without these."""
 FREE = ("name", "about", "default", "methods", "seeds", "alpha", "curves")
 """Settings that may change once cells are there: what is said of them, and which there are. A cell itself tells how
@@ -165,19 +164,17 @@ class StudyFolder:
             return None
         again = f"run it again with `cell={cell.index}` and `overwrite`"
         try:
-            content = json.loads(file.read_bytes())
-            if content["format"] != FORMAT or content["version"] not in READABLE:
-                raise ValueError("it is of another format")
+            content = FORMAT.read(file, again)
             result = _cell_result(content["result"])
             warnings, options = tuple(content["warnings"]), dict(content["options"])
             found = Stored(result, options, content["machine"], warnings, content["provenance"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"it is damaged ({str(error) or type(error).__name__})"
             raise BadArtifact(file, problem, again) from None
         if found.result.cell.name != cell.name:
             raise BadArtifact(file, f"it has the cell {found.result.cell.name}", again)
-        if differences := _counted(_differing(options, study.methods[cell.method].options())):
-            problem = f"it was trained with other options: {differences}"
+        if differing := _counted(differences(options, study.methods[cell.method].options())):
+            problem = f"it was trained with other options: {differing}"
             raise BadArtifact(file, problem, f"give the method another name, or {again}")
         return replace(found, result=replace(found.result, cell=cell))
 
@@ -199,15 +196,13 @@ class StudyFolder:
 
     def write_cell(self, stored: Stored) -> None:
         """Write a cell, whole or not at all."""
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "result": asdict(stored.result),
-            "options": dict(stored.options),
-            "machine": stored.machine,
-            "warnings": list(stored.warnings),
-            "provenance": dict(stored.provenance),
-        }
+        content = FORMAT.header(
+            stored.provenance,
+            result=asdict(stored.result),
+            options=dict(stored.options),
+            machine=stored.machine,
+            warnings=list(stored.warnings),
+        )
         write_json(self.of(stored.result.cell) / CELL_FILE, content)
 
     def write_results(self, result: StudyResult) -> Path:
@@ -215,12 +210,6 @@ class StudyFolder:
         file = self.path / RESULTS_FILE
         write_json(file, asdict(result))
         return file
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    with atomic_write(file) as stream:
-        stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 # Records from JSON
@@ -261,7 +250,7 @@ def _as_yaml(study: StudyConfig) -> bytes:
 def _differences(there: StudyConfig, now: StudyConfig) -> str:
     """Say in which settings two studies are not the same; nothing where their cells can be compared."""
     old, new = (study.model_dump(mode="json", exclude=set(FREE)) for study in (there, now))
-    return _counted(_differing(old, new))
+    return _counted(differences(old, new))
 
 
 def _counted(differences: Iterable[str]) -> str:
@@ -269,22 +258,6 @@ def _counted(differences: Iterable[str]) -> str:
     every = list(differences)
     more = f" and {len(every) - DIFFERENCES} more" if len(every) > DIFFERENCES else ""
     return "; ".join(every[:DIFFERENCES]) + more
-
-
-def _differing(there: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(there, Mapping) and isinstance(now, Mapping):
-        for key in dict.fromkeys((*there, *now)):
-            inner = f"{name}.{key}" if name else str(key)
-            if key not in now or key not in there:
-                yield f"{inner} is only {'there' if key in there else 'now'}"
-            else:
-                yield from _differing(there[key], now[key], inner)
-    elif there != now:
-        yield f"{name} is {_shown(there)} there and {_shown(now)} now"
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 # One process at a time
@@ -298,31 +271,10 @@ def only_one(folder: Path, waiting: str, say: Say = lambda _: None) -> Iterator[
 
     The lock goes with the process that holds it, however that ends. FileProblem where the folder cannot be written.
     """
-    lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"waiting for another process that {waiting}")
-            lock.acquire()
-    except OSError as error:
-        fix = "name a folder that you may write to"
-        raise FileProblem(folder, f"it cannot be written ({error.strerror or error})", fix) from None
-    try:
+    with locked(folder / LOCK, lambda: say(f"waiting for another process that {waiting}")):
         yield
-    finally:
-        lock.release()
 
 
 def is_held(folder: Path) -> bool:
     """Say whether a process is in the block of `only_one` for this folder."""
-    if not (folder / LOCK).is_file():
-        return False
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
+    return is_locked(folder / LOCK)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
+from cdm_toolkit.forward import logits_by_batch
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 POSITIONS_AT_ONCE = 64  # positions whose float32 probabilities exist at one time
 
 
-@torch.no_grad()
 def mass_by_strategy(
     teacher: PreTrainedModel,
     view: TokenizerView,
@@ -32,14 +33,12 @@ def mass_by_strategy(
     vocabulary are padding and no part of the distribution.
     """
     masks = torch.from_numpy(np.stack(list(reachable.values())).astype(np.float32)).to(teacher.device)
-    sums, positions = torch.zeros(len(masks), dtype=torch.float64), 0
-    for number, text in enumerate(texts, 1):
-        ids = torch.from_numpy(view.encode(text, add_special_tokens=True).ids).long()[None]
-        if ids.numel() == 0:
-            continue
-        logits = teacher(input_ids=ids.to(teacher.device)).logits[0, :, : masks.shape[1]]
-        for part in logits.split(POSITIONS_AT_ONCE):
+    sums, positions, done = torch.zeros(len(masks), dtype=torch.float64), 0, 0
+    sequences = [spans.ids for spans in view.encode_batch(texts, add_special_tokens=True)]
+    for batch in logits_by_batch(teacher, sequences):
+        for part in batch.values[:, : masks.shape[1]].split(POSITIONS_AT_ONCE):
             sums += (part.float().softmax(-1) @ masks.T).sum(0).double().cpu()
-        positions += len(logits)
-        on_text(number)
+        positions += len(batch.values)
+        done += len(batch.rows)
+        on_text(done)
     return dict(zip(reachable, (sums / max(positions, 1)).tolist(), strict=True))

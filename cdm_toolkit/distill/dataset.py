@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from jaxtyping import Float, Int32
 
-MADE_BY = ("tokdiff", "alignment", "kd", "distill/dataset.py", "distill/dataset_store.py")
-"""Sources that decide what the features of a row are: a change in them makes new features."""
 BATCH = 128
 """Rows that are encoded in one call."""
 WINDOW = 1024
@@ -203,8 +201,8 @@ def _row(record: dict[str, Any]) -> Row:
 def _fingerprint(rows: Sequence[Row], task: _Task, entropies: Entropies | None) -> str:
     """Hash all that the features depend on."""
     settings = [
-        FORMAT,
-        code_fingerprint(*MADE_BY),
+        FORMAT.version,
+        code_fingerprint(*FORMAT.code),
         rows_fingerprint(rows),
         task.max_length,
         task.template,
@@ -238,7 +236,7 @@ def _make(
 
     def fill(made: Path) -> None:
         _map(table, task, made, workers=min(workers, len(rows) // ROWS_FOR_A_PROCESS), on_row=on_row)
-        write_header(made, len(rows), dict(made_by))
+        write_header(made, len(rows), made_by)
 
     make_entry(folder, fill)
 

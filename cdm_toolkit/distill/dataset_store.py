@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from cdm_toolkit.errors import BadArtifact
+from cdm_toolkit.artifacts.manifest import FileSum, Format, sums_of, write_json
+from cdm_toolkit.artifacts.provenance import Provenance
+from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from jaxtyping import Bool, Int8, Int32, Int64
 
-FORMAT = 2
-"""Goes up when the layout of the files changes."""
+FORMAT = Format(
+    "cdm-toolkit features",
+    3,
+    "remove the folder; the features are then made anew",
+    code=(
+        "batching.py",
+        "forward.py",
+        "hub/token_entropies.py",
+        "tokdiff",
+        "alignment",
+        "kd",
+        "distill/dataset.py",
+        "distill/dataset_store.py",
+    ),
+)
 HEADER = "header.json"
 TRAINED, EMPTY, TOO_LONG = range(3)
 
@@ -133,11 +147,10 @@ class AlignedDataset(Sequence[AlignedRow]):
         return none
 
 
-def write_header(folder: Path, rows: int, provenance: dict[str, Any]) -> None:
+def write_header(folder: Path, rows: int, made_by: Provenance) -> None:
     """Seal a folder of Arrow files: their sizes tell a file that is whole from one that was cut short."""
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.arrow"))}
-    header = {"format": FORMAT, "rows": rows, "sizes": sizes, "provenance": provenance}
-    (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    files = sums_of(folder, folder.glob("*.arrow"))
+    write_json(folder / HEADER, FORMAT.header(made_by, rows=rows, files=files))
 
 
 def _open(folder: Path) -> pa.Table:
@@ -145,21 +158,24 @@ def _open(folder: Path) -> pa.Table:
     import pyarrow as pa
 
     try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(header["sizes"])]
-        for file in files:
-            if file.stat().st_size != header["sizes"][file.name]:
-                raise _damaged(folder, f"{file.name} has another size than was written")
-        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise _damaged(folder, f"it cannot be read ({error})") from None
-    if header.get("format") != FORMAT or len(table) != header.get("rows"):
-        raise _damaged(folder, "it does not have the rows that were written")
+        header = FORMAT.read(folder / HEADER)
+        for name, file in header["files"].items():
+            FileSum(**file).check_size(folder / name, FORMAT.again)
+        files = [str(folder / name) for name in sorted(header["files"])]
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in files])
+    except (
+        FileProblem,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        pa.ArrowException,
+    ) as error:
+        raise BadArtifact(folder, f"it cannot be read ({error})", FORMAT.again) from None
+    if len(table) != header.get("rows"):
+        raise BadArtifact(folder, "it does not have the rows that were written", FORMAT.again)
     return table
-
-
-def _damaged(folder: Path, problem: str) -> BadArtifact:
-    return BadArtifact(folder, problem, "remove the folder; the features are then made anew")
 
 
 def open_or_make(folder: Path, make: Callable[[], None]) -> AlignedDataset:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,22 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
             stream.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+def read_objects(path: Path, fields: str = FIELDS) -> list[tuple[int, Any]]:
+    """Read the JSON value of each line of a file, which may be gzipped, with its number from 1; blank ones are skipped.
+
+    `fields` names those that rows must have, for messages. Raises FileProblem and BadRow.
+    """
+    with _read_problems(path, "give a JSONL file"):
+        found = list(_values(path, fields))
+    if not found:
+        raise FileProblem(path, "it has no rows", f"give a JSONL file whose rows have {fields}")
+    return found
+
+
+def _values(path: Path, fields: str) -> Iterator[tuple[int, Any]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
@@ -32,23 +48,28 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 problem = f"it is not JSON ({error.msg}, column {error.colno})"
                 raise BadRow(path, number, problem, "write one JSON object a line") from None
             except RecursionError:
-                raise BadRow(path, number, "it is nested too deeply", f"give each row {FIELDS}") from None
+                raise BadRow(path, number, "it is nested too deeply", f"give each row {fields}") from None
 
 
-def _read_objects(path: Path) -> list[tuple[int, Any]]:
+def read_text(path: Path) -> str:
+    """Read a text file. Raises FileProblem."""
+    with _read_problems(path, "save it as UTF-8"):
+        return path.read_text(encoding="utf-8")
+
+
+@contextmanager
+def _read_problems(path: Path, fix: str) -> Iterator[None]:
     try:
-        found = list(_lines(path))
+        yield
     except FileNotFoundError:
         raise FileProblem(path, "there is no such file") from None
     except IsADirectoryError:
-        raise FileProblem(path, "it is a folder", "give a JSONL file") from None
+        raise FileProblem(path, "it is a folder", fix) from None
     except UnicodeDecodeError as error:
-        raise FileProblem(path, f"it is not UTF-8 text (byte {error.start})", "give a JSONL file") from None
-    except OSError as error:
-        raise FileProblem(path, f"it cannot be read ({error.strerror})") from None
-    if not found:
-        raise FileProblem(path, "it has no rows", f"give a JSONL file whose rows have {FIELDS}")
-    return found
+        raise FileProblem(path, f"it is not UTF-8 text (byte {error.start})", fix) from None
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FileProblem(path, f"it cannot be read ({why})", fix) from None
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -59,7 +80,7 @@ def read_rows(path: str | Path) -> list[Row]:
     row that is not as it must be.
     """
     rows = []
-    for number, fields in _read_objects(_file(path)):
+    for number, fields in read_objects(_file(path)):
         try:
             rows.append(row_of(number, fields))
         except RowFault as error:
@@ -92,7 +113,7 @@ def parse_messages(text: str) -> list[dict[str, str]]:
 def read_messages(path: str | Path) -> list[list[dict[str, str]]]:
     """Read the chats of a JSONL file whose rows have messages. Raises as `read_rows`."""
     chats = []
-    for number, fields in _read_objects(Path(path)):
+    for number, fields in read_objects(Path(path)):
         if not isinstance(fields, dict) or "messages" not in fields:
             raise BadRow(
                 path, number, "it has no messages", 'give {"messages": [{"role": …, "content": …}, …]}'

@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from cdm_toolkit.artifacts.atomic import atomic_write
-from cdm_toolkit.errors import BadArtifact, FileProblem, OutputExists
+from cdm_toolkit.artifacts.manifest import FileSum, Format, sums_of, write_json
+from cdm_toolkit.artifacts.provenance import provenance
+from cdm_toolkit.errors import FileProblem, OutputExists
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SEAL = "checksums.json"
-"""The file that a checkpoint gets last: the sha256 of each of its files."""
+"""The file that a checkpoint gets last: size and sha256 of each of its files."""
+TRAINED_BY = ("batching.py", "forward.py", "tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
+"""Sources that training depends on."""
+FORMAT = Format(
+    "cdm-toolkit checkpoint", 2, "start the run without `resume`", older=(1,), unmarked=1, code=TRAINED_BY
+)
+"""Of version 1 were the sha256 of each file, by its name, and nothing else."""
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
     """Write the checksums of a checkpoint's files, which makes it whole."""
-    sums = {
-        path.relative_to(checkpoint).as_posix(): _checksum(path)
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-    with atomic_write(checkpoint / SEAL) as stream:
-        stream.write((json.dumps(sums, indent=1) + "\n").encode())
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(checkpoint / SEAL, FORMAT.header(provenance(), files=sums_of(checkpoint, files)))
 
 
 def check_seal(checkpoint: Path) -> None:
     """See that each file of a checkpoint is as it was written. Raises BadArtifact with the first that is not."""
     fix = f"remove {checkpoint} and resume from the one before, or start the run without `resume`"
+    found = FORMAT.read(checkpoint / SEAL, fix)
     try:
-        sums = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise BadArtifact(checkpoint / SEAL, "it cannot be read", fix) from None
-    for name, expected in sums.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise BadArtifact(path, "it is missing", fix)
-        if _checksum(path) != expected:
-            raise BadArtifact(path, "it is not as it was written: truncated or altered", fix)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        sums = {name: FileSum(**file) for name, file in found["files"].items()}
+    except KeyError:  # version 1
+        sums = {name: FileSum(None, sha256) for name, sha256 in found.items()}
+    for name, file in sums.items():
+        file.check(checkpoint / name, fix)
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -14,10 +14,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from cdm_toolkit.distill.output_folder import last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler
 from cdm_toolkit.errors import NotFinite
+from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.method import Method, Teacher
-from cdm_toolkit.kd.model_logits import logits_at
 from cdm_toolkit.kd.objective import weighted_loss
 from cdm_toolkit.kd.types import LossSums
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.artifacts.teacher_cache import (
@@ -22,11 +23,11 @@ from cdm_toolkit.artifacts.teacher_cache import (
     read_note,
     shard_name,
 )
-from cdm_toolkit.artifacts.teacher_header import CacheHeader
-from cdm_toolkit.batching import padded
+from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.settings import Count, Text
 from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
+from cdm_toolkit.forward import ForwardBatch, logits_by_batch
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -36,7 +37,6 @@ from cdm_toolkit.hub.models import (
     resolve_device,
 )
 from cdm_toolkit.hub.tokenizers import load_tokenizer
-from cdm_toolkit.kd.model_logits import logits_at
 from cdm_toolkit.kd.rows import Row, rows_fingerprint
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, top_k, values_at
 from cdm_toolkit.kd.tokenized_rows import (
@@ -49,7 +49,8 @@ from cdm_toolkit.kd.tokenized_rows import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Int32
+    from jaxtyping import Float, Int32
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -185,6 +186,7 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
     model, data = model_fingerprint(model_folder(settings.model)), rows_fingerprint(rows)
     named = {"model": model, "tokenizer": side.view.fingerprint, "data": data}
     return CacheHeader(
+        code=code_fingerprint(*FORMAT.code),
         model=settings.model,
         model_fingerprint=model,
         teacher_dtype=settings.teacher_dtype,
@@ -215,8 +217,8 @@ class _TeacherRow:
     first: int
 
     @property
-    def positions(self) -> int:
-        return max(len(self.ids) - 1 - self.first, 0)
+    def positions(self) -> range:
+        return range(self.first, len(self.ids) - 1)
 
 
 class _Work:
@@ -282,28 +284,29 @@ class _Work:
         tokenized = _tokenize(self.side, self._rows(index), self.settings.template, self.header.max_length)
         longest = max(len(row.ids) for row in tokenized)
         check_positions(model, self.settings.model, longest, option="max_length")
-        in_order = sorted(tokenized, key=lambda row: len(row.ids))
-        cached: list[CachedRow] = []
-        for at in range(0, len(in_order), self.settings.batch_size):
-            batch = in_order[at : at + self.settings.batch_size]
-            began = time.perf_counter()
-            cached += self._run(model, batch)
+        ids, positions = [row.ids for row in tokenized], [row.positions for row in tokenized]
+        cached = [self._without_positions(row) for row in tokenized if not row.positions]
+        self.rows_done += len(cached)
+        began = time.perf_counter()
+        for batch in logits_by_batch(model, ids, positions, size=self.settings.batch_size):
+            cached += self._reduced([tokenized[nth] for nth in batch.rows], batch)
             self.seconds += time.perf_counter() - began
-            self.tokens_made += sum(row.positions for row in batch)
-            self.rows_done += len(batch)
+            self.tokens_made += len(batch.values)
+            self.rows_done += len(batch.rows)
             self._tell()
+            began = time.perf_counter()
         return sorted(cached, key=lambda row: row.number)
 
-    def _run(self, model: PreTrainedModel, batch: Sequence[_TeacherRow]) -> Iterator[CachedRow]:
-        counts = [row.positions for row in batch]
-        full = [row for row in batch if row.positions]
-        arrays = sparse_teacher_logprobs(
-            model, [(row.ids, row.first) for row in full], vocab=self.header.vocab, k=self.header.k
-        )
-        at = 0
-        for row, count in zip(batch, counts, strict=True):
-            ids, logprobs, tokens = (array[at : at + count] for array in arrays)
-            at += count
+    def _without_positions(self, row: _TeacherRow) -> CachedRow:
+        none = np.empty((0, self.header.k), np.float32)
+        return CachedRow(row.number, row.ids, row.first, none.astype(np.int32), none, none.sum(1))
+
+    def _reduced(self, rows: Sequence[_TeacherRow], batch: ForwardBatch) -> Iterator[CachedRow]:
+        next_ids = np.concatenate([row.ids[row.first + 1 :] for row in rows])
+        arrays = sparse_teacher_logprobs(batch.values, next_ids, vocab=self.header.vocab, k=self.header.k)
+        ends = np.cumsum(batch.counts)[:-1]
+        parts = zip(rows, *(np.split(array, ends) for array in arrays), strict=True)
+        for row, ids, logprobs, tokens in parts:
             if not (np.isfinite(tokens).all() and not np.isnan(logprobs).any()):
                 fix = "give `teacher_dtype='float32'`, or check the model"
                 raise BadRow(self.settings.data, row.number, "the teacher's logits are not finite", fix)
@@ -327,36 +330,18 @@ def _tokenize(
     ]
 
 
-@torch.no_grad()
 def sparse_teacher_logprobs(
-    model: PreTrainedModel, rows: Sequence[tuple[Int32[np.ndarray, " time_t"], int]], *, vocab: int, k: int
+    logits: Float[Tensor, "position columns"], next_ids: Int32[np.ndarray, " position"], *, vocab: int, k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Run a teacher over rows together: from position `first` of each to its last but one.
+    """Reduce a teacher's logits: ids [position, k] and log-probabilities of the likeliest of the first `vocab` ids.
 
-    Gives, for all positions one after the other, ids [position, k] and log-probabilities of the likeliest of the
-    first `vocab` ids, best first, and the log-probability of the token that follows. Where `k` is `vocab` the ids are
-    in their own order.
+    Best first; where `k` is `vocab` the ids are in their own order. Gives also the log-probability of the token that
+    follows each position.
     """
-    if not rows:
-        none = np.empty((0, k), np.float32)
-        return none.astype(np.int32), none, none.sum(1)
-    inputs, mask, starts = padded([ids for ids, _ in rows])
-    at = np.concatenate(
-        [start + np.arange(first, len(ids) - 1) for start, (ids, first) in zip(starts, rows, strict=True)]
-    )
-    where = torch.from_numpy(at).to(model.device)
-    read_ids = torch.from_numpy(inputs).to(model.device)
-    logits = logits_at(
-        model,
-        model.get_output_embeddings(),
-        where,
-        input_ids=read_ids,
-        attention_mask=torch.from_numpy(mask).to(model.device),
-    )
     real = logits.narrow(1, 0, vocab)
     lse = log_sum_exp(real)
-    every = torch.arange(len(where), device=where.device)
-    tokens = values_at(logits, every, read_ids.flatten()[where + 1]).float() - lse
+    following = torch.from_numpy(next_ids).long().to(logits.device)
+    tokens = values_at(logits, torch.arange(len(logits), device=logits.device), following).float() - lse
     if k == vocab:
         logprobs = (real.float() - lse[:, None]).cpu().numpy()
         ids_of_all = np.broadcast_to(np.arange(vocab, dtype=np.int32), logprobs.shape)

@@ -21,7 +21,6 @@ from jaxtyping import Float64
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
-from cdm_toolkit.batching import batches, padded, scored_positions
 from cdm_toolkit.errors import BadOption, BadRow, CdmError, VocabularyTooSmall
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse, start_token
 from cdm_toolkit.evaluation.scores import Item, Score, Summary
@@ -32,7 +31,6 @@ from cdm_toolkit.tokdiff.spans import TokenSpans
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 ROWS_AT_ONCE = 128  # positions whose float32 log-softmax exists at one time
 
@@ -81,6 +79,10 @@ class _Window:
     targets: tuple[int, ...]
     first: int
 
+    @property
+    def scored(self) -> range:
+        return range(self.first, len(self.ids))
+
 
 def passage_bits(
     subject: Subject,
@@ -103,6 +105,8 @@ def passage_bits(
     Raises BadOption for a stride outside 1 to window, VocabularyTooSmall where the model has too few rows,
     CdmError where a likelihood is not finite.
     """
+    from cdm_toolkit.forward import logits_by_batch
+
     model, view, start = subject.model, subject.view, start_token(subject.tokenizer)
     window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
     if not 1 <= stride <= window:
@@ -134,15 +138,13 @@ def passage_bits(
 
     wanted = range(len(passages)) if only is None else only
     yield from (finished(number) for number in wanted if not counts[number])
-    lengths = [len(part.ids) for part in windows]
-    for indices in batches(lengths, batch_size, tokens=scored_positions(rows)):
-        batch = [windows[index] for index in indices]
-        if not any(part.passage in wanted for part in batch):
-            continue
-        for part, nats in zip(batch, _window_nats(model, batch), strict=True):
-            bits[part.passage] += nats / math.log(2)
-            left[part.passage] -= 1
-        for number in dict.fromkeys(part.passage for part in batch):
+    inputs, positions = [part.ids for part in windows], [part.scored for part in windows]
+    of_wanted = {index for index, part in enumerate(windows) if part.passage in wanted}
+    for batch in logits_by_batch(model, inputs, positions, size=batch_size, only=of_wanted):
+        for index, logits in batch.by_row():
+            bits[windows[index].passage] += _nats(logits, windows[index]) / math.log(2)
+            left[windows[index].passage] -= 1
+        for number in dict.fromkeys(windows[index].passage for index in batch.rows):
             if number in wanted and not left[number]:
                 yield finished(number)
 
@@ -171,28 +173,15 @@ def _windows(
             return
 
 
-def _window_nats(model: PreTrainedModel, batch: Sequence[_Window]) -> list[float]:
-    """Sum the negative log-likelihood of each window's scored targets, in nats.
-
-    Windows are padded on the right, which causal attention ignores.
-    """
+def _nats(logits: torch.Tensor, part: _Window) -> float:
+    """Sum the negative log-likelihood of a window's scored targets, in nats."""
     import torch
+    from torch.nn.functional import cross_entropy
 
-    ids, mask, _ = (torch.from_numpy(array).to(model.device) for array in padded([p.ids for p in batch]))
-    with torch.inference_mode():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return [_row_nats(logits[row], part) for row, part in enumerate(batch)]
-
-
-def _row_nats(logits: torch.Tensor, part: _Window) -> float:
-    import torch
-
+    targets = torch.tensor(part.targets[part.first :], device=logits.device)
     total = 0.0
-    for begin in range(part.first, len(part.targets), ROWS_AT_ONCE):
-        end = min(begin + ROWS_AT_ONCE, len(part.targets))
-        targets = torch.tensor(part.targets[begin:end], device=logits.device)
-        losses = torch.nn.functional.cross_entropy(logits[begin:end].float(), targets, reduction="none")
-        total += float(losses.double().sum())
+    for some, their in zip(logits.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True):
+        total += float(cross_entropy(some.float(), their, reduction="none").double().sum())
     return total
 
 

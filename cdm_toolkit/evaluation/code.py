@@ -7,21 +7,20 @@ than its test. A model continues the prompt of a task up to the first stop strin
 from __future__ import annotations
 
 import ast
-import gzip
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.batching import batches
-from cdm_toolkit.errors import BadOption, BadRow, CodeNotAllowed, FileProblem, MissingExtra, UnknownName
+from cdm_toolkit.distill.jsonl import read_objects
+from cdm_toolkit.errors import BadOption, BadRow, CodeNotAllowed, MissingExtra, UnknownName
 from cdm_toolkit.evaluation.evalplus import READERS, read_plus
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.generation import (
@@ -36,7 +35,6 @@ from cdm_toolkit.evaluation.sandbox.execute import run_programs
 from cdm_toolkit.evaluation.sandbox.isolation import probe, require
 from cdm_toolkit.evaluation.sandbox.records import Limits, Outcome, Program
 from cdm_toolkit.evaluation.scores import Item, Summary, mean_score
-from cdm_toolkit.evaluation.suite_data import read_objects
 from cdm_toolkit.evaluation.suites import SuiteSpec
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
@@ -250,9 +248,8 @@ def _read(spec: SuiteSpec, dataset: str, given: Path | None) -> tuple[list[Task]
 
 def read_tasks(path: Path) -> list[Task]:
     """Read tasks from JSONL, optionally gzipped. Raises FileProblem and BadRow."""
-    rows = _unpacked(path) if path.suffix == ".gz" else read_objects(path, SHOWN_FIELDS)
     tasks: dict[str, Task] = {}
-    for number, fields in rows:
+    for number, fields in read_objects(path, SHOWN_FIELDS):
         task = _task(path, number, fields)
         if task.task_id in tasks:
             raise BadRow(
@@ -260,14 +257,6 @@ def read_tasks(path: Path) -> list[Task]:
             )
         tasks[task.task_id] = task
     return list(tasks.values())
-
-
-def _unpacked(path: Path) -> list[tuple[int, Any]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            return [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        raise FileProblem(path, f"it cannot be unpacked ({error})", "give a JSONL file") from None
 
 
 def _task(path: Path, number: int, fields: object) -> Task:

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.batching import batches
+from cdm_toolkit.distill.jsonl import read_objects
 from cdm_toolkit.errors import BadOption, BadRow, MissingExtra, NoData, UnknownName
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
 from cdm_toolkit.evaluation.generation import (
@@ -32,7 +33,7 @@ from cdm_toolkit.evaluation.generation import (
     prompt_ids,
 )
 from cdm_toolkit.evaluation.scores import Item, Score, Summary, mean_score
-from cdm_toolkit.evaluation.suite_data import DataFile, read_objects, source_file
+from cdm_toolkit.evaluation.suite_data import DataFile, source_file
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 
 FIELDS = "instruction and output (a text or a list of texts), with or without input"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cdm_toolkit.artifacts.lock import locked
+from cdm_toolkit.artifacts.manifest import differences
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.evaluation.scores import Item
 
@@ -41,8 +42,7 @@ def open_items(path: Path, run: Mapping[str, Any], *, overwrite: bool = False) -
     killed run is dropped. Raises BadArtifact where `run` differs or a line is damaged, FileProblem where it
     cannot be written or another process writes to it.
     """
-    stream = _locked(path)
-    try:
+    with locked(path.with_name(f".{path.name}.lock"), lambda: _refuse(path)), _opened(path) as stream:
         if overwrite:
             stream.truncate(0)
         file = ItemFile(stream)
@@ -57,8 +57,6 @@ def open_items(path: Path, run: Mapping[str, Any], *, overwrite: bool = False) -
         if not lines:
             _write_line(stream, {"run": dict(run)})
         yield file
-    finally:
-        stream.close()
 
 
 def file_name(model: str) -> str:
@@ -73,22 +71,17 @@ def file_name(model: str) -> str:
     return plain if plain == model else f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-def _locked(path: Path) -> BinaryIO:
-    """Open a file for reading and appending, with an exclusive lock."""
+def _refuse(path: Path) -> None:
+    raise FileProblem(path, "another run writes to it", "wait for it, or name another `output`")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file for reading and appending."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a+b", buffering=0)
+        return path.open("a+b", buffering=0)
     except OSError as error:
         why = f"it cannot be written ({error.strerror or error})"
         raise FileProblem(path, why, "choose an `output` that you may write to") from None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        raise FileProblem(path, "another run writes to it", "wait for it, or name another `output`") from None
-    except OSError:
-        pass  # some network file systems have no locks
-    return stream
 
 
 def _whole_lines(stream: BinaryIO) -> tuple[list[bytes], int]:
@@ -116,21 +109,10 @@ def _item(path: Path, number: int, line: bytes) -> Item:
 def _check_run(path: Path, line: bytes, run: Mapping[str, Any]) -> None:
     try:
         before = json.loads(line)["run"]
-        names = [*run, *(name for name in before if name not in run)]
+        differ = list(differences(before, run))
     except (ValueError, TypeError, KeyError):
         problem = "its first line does not say which run it is of"
         raise BadArtifact(path, problem, "name another `output`, or start anew with `overwrite`") from None
-    differ = [
-        f"{name} was {_short(before.get(name))}, is {_short(run.get(name))}"
-        for name in names
-        if before.get(name) != run.get(name)
-    ]
     if differ:
         fix = "run it as before to go on, name another `output`, or start anew with `overwrite`"
-        raise BadArtifact(path, f"it is of another run: {', '.join(differ)}", fix)
-
-
-def _short(value: object) -> str:
-    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
-        return f"{value[:8]}…"
-    return json.dumps(value, ensure_ascii=False)
+        raise BadArtifact(path, f"it is of another run: {'; '.join(differ)}", fix)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdm_toolkit.distill.jsonl import read_rows
-from cdm_toolkit.errors import BadRow, FileProblem, MissingExtra, NoData
+from cdm_toolkit.distill.jsonl import read_rows, read_text
+from cdm_toolkit.errors import FileProblem, MissingExtra, NoData
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import FIELDS, Row
 from cdm_toolkit.samples import sample_path
@@ -120,38 +120,11 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def read_objects(path: Path, fields: str) -> list[tuple[int, Any]]:
-    """Read the JSON value of each line of a JSONL file, with line numbers from 1; blank lines are skipped.
-
-    `fields` names the required fields, for error messages. Raises FileProblem and BadRow.
-    """
-    found = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                found.append((number, json.loads(line)))
-            except (json.JSONDecodeError, RecursionError) as error:
-                problem = f"it is not JSON ({error})"
-                raise BadRow(path, number, problem, "write one JSON object a line") from None
-    if not found:
-        raise FileProblem(path, "it has no rows", f"give a JSONL file whose rows have {fields}")
-    return found
-
-
 def read_passages(path: Path, limit: int | None) -> list[Row]:
     """Read the first rows of a JSONL file, or a `.txt` file as one row. Raises FileProblem and BadRow."""
     if path.suffix != ".txt":
         return read_rows(path)[:limit]
-    text = _read_text(path)
+    text = read_text(path)
     if not text:
         raise FileProblem(path, "it is empty", "give a text to score")
     return [Row(1, "", text)]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig" if path.suffix != ".txt" else "utf-8")
-    except UnicodeDecodeError as error:
-        raise FileProblem(path, f"it is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
-    except OSError as error:
-        raise FileProblem(path, error.strerror or str(error)) from None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor
 
-from cdm_toolkit.batching import batches, padded
+from cdm_toolkit.forward import states_by_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,29 +30,12 @@ def token_sequences(
     return [ids for spans in view.encode_batch(texts) if len(ids := spans.ids[:longest])]
 
 
-def last_states(
-    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]], *, batch_tokens: int = 2048
-) -> Iterator[tuple[Float[Tensor, "batch time hidden"], Bool[Tensor, "batch time"]]]:
-    """Yield what the output head reads, with a mask of the tokens, batch by batch, longest sequences first.
-
-    Sequences are padded on the right to at most `batch_tokens` in total (or one sequence); none of them is empty.
-    """
-    import torch
-
-    for batch in batches([len(ids) for ids in sequences], tokens=batch_tokens):
-        arrays = padded([sequences[i] for i in batch])[:2]
-        ids, mask = (torch.from_numpy(array).to(model.device) for array in arrays)
-        with torch.inference_mode():
-            states = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-        yield states.last_hidden_state, mask.bool()
-
-
 def mean_state(
     model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]]
 ) -> Float[Tensor, " hidden"]:
     """Return the mean of what the output head reads, in float32, over the first sequences that have enough tokens."""
     ends = np.cumsum([len(ids) for ids in sequences])
     first = sequences[: int(np.searchsorted(ends, ENOUGH_TOKENS)) + 1]
-    total = sum(states[mask].float().sum(0) for states, mask in last_states(model, first))
+    total = sum(batch.values.float().sum(0) for batch in states_by_batch(model, first))
     assert not isinstance(total, int)
     return total / sum(map(len, first))

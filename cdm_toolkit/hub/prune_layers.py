@@ -12,7 +12,8 @@ from jaxtyping import Float, Float64, Int32
 from torch import Tensor
 
 from cdm_toolkit.errors import BadOption, CdmError
-from cdm_toolkit.hub.hidden_states import last_states, token_sequences
+from cdm_toolkit.forward import states_by_batch
+from cdm_toolkit.hub.hidden_states import token_sequences
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +79,11 @@ def influence_of(
 
 
 def block_influence(
-    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]], *, batch_tokens: int = 2048
+    model: PreTrainedModel, sequences: Sequence[Int32[np.ndarray, " _"]]
 ) -> Float64[np.ndarray, " layer"]:
     """Return each layer's influence: the mean of `influence_of` over all tokens of the sequences, none of them empty.
 
-    Batches are those of `last_states`. Raises CdmError where there is no sequence.
+    Raises CdmError where there is no sequence.
     """
     if not sequences:
         raise CdmError("the texts to measure layers on are empty", fix="give rows with text as `data`")
@@ -92,8 +93,8 @@ def block_influence(
     with ExitStack() as hooks:
         for nth, layer in enumerate(layers):
             hooks.callback(layer.register_forward_hook(_keeps(found, nth), with_kwargs=True).remove)
-        for _, mask in last_states(model, sequences, batch_tokens=batch_tokens):
-            sums += [found[nth][mask].double().sum().item() for nth in range(len(layers))]
+        for batch in states_by_batch(model, sequences):
+            sums += [found[nth].flatten()[batch.at].double().sum().item() for nth in range(len(layers))]
     return sums / sum(map(len, sequences))
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cdm_toolkit.batching import Padding, padded
 from cdm_toolkit.errors import BadOption
+from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
-from cdm_toolkit.kd.model_logits import logits_at
 
 PairId = tuple[str, str]
 """Fingerprints of a pair's tokenizers, teacher first."""

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.batch import AlignedTeacherBatch
-from cdm_toolkit.kd.model_logits import logits_at
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, top_k, values_at
 from cdm_toolkit.kd.types import SignalRequest, TeacherSignal, TopK
 

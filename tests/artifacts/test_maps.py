@@ -84,7 +84,7 @@ def test_the_header_says_what_it_is_and_how_it_was_made(mapping, tmp_path):
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     facts = json.loads(header["__metadata__"]["cdm_toolkit"])
-    assert (facts["format"], facts["version"]) == (maps.MAP_FORMAT, maps.VERSION)
+    assert (facts["format"], facts["version"]) == (maps.MAP.name, maps.MAP.version)
     assert (facts["name_t"], facts["fingerprint_t"]) == ("smollm2", mapping.fingerprint_t)
     assert facts["counts"] == {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}
     assert facts["provenance"]["command"] == "cdm vocab-map build"

@@ -87,13 +87,13 @@ def test_items_are_kept_and_gone_on_from(cdm, suite: Path, student: str, tmp_pat
     assert all(isinstance(item["generation"], str) for item in items)
     refused = cdm(*command, "--batch-size", "2")
     assert refused.status == 2
-    assert "batch_size was null, is 2" in refused.err
+    assert "batch_size is not set there and 2 now" in refused.err
     assert "--overwrite" in refused.err
     assert json.loads(cdm(*command, "--batch-size", "2", "--overwrite").out)["results"][0]["resumed"] == 0
     suite.with_name("exact.py").write_text(ADAPTER + "\n# changed\n")
     changed = cdm(*command, "--batch-size", "2")
     assert changed.status == 2
-    assert "suite was" in changed.err
+    assert "suite is" in changed.err
 
 
 def test_a_stopped_run_says_how_to_go_on(

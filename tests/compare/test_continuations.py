@@ -91,6 +91,19 @@ def test_models_go_on_and_are_measured(small_models: Path) -> None:
         assert of_kind.agreement == 1.0
 
 
+def test_each_kind_has_the_bits_of_its_own_texts(small_models: Path) -> None:
+    """Whichever is longer: passages are scored the longest first."""
+    teacher = subject_of(str(small_models / "teacher"), "cpu")
+    short, long = (
+        Continuation(1, "a\n", said, True) for said in ("bc", "What is read of it, and more. " * 3)
+    )
+    texts = {"short": (short,), "long": (long,)}
+    found = measure(texts, texts, teacher)
+    for kind, (text,) in texts.items():
+        (alone,) = passage_bits(teacher, [Passage(text.prompt + text.text, len(text.prompt))])
+        assert found[kind].written_bits == pytest.approx(alone.bits, rel=1e-6)
+
+
 def test_nothing_said_is_no_figure() -> None:
     nothing = Measured(0.0, 0, 0.0, 0)
     assert (nothing.agreement, nothing.written_bits_per_byte, nothing.repetition) == (None, None, None)

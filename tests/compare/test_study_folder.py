@@ -195,10 +195,8 @@ def test_a_cell_of_the_version_before_is_read_without_words(folder: StudyFolder,
     "damage",
     [
         lambda text: text[:100],
-        lambda text: text.replace('"version": 3', '"version": 1'),
         lambda text: text.replace('"steps"', '"stpes"'),
         lambda text: text.replace('"bits"', '"bytes"', 1),
-        lambda text: "[]",
     ],
 )
 def test_a_damaged_cell_is_told(folder: StudyFolder, stored: Stored, damage: Callable[[str], str]) -> None:
@@ -206,6 +204,30 @@ def test_a_damaged_cell_is_told(folder: StudyFolder, stored: Stored, damage: Cal
     file = folder.of(stored.result.cell) / CELL_FILE
     file.write_text(damage(file.read_text()))
     with pytest.raises(BadArtifact, match=r"it is damaged .*; run it again with `cell=0` and `overwrite`"):
+        folder.read_cell(THE_SAME, stored.result.cell)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (
+            lambda text: text.replace('"version": 3', '"version": 1'),
+            "format version 1, this tool reads 3 and 2",
+        ),
+        (
+            lambda text: text.replace('"version": 3', '"version": 4'),
+            "format version 4, this tool reads 3 and 2",
+        ),
+        (lambda text: "[]", "this is no cdm-toolkit study cell file"),
+    ],
+)
+def test_a_cell_of_another_format_is_told(
+    folder: StudyFolder, stored: Stored, other: Callable[[str], str], told: str
+) -> None:
+    folder.write_cell(stored)
+    file = folder.of(stored.result.cell) / CELL_FILE
+    file.write_text(other(file.read_text()))
+    with pytest.raises(BadArtifact, match=f"{told}; .*run it again with `cell=0` and `overwrite`"):
         folder.read_cell(THE_SAME, stored.result.cell)
 
 

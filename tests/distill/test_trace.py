@@ -81,7 +81,7 @@ def test_mixed_precision_makes_no_float32_copy_of_the_logits(across: dict[str, d
 def test_peak_is_the_logits_and_their_gradient(across: dict[str, dict[str, Any]]) -> None:
     first, second, third, *_ = across["spelling"]["at_peak"]
     assert [first["bytes"], second["bytes"]] == [LOGITS, LOGITS]
-    assert first["made_in"].startswith("kd/model_logits.py")
+    assert first["made_in"].startswith("forward.py")
     assert second["made_in"].startswith("kd/sparse_logprobs.py")
     assert third["bytes"] < LOGITS
     assert in_step(across["spelling"]) < 2.75 * LOGITS

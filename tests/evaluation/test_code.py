@@ -208,7 +208,7 @@ def test_bad_data_is_named_with_its_row(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadRow, match=said):
             open_suite("code", Ask(**ALLOWED, data=written(tmp_path / "bad.jsonl", DOUBLE, row)))
-    with pytest.raises(FileProblem, match="cannot be unpacked"):
+    with pytest.raises(FileProblem, match="it cannot be read"):
         open_suite("code", Ask(**ALLOWED, data=written(tmp_path / "bad.jsonl.gz", DOUBLE)))
     with pytest.raises(FileProblem):
         open_suite("code", Ask(**ALLOWED, data=tmp_path / "none.jsonl"))

@@ -173,14 +173,14 @@ def test_another_run_is_refused_by_name(folders: list[str], tmp_path: Path, make
     out, model = tmp_path / "out", folders[:1]
     evaluate("quickstart", model, ask=Ask(limit=2), output=out)
     for ask, said in (
-        (Ask(limit=3), "data was [0-9a-f]{8}…, is [0-9a-f]{8}…;"),
-        (Ask(limit=2, batch_size=4), "batch_size was null, is 4;"),
+        (Ask(limit=3), "data is [0-9a-f]{8}… there and [0-9a-f]{8}… now;"),
+        (Ask(limit=2, batch_size=4), "batch_size is not set there and 4 now;"),
     ):
         with pytest.raises(BadArtifact, match=said):
             evaluate("quickstart", model, ask=ask, output=out)
     torch.nn.init.zeros_((changed := make().model).lm_head.weight)
     changed.save_pretrained(model[0])
-    with pytest.raises(BadArtifact, match=r"another run: model was \w+…, is \w+…; run it as before"):
+    with pytest.raises(BadArtifact, match=r"another run: model is \w+… there and \w+… now; run it as before"):
         evaluate("quickstart", model, ask=Ask(limit=2), output=out)
     (anew,) = evaluate("quickstart", model, ask=Ask(limit=3), output=out, overwrite=True).results
     assert (anew.resumed, anew.scores[0].n) == (0, 3)

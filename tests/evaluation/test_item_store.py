@@ -53,7 +53,8 @@ def test_another_run_is_refused_with_the_difference(path: Path) -> None:
     before = path.read_bytes()
     with (
         pytest.raises(
-            BadArtifact, match=r"another run: data was aaaaaaaa…, is bbbbbbbb…, batch_size was null, is 8"
+            BadArtifact,
+            match=r"another run: data is aaaaaaaa… there and bbbbbbbb… now; batch_size is not set there and 8 now",
         ),
         open_items(path, {"data": "b" * 64, "batch_size": 8}),
     ):

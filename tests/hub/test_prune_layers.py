@@ -81,9 +81,12 @@ SEQUENCES = [np.arange(3, 3 + length, dtype=np.int32) for length in (5, 20, 1, 1
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 2048])
-def test_influence_is_a_mean_over_tokens_without_padding(batch_tokens: int) -> None:
+def test_influence_is_a_mean_over_tokens_without_padding(
+    batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdm_toolkit.forward.TOKENS_AT_ONCE", batch_tokens)
     model = _model("gpt2")
-    found = block_influence(model, SEQUENCES, batch_tokens=batch_tokens)
+    found = block_influence(model, SEQUENCES)
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     expected = []
     for ids in SEQUENCES:

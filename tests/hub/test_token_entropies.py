@@ -50,12 +50,14 @@ def fresh(tmp_path: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
 def test_batches_give_what_each_sequence_gives_alone(
-    fresh: PreTrainedModel, smollm2_view, batch_tokens: int
+    fresh: PreTrainedModel, smollm2_view, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = smollm2_view.encode(TEXT).ids
     sequences = [ids[:3], ids, ids[:0], ids[2:9], np.tile(ids, 9), ids[:1]]
     vocab = smollm2_view.vocab_size
-    together = batch_entropies(fresh, sequences, vocab=vocab, batch_tokens=batch_tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr("cdm_toolkit.forward.TOKENS_AT_ONCE", batch_tokens)
+        together = batch_entropies(fresh, sequences, vocab=vocab)
     assert [len(found) for found in together] == [len(one) for one in sequences]
     for one, found in zip(sequences, together, strict=True):
         (alone,) = batch_entropies(fresh, [one], vocab=vocab)

@@ -22,6 +22,7 @@ from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
+from cdm_toolkit.forward import logits_at
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -29,7 +30,6 @@ from cdm_toolkit.kd import spelling
 from cdm_toolkit.kd.aligned_rows import AlignedRow, align_groups, truncate_aligned
 from cdm_toolkit.kd.batch import AlignedBatch
 from cdm_toolkit.kd.method import find_method
-from cdm_toolkit.kd.model_logits import logits_at
 from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.kd.tokenized_rows import TokenizerSide, tokenize_rows, tokenizer_side
 from cdm_toolkit.teachers import Local
