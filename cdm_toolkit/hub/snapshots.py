@@ -235,7 +235,8 @@ def _head(url: str) -> str | None:
     from huggingface_hub import constants, errors, get_hf_file_metadata
 
     try:
-        return get_hf_file_metadata(url, timeout=_seconds()).commit_hash
+        # the clock of `_within` ends first, so that a slow hub is told in one way
+        return get_hf_file_metadata(url, timeout=2 * _seconds()).commit_hash
     except errors.EntryNotFoundError as error:  # a repository of a tokenizer alone
         headers: dict[str, str] = error.response.headers  # type: ignore[attr-defined]
         return headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT)

@@ -171,12 +171,11 @@ def test_a_page_of_one_method_has_no_choice(cdm, pair, tmp_path: Path) -> None:
 
 def test_the_oracle_is_one_more_column(cdm, pair, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    asked = ("signal", "show", "Hello there", *pair, "--method", "spelling", "--method", "exact", "--oracle")
+    asked = ("signal", "show", "Hi", *pair, "--method", "spelling", "--method", "exact", "--oracle")
     record = json.loads(cdm(*asked, "--html", path, "--json").out)
     assert [method["name"] for method in record["methods"]] == ["spelling", "exact", "oracle"]
     found = Page(path.read_text(encoding="utf-8")).found
     assert [each["value"] for each in found["input"]] == ["0", "1", "2"]
-    assert "oracle" in cdm(*asked).out
 
 
 def test_what_cannot_be_shown(cdm, pair, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cdm_toolkit.vocab_map.spelling_reference import (
     spelling_reference,
     spellings_reference,
 )
+from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
 
 View = Callable[[str], TokenizerView]
 
@@ -82,7 +83,8 @@ def test_spellings_equal_their_twin(small: list[TokenizerView]) -> None:
         found = build_spellings(t, s, longest)
         twin_t, twin_s = spellings_reference(t, s), spellings_reference(s, t)
         assert found.of_t.tolist() == [(way + [-1] * longest)[:longest] for way in twin_t]
-        assert found.of_s.tolist() == [[*way, -1][0] for way in twin_s]
+        width = DEEPEST + 1
+        assert found.of_s.tolist() == [(way + [-1] * width)[:width] for way in twin_s]
 
 
 @pytest.mark.parametrize(("old", "new"), [("smollm2", "mistral"), ("mistral", "qwen2"), ("qwen2", "gpt2")])
