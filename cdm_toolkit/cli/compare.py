@@ -281,18 +281,16 @@ def _ended(progress: Progress) -> str:
 
 def _report(config: StudyConfig, folder: StudyFolder, command: str, as_json: bool) -> None:
     """Merge the finished cells, write results, figures and page, and print the table."""
-    from cdm_toolkit.artifacts.manifest import write_json
     from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.compare_table import table
     from cdm_toolkit.compare.figures import draw
     from cdm_toolkit.compare.results import put_together, uneven
-    from cdm_toolkit.compare.study_folder import PAGE_FILE, RESULTS_FILE
+    from cdm_toolkit.compare.study_folder import PAGE_FILE
     from cdm_toolkit.compare.study_page import write_page
     from cdm_toolkit.compare.summary import results_record
 
     result = put_together(config, folder, command=command)
-    page, figures = folder.path / PAGE_FILE, folder.path / RESULTS_FILE
-    write_json(figures, results_record(result))
+    page, figures = folder.path / PAGE_FILE, folder.write_results(results_record(result))
     written = [page, figures, *draw(result, folder.path)]
     write_page(result, page)
     for line in uneven(result.cells):

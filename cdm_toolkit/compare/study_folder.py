@@ -25,7 +25,6 @@ from cdm_toolkit.compare.types import (
     Measured,
     ModelScores,
     Point,
-    StudyResult,
 )
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
@@ -205,10 +204,10 @@ class StudyFolder:
         )
         write_json(self.of(stored.result.cell) / CELL_FILE, content)
 
-    def write_results(self, result: StudyResult) -> Path:
-        """Write all that was measured."""
+    def write_results(self, record: Mapping[str, Any]) -> Path:
+        """Write all that was measured and what it says: `summary.results_record`."""
         file = self.path / RESULTS_FILE
-        write_json(file, asdict(result))
+        write_json(file, record)
         return file
 
 

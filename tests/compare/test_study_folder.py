@@ -15,6 +15,7 @@ import pytest
 from cdm_toolkit.compare.prepared import prepare
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.compare.study_folder import CELL_FILE, SHARED_FILE, Stored, StudyFolder, is_held, only_one
+from cdm_toolkit.compare.summary import results_record
 from cdm_toolkit.compare.types import StudyResult
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
@@ -250,7 +251,7 @@ def test_a_cell_in_anothers_place_is_told(folder: StudyFolder, stored: Stored) -
 
 
 def test_results_are_plain_json(folder: StudyFolder, full_study: StudyResult) -> None:
-    content = json.loads(folder.write_results(full_study).read_text(encoding="utf-8"))
+    content = json.loads(folder.write_results(results_record(full_study)).read_text(encoding="utf-8"))
     assert content["cells"][0]["cell"]["method"] == "sft"
     assert content["start"]["inside"]["code"]["scored_bytes"] == 4000
 
