@@ -17,7 +17,8 @@ from cdm_toolkit.errors import BadOption, NothingToTrain
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
 from cdm_toolkit.kd.continuations import ReadText
 from cdm_toolkit.kd.method import Method, Teacher
-from cdm_toolkit.kd.next_token_oracle import NextTokenOracle
+from cdm_toolkit.kd.next_token_oracle import NextTokenOracle, Question
+from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, sparse_logprobs
 from cdm_toolkit.kd.types import Comparison, SignalRequest, TeacherSignal
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -138,32 +139,34 @@ def explain(
         raise NothingToTrain("the row", "its tokens cannot be aligned with the teacher's")
     logits = batch.student_logits_at(student)
     signals: dict[SignalRequest, TeacherSignal] = {}
-    compared = []
-    for method in methods.values():
+    shown, compared = [], []
+    for name, method in methods.items():
         request = replace(method.signal_request, token_logprobs=True)
         if request not in signals:  # methods that ask the same share one pass of the teacher
             signals[request] = teacher.signal(batch, request)
         found = method.explain(logits, signals[request], batch)
         compared.append(_by_label(found, side.student_rows if method.mean_logits else None))
+        shown.append((name, getattr(method.settings, "rest_bucket", True)))
     if oracle is not None:
         compared.append(_by_oracle(batch, *oracle, logits))
-    return _explanation(batch, methods, logits, next(iter(signals.values())), compared)
+        shown.append((ORACLE, True))
+    pair, signal = next(iter(methods.values())).pair, next(iter(signals.values()))
+    return _explanation(batch, pair, logits, signal, shown, compared)
 
 
 def _explanation(
     batch: AlignedBatch,
-    methods: Mapping[str, Method[Any, Any]],
+    pair: TokenizerPair,
     logits: Float[Tensor, "label vocab"],
     signal: TeacherSignal,
+    shown: Sequence[tuple[str, bool]],
     compared: Sequence[dict[int, ComparedPosition]],
 ) -> Explanation:
+    """Put together what was compared under each name in `shown`, which says too whether that has a rest."""
     (side,) = batch.teachers
-    pair = next(iter(methods.values())).pair
     every = torch.arange(len(batch.labels), device=logits.device)
     follows = sparse_logprobs(logits, log_sum_exp(logits), every, batch.labels).tolist()
     place = _places(side)
-    shown = [(name, getattr(method.settings, "rest_bucket", True)) for name, method in methods.items()]
-    shown += [(ORACLE, True)] if len(compared) > len(shown) else []
     positions = tuple(
         ExplainedPosition(
             position=position,
@@ -216,17 +219,13 @@ def _by_oracle(
     """Ask the oracle at each label of a group; labels that it has no answer for are left out."""
     (side,) = batch.teachers
     read = ReadText(model, side.inputs["input_ids"][0].tolist(), vocab=oracle.pair.vocab_t)
-    ids, at = batch.student["input_ids"][0].tolist(), (batch.label_positions + 1).tolist()
-    first, before = side.student_rows.tolist(), (side.group_positions + 1).tolist()
     found = {}
     for label, (group, _) in _places(side).items():
-        said = oracle(ids, at[first[group]], at[label], read.after(before[group]))
+        ids, first, position, before = Question.of(batch, label, group)
+        said = oracle(ids, first, position, read.after(before))
         if said is not None:
-            found[label] = (
-                said.ids,
-                said.logprobs,
-                logits[label].double().log_softmax(-1).cpu().numpy()[said.ids],
-            )
+            own = logits[label].double().log_softmax(-1).cpu().numpy()[said.ids]
+            found[label] = said.ids, said.logprobs, own
     kls = {label: float(np.exp(p) @ (p - q)) for label, (_, p, q) in found.items()}
     whole = sum(kls.values())
     return {

@@ -10,10 +10,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
+from cdm_toolkit.kd.batch import AlignedBatch
 from cdm_toolkit.kd.byte_lattice import ByteSortedVocab, NextLogprobs
 from cdm_toolkit.kd.pair import TokenizerPair
 
@@ -75,6 +77,30 @@ class NextTokenOracle:
         """
         encoder = _encoder_at(self, student_ids, first, position)
         return None if encoder is None else _Search(self, encoder, next_logprobs).run()
+
+
+class Question(NamedTuple):
+    """What an oracle is asked at one label of a batch of one row."""
+
+    student_ids: list[int]
+    first: int
+    """The student's token that the label's group begins with."""
+    position: int
+    """The label itself, among the student's tokens."""
+    before: int
+    """Teacher tokens before the group: what the teacher has read there."""
+
+    @classmethod
+    def of(cls, batch: AlignedBatch, label: int, group: int) -> Question:
+        """Lay out the question at a label, which is in a group of the batch's one teacher."""
+        (side,) = batch.teachers
+        at = batch.label_positions + 1
+        return cls(
+            batch.student["input_ids"][0].tolist(),
+            int(at[side.student_rows[group]]),
+            int(at[label]),
+            int(side.group_positions[group]) + 1,
+        )
 
 
 @dataclass(order=True, frozen=True, slots=True)

@@ -24,7 +24,7 @@ from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.continuations import ReadText
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
-from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle
+from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle, Question
 from cdm_toolkit.kd.sparse_logprobs import top_k
 
 KINDS = ("1-1", "1-n", "n-1", "n-m", "inside 1-n", "inside n-m")
@@ -175,10 +175,7 @@ def _ask(
     oracle: NextTokenOracle, read: ReadText, batch: kd.AlignedBatch, place: Place, kept: dict[str, np.ndarray]
 ) -> NextToken | None:
     """Ask the oracle about one place of a batch of one row, unless the answer was kept."""
-    (side,) = batch.teachers
-    ids = batch.student["input_ids"][0].tolist()
-    before = int(side.group_positions[place.group]) + 1
-    first, position = (int(batch.label_positions[label]) + 1 for label in (place.first, place.label))
+    ids, first, position, before = Question.of(batch, place.label, place.group)
     asked = (oracle.pair.fingerprint, oracle.most, oracle.unsettled, oracle.least, ids, first, position)
     key = hashlib.sha256(repr(asked).encode()).hexdigest()
     if key not in kept:
@@ -205,9 +202,8 @@ def _ideal_logits(batch: kd.AlignedBatch, found: Mapping[int, NextToken], vocab:
 def _signal(read: ReadText, batch: kd.AlignedBatch, k: int) -> kd.TeacherSignal:
     (side,) = batch.teachers
     every = top_k(read.logprobs, k, real=read.vocab, rows=side.token_positions)
-    top = kd.TopK(every.ids[side.group_first], every.logprobs[side.group_first])
     tokens = read.logprobs[side.token_positions, side.next_ids]
-    return kd.TeacherSignal(top, tokens, side.token_group, side.next_ids, every)
+    return kd.TeacherSignal(every.at(side.group_first), tokens, side.token_group, side.next_ids, every)
 
 
 def _distances(
