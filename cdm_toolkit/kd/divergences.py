@@ -117,3 +117,12 @@ def group_sums(
 ) -> Float[Tensor, " group"]:
     """Add up the values of each group's tokens."""
     return values.new_zeros(groups).index_add(0, group, values)
+
+
+def first_and_count(
+    group: Int64[Tensor, " token"], groups: int
+) -> tuple[Int64[Tensor, " group"], Int64[Tensor, " group"]]:
+    """Give the index of each group's first token, and how many it has; `group` is ascending."""
+    every = torch.arange(groups, device=group.device)
+    first = torch.searchsorted(group, every)
+    return first, torch.searchsorted(group, every, right=True) - first

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.types import TeacherSignal
+from cdm_toolkit.kd.divergences import first_and_count
+from cdm_toolkit.kd.types import TeacherSignal, TopK
 from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
@@ -55,11 +56,9 @@ def joint_outcomes(
     assert signal.token_logprobs is not None
     assert signal.token_group is not None
     assert signal.token_ids is not None
-    assert signal.token_top is not None
-    groups, last = len(signal.top.ids), len(signal.token_ids) - 1
-    first = torch.searchsorted(signal.token_group, torch.arange(groups, device=follows.device))
+    first, _ = first_and_count(signal.token_group, len(signal.top.ids))
+    last = len(signal.token_ids) - 1
     text = follows.logical_not().cumsum(0).index_select(0, signal.token_group)
-    width = min(signal.top.ids.shape[1], FOLLOWING)
     node = _children(keys, vocab, torch.zeros_like(first), signal.token_ids.index_select(0, first))
     reached = signal.token_logprobs.index_select(0, first)
     levels = []
@@ -67,22 +66,29 @@ def joint_outcomes(
         at = (first + depth).clamp(max=last)
         same = (first + depth <= last) & (text.index_select(0, at) == text.index_select(0, first))
         node = torch.where(same, node, NO_MATCH)
-        own, own_logprob = (each.index_select(0, at) for each in (signal.token_ids, signal.token_logprobs))
-        ids, logprobs = (
-            each.index_select(0, at).narrow(1, 0, width)
-            for each in (signal.token_top.ids, signal.token_top.logprobs)
-        )
-        logprobs = logprobs.masked_fill(ids == own.unsqueeze(-1), -torch.inf)
-        ids, logprobs = (
-            torch.cat((ids, own.unsqueeze(-1)), -1),
-            torch.cat((logprobs, own_logprob.unsqueeze(-1)), -1),
-        )
-        child = _children(keys, vocab, node.unsqueeze(-1).expand_as(ids), ids)
+        following = _following(signal, at)
+        child = _children(keys, vocab, node.unsqueeze(-1).expand_as(following.ids), following.ids)
         end = ends.index_select(0, child.clamp(min=0).flatten()).view_as(child)  # −1 for the root
-        masses = torch.where(end >= 0, (reached.unsqueeze(-1) + logprobs).exp(), 0.0)
+        masses = torch.where(end >= 0, (reached.unsqueeze(-1) + following.logprobs).exp(), 0.0)
         levels.append(_Level(end, masses))
-        node, reached = child.select(-1, -1), reached + own_logprob
+        node, reached = child.select(-1, -1), reached + following.logprobs.select(-1, -1)
     return _joint(levels, signal, first)
+
+
+def _following(signal: TeacherSignal, at: Int64[Tensor, " group"]) -> TopK:
+    """Give the likeliest candidates at some tokens of the text; the last is the token itself, and no other is it."""
+    assert signal.token_logprobs is not None
+    assert signal.token_ids is not None
+    assert signal.token_top is not None
+    own, own_logprob = (
+        each.index_select(0, at).unsqueeze(-1) for each in (signal.token_ids, signal.token_logprobs)
+    )
+    top = signal.token_top.at(at)
+    width = min(top.ids.shape[1], FOLLOWING)
+    ids, logprobs = top.ids.narrow(1, 0, width), top.logprobs.narrow(1, 0, width)
+    return TopK(
+        torch.cat((ids, own), -1), torch.cat((logprobs.masked_fill(ids == own, -torch.inf), own_logprob), -1)
+    )
 
 
 def _children(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, group_sums, kd_sums
+from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, first_and_count, group_sums, kd_sums
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
@@ -151,7 +151,7 @@ class Likelihood(Method[LikelihoodSettings, CoveredOutcomes]):
         top, longest = signal.top, self.spelling.shape[1]
         ways = self.spelling.index_select(0, top.ids.flatten()).view(*top.ids.shape, longest)
         same = (ways == _windows(student, len(top.ids), longest).unsqueeze(1)) & (ways >= 0)
-        first, count = _first_and_count(signal.token_group, len(top.ids))
+        first, count = first_and_count(signal.token_group, len(top.ids))
         own = signal.token_ids.index_select(0, first).unsqueeze(-1)
         return _Candidates(
             logprobs=top.logprobs,
@@ -189,15 +189,6 @@ class Likelihood(Method[LikelihoodSettings, CoveredOutcomes]):
         return kd_sums(compared.divergence, signal.top.logprobs, request.state.has_partner)
 
 
-def _first_and_count(
-    group: Int64[Tensor, " token"], groups: int
-) -> tuple[Int64[Tensor, " group"], Int64[Tensor, " group"]]:
-    """Give each group's first token, and how many it has."""
-    every = torch.arange(groups, device=group.device)
-    first = torch.searchsorted(group, every)
-    return first, torch.searchsorted(group, every, right=True) - first
-
-
 def _texts(student: StudentLogits, groups: int) -> Int64[Tensor, " group"]:
     """Number the texts that the groups belong to: one that follows no other begins a new one."""
     if student.follows is None:
@@ -209,7 +200,7 @@ def _windows(student: StudentLogits, groups: int, longest: int) -> Int64[Tensor,
     """List the student tokens from each group's first on; −1 behind the end of the text."""
     assert student.token_ids is not None
     assert student.token_group is not None
-    text, (first, _) = _texts(student, groups), _first_and_count(student.token_group, groups)
+    text, (first, _) = _texts(student, groups), first_and_count(student.token_group, groups)
     at = first.unsqueeze(-1) + torch.arange(longest, device=first.device)
     inside, at = at < len(student.token_ids), at.clamp(max=len(student.token_ids) - 1)
     of = text.index_select(0, student.token_group.index_select(0, at.flatten())).view_as(at)
@@ -220,7 +211,7 @@ def _windows(student: StudentLogits, groups: int, longest: int) -> Int64[Tensor,
 def _next_tokens(candidates: _Candidates, student: StudentLogits, signal: TeacherSignal) -> TopK:
     """Give the student tokens that come next at each position, with the teacher's probability of each."""
     assert student.token_group is not None
-    first, _ = _first_and_count(student.token_group, len(candidates.agree))
+    first, _ = first_and_count(student.token_group, len(candidates.agree))
     every = torch.arange(len(student.token_group), device=first.device)
     before = every - first.index_select(0, student.token_group)
     earlier = _earlier(student, signal, candidates.ways.shape[-1])
@@ -287,6 +278,6 @@ def _shares(covers: list[_Covers], counts: Bool[Tensor, " position"]) -> TopK:
 def _is_learned(candidates: _Candidates, student: StudentLogits) -> Bool[Tensor, " group"]:
     """Say of which groups the positions inside count: one teacher token, a candidate, spelled as the text is."""
     assert student.token_group is not None
-    _, count = _first_and_count(student.token_group, len(candidates.agree))
+    _, count = first_and_count(student.token_group, len(candidates.agree))
     spelled = (candidates.length == count.unsqueeze(-1)) & (candidates.agree == candidates.length)
     return (candidates.is_own & spelled & (candidates.logprobs > -torch.inf)).any(-1)

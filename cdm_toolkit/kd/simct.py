@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import FULL, NOTHING, group_sums, kd_sums, kl
+from cdm_toolkit.kd.divergences import FULL, NOTHING, first_and_count, group_sums, kd_sums, kl
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
@@ -108,8 +108,9 @@ class SimCT(Method[SimCTSettings, SharedOutcomes]):
         groups = len(signal.top.ids)
         partners = partners_of(signal.top, self.partner)
         teacher = merged(signal.top, partners)
-        first_t, several_t = _first_and_several(signal.token_group, groups)
-        first_s, several_s = _first_and_several(student.token_group, groups)
+        first_t, count_t = first_and_count(signal.token_group, groups)
+        first_s, count_s = first_and_count(student.token_group, groups)
+        several_t, several_s = count_t > 1, count_s > 1
         unit = _mean(signal.token_logprobs, signal.token_group, groups)
         is_unit = (several_t | several_s) & (unit > NOTHING)
         id_t = signal.token_ids.index_select(0, first_t).unsqueeze(-1)
@@ -158,7 +159,7 @@ class SimCT(Method[SimCTSettings, SharedOutcomes]):
         """Give both distributions over the shared ids, the group's text and, where it is compared, the rest."""
         own, tokens = logprobs.split((shared.teacher.ids.numel(), len(shared.token_group)))
         groups = len(shared.first_s)
-        first_s, _ = _first_and_several(shared.token_group, groups)
+        first_s, _ = first_and_count(shared.token_group, groups)
         student = self._outcomes(
             own.view_as(shared.teacher.logprobs),
             _mean(tokens, shared.token_group, groups),
@@ -187,15 +188,6 @@ class SimCT(Method[SimCTSettings, SharedOutcomes]):
             taken = torch.cat((kept, first), dim=-1).logsumexp(-1, keepdim=True).clamp(max=FULL)
             every.append(torch.log(-torch.expm1(taken)))
         return torch.cat(every, dim=-1)
-
-
-def _first_and_several(
-    group: Int64[Tensor, " token"], groups: int
-) -> tuple[Int64[Tensor, " group"], Bool[Tensor, " group"]]:
-    """Give each group's first token, and whether it has more."""
-    every = torch.arange(groups, device=group.device)
-    first = torch.searchsorted(group, every)
-    return first, torch.searchsorted(group, every, right=True) - first > 1
 
 
 def _mean(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, kd_sums
+from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, first_and_count, kd_sums
 from cdm_toolkit.kd.joint import joint_outcomes
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
@@ -224,7 +224,7 @@ def _positions(student: StudentLogits, groups: int, intra_group: bool) -> _Posit
         return _Positions(student.rows, every, torch.zeros_like(every))
     assert student.token_rows is not None
     assert student.token_group is not None
-    first = torch.searchsorted(student.token_group, every)
+    first, _ = first_and_count(student.token_group, groups)
     before = torch.arange(len(student.token_group), device=every.device) - first.index_select(
         0, student.token_group
     )
@@ -245,7 +245,8 @@ def _next_tokens(
     """Give the student token that each candidate goes on with, −1 where it does not, and its log-probability.
 
     Inside a group that is the probability given what of the group is spelled already. The candidates know nothing
-    of what follows one that ends there, and of tokens that are none of them: the third is their share.
+    of what follows one that ends there, nor of tokens that are none of them: the third is the share of the
+    probability that they know of.
     """
     groups, longest = len(candidates.ids), spelling.shape[1]
     possible = candidates.logprobs > -torch.inf
@@ -275,14 +276,10 @@ def _text(student: StudentLogits, groups: int, most: int) -> list[Int64[Tensor, 
     """List the first token of each group, the second, ...; −1 behind a group's end."""
     assert student.token_ids is not None
     assert student.token_group is not None
-    every = torch.arange(groups, device=student.token_ids.device)
-    first = torch.searchsorted(student.token_group, every)
-    end = torch.searchsorted(student.token_group, every, right=True)
+    first, count = first_and_count(student.token_group, groups)
     last = len(student.token_ids) - 1
     return [
-        torch.where(
-            first + nth < end, student.token_ids.index_select(0, (first + nth).clamp(max=last)), NO_MATCH
-        )
+        torch.where(nth < count, student.token_ids.index_select(0, (first + nth).clamp(max=last)), NO_MATCH)
         for nth in range(most)
     ]
 

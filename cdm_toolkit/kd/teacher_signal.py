@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.batch import AlignedTeacherBatch
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, top_k, values_at
-from cdm_toolkit.kd.types import SignalRequest, TeacherSignal, TopK
+from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
 
 
 @torch.no_grad()
@@ -31,18 +31,17 @@ def teacher_signal(
         return TeacherSignal(top_k(logits, request.top_k, real=vocab))
     group = side.token_group
     every = torch.arange(len(group), device=group.device)
-    token_top = top_k(logits, request.top_k, real=vocab) if request.token_top else None
+    if request.mean_logits:
+        top = top_k(mean_logits(logits, every, group, side.groups), request.top_k, real=vocab)
+        if not request.token_logprobs:
+            return TeacherSignal(top)
+    lse = log_sum_exp(logits.narrow(1, 0, vocab))
+    token_top = top_k(logits, request.top_k, real=vocab, lse=lse) if request.token_top else None
     if token_top is not None:
-        top = TopK(*(each.index_select(0, side.group_first) for each in (token_top.ids, token_top.logprobs)))
-    elif request.mean_logits:
-        means = mean_logits(logits, every, group, side.groups)
-        top = top_k(means, request.top_k, real=vocab)
-    else:
-        top = top_k(logits, request.top_k, real=vocab, rows=side.group_first)
-    if not request.token_logprobs:
-        return TeacherSignal(top)
-    real = logits.narrow(1, 0, vocab)
-    chosen = values_at(logits, every, side.next_ids).to(top.logprobs.dtype) - log_sum_exp(real)
+        top = token_top.at(side.group_first)
+    elif not request.mean_logits:
+        top = top_k(logits, request.top_k, real=vocab, rows=side.group_first, lse=lse)
+    chosen = values_at(logits, every, side.next_ids).to(top.logprobs.dtype) - lse
     return TeacherSignal(top, chosen, group, side.next_ids, token_top)
 
 

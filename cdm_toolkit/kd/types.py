@@ -22,6 +22,10 @@ class TopK:
     ids: Int64[Tensor, "group topk"]
     logprobs: Float[Tensor, "group topk"]
 
+    def at(self, rows: Int64[Tensor, " row"]) -> TopK:
+        """Take some rows."""
+        return TopK(self.ids.index_select(0, rows), self.logprobs.index_select(0, rows))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherSignal:

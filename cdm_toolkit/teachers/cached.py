@@ -86,18 +86,14 @@ class Cached:
             tops.append(self._top(row, wanted, request.top_k))
             tokens.append(row.token_logprobs[at])
         ids, logprobs = (torch.cat(each).to(device) for each in zip(*tops, strict=True))
-        top = every = TopK(ids, logprobs)
+        top, token_top = TopK(ids, logprobs), None
         if not request.token_logprobs:
             return TeacherSignal(top)
         if request.token_top:
-            top = TopK(ids.index_select(0, side.group_first), logprobs.index_select(0, side.group_first))
+            top, token_top = top.at(side.group_first), top
         token_logprobs = torch.from_numpy(np.concatenate(tokens)).to(device)
         return TeacherSignal(
-            top,
-            token_logprobs,
-            torch.from_numpy(group).to(device),
-            side.next_ids,
-            every if request.token_top else None,
+            top, token_logprobs, torch.from_numpy(group).to(device), side.next_ids, token_top
         )
 
     def check(self, request: SignalRequest) -> None:

@@ -10,7 +10,8 @@ from jaxtyping import Int, Int64
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 DEEPEST = 4
-"""Tokens of a spelling that is in a tree: 999 in 1,000 student ids have no more."""
+"""Most tokens of a spelling that is in a tree. Of SmolLM2's tokens 99 in 100 ids of GPT-2 and Mistral need no more,
+of Qwen2, which has many ids for Chinese, 89."""
 ROOT = 0
 
 
