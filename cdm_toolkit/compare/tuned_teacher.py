@@ -1,4 +1,4 @@
-"""A study's teacher that is itself trained on the rows before it teaches."""
+"""A study's teacher that is itself fine-tuned on the rows before it teaches (teacher correction, arXiv 2408.11796)."""
 
 from __future__ import annotations
 

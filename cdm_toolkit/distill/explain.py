@@ -17,7 +17,7 @@ from cdm_toolkit.errors import BadOption, NothingToTrain
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch
 from cdm_toolkit.kd.continuations import ReadText
 from cdm_toolkit.kd.method import Method, Teacher
-from cdm_toolkit.kd.next_token_oracle import NextTokenOracle, Question
+from cdm_toolkit.kd.next_token_oracle import NextTokenOracle, OracleQuery
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, sparse_logprobs
 from cdm_toolkit.kd.types import Comparison, SignalRequest, TeacherSignal
@@ -221,7 +221,7 @@ def _by_oracle(
     read = ReadText(model, side.inputs["input_ids"][0].tolist(), vocab=oracle.pair.vocab_t)
     found = {}
     for label, (group, _) in _places(side).items():
-        ids, first, position, before = Question.of(batch, label, group)
+        ids, first, position, before = OracleQuery.of(batch, label, group)
         said = oracle(ids, first, position, read.after(before))
         if said is not None:
             own = logits[label].double().log_softmax(-1).cpu().numpy()[said.ids]

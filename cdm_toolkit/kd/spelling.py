@@ -38,7 +38,7 @@ from cdm_toolkit.kd.types import (
     TeacherSignal,
     TopK,
 )
-from cdm_toolkit.vocab_map.spelling_tree import build_spelling_tree
+from cdm_toolkit.vocab_map.spelling_trie import build_spelling_trie
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 STUDENT_CANDIDATES = 32
@@ -86,8 +86,8 @@ class SpelledOutcomes:
     longer: _Longer | None
     has_partner: Bool[Tensor, "group topk"]
     """Of the teacher's candidates."""
-    known: Float[Tensor, " position"]
-    """How much of what may come next the candidates know of: 1 at boundaries."""
+    weight: Float[Tensor, " position"]
+    """Of its divergence: 1 at boundaries, inside a group the share of the probability that the candidates know of."""
 
 
 class Spelling(Method[SpellingSettings, SpelledOutcomes]):
@@ -119,10 +119,10 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
     beginning: Tensor
     """int64 [vocab_s]: the student id that stands for the first teacher token of each student id's spelling, −1
     without one."""
-    tree_keys: Tensor
-    tree_ends: Tensor
-    above: Tensor
-    """Those of the `SpellingTree` of the student's ids."""
+    trie_keys: Tensor
+    trie_ends: Tensor
+    longest_prefix: Tensor
+    """Those of the `SpellingTrie` of the student's ids."""
 
     def build_tables(self, pair: TokenizerPair) -> None:
         spellings = pair.spellings()
@@ -130,10 +130,10 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         beginning = torch.where(of_s[:, 0] >= 0, of_t[of_s[:, 0].clamp(min=0), 0], NO_MATCH)
         self.register_buffer("spelling", of_t, persistent=False)
         self.register_buffer("beginning", beginning, persistent=False)
-        tree = build_spelling_tree(spellings.of_s, pair.vocab_t)
-        self.register_buffer("tree_keys", as_buffer(tree.keys), persistent=False)
-        self.register_buffer("tree_ends", as_buffer(tree.ends), persistent=False)
-        self.register_buffer("above", as_buffer(tree.above), persistent=False)
+        trie = build_spelling_trie(spellings.of_s, pair.vocab_t)
+        self.register_buffer("trie_keys", as_buffer(trie.keys), persistent=False)
+        self.register_buffer("trie_ends", as_buffer(trie.ends), persistent=False)
+        self.register_buffer("longest_prefix", as_buffer(trie.longest_prefix), persistent=False)
 
     @property
     def signal_request(self) -> SignalRequest:
@@ -144,7 +144,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[SpelledOutcomes]:
         groups = len(signal.top.ids)
         positions = _positions(student, groups, self.settings.intra_group)
-        partners, logprobs, known = _next_tokens(student, signal.top, positions, self.spelling)
+        partners, logprobs, weight = _next_tokens(student, signal.top, positions, self.spelling)
         if self.settings.joint:
             partners, logprobs = self._with_joint(partners, logprobs, student, signal)
         teacher = largest_outcomes(merged(TopK(partners, logprobs), partners))
@@ -154,11 +154,11 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         if self.settings.both_directions:
             k = min(self.top_k, STUDENT_CANDIDATES)
             top = top_k(student.logits, k, real=student.vocab, rows=student.rows, lse=student.lse).ids
-            longer = _longer(top, teacher.ids.narrow(0, 0, groups), self.above, self.beginning)
+            longer = _longer(top, teacher.ids.narrow(0, 0, groups), self.longest_prefix, self.beginning)
             rows = torch.cat((rows, student.rows.repeat_interleave(longer.ids.shape[1])))
             ids = torch.cat((ids, longer.ids.flatten()))
         has_partner = partners.narrow(0, 0, groups).narrow(1, 0, signal.top.ids.shape[1]) >= 0
-        return LogprobRequest(rows, ids, SpelledOutcomes(teacher, longer, has_partner, known))
+        return LogprobRequest(rows, ids, SpelledOutcomes(teacher, longer, has_partner, weight))
 
     def _with_joint(
         self,
@@ -173,7 +173,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
         """
         assert student.follows is not None
         groups = len(signal.top.ids)
-        joint = joint_outcomes(signal, student.follows, self.tree_keys, self.tree_ends, self.pair.vocab_t)
+        joint = joint_outcomes(signal, student.follows, self.trie_keys, self.trie_ends, self.pair.vocab_t)
         tiny = torch.finfo(logprobs.dtype).tiny
         left = (joint.first_logprob.exp() - joint.taken).clamp(min=tiny).log()
         boundary, inside = logprobs.split([groups, len(logprobs) - groups])
@@ -206,7 +206,7 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
             rest_bucket=self.settings.rest_bucket,
         )
         rows = request.rows.narrow(0, 0, teacher.ids.numel()).view_as(teacher.ids).select(1, 0)
-        return Comparison(rows, teacher.ids, teacher.logprobs, own, request.state.known * divergence)
+        return Comparison(rows, teacher.ids, teacher.logprobs, own, request.state.weight * divergence)
 
     def loss(
         self,
@@ -267,9 +267,9 @@ def _next_tokens(
     at = before.clamp(max=longest - 1).view(-1, 1, 1).expand(-1, ids.shape[1], 1)
     inside = torch.where(left, ways.gather(-1, at).squeeze(-1), NO_MATCH)
     every = candidates.logprobs.index_select(0, group)
-    known = torch.cat((every.new_ones(groups), _known(every.exp(), left, inside >= 0)))
+    weight = torch.cat((every.new_ones(groups), _known_share(every.exp(), left, inside >= 0)))
     given = _given(every, inside >= 0)
-    return torch.cat((at_boundary, inside)), torch.cat((candidates.logprobs, given)), known
+    return torch.cat((at_boundary, inside)), torch.cat((candidates.logprobs, given)), weight
 
 
 def _text(student: StudentLogits, groups: int, most: int) -> list[Int64[Tensor, " group"]]:
@@ -284,7 +284,7 @@ def _text(student: StudentLogits, groups: int, most: int) -> list[Int64[Tensor, 
     ]
 
 
-def _known(
+def _known_share(
     masses: Float[Tensor, "position candidate"],
     left: Bool[Tensor, "position candidate"],
     goes_on: Bool[Tensor, "position candidate"],
@@ -332,14 +332,14 @@ class _Longer:
 def _longer(
     ids: Int64[Tensor, "group topk"],
     outcomes: Int64[Tensor, "group outcome"],
-    above: Int64[Tensor, " vocab_s"],
+    longest_prefix: Int64[Tensor, " vocab_s"],
     beginning: Int64[Tensor, " vocab_s"],
 ) -> _Longer:
     in_order = torch.where(outcomes >= 0, outcomes, FAR).sort(-1)
     is_outcome, _ = find_outcomes(ids, *in_order)
     near, far = (
         find_outcomes(table.index_select(0, ids.flatten()).view_as(ids), *in_order)
-        for table in (above, beginning)
+        for table in (longest_prefix, beginning)
     )
     there = (near[0] | far[0]) & is_outcome.logical_not()
     return _Longer(ids, torch.where(near[0], near[1], far[1]), there)

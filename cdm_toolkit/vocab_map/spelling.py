@@ -11,7 +11,7 @@ from jaxtyping import Int32
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners, preferred_ids
-from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
+from cdm_toolkit.vocab_map.spelling_trie import DEEPEST
 from cdm_toolkit.vocab_map.types import NO_MATCH
 
 LONGEST = 16
@@ -25,7 +25,7 @@ class Spellings:
     of_t: Int32[np.ndarray, "vocab_t longest"]
     """Student tokens of each teacher id; a single one where bytes or role are equal."""
     of_s: Int32[np.ndarray, "vocab_s deepest"]
-    """Teacher tokens of each student id, as many as `spelling_tree` needs."""
+    """Teacher tokens of each student id, as many as `spelling_trie` needs."""
 
 
 def build_spellings(view_t: TokenizerView, view_s: TokenizerView, longest: int = LONGEST) -> Spellings:

@@ -19,7 +19,7 @@ from cdm_toolkit.kd.types import TeacherSignal
 from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.projection import Projection
 from cdm_toolkit.vocab_map.spelling import Spellings
-from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
+from cdm_toolkit.vocab_map.spelling_trie import DEEPEST
 from cdm_toolkit.vocab_map.types import (
     Neighbours,
     NeighbourTable,

@@ -22,7 +22,7 @@ from cdm_toolkit.vocab_map.spelling_reference import (
     spelling_reference,
     spellings_reference,
 )
-from cdm_toolkit.vocab_map.spelling_tree import DEEPEST
+from cdm_toolkit.vocab_map.spelling_trie import DEEPEST
 
 View = Callable[[str], TokenizerView]
 

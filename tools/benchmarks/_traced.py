@@ -205,9 +205,9 @@ TABLES: Mapping[str, Callable[[int], Mapping[str, Any]]] = {
     "spelling": lambda vocab_t: {
         "spelling": (vocab_t, LONGEST),
         "beginning": (VOCAB_S,),
-        "above": (VOCAB_S,),
-        "tree_keys": (VOCAB_S,),
-        "tree_ends": (VOCAB_S + 1,),
+        "longest_prefix": (VOCAB_S,),
+        "trie_keys": (VOCAB_S,),
+        "trie_ends": (VOCAB_S + 1,),
     },
     "cdm": lambda vocab_t: {
         "partner_ids": (vocab_t + 1, WIDTH),

@@ -24,7 +24,7 @@ from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.continuations import ReadText
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
-from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle, Question
+from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle, OracleQuery
 from cdm_toolkit.kd.sparse_logprobs import top_k
 
 KINDS = ("1-1", "1-n", "n-1", "n-m", "inside 1-n", "inside n-m")
@@ -175,7 +175,7 @@ def _ask(
     oracle: NextTokenOracle, read: ReadText, batch: kd.AlignedBatch, place: Place, kept: dict[str, np.ndarray]
 ) -> NextToken | None:
     """Ask the oracle about one place of a batch of one row, unless the answer was kept."""
-    ids, first, position, before = Question.of(batch, place.label, place.group)
+    ids, first, position, before = OracleQuery.of(batch, place.label, place.group)
     asked = (oracle.pair.fingerprint, oracle.most, oracle.unsettled, oracle.least, ids, first, position)
     key = hashlib.sha256(repr(asked).encode()).hexdigest()
     if key not in kept:
