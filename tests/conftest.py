@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+PACKAGE = Path(__file__).parents[1] / "cdm_toolkit"
+CHECKED = (
+    *("tokdiff", "alignment", "vocab_map", "artifacts", "batching", "forward", "kd", "teachers"),
+    *("hub.embedding_rows", "hub.hidden_states", "hub.omp", "hub.prune_layers", "hub.token_entropies"),
+    *("distill.coverage", "distill.explain", "distill.model_entropies", "distill.sampler"),
+    *("evaluation.bpb", "compare.measure", "compare.words"),
+)
+"""Modules and packages whose shapes are checked."""
+
+
+def modules_with_shapes() -> list[str]:
+    """Find the modules to check that have a shape: types alone, in what reads each token, take minutes to check."""
+    named = [PACKAGE.joinpath(*name.split(".")) for name in CHECKED]
+    files = [
+        file
+        for path in named
+        for file in (path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")])
+    ]
+    with_shapes = [file for file in files if "from jaxtyping import" in file.read_text(encoding="utf-8")]
+    return [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in sorted(with_shapes)]
+
+
 install_import_hook(
-    [
-        "cdm_toolkit.tokdiff",
-        "cdm_toolkit.alignment",
-        "cdm_toolkit.vocab_map",
-        "cdm_toolkit.artifacts",
-        "cdm_toolkit.batching",
-        "cdm_toolkit.forward",
-        "cdm_toolkit.kd",
-        "cdm_toolkit.teachers",
-        "cdm_toolkit.hub.embedding_rows",
-        "cdm_toolkit.hub.hidden_states",
-        "cdm_toolkit.hub.omp",
-        "cdm_toolkit.hub.prune_layers",
-        "cdm_toolkit.hub.token_entropies",
-        "cdm_toolkit.distill.coverage",
-        "cdm_toolkit.distill.explain",
-        "cdm_toolkit.distill.model_entropies",
-        "cdm_toolkit.distill.sampler",
-        "cdm_toolkit.evaluation.bpb",
-        "cdm_toolkit.compare.measure",
-        "cdm_toolkit.compare.words",
-    ],
+    modules_with_shapes(),
     # a whole number is a float, as PEP 484 has it
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
@@ -49,6 +51,14 @@ if (
 
 if TYPE_CHECKING:
     from cdm_toolkit.tokdiff.view import TokenizerView
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Leave out shapes, which take most of the time, in a test that calls small functions millions of times."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -178,15 +178,16 @@ def _whole(file: Path) -> list[str]:
     return [_read(file)]
 
 
-def _docstrings(file: Path) -> list[str]:
+@cache
+def _docstrings(file: Path) -> Sequence[str]:
     with warnings.catch_warnings(action="ignore"):  # of odd escapes
         try:
             tree = ast.parse(_read(file))
         except SyntaxError:  # such as files that a distribution keeps for another Python
-            return []
+            return ()
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return [inspect.cleandoc(text) for text in found if text]
+    return tuple(inspect.cleandoc(text) for text in found if text)
 
 
 def _code_documents() -> list[Document]:

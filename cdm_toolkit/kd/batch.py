@@ -138,19 +138,20 @@ class AlignedBatch:
 
 def _moved(value: Moved, move: Any) -> Moved:
     """Apply a function to all tensors of a record, also to those in its parts."""
+    moved = {field.name: _part_moved(getattr(value, field.name), move) for field in fields(value)}
+    return replace(value, **moved)
 
-    def inner(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return move(part)
-        if isinstance(part, Mapping):
-            return {name: inner(each) for name, each in part.items()}
-        if isinstance(part, AlignedTeacherBatch):
-            return _moved(part, move)
-        if isinstance(part, tuple):
-            return tuple(inner(each) for each in part)
-        return part
 
-    return replace(value, **{field.name: inner(getattr(value, field.name)) for field in fields(value)})
+def _part_moved(part: Any, move: Any) -> Any:
+    if isinstance(part, Tensor):
+        return move(part)
+    if isinstance(part, Mapping):
+        return {name: _part_moved(each, move) for name, each in part.items()}
+    if isinstance(part, AlignedTeacherBatch):
+        return _moved(part, move)
+    if isinstance(part, tuple):
+        return tuple(_part_moved(each, move) for each in part)
+    return part
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,15 +30,15 @@ def weighted_loss(
     batches and processes: the losses of the parts of a step then add up to the loss of the step. A group
     without a pair counts: how many pairs a group has is known only after the forward pass.
     """
-
-    def mean(total: Tensor, count: Tensor | float) -> Tensor:
-        # a count that is a number stays on the host: as a tensor it would be a copy that waits for the device
-        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-
-    loss = alpha * mean(sums.ce, labels)
+    loss = alpha * _mean(sums.ce, labels)
     for weight, kd, count in zip(weights, sums.kd, groups, strict=True):
-        loss = loss + (1 - alpha) * weight * mean(kd.kd, count)
+        loss = loss + (1 - alpha) * weight * _mean(kd.kd, count)
     return loss
+
+
+def _mean(total: Tensor, count: Tensor | float) -> Tensor:
+    # a count that is a number stays on the host: as a tensor it would be a copy that waits for the device
+    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

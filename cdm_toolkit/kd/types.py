@@ -52,12 +52,13 @@ class TeacherSignal:
         return self._with_each(lambda tensor: tensor.to(device))
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> TeacherSignal:
-        def changed(part: Any) -> Any:
-            if isinstance(part, TopK):
-                return TopK(change(part.ids), change(part.logprobs))
-            return None if part is None else change(part)
+        return TeacherSignal(*(_changed(getattr(self, each.name), change) for each in fields(self)))
 
-        return TeacherSignal(*(changed(getattr(self, each.name)) for each in fields(self)))
+
+def _changed(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(part, TopK):
+        return TopK(change(part.ids), change(part.logprobs))
+    return None if part is None else change(part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ from cdm_toolkit.errors import (
 STUDY: dict[str, Any] = {
     "train": {"sums": {"path": "sample:train", "rows": 6}, "code": {"path": "python:code", "rows": 2}},
     "inside": {"sums": {"path": "sample:heldout", "rows": 3}},
-    "near": {"docstrings": {"path": "python:docstrings", "rows": 1, "split": "heldout"}},
+    "near": {"headers": {"path": "python:headers", "rows": 1, "split": "heldout"}},
     "outside": {"manual": {"path": "python:manual", "rows": 2}},
     "continuations": {"rows": 1, "new_tokens": 5},
     "max_length": 400,
@@ -155,8 +155,8 @@ def test_cells_do_the_same_work(study: StudyConfig, done: StudyFolder) -> None:
         assert result.step_seconds > 0
         assert [point.step for point in result.curve] == [1, 2, 3]
         assert result.scores.inside["sums"].scored_bytes > 100
-        assert result.scores.near["docstrings"].words > 10
-        assert result.scores.near["docstrings"].compared_bytes > 0
+        assert result.scores.near["headers"].words > 10
+        assert result.scores.near["headers"].compared_bytes > 0
         assert [len(texts) for texts in result.scores.continuations.values()] == [1, 1, 1]
         assert result.scores.outside["manual"].boundaries > 100
     # the first step begins with the same weights and rows

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,14 +82,6 @@ def test_equals_twin_in_training_precision(name: str, dtype: torch.dtype, tolera
     for seed in range(5):
         case = cast(draw(name, seed, groups=8), dtype)
         assert values(kd_of(case, name)) == pytest.approx(case.twin(name), rel=tolerance, abs=tolerance)
-
-
-@pytest.fixture
-def unchecked_shapes() -> Iterator[None]:
-    """Leave out shapes, which take most of the time, in a test that computes one loss thousands of times."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @every_method

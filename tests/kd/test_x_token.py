@@ -6,11 +6,10 @@ students (exact match, no reverse pass, no scale trick), and loss and gradient o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -173,13 +172,6 @@ def test_h_kl_equals_its_twin(k: int, ranks: int) -> None:
         case = draw("x-token", seed, k=k, partners=("some", "all", "many to one")[seed % 3])
         kd = loss_sums(case.logits, case.labels, [h_kl(case, uncommon_top_k=ranks)]).kd[0].kd
         assert kd.item() == pytest.approx(h_kl_twin(case, ranks), rel=1e-6, abs=2e-6)
-
-
-@pytest.fixture
-def unchecked_shapes() -> Iterator[None]:
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("reverse", [True, False])

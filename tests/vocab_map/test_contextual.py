@@ -255,10 +255,11 @@ def test_real_candidates_equal_the_twin(smollm2_view, mistral_view, smollm2_to_m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_the_teachers_own_candidates_equal_the_twin(
     smollm2_view, mistral_view, smollm2_to_mistral, gsm8k_rows
 ):
-    """SmolLM2's top 100 at every position of 50 GSM8K rows; the student's are its probability moved to prefixes."""
+    """SmolLM2's top 100 at every position of 25 GSM8K rows; the student's are its probability moved to prefixes."""
     from cdm_toolkit.hub.models import load_model
     from cdm_toolkit.vocab_map.prefix import build_prefix
 
@@ -271,21 +272,21 @@ def test_the_teachers_own_candidates_equal_the_twin(
     prefix = torch.from_numpy(build_prefix(smollm2_view, mistral_view).dense())
     to_student = torch.where(prefix >= 0, prefix, mistral_view.vocab_size)
     positions = better = 0
-    for row in gsm8k_rows[:50]:
+    for row in gsm8k_rows[:25]:
         ids = torch.from_numpy(smollm2_view.encode(f"{row['question']}\n{row['answer']}").ids).long()
         with torch.no_grad():
             logprob = model(ids[None]).logits[0, :, : smollm2_view.vocab_size].log_softmax(-1)
         moved = torch.zeros(len(ids), mistral_view.vocab_size + 1).index_add_(1, to_student, logprob.exp())
         teacher, student = logprob.topk(100), moved[:, :-1].log().topk(100)
         pairs = select_pairs(table, teacher.indices, teacher.values, student.indices, student.values)
-        # the twin is slow, above all with its shapes checked: one position in 25, from all over each row
+        # the twin is slow: one position in 12, from all over each row
         columns = (teacher.indices, teacher.values, student.indices, student.values)
-        twin = _reference(rule, *(column[positions % 25 :: 25] for column in columns))
-        assert _as_dicts(pairs)[positions % 25 :: 25] == twin
+        twin = _reference(rule, *(column[positions % 12 :: 12] for column in columns))
+        assert _as_dicts(pairs)[positions % 12 :: 12] == twin
         among_both = matched_mass(pairs.exact, teacher.values)
         contextual_mass = matched_mass(pairs.mask, teacher.values)
         assert (contextual_mass >= among_both).all()
         better += int((contextual_mass > among_both).sum())
         positions += len(ids)
-    assert positions > 5000
-    assert better > 1000
+    assert positions > 2500
+    assert better > 500
