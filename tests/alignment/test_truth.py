@@ -142,6 +142,7 @@ def test_gsm8k(views: dict[str, TokenizerView], gsm8k_rows: list[dict[str, str]]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_gsm8k_whole(views: dict[str, TokenizerView], gsm8k_rows: list[dict[str, str]]) -> None:
     texts = [row[field] for row in gsm8k_rows for field in ("question", "answer")]
     assert len(texts) == 1200
@@ -153,6 +154,7 @@ def test_humaneval(views: dict[str, TokenizerView]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_humaneval_whole(views: dict[str, TokenizerView]) -> None:
     assert not any(check(views, humaneval()).values())
 
