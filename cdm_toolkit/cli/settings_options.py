@@ -22,6 +22,7 @@ RUN = "distill/settings.py"
 RECORDS_OF_A_RUN: Mapping[str, str] = {
     "": "DistillConfig",
     "data": "DataConfig",
+    "data.sources.0": "SourceConfig",
     "teachers.0": "TeacherConfig",
     "train": "TrainConfig",
     "train.lora": "LoraConfig",

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import pickle
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from jaxtyping import Float, Int32
 
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
@@ -25,14 +27,16 @@ from cdm_toolkit.distill.dataset_store import (
     TOO_LONG,
     TRAINED,
     AlignedDataset,
+    PartWriter,
     open_or_make,
     to_table,
     write_header,
 )
-from cdm_toolkit.errors import BadOption, MissingExtra
-from cdm_toolkit.hub.cache_entries import make_entry
+from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.errors import BadOption
+from cdm_toolkit.hub.cache_entries import resumed_entry
 from cdm_toolkit.kd.aligned_rows import AlignedRow, align_groups, truncate_aligned
-from cdm_toolkit.kd.rows import Message, Row, rows_fingerprint
+from cdm_toolkit.kd.rows import Row, rows_fingerprint
 from cdm_toolkit.kd.tokenized_rows import (
     TeacherSide,
     TemplateName,
@@ -44,7 +48,6 @@ from cdm_toolkit.kd.tokenized_rows import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from jaxtyping import Float, Int32
 
 BATCH = 128
 """Rows that are encoded in one call."""
@@ -54,8 +57,14 @@ ROWS_FOR_A_PROCESS = 2000
 """Fewer are not worth a process's start, which takes seconds: it makes all vocabularies anew."""
 WEIGHED = ("anchored", "entropy-dtw")
 """Aligners that look at entropies."""
-POLL = 0.1
-"""Seconds between two looks at how far the processes are."""
+AHEAD = 4
+"""Batches for each process that are read before they are asked for."""
+
+
+Weights = Float[np.ndarray, " token"] | None
+"""Entropies along the part of a row that is aligned; None where nobody looks at them."""
+_Batch = tuple[list[Row], dict[int, list[Weights]]]
+"""Rows, and by side (0 is the student) the weights of each."""
 
 
 class Entropies(Protocol):
@@ -95,7 +104,7 @@ class RowCounts:
 
 
 def build_dataset(
-    rows: Sequence[Row],
+    rows: Rows | Sequence[Row],
     student: TokenizerSide,
     teachers: Sequence[TeacherSide] = (),
     *,
@@ -114,11 +123,12 @@ def build_dataset(
     end, these two are a group. Without teachers (`sft`) there are no groups.
 
     What comes out lies in the cache folder, named by all that goes in, and is read from there the next time;
-    `workers` processes make it, where there are rows enough. `on_row` is told how many rows are done, now and
-    then, by another thread where there are several processes. Raises MissingExtra, FileProblem where the cache
-    cannot be written, and under `chat` UnsupportedTokenizer and BadOption.
+    `workers` processes make it, where there are rows enough. Rows are read as they are needed; what a process that was
+    stopped has written is gone on from. `on_row` is told how many rows are done, now and then. Raises MissingExtra,
+    FileProblem where the cache cannot be written, under `chat` UnsupportedTokenizer and BadOption, and what reading
+    the rows raises.
     """
-    if not rows:
+    if not len(rows):
         raise BadOption("the number of rows", 0, "at least one")
     task = _Task(student, tuple(teachers), max_length, template)
     weighed = entropies if any(teacher.aligner in WEIGHED for teacher in teachers) else None
@@ -157,23 +167,22 @@ class _Task:
     def sides(self) -> tuple[TokenizerSide, ...]:
         return self.student, *(teacher.side for teacher in self.teachers)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, batch: _Batch) -> pa.Table:
         """Make features of a batch of rows."""
-        records = table.to_pylist()
-        rows = [_row(record) for record in records]
+        rows, entropies = batch
         kept = [nth for nth, row in enumerate(rows) if has_completion(row, self.template)]
         tokenized = [tokenize_rows(side, [rows[nth] for nth in kept], self.template) for side in self.sides]
         made: list[tuple[int, AlignedRow | None, bool]] = [(EMPTY, None, False)] * len(rows)
         for nth, *of_row in zip(kept, *tokenized, strict=True):
-            weights = [records[nth].get(f"entropy_{side}") for side in range(len(of_row))]
+            weights = [entropies[side][nth] if side in entropies else None for side in range(len(of_row))]
             made[nth] = self._align(rows[nth], of_row, weights)
         return to_table([row.number for row in rows], made, len(self.teachers))
 
     def _align(
-        self, row: Row, tokenized: Sequence[TokenizedRow], weights: Sequence[list[float] | None]
+        self, row: Row, tokenized: Sequence[TokenizedRow], weights: Sequence[Weights]
     ) -> tuple[int, AlignedRow | None, bool]:
         student, *others = tokenized
-        entropy_s, *entropies = (None if each is None else np.array(each) for each in weights)
+        entropy_s, *entropies = weights
         grouped = [
             (of_teacher, align_groups(of_teacher, student, teacher.aligner, entropy, entropy_s))
             for teacher, of_teacher, entropy in zip(self.teachers, others, entropies, strict=True)
@@ -184,26 +193,12 @@ class _Task:
         return TRAINED, aligned, was_cut
 
 
-def _record(row: Row) -> dict[str, Any]:
-    return {
-        "number": row.number,
-        "prompt": row.prompt,
-        "completion": row.completion,
-        "messages": [message._asdict() for message in row.messages],
-    }
-
-
-def _row(record: dict[str, Any]) -> Row:
-    messages = tuple(Message(**message) for message in record["messages"])
-    return Row(record["number"], record["prompt"], record["completion"], messages)
-
-
-def _fingerprint(rows: Sequence[Row], task: _Task, entropies: Entropies | None) -> str:
+def _fingerprint(rows: Rows | Sequence[Row], task: _Task, entropies: Entropies | None) -> str:
     """Hash all that the features depend on."""
     settings = [
         FORMAT.version,
         code_fingerprint(*FORMAT.code),
-        rows_fingerprint(rows),
+        rows.fingerprint if isinstance(rows, Rows) else rows_fingerprint(rows),
         task.max_length,
         task.template,
         [_identity(side, task.template) for side in task.sides],
@@ -220,58 +215,52 @@ def _identity(side: TokenizerSide, template: TemplateName) -> list[Any]:
 
 def _make(
     folder: Path,
-    rows: Sequence[Row],
+    rows: Rows | Sequence[Row],
     task: _Task,
     entropies: Entropies | None,
     *,
     workers: int,
     on_row: Callable[[int], None],
 ) -> None:
-    """Make features and put them in a folder of the cache."""
+    """Make features part by part, and put them in a folder of the cache."""
     names = ("student", *(f"teacher {nth}" for nth in range(1, len(task.teachers) + 1)))
     made_by = provenance(
         fingerprints={name: side.view.fingerprint for name, side in zip(names, task.sides, strict=True)}
     )
-    table = _source(rows, task, entropies)
-
-    def fill(made: Path) -> None:
-        _map(table, task, made, workers=min(workers, len(rows) // ROWS_FOR_A_PROCESS), on_row=on_row)
-        write_header(made, len(rows), made_by)
-
-    make_entry(folder, fill)
-
-
-def _source(rows: Sequence[Row], task: _Task, entropies: Entropies | None) -> pa.Table:
-    """Lay the rows out in columns, with the entropies that weigh their tokens."""
-    import pyarrow as pa
-
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    columns = [("number", pa.int64()), ("prompt", pa.string()), ("completion", pa.string())]
-    schema = pa.schema([*columns, ("messages", pa.list_(message))])
-    table = pa.Table.from_pylist([_record(row) for row in rows], schema)
-    if entropies is None:
-        return table
-    for side, weights in _weights(rows, task, entropies).items():
-        column = pa.array(weights, pa.list_(pa.float32()))
-        table = table.append_column(f"entropy_{side}", column)
-    return table
+    workers = min(workers, len(rows) // ROWS_FOR_A_PROCESS)
+    with resumed_entry(folder) as making:
+        if making is None:  # another process has made it
+            return
+        writer = PartWriter(making)
+        batches = _batches(islice(rows, writer.done, None), task, entropies)
+        for table in _in_processes(task, batches, workers) if workers > 1 else map(task, batches):
+            writer.add(table)
+            on_row(writer.done)
+        writer.flush()
+        write_header(making, len(rows), made_by)
 
 
-def _weights(
-    rows: Sequence[Row], task: _Task, entropies: Entropies
-) -> dict[int, list[Float[np.ndarray, " token"] | None]]:
+def _batches(rows: Iterable[Row], task: _Task, entropies: Entropies | None) -> Iterator[_Batch]:
+    """Read a window of rows at a time, and ask for the entropies that weigh their tokens."""
+    left = iter(rows)
+    while window := list(islice(left, WINDOW)):
+        weights = _weights(window, task, entropies) if entropies else {}
+        for first in range(0, len(window), BATCH):
+            part = slice(first, first + BATCH)
+            yield window[part], {side: of_side[part] for side, of_side in weights.items()}
+
+
+def _weights(rows: Sequence[Row], task: _Task, entropies: Entropies) -> dict[int, list[Weights]]:
     """Ask for the entropies along each row, of the student and of each teacher whose aligner looks at them."""
     asked = [0, *(nth for nth, teacher in enumerate(task.teachers, 1) if teacher.aligner in WEIGHED)]
-    found: dict[int, list[Float[np.ndarray, " token"] | None]] = {side: [None] * len(rows) for side in asked}
-    for first in range(0, len(rows), WINDOW):
-        window = range(first, min(first + WINDOW, len(rows)))
-        kept = [nth for nth in window if has_completion(rows[nth], task.template)]
-        for side in asked:
-            tokenized = tokenize_rows(task.sides[side], [rows[nth] for nth in kept], task.template)
-            sequences = [row.ids[: task.max_length] for row in tokenized]
-            along = entropies.along(side, sequences, vocab=task.sides[side].view.vocab_size)
-            for nth, row, entropy in zip(kept, tokenized, along, strict=True):
-                found[side][nth] = _of_body(row, entropy)
+    found: dict[int, list[Weights]] = {side: [None] * len(rows) for side in asked}
+    kept = [nth for nth, row in enumerate(rows) if has_completion(row, task.template)]
+    for side in asked:
+        tokenized = tokenize_rows(task.sides[side], [rows[nth] for nth in kept], task.template)
+        sequences = [row.ids[: task.max_length] for row in tokenized]
+        along = entropies.along(side, sequences, vocab=task.sides[side].view.vocab_size)
+        for nth, row, entropy in zip(kept, tokenized, along, strict=True):
+            found[side][nth] = _of_body(row, entropy)
     return found
 
 
@@ -282,105 +271,34 @@ def _of_body(row: TokenizedRow, entropy: Float[np.ndarray, " time"]) -> Float[np
     return np.concatenate((inside, beyond)).astype(np.float32)
 
 
-def _map(table: pa.Table, task: _Task, folder: Path, *, workers: int, on_row: Callable[[int], None]) -> None:
-    """Run a task on all rows, into Arrow files of a folder."""
-    try:
-        from datasets import Dataset
-    except ImportError:
-        raise MissingExtra("datasets", "train", "making features") from None
+def _in_processes(task: _Task, batches: Iterator[_Batch], workers: int) -> Iterator[pa.Table]:
+    """Run a task in several processes, on a few batches ahead of what is taken; tables come in the batches' order.
 
-    several = workers > 1
-    progress = folder / "progress"
-    function = (
-        _Packed(pickle.dumps(task, pickle.HIGHEST_PROTOCOL), str(progress))
-        if several
-        else _Counted(task, on_row)
-    )
-    with _quiet(), _watched(progress, on_row) if several else nullcontext():
-        Dataset(table).with_format("arrow").map(
-            function,
-            batched=True,
-            batch_size=BATCH,
-            remove_columns=table.column_names,
-            num_proc=workers if several else None,
-            cache_file_name=str(folder / "part.arrow"),
-            new_fingerprint="features",
-        )
-    progress.unlink(missing_ok=True)
-
-
-class _Counted:
-    """A task in this process, which says how far it is."""
-
-    def __init__(self, task: _Task, on_row: Callable[[int], None]) -> None:
-        self.task, self.on_row, self.done = task, on_row, 0
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        made = self.task(table)
-        self.done += len(table)
-        self.on_row(self.done)
-        return made
-
-
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """A task as bytes, for a process that may share nothing with this one; it adds a byte a row to a file.
-
-    Pickled in C, which datasets does not: two vocabularies take a tenth of a second and not several.
+    BadOption where a process is killed.
     """
+    # pickled once: two vocabularies are megabytes
+    packed = pickle.dumps(task, pickle.HIGHEST_PROTOCOL)
+    with ProcessPoolExecutor(workers, initializer=_unpack, initargs=(packed,)) as pool:
+        try:
+            ahead = deque(pool.submit(_run, batch) for batch in islice(batches, AHEAD * workers))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(pool.submit(_run, batch) for batch in islice(batches, 1))
+        except BrokenProcessPool:
+            allowed = "fewer: a process that aligned rows was killed, as where memory runs out"
+            raise BadOption("workers", workers, allowed) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    task: bytes
-    progress: str
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        made = _unpack(self.task)(table)
-        with Path(self.progress).open("ab") as file:
-            file.write(bytes(len(table)))
-        return made
+_unpacked: list[_Task] = []
+"""The task of a process of `_in_processes`."""
 
 
-@lru_cache(maxsize=1)
-def _unpack(task: bytes) -> _Task:
+def _unpack(task: bytes) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of a process that has one core to itself
-    unpacked: _Task = pickle.loads(task)
-    return unpacked
+    _unpacked[:] = [pickle.loads(task)]
 
 
-@contextmanager
-def _watched(progress: Path, on_row: Callable[[int], None]) -> Iterator[None]:
-    """Tell, from a thread, how many rows the processes have done."""
-    progress.touch()
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(POLL):
-            on_row(progress.stat().st_size)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep datasets' own bars and logs off the screen."""
-    from datasets.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        logging,
-    )
-
-    verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            enable_progress_bars()
+def _run(batch: _Batch) -> pa.Table:
+    return _unpacked[0](batch)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.manifest import FileSum, Format, sums_of, write_json
 from cdm_toolkit.artifacts.provenance import Provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = Format(
     "cdm-toolkit features",
-    3,
+    4,
     "remove the folder; the features are then made anew",
     code=(
         "batching.py",
@@ -34,6 +35,8 @@ FORMAT = Format(
 )
 HEADER = "header.json"
 TRAINED, EMPTY, TOO_LONG = range(3)
+PART = 4096
+"""Rows of a file, a multiple of those that are made together."""
 
 
 def to_table(
@@ -111,6 +114,7 @@ class AlignedDataset(Sequence[AlignedRow]):
             (_Lists(table[f"teacher_{nth}_ids"]), _Lists(table[f"teacher_{nth}_groups"]))
             for nth in range(count)
         ]
+        self.numbers: Int64[np.ndarray, " row"] = self._row[self._index]
         self.student_lengths = self._student.lengths()[self._index]
         self.label_counts = self.student_lengths - self._label_from[self._index]
         self.teacher_lengths = [ids.lengths()[self._index] for ids, _ in self._teachers]
@@ -145,6 +149,56 @@ class AlignedDataset(Sequence[AlignedRow]):
         lengths = [groups.lengths()[self._index] for _, groups in self._teachers]
         none: Bool[np.ndarray, "teacher row"] = np.reshape(lengths, (len(lengths), len(self))) == 0
         return none
+
+
+class PartWriter:
+    """Write tables into parts of `PART` rows, each of which appears under its name when it is whole.
+
+    What an earlier process has left in the folder is kept: `done` are its rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.parts, self.done = folder, 0, 0
+        self._begun: list[pa.Table] = []
+        while (rows := _rows_of_part(self._path)) == PART:
+            self.parts, self.done = self.parts + 1, self.done + rows
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"part-{self.parts:05}.arrow"
+
+    def add(self, table: pa.Table) -> None:
+        """Add the next rows."""
+        self._begun.append(table)
+        self.done += len(table)
+        if sum(map(len, self._begun)) >= PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the part that is begun."""
+        import pyarrow as pa
+
+        if not self._begun:
+            return
+        table = pa.concat_tables(self._begun).combine_chunks()
+        with (
+            atomic_write(self._path) as stream,
+            pa.ipc.new_stream(stream, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        self.parts, self._begun = self.parts + 1, []
+
+
+def _rows_of_part(file: Path) -> int:
+    """Count the rows of a part; none where it is not there, or is damaged."""
+    import pyarrow as pa
+
+    if not file.is_file():
+        return 0
+    try:
+        return len(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
+    except pa.ArrowException:
+        return 0
 
 
 def write_header(folder: Path, rows: int, made_by: Provenance) -> None:

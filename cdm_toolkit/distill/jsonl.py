@@ -29,14 +29,15 @@ def read_objects(path: Path, fields: str = FIELDS) -> list[tuple[int, Any]]:
 
     `fields` names those that rows must have, for messages. Raises FileProblem and BadRow.
     """
-    with _read_problems(path, "give a JSONL file"):
-        found = list(_values(path, fields))
+    with read_problems(path, "give a JSONL file"):
+        found = list(values(path, fields))
     if not found:
         raise FileProblem(path, "it has no rows", f"give a JSONL file whose rows have {fields}")
     return found
 
 
-def _values(path: Path, fields: str) -> Iterator[tuple[int, Any]]:
+def values(path: Path, fields: str = FIELDS) -> Iterator[tuple[int, Any]]:
+    """Give the JSON value of each line with its number; blank lines are skipped, and counted. Raises BadRow."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -53,12 +54,13 @@ def _values(path: Path, fields: str) -> Iterator[tuple[int, Any]]:
 
 def read_text(path: Path) -> str:
     """Read a text file. Raises FileProblem."""
-    with _read_problems(path, "save it as UTF-8"):
+    with read_problems(path, "save it as UTF-8"):
         return path.read_text(encoding="utf-8")
 
 
 @contextmanager
-def _read_problems(path: Path, fix: str) -> Iterator[None]:
+def read_problems(path: Path, fix: str) -> Iterator[None]:
+    """Turn what the file system says into FileProblem."""
     try:
         yield
     except FileNotFoundError:
@@ -80,7 +82,7 @@ def read_rows(path: str | Path) -> list[Row]:
     row that is not as it must be.
     """
     rows = []
-    for number, fields in read_objects(_file(path)):
+    for number, fields in read_objects(data_file(path)):
         try:
             rows.append(row_of(number, fields))
         except RowFault as error:
@@ -88,7 +90,8 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def _file(path: str | Path) -> Path:
+def data_file(path: str | Path) -> Path:
+    """Give the file of a path; `sample:train` and the like are the package's. Raises UnknownName."""
     scheme, _, name = str(path).partition(":")
     if scheme != "sample":
         return Path(path)

@@ -27,6 +27,7 @@ def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[
     for before, after in zip(first.teachers, last.teachers, strict=True):
         figures.append((f"KD on {after.name}", f"{before.kd:.4f} → {after.kd:.4f}"))
         figures.append((f"matched mass of {after.name}", f"{after.matched_mass:.1%}"))
+    data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.sources)
     lines = [
         "---",
         yaml.safe_dump(head | {"tags": tags}, sort_keys=False).strip(),
@@ -36,7 +37,7 @@ def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[
         "",
         f"`{config.student}`, "
         + (f"distilled from {teachers}" if teachers else "fine-tuned")
-        + f" on `{Path(config.data.path).name}` with cdm-toolkit {facts['versions']['cdm-toolkit']}.",
+        + f" on {data} with cdm-toolkit {facts['versions']['cdm-toolkit']}.",
         "",
         "| what | figure |",
         "| --- | --- |",

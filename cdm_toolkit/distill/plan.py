@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cdm_toolkit.distill.dataset import RowCounts
-from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
+from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import training_arguments
 
 if TYPE_CHECKING:
@@ -72,12 +72,13 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     Raises what `run` raises before its first step.
     """
     _ = config.train.torch_device  # a device that is not here is told before anything is read
-    prepared = prepare(config, read_rows(config.data.path), on_progress)
+    prepared = prepare(config, Rows(config.data.sources, config.train.seed), on_progress)
     with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))
         ce, teachers, looked_at = _look(prepared, trainer, on_progress)
-    rows_per_step, steps_an_epoch, steps = _steps(config, len(prepared.features), trainer.args.world_size)
-    lengths, labels = prepared.features.student_lengths, prepared.features.label_counts
+    epoch = np.array(list(trainer.epoch_sampler()))
+    rows_per_step, steps_an_epoch, steps = _steps(config, len(epoch), trainer.args.world_size)
+    lengths, labels = prepared.features.student_lengths[epoch], prepared.features.label_counts[epoch]
     trained = [p for p in prepared.student.parameters() if p.requires_grad]
     return Plan(
         rows=prepared.counts,

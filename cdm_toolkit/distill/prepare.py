@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cdm_toolkit.artifacts.maps import load_or_build_neighbours
 from cdm_toolkit.distill.dataset import RowCounts, build_dataset
 from cdm_toolkit.distill.model_entropies import ModelEntropies
-from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, TeacherObjective
+from cdm_toolkit.distill.sampler import rows_of_epoch
+from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.distill.trainer import DistillTrainer, Mixture, StepLog, TeacherObjective
 from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain
 from cdm_toolkit.hub.models import (
     check_positions,
@@ -23,14 +27,12 @@ from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.kd.batch import Collator
 from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.pair import TokenizerPair
-from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.kd.settings import DEFAULT_TOP_K
 from cdm_toolkit.kd.tokenized_rows import TeacherSide, template_notes, tokenizer_side
 from cdm_toolkit.teachers.cached import Cached, check_rows, open_cache
 from cdm_toolkit.teachers.local import Local
 
 if TYPE_CHECKING:
-    import numpy as np
     from jaxtyping import Int64
     from transformers import PreTrainedModel, TrainingArguments
 
@@ -67,6 +69,7 @@ class Prepared:
     counts: RowCounts
     collator: Collator
     objectives: tuple[TeacherObjective, ...]
+    mixture: Mixture
     warnings: tuple[str, ...]
 
     def trainer(
@@ -83,14 +86,14 @@ class Prepared:
             self.collator,
             self.student_tokenizer.tokenizer,
             objectives=self.objectives,
-            alpha=self.config.ce_weight,
+            mixture=self.mixture,
             group_by_length=self.config.train.group_by_length,
             on_step=on_step,
             stopping=stopping,
         )
 
 
-def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> Prepared:
+def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepared:
     """Tokenize, align and load. Raises the errors of models and tokenizers, NothingToTrain, BadOption."""
     student_tokenizer = load_tokenizer(config.student)
     tokenizers = tuple(load_tokenizer(teacher.model) for teacher in config.teachers)
@@ -114,7 +117,7 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
         on_row=lambda done: on_progress(Progress("align", done, len(rows))),
     )
     if not len(features):
-        raise NothingToTrain(config.data.path, str(counts))
+        raise NothingToTrain(config.data.name, str(counts))
     student = models.student
     _check(student, config.student, student_tokenizer, features.student_lengths)
     data = _Data(rows, features, models)
@@ -132,11 +135,32 @@ def prepare(config: DistillConfig, rows: list[Row], on_progress: OnProgress) -> 
             _objective(nth, pair, tokenizer, data)
             for nth, (pair, tokenizer) in enumerate(zip(pairs, tokenizers, strict=True))
         ),
+        mixture=_mixture(config, rows, features),
         warnings=(
             *_warnings(config, counts, pairs),
             *template_notes(student_side, sides, config.data.template),
         ),
     )
+
+
+def _mixture(config: DistillConfig, rows: Rows, features: AlignedDataset) -> Mixture:
+    """Tell the weights and alphas of the rows' sources by the rows. BadOption where no row is left for an epoch."""
+    sources = config.data.sources
+    alphas = [config.alpha if source.alpha is None else source.alpha for source in sources]
+    weights = np.array([source.weight for source in sources])[rows.source_of(features.numbers)]
+    if len(set(alphas)) == 1 or not config.teachers:
+        mixture = Mixture.of_one(alphas[0] if config.teachers else 1.0)
+    else:
+        of_source = np.array(alphas)
+        mixture = Mixture(
+            tuple(sorted(set(alphas))),
+            lambda numbers: of_source[rows.source_of(np.array(numbers))].tolist(),
+        )
+    if (weights == 1).all():
+        return mixture
+    if not len(rows_of_epoch(weights, np.random.default_rng(0))):
+        raise BadOption("weight", weights.max(), "more: an epoch has no row")
+    return replace(mixture, weights=weights)
 
 
 def _pair(teacher: Loaded, student: Loaded, config: DistillConfig, on_progress: OnProgress) -> TokenizerPair:
@@ -152,7 +176,7 @@ def _pair(teacher: Loaded, student: Loaded, config: DistillConfig, on_progress: 
 class _Data:
     """What teachers are asked about, and the models that are there to ask."""
 
-    rows: list[Row]
+    rows: Rows
     features: AlignedDataset
     models: _Models
 

@@ -17,15 +17,14 @@ from safetensors import SafetensorError
 from cdm_toolkit.artifacts.atomic import atomic_folder
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.distill.dataset import RowCounts
-from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.model_card import model_card
 from cdm_toolkit.distill.output_folder import claim_output, last_checkpoint, remove_run
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.settings import DistillConfig
+from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, read_history, training_arguments
 from cdm_toolkit.errors import FileProblem, Interrupted
 from cdm_toolkit.hub.models import model_folder_to_fill, save_model
-from cdm_toolkit.kd.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,8 @@ def run(
     """
     began = time.perf_counter()
     _ = config.train.torch_device  # a device that is not here is told before anything is read
-    rows = read_rows(config.data.path)
+    rows = Rows(config.data.sources, config.train.seed)
+    len(rows)  # rows that are not as they must be are told before the output is touched
     output = Path(config.output)
     made = not output.exists()
     with _main_process_first(config):
@@ -80,7 +80,7 @@ def run(
 
 def _run(
     config: DistillConfig,
-    rows: list[Row],
+    rows: Rows,
     output: Path,
     checkpoint: Path | None,
     overwrite: bool,

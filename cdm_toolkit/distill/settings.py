@@ -186,18 +186,59 @@ def _setting_names(method: type[Method[Any, Any]]) -> set[str]:
     return {field.name for field in fields_of(method.Settings)}
 
 
-class DataConfig(Settings):
-    """The rows to train on."""
+class SourceConfig(Settings):
+    """A source of rows: files, or a data set on the hub."""
 
     path: Text
-    """JSONL with prompt and completion, question and answer, messages, or text in each row; `sample:train` is the
-    package's own."""
+    """A file (JSONL, JSON, CSV, parquet, arrow), a pattern such as `data/*.parquet`, or a data set on the hub such
+    as `org/set` or `org/set@revision`; `sample:train` is the package's own. Rows have prompt and completion, question
+    and answer, messages, conversations, instruction and output, or text."""
+    config: Text | None = None
+    """Of the data set on the hub, where it has several."""
+    split: Text = "train"
+    """Of the data set on the hub."""
+    columns: dict[Text, Text] | None = None
+    """Where columns are named otherwise: `{prompt: ours, completion: theirs}`; columns that are not named are not
+    read."""
+    limit: Count | None = None
+    """Read so many rows at most."""
+    shuffle: bool = False
+    """Take the rows of `limit` from all over the data, by the seed, in place of the first."""
+    weight: Positive = 1.0
+    """How often an epoch has each row: 2 twice, 0.5 every second one, others in each epoch."""
+    alpha: Share | None = None
+    """Weight of cross-entropy for these rows, in place of the run's: 0 leaves a text to the teachers alone."""
+
+
+class DataConfig(Settings):
+    """The rows to train on: the fields of one source, or several `sources`."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """Each with its path, and what else is said of it."""
     max_length: Annotated[int, Field(ge=4)] = 512
     """Tokens of a row on any side; more are cut at a shared boundary."""
     template: TemplateName = "none"
     """chat: each side reads a row through its own chat template."""
     workers: Count = 1
     """Processes that tokenize and align."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_source(cls, given: Any) -> Any:
+        """Take the fields of a source that stand beside the others as the only one of `sources`."""
+        if not isinstance(given, Mapping):
+            return given
+        own = {name: value for name, value in given.items() if name in SourceConfig.model_fields}
+        if not own:
+            return given
+        if "sources" in given:
+            raise ValueError(f"has {', '.join(own)} beside sources: put it into each of them")
+        return {name: value for name, value in given.items() if name not in own} | {"sources": [own]}
+
+    @property
+    def name(self) -> str:
+        """Name the sources for messages."""
+        return ", ".join(source.path for source in self.sources)
 
 
 class LoraConfig(Settings):
@@ -308,13 +349,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 def from_mapping(settings: Mapping[str, Any], *, source: str = "the run") -> DistillConfig:
     """Make a config of a run file's content. Raises BadSettings with all faults at once.
 
-    Beside the record's own names it takes `preset`, whose settings go under the given ones, and a path in place
-    of `data`'s record.
+    Beside the record's own names it takes `preset`, whose settings go under the given ones, and a path or a list of
+    sources in place of `data`'s record.
     """
     given = dict(settings)
     preset = given.pop("preset", None)
-    if isinstance(given.get("data"), str):
-        given["data"] = {"path": given["data"]}
+    data = given.get("data")
+    if isinstance(data, str):
+        given["data"] = {"path": data}
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        given["data"] = {"sources": [{"path": one} if isinstance(one, str) else one for one in data]}
     return make(DistillConfig, _over_preset(given, preset) if preset is not None else given, source=source)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import torch
+from jaxtyping import Float64
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdm_toolkit.distill.output_folder import last_checkpoint, seal_checkpoint
@@ -75,18 +77,67 @@ class StepLog:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightedBatch:
+    """Rows whose cross-entropy has the same weight. `counts` is False where they are run for company alone."""
+
+    batch: AlignedBatch
+    alpha: float
+    counts: bool = True
+
+    def to(self, device: Any, non_blocking: bool = False) -> WeightedBatch:
+        """Move the tensors to a device."""
+        return replace(self, batch=self.batch.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> WeightedBatch:
+        """Pin the tensors."""
+        return replace(self, batch=self.batch.pin_memory())
+
+
 class Inputs(TypedDict):
     """What the Trainer hands from the data loader to the loss: it takes mappings only."""
 
-    batch: AlignedBatch
+    parts: list[WeightedBatch]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixture:
+    """What is said of each row: how often an epoch has it, and the weight of its cross-entropy.
+
+    `weights` are by the index of the row among those that are trained on, None where each comes once. `alphas` are all
+    that there are; `alpha_of` gives those of rows by their numbers in the data.
+    """
+
+    alphas: tuple[float, ...]
+    alpha_of: Callable[[Sequence[int]], Sequence[float]]
+    weights: Float64[np.ndarray, " row"] | None = None
+
+    @classmethod
+    def of_one(cls, alpha: float) -> Mixture:
+        """Make that of rows of one kind."""
+        return cls((alpha,), lambda numbers: [alpha] * len(numbers))
 
 
 @dataclass(frozen=True, slots=True)
 class _InMapping:
+    """Collate rows, those of each alpha by themselves.
+
+    Where several processes train together each runs as many batches as the others: one without rows of an alpha runs
+    any row, which does not count.
+    """
+
     collator: Collator
+    mixture: Mixture
+    in_step: bool
 
     def __call__(self, rows: Sequence[AlignedRow]) -> Inputs:
-        return Inputs(batch=self.collator(rows))
+        alphas = self.mixture.alpha_of([row.row for row in rows])
+        parts = []
+        for alpha in self.mixture.alphas:
+            own = [row for row, its in zip(rows, alphas, strict=True) if its == alpha]
+            if own or self.in_step:
+                parts.append(WeightedBatch(self.collator(own or rows[:1]), alpha, bool(own)))
+        return Inputs(parts=parts)
 
 
 class DistillTrainer(Trainer):
@@ -103,7 +154,7 @@ class DistillTrainer(Trainer):
         tokenizer: Any,
         *,
         objectives: Sequence[TeacherObjective],
-        alpha: float,
+        mixture: Mixture,
         group_by_length: bool = True,
         on_step: Callable[[int, int, StepLog | None], None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
@@ -115,7 +166,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=student,
             args=arguments,
-            data_collator=_InMapping(collator),
+            data_collator=_InMapping(collator, mixture, arguments.world_size > 1),
             train_dataset=features,
             processing_class=tokenizer,
             callbacks=[
@@ -125,12 +176,16 @@ class DistillTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
-        self.objectives, self.alpha, self.group_by_length = tuple(objectives), alpha, group_by_length
+        self.objectives, self.mixture, self.group_by_length = tuple(objectives), mixture, group_by_length
         self.history: list[StepLog] = []
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.epoch_sampler()
+
+    def epoch_sampler(self) -> LengthGroupedSampler:
+        """Make the sampler, which gives the rows of the epoch that the run is in."""
         arguments = self.args
         return LengthGroupedSampler(
             self.train_dataset.lengths,
@@ -140,6 +195,7 @@ class DistillTrainer(Trainer):
             seed=arguments.seed,
             group_by_length=self.group_by_length,
             epoch=lambda: int(self.state.epoch or 0),
+            weights=self.mixture.weights,
         )
 
     def get_batch_samples(
@@ -147,14 +203,18 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[Inputs], Tensor]:
         """Take the batches of one optimizer step, and count its labels and groups over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor([_counts(inputs["batch"]) for inputs in batches], device=device).sum(0)
+        counts = torch.tensor(
+            [_counts(part.batch) for inputs in batches for part in inputs["parts"] if part.counts],
+            device=device,
+        ).sum(0)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Estimate what the student computes for a batch."""
-        return int(super().floating_point_ops(dict(inputs["batch"].student)))
+        of_batch = super().floating_point_ops
+        return sum(int(of_batch(dict(part.batch.student))) for part in inputs["parts"])
 
     def compute_loss(
         self,
@@ -163,22 +223,29 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Give the part of the step's loss that this batch is (`weighted_loss`)."""
-        batch = inputs["batch"]
+        """Give the part of the step's loss that these rows are."""
+        losses = [self._loss(model, part, num_items_in_batch) for part in inputs["parts"]]
+        # gradients are averaged over processes, counts were summed
+        loss = torch.stack(losses).sum() * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, part: WeightedBatch, counts: Tensor | None) -> Tensor:
+        """Give the part of the step's loss that a batch is (`weighted_loss`); `counts` are those of the step."""
+        batch = part.batch
         sums = self.loss_sums(model, batch)
         own = torch.tensor(_counts(batch), device=sums.ce.device)
-        labels, *groups = (own if num_items_in_batch is None else num_items_in_batch).unbind()
+        labels, *groups = (own if counts is None else counts).unbind()
         weights = [objective.weight for objective in self.objectives]
-        loss = weighted_loss(sums, alpha=self.alpha, weights=weights, labels=labels, groups=groups)
+        loss = weighted_loss(sums, alpha=part.alpha, weights=weights, labels=labels, groups=groups)
+        if not part.counts:
+            return 0 * loss
         logged = [part for kd in sums.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
         self._sums += torch.stack(
             [part.detach() for part in (sums.ce, *logged, batch.student["attention_mask"].sum(), *own)]
         )
         # looked at where the host waits for the device anyway: when a line is logged or a checkpoint written
         self._unseen.append((self.state.global_step + 1, batch.rows, _finite(loss, sums, batch)))
-        # gradients are averaged over processes, counts were summed
-        loss = loss * self.accelerator.num_processes
-        return (loss, {}) if return_outputs else loss
+        return loss
 
     def loss_sums(self, model: nn.Module, batch: AlignedBatch) -> LossSums:
         """Run the teachers and the student, and the methods on their logits."""

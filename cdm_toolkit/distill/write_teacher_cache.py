@@ -24,8 +24,8 @@ from cdm_toolkit.artifacts.teacher_cache import (
     shard_name,
 )
 from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
-from cdm_toolkit.distill.jsonl import read_rows
-from cdm_toolkit.distill.settings import Count, Text
+from cdm_toolkit.distill.settings import Count, SourceConfig, Text
+from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
 from cdm_toolkit.forward import ForwardBatch, logits_by_batch
 from cdm_toolkit.hub.models import (
@@ -64,7 +64,7 @@ class CacheSettings(Settings):
     model: Text
     """The teacher: an alias, a folder or a hub id."""
     data: Text
-    """JSONL with prompt and completion, question and answer, messages, or text in each row."""
+    """The rows of the run: a file, a pattern, or a data set on the hub, as in a run file's `data`."""
     output: Text
     """Folder to write, or to go on with."""
     k: Annotated[int, Field(ge=0)] = 100
@@ -161,7 +161,7 @@ def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: 
     """
     began = time.perf_counter()
     _ = settings.torch_device  # a device that is not here is told before anything is read
-    rows = read_rows(settings.data)[: settings.limit]
+    rows = list(Rows((SourceConfig(path=settings.data, limit=settings.limit),)))
     if not any(has_completion(row, settings.template) for row in rows):
         raise NothingToTrain(settings.data, f"{len(rows)} rows, all with an empty completion")
     loaded = load_tokenizer(settings.model)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-PAIRS = (("prompt", "completion"), ("question", "answer"))
-FIELDS = "prompt and completion, question and answer, messages, or text"
+FIELDS = (
+    "prompt and completion, question and answer, messages, conversations, instruction and output, or text"
+)
 
 
 class Message(NamedTuple):
@@ -91,7 +92,44 @@ def _string(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _messages(messages: Any) -> tuple[str, str, tuple[Message, ...]]:
+ROLES: Mapping[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Names of ShareGPT and its kin for the roles that chat templates know."""
+
+Parts = tuple[str, str, tuple[Message, ...]]
+"""Prompt, completion, and the messages of a chat."""
+
+
+def shape_of(fields: Any) -> tuple[str, ...]:
+    """Name the fields that say what a row is, such as prompt and completion. RowFault where there are none."""
+    if not isinstance(fields, Mapping):
+        raise RowFault("it is not a JSON object", f"give each row {FIELDS}")
+    for names in _SHAPES:
+        if all(name in fields for name in names):
+            return names
+    has = ", ".join(map(str, fields)) or "no field"
+    raise RowFault(f"it has {has}", f"give each row {FIELDS}, or name its columns with `columns`")
+
+
+def _parts(fields: Any) -> Parts:
+    shape = shape_of(fields)
+    return _SHAPES[shape](*(fields[name] for name in shape), fields, shape)
+
+
+def _pair(prompt: Any, completion: Any, fields: Any, names: tuple[str, ...]) -> Parts:
+    """Read two texts, or two lists of messages as TRL writes them: the prompt's, then the completion's."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _messages([*prompt, *completion])
+    return _string(fields, names[0]), _string(fields, names[1]), ()
+
+
+def _messages(messages: Any, *_: Any) -> Parts:
     """Join the contents with line feeds; the last message, the assistant's, is the completion."""
     chat = chat_of(messages)
     if chat[-1]["role"] != "assistant":
@@ -102,21 +140,41 @@ def _messages(messages: Any) -> tuple[str, str, tuple[Message, ...]]:
     return "\n".join(before), last, tuple(Message(**message) for message in chat)
 
 
-def _parts(fields: Any) -> tuple[str, str, tuple[Message, ...]]:
-    if not isinstance(fields, dict):
-        raise RowFault("it is not a JSON object", f"give each row {FIELDS}")
-    for prompt, completion in PAIRS:
-        if prompt in fields and completion in fields:
-            return _string(fields, prompt), _string(fields, completion), ()
-    if "messages" in fields:
-        return _messages(fields["messages"])
-    if "text" in fields:
-        return "", _string(fields, "text"), ()
-    has = ", ".join(map(str, fields)) or "no field"
-    raise RowFault(f"it has {has}", f"give each row {FIELDS}")
+def _conversation(turns: Any, *_: Any) -> Parts:
+    """Read the turns of ShareGPT, each with `from` and `value`."""
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise RowFault("conversations is not a list of objects", 'give [{"from": "human", "value": "…"}, …]')
+    renamed = [
+        {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+        if {"from", "value"} <= turn.keys()
+        else turn
+        for turn in turns
+    ]
+    return _messages(renamed)
 
 
-def rows_fingerprint(rows: Sequence[Row]) -> str:
+def _instruction(instruction: Any, output: Any, fields: Any, names: tuple[str, ...]) -> Parts:
+    """Read Alpaca's row: its input, where there is one, stands below the instruction."""
+    given = _string(fields, "input") if fields.get("input") else ""
+    prompt = _string(fields, names[0])
+    return f"{prompt}\n\n{given}" if given else prompt, _string(fields, names[1]), ()
+
+
+def _text(text: Any, fields: Any, names: tuple[str, ...]) -> Parts:
+    return "", _string(fields, names[0]), ()
+
+
+_SHAPES: Mapping[tuple[str, ...], Callable[..., Parts]] = {
+    ("prompt", "completion"): _pair,
+    ("question", "answer"): _pair,
+    ("messages",): _messages,
+    ("conversations",): _conversation,
+    ("instruction", "output"): _instruction,
+    ("text",): _text,
+}
+
+
+def rows_fingerprint(rows: Iterable[Row]) -> str:
     """Hash the contents of rows, and their numbers."""
     digest = hashlib.sha256()
     for row in rows:

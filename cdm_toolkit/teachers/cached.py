@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from cdm_toolkit.kd.types import SignalRequest, TeacherSignal, TopK
 
 
 def open_cache(
-    folder: str | Path, side: TokenizerSide, rows: Sequence[Row], template: TemplateName
+    folder: str | Path, side: TokenizerSide, rows: Iterable[Row], template: TemplateName
 ) -> TeacherCache:
     """Open a cache for a run that reads `rows` with the teacher's `side`; the cache may stop short of the last row.
 
@@ -30,7 +31,7 @@ def open_cache(
     return TeacherCache.open(
         folder,
         side.view,
-        data_fingerprint=rows_fingerprint(rows[:count]),
+        data_fingerprint=rows_fingerprint(islice(rows, count)),
         template_fingerprint=template_fingerprint(side, template),
     )
 

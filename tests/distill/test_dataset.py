@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 
 import cdm_toolkit
 from cdm_toolkit.distill import dataset as module
+from cdm_toolkit.distill import dataset_store as store
 from cdm_toolkit.distill.dataset import RowCounts, build_dataset
 from cdm_toolkit.distill.dataset_store import AlignedDataset
 from cdm_toolkit.errors import BadArtifact, BadOption, UnsupportedTokenizer
@@ -332,7 +335,7 @@ def test_damaged_files_are_made_anew(
     student = side(real_view("gpt2"))
     before = as_lists(build_dataset(rows, student)[0])
     (folder,) = cache.iterdir()
-    arrow, header = folder / "part.arrow", folder / "header.json"
+    arrow, header = folder / "part-00000.arrow", folder / "header.json"
     match damage:
         case "cut":
             arrow.write_bytes(arrow.read_bytes()[:-1000])
@@ -356,7 +359,7 @@ def test_a_file_that_says_what_was_written_but_is_not_is_damaged(
 ) -> None:
     build_dataset(rows, side(real_view("gpt2")))
     (folder,) = cache.iterdir()
-    arrow, header = folder / "part.arrow", folder / "header.json"
+    arrow, header = folder / "part-00000.arrow", folder / "header.json"
     arrow.write_bytes(b"x" * arrow.stat().st_size)
     with pytest.raises(BadArtifact, match="cannot be read"):
         AlignedDataset(folder)
@@ -375,6 +378,42 @@ def test_an_interrupted_run_leaves_nothing(real_view, rows: list[Row], cache: Pa
     assert list(cache.iterdir()) == []
 
 
+def test_a_stopped_step_goes_on(
+    real_view, rows: list[Row], cache: Path, monkeypatch: pytest.MonkeyPatch, tokenized: list[int]
+) -> None:
+    """Parts that are whole are kept, and each row is made once; a part that is damaged is made anew."""
+    student, teacher = side(real_view("mistral")), TeacherSide(side(real_view("smollm2")))
+    whole = as_lists(build_dataset(rows, student, [teacher])[0])
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(store, "PART", 8)
+    monkeypatch.setattr(module, "_fingerprint", lambda *_: "stopped")
+
+    def stop(done: int) -> None:
+        if done == 28:
+            raise KeyboardInterrupt
+
+    def again(on_row: Callable[[int], None] = lambda _: None) -> AlignedDataset:
+        tokenized.clear()
+        return build_dataset(rows, student, [teacher], on_row=on_row)[0]
+
+    with pytest.raises(KeyboardInterrupt):
+        again(stop)
+    making = cache / ".making-stopped"
+    parts = [f"part-{nth:05}.arrow" for nth in range(3)]
+    assert sorted(file.name for file in making.glob("*.arrow")) == parts
+    (making / parts[2]).write_bytes(b"damaged")
+    with pytest.raises(KeyboardInterrupt):
+        again(stop)
+    assert sum(tokenized) == 2 * 12, "the rows after the second part"
+    done: list[int] = []
+    features = again(done.append)
+    assert sum(tokenized) == 2 * 16, "the rows after the third part"
+    assert done[0] == 28
+    assert as_lists(features) == whole
+    assert [one.row for one in features] == [row.number for row in rows]
+    assert not making.exists()
+
+
 def test_rows_come_by_number_slice_and_length_and_go_to_other_processes(real_view, rows: list[Row]) -> None:
     features, _ = build_dataset(rows, side(real_view("gpt2")), [TeacherSide(side(real_view("smollm2")))])
     assert features.lengths.tolist() == [one.length for one in features]
@@ -391,8 +430,7 @@ def test_rows_come_by_number_slice_and_length_and_go_to_other_processes(real_vie
 def test_several_processes_make_the_same(
     real_view, rows: list[Row], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], start: str
 ) -> None:
-    import datasets.arrow_dataset
-    import multiprocess
+    import multiprocessing
 
     if start == "fork" and sys.platform == "win32":
         pytest.skip("Windows cannot fork")
@@ -400,11 +438,11 @@ def test_several_processes_make_the_same(
     student, teacher = side(real_view("gpt2"), PLAIN), TeacherSide(side(real_view("smollm2"), CHATML))
     alone = as_lists(build_dataset(many, student, [teacher], template="chat")[0])
     monkeypatch.setattr(module, "ROWS_FOR_A_PROCESS", 100)
-    monkeypatch.setattr(datasets.arrow_dataset, "mp", multiprocess.get_context(start))
+    context = multiprocessing.get_context(start)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", partial(ProcessPoolExecutor, mp_context=context))
     monkeypatch.setattr(module, "_fingerprint", lambda *_: "another")
     done: list[int] = []
     several, counts = build_dataset(many, student, [teacher], template="chat", workers=2, on_row=done.append)
-    assert len(list(several.folder.glob("*.arrow"))) == 2
     assert as_lists(several) == alone
     assert counts.trained == len(many)
     assert done == sorted(done)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from cdm_toolkit.distill import run as run_module
 from cdm_toolkit.distill import trainer as trainer_module
 from cdm_toolkit.distill.output_folder import last_checkpoint
 from cdm_toolkit.distill.plan import plan
-from cdm_toolkit.distill.prepare import Progress
+from cdm_toolkit.distill.prepare import Progress, prepare
 from cdm_toolkit.distill.run import RunResult, run
-from cdm_toolkit.distill.settings import DistillConfig, from_mapping
+from cdm_toolkit.distill.settings import DistillConfig, SourceConfig, from_mapping
+from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.distill.trainer import Mixture, training_arguments
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,
@@ -149,6 +152,72 @@ def test_accumulation_and_batches_agree(config, tmp_path: Path) -> None:
         for one, two in zip(losses(runs[0]), losses(other), strict=True):
             assert two[:-1] == pytest.approx(one[:-1], abs=1e-5)
             assert two[-1] == pytest.approx(one[-1], abs=1e-4)
+
+
+def test_each_source_has_an_alpha_of_its_own(config, tiny, tmp_path: Path) -> None:
+    """The loss of a step over rows of both is linear in the alphas, and with one alpha is that without sources."""
+    lines = Path(tiny.data).read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:5]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[5:]))
+
+    def loss(*alphas: float | None) -> float:
+        sources = [
+            {"path": str(tmp_path / f"{name}.jsonl"), "alpha": alpha}
+            for name, alpha in zip("ab", alphas, strict=True)
+        ]
+        made = config({"output": str(tmp_path / "out"), "alpha": 0.3}, batch_size=24, max_steps=1)
+        data = made.data.model_copy(update={"sources": tuple(map(SourceConfig.model_validate, sources))})
+        return run(made.model_copy(update={"data": data}), overwrite=True).losses[0].loss
+
+    none, first, second = loss(0, 0), loss(1, 0), loss(0, 1)
+    both = none + 0.2 * (first - none) + 0.9 * (second - none)
+    assert loss(0.2, 0.9) == pytest.approx(both, rel=1e-5)
+    assert abs(first - none) > 1e-3 < abs(second - none)
+    plain = run(config({"alpha": 0.3}, batch_size=24, max_steps=1), overwrite=True).losses[0].loss
+    assert loss(0.3, 0.3) == loss(None, None) == plain
+    assert loss(None, 0.9) == pytest.approx(none + 0.3 * (first - none) + 0.9 * (second - none), rel=1e-5)
+
+
+def test_processes_run_equally_many_batches(config, tiny) -> None:
+    """One that has no rows of an alpha runs a row that does not count."""
+    rows = Rows(config().data.sources)
+    prepared = prepare(config(), rows, lambda _: None)
+    mixture = Mixture((0.2, 0.9), lambda numbers: [0.2] * len(numbers))
+    few = prepared.features[:3]
+    (alone,) = trainer_module._InMapping(prepared.collator, mixture, in_step=False)(few)["parts"]
+    assert (alone.alpha, alone.counts, len(alone.batch.rows)) == (0.2, True, 3)
+    first, second = trainer_module._InMapping(prepared.collator, mixture, in_step=True)(few)["parts"]
+    assert first.batch.rows == alone.batch.rows
+    assert (second.alpha, second.counts, len(second.batch.rows)) == (0.9, False, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = prepared.trainer(training_arguments(config(), Path(folder)))
+    of_both = trainer.compute_loss(trainer.model, {"parts": [first, second]})
+    assert of_both.item() == trainer.compute_loss(trainer.model, {"parts": [first]}).item()
+
+
+def test_weights_say_how_often_an_epoch_has_a_row(config, tiny, tmp_path: Path) -> None:
+    lines = Path(tiny.data).read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:4]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[4:]))
+    sources = [
+        {"path": str(tmp_path / "a.jsonl"), "weight": 2},
+        {"path": str(tmp_path / "b.jsonl"), "weight": 0.4},
+    ]
+    made = from_mapping(
+        {"student": tiny.student, "data": sources, "output": str(tmp_path / "out")}
+        | {"train": {"batch_size": 4, "epochs": 2, "log_every": 1, "device": "cpu"}}
+    )
+    assert (planned := plan(made)).steps_an_epoch == 4, "8 of the first, 8 of the second"
+    result = run(made)
+    assert (result.steps, planned.steps) == (8, 8)
+    assert planned.tokens_an_epoch == pytest.approx(result.tokens / 2, rel=0.1)
+
+
+def test_an_epoch_without_rows_is_told(config, tiny) -> None:
+    with pytest.raises(
+        BadOption, match=r"weight .* is 0.01; give more: an epoch has no row|an epoch has no row"
+    ):
+        plan(config({"data": {"weight": 0.01}}))
 
 
 def test_sft_needs_no_teacher(config) -> None:

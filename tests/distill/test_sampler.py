@@ -25,6 +25,27 @@ def test_each_row_comes_once(
     assert sorted(order.tolist()) == list(range(len(lengths)))
 
 
+@given(st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0]), min_size=1, max_size=60), st.integers(0, 5))
+def test_weights_are_how_often_a_row_comes(weights: list[float], epoch: int) -> None:
+    given = np.array(weights)
+    sampler = LengthGroupedSampler(
+        np.arange(len(weights)),
+        rows_per_step=4,
+        seed=3,
+        group_by_length=True,
+        epoch=lambda: epoch,
+        weights=given,
+    )
+    counts = np.bincount(list(sampler), minlength=len(weights))
+    assert counts.sum() == len(sampler)
+    assert (np.abs(counts - given) < 1).all()
+    for weight in np.unique(given):
+        assert (
+            counts[given == weight].sum()
+            == round(weight % 1 * (given == weight).sum()) + int(weight) * (given == weight).sum()
+        )
+
+
 def test_depends_on_seed_and_epoch_alone() -> None:
     lengths = np.arange(100)
     make = {"rows_per_step": 4, "group_by_length": True}

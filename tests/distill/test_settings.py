@@ -17,7 +17,7 @@ ONE: dict[str, Any] = NEEDED | {"teachers": [{"model": "t"}]}
 
 def test_defaults_are_without_fault() -> None:
     config = from_mapping(ONE)
-    assert (config.teachers[0].method, config.data.path, config.ce_weight) == ("spelling", "d", 0.8)
+    assert (config.teachers[0].method, config.data.name, config.ce_weight) == ("spelling", "d", 0.8)
     assert from_mapping(NEEDED).ce_weight == 1, "without a teacher there is nothing but cross-entropy"
 
 

@@ -289,7 +289,7 @@ def test_rows_of_every_kind(tiny, tmp_path: Path) -> None:
     """A text without a prompt, an empty completion, one that is longer than max_length, and one beyond it."""
     long = "the cat sits on the hill then it runs over the mat"
     rows = [
-        {"text": "the dog runs."},
+        {"prompt": "", "completion": "the dog runs."},
         {"prompt": "the cat", "completion": ""},
         {"prompt": "the cat", "completion": long},
         {"prompt": long, "completion": "it sleeps"},

@@ -37,7 +37,7 @@ from transformers import (
 
 from benchmarks._live import Held, LiveBytes
 from cdm_toolkit import kd
-from cdm_toolkit.distill.trainer import DistillTrainer, TeacherObjective
+from cdm_toolkit.distill.trainer import DistillTrainer, TeacherObjective, WeightedBatch
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.x_token import PREIMAGES
@@ -96,7 +96,6 @@ class TrainerStep(DistillTrainer):
 
     def __init__(self, objectives: Sequence[TeacherObjective], *, mixed: bool) -> None:
         self.objectives = tuple(objectives)
-        self.alpha = 0.5 if objectives else 1.0
         self.args: Any = SimpleNamespace(device=torch.device("cuda"))
         self.state: Any = SimpleNamespace(global_step=0)
         self.accelerator: Any = SimpleNamespace(
@@ -290,7 +289,8 @@ def _loss(
     """Give the loss of a step: a method's, or one of SFT after the teacher was run for nothing."""
 
     def of_method(batch: AlignedBatch, counts: Tensor) -> Tensor:
-        loss: Tensor = trainer.compute_loss(student, {"batch": batch}, num_items_in_batch=counts)
+        inputs: Any = {"parts": [WeightedBatch(batch, 0.5 if trainer.objectives else 1.0)]}
+        loss: Tensor = trainer.compute_loss(student, inputs, num_items_in_batch=counts)
         return loss
 
     def after_teacher(batch: AlignedBatch, counts: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from benchmarks._report import Line, Report, medians, once
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
+from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.hub.models import load_model
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> Report:
         for tokenizer, names in STUDENTS.items():
             student = Path(folder) / tokenizer
             new_student(tokenizer, options.size, student)
-            steps = {name: Step.of(name, student, rows[:1]) for name in names}
+            steps = {name: Step.of(name, student) for name in names}
             for count, length in CELLS:
                 cell = Cell.of(rows, count, length, side_t, _side(tokenizer))
                 lines += _lines(cell, steps, teacher, options.rounds)
@@ -157,8 +158,8 @@ class Step:
         self.batch: AlignedBatch | None = None
 
     @classmethod
-    def of(cls, name: str, student: Path, rows: list[Row]) -> Step:
-        """Prepare a run; `rows` are only there so that it has some."""
+    def of(cls, name: str, student: Path) -> Step:
+        """Prepare a run, of rows that are only there so that it has some."""
         output = student.with_name(f"{student.name}-{name}")
         teachers = [] if name == "sft" else [{"model": TEACHER, "method": name}]
         config = from_mapping(
@@ -170,7 +171,7 @@ class Step:
                 "train": {"device": "cpu"},
             }
         )
-        prepared = prepare(config, rows, lambda _: None)
+        prepared = prepare(config, Rows(config.data.sources), lambda _: None)
         trainer = prepared.trainer(training_arguments(config, output))
         return cls(
             trainer,
@@ -180,7 +181,8 @@ class Step:
 
     def look_at(self, cell: Cell) -> AlignedBatch | None:
         """Take a cell's batch; gives it where a teacher is asked."""
-        self.batch = self.trainer.data_collator(cell.rows)["batch"]
+        (part,) = self.trainer.data_collator(cell.rows)["parts"]
+        self.part, self.batch = part, part.batch
         return self.batch if self.trainer.objectives else None
 
     def hear(self, logits: Tensor) -> None:
@@ -190,7 +192,7 @@ class Step:
         self.trainer.objectives = tuple(replace(objective, teacher=teacher) for objective in objectives)
 
     def __call__(self) -> None:
-        inputs: Any = {"batch": self.batch}
+        inputs: Any = {"parts": [self.part]}
         self.trainer.compute_loss(self.trainer.model, inputs).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
