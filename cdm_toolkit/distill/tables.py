@@ -156,8 +156,10 @@ def _loaded(name: str, revision: str | None, config: str | None, split: str) -> 
 
 def _why(error: Exception) -> tuple[str, str]:
     """Say in one line why a data set did not come, and what helps."""
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+    if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     said = " ".join(str(error).split())[:300]
     if isinstance(error, DatasetNotFoundError):
         fix = "check the spelling, log in or set HF_TOKEN where it is private; a file is named by its path"

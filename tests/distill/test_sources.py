@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from cdm_toolkit.distill.settings import SourceConfig
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.errors import BadRow, FileProblem
 from cdm_toolkit.kd.rows import Row
+
+from ..hub.hub_server import serve
 
 RECORDS = [
     {"prompt": f'What is {n} + {n}?\nSay, "please".', "completion": f"{2 * n}, naïve, 東京"} for n in range(7)
@@ -222,3 +227,88 @@ def test_bad_data_is_one_line(name: str, content: str | None, said: str, tmp_pat
 def test_a_folder_that_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(FileProblem, match=r"it is a folder; give files, such as .*/\*.parquet"):
         list(rows_of(tmp_path))
+
+
+# The hub
+
+ASK = """
+import json, sys
+from cdm_toolkit.distill.settings import SourceConfig
+from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.errors import CdmError
+for source in json.loads(sys.argv[1]):
+    try:
+        rows = Rows((SourceConfig(**source),))
+        print(json.dumps([rows.fingerprint, len(rows)]))
+    except CdmError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def ask_hub(
+    endpoint: str, home: Path, sources: Sequence[dict[str, Any]], **environment: str
+) -> tuple[list[Any], str]:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(sources)],
+        env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_a_data_set_on_the_hub_gives_the_same_rows(tmp_path: Path) -> None:
+    """By id, revision, config and split; kept for a machine that is offline; what fails is one line."""
+    path, test = jsonl(tmp_path / "rows.jsonl", RECORDS), jsonl(tmp_path / "test.jsonl", RECORDS[:2])
+    other = jsonl(tmp_path / "other.jsonl", RECORDS[3:])
+    card = """---
+configs:
+- {config_name: first, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]}
+- {config_name: second, data_files: c.jsonl}
+---
+"""
+    files = {"README.md": card.encode(), "a.jsonl": path.read_bytes(), "b.jsonl": test.read_bytes()}
+    with serve() as hub:
+        old = hub.add("datasets/org/set", {"rows.jsonl": test.read_bytes()})
+        hub.add("datasets/org/set", files | {"c.jsonl": other.read_bytes()})
+        hub.add("datasets/org/plain", {"train.jsonl": path.read_bytes()})
+        hub.add("datasets/org/gated", {"train.jsonl": path.read_bytes()}, token="secret")
+        found, said = ask_hub(
+            hub.endpoint,
+            tmp_path / "home",
+            [
+                {"path": "org/plain"},
+                {"path": "org/plain@main"},
+                {"path": f"org/set@{old}"},
+                {"path": "org/set", "config": "first", "split": "test"},
+                {"path": "org/set", "config": "second"},
+                {"path": "org/set"},
+                {"path": "org/set", "config": "third"},
+                {"path": "org/plain", "split": "validation"},
+                {"path": "org/plain", "split": "train+test"},
+                {"path": "org/none"},
+                {"path": "org/plain@none"},
+                {"path": "org/gated"},
+            ],
+        )
+        same = [rows_of(path).fingerprint, 7]
+        few, second = [rows_of(test).fingerprint, 2], [rows_of(other).fingerprint, 4]
+        assert found[:5] == [same, same, few, few, second]
+        *_, missing, third, validation, sum_of_splits, none, revision, gated = found
+        for line, words in (
+            (missing, "org/set: it cannot be read (Config name is missing. Please pick one among"),
+            (third, "BuilderConfig 'third' not found"),
+            (validation, 'Unknown split "validation"'),
+            (sum_of_splits, 'Unknown split "test"'),
+            (none, "org/none: there is no such file, and no such data set on the hub"),
+            (revision, "org/plain@none: "),
+            (gated, "org/gated: "),
+        ):
+            assert words in line
+            assert "\n" not in line
+        assert said == ""
+    offline, _ = ask_hub(hub.endpoint, tmp_path / "home", [{"path": "org/plain"}], HF_HUB_OFFLINE="1")
+    assert offline == [same]
+    (unknown,), _ = ask_hub(hub.endpoint, tmp_path / "home", [{"path": "org/more"}], HF_HUB_OFFLINE="1")
+    assert "org/more: " in unknown

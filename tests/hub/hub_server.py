@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
     cut: int | None = None
 
     def do_GET(self) -> None:
-        if re.match("/api/(?!models/)", self.path):  # what huggingface_hub asks of its own accord
+        if re.match("/api/(?!models/|datasets/)", self.path):  # what huggingface_hub asks of its own accord
             self.answer(404)
             return
         asked = Asked(self.command, self.path, self.headers["Range"], self.headers["Authorization"])
@@ -148,9 +148,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_POST(self) -> None:
+        """Answer which of some paths a repository has."""
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+        self.hub.asked.append(Asked(self.command, self.path, None, self.headers["Authorization"]))
+        match = re.fullmatch("/api/(datasets/.+?)/paths-info/(.+)", unquote(self.path))
+        if match is None or (found := self.repository(*match.groups())) is None:
+            self.answer(404)
+            return
+        files = found[0].commits[found[1]]
+        asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
+        page = [_entry(path, files[path]) for path in asked if path in files]
+        self.answer(200, {}, json.dumps(page).encode(), always=True)
+
     def route(self, url: Any) -> None:
-        match re.split("/(api/models|cdn|resolve)(?:/|$)", url.path):
-            case ["", "api/models", what]:
+        match re.split("/(api/models|api(?=/datasets)|cdn|resolve)(?:/|$)", url.path):
+            case ["", "api/models" | "api", what]:
                 self.api(*re.fullmatch("(.+?)(?:/(revision|tree)/(.+))?", what).groups(), url.query)  # type: ignore
             case ["", "cdn", sha256]:
                 self.send_file(self.hub.blob(sha256), {})
@@ -175,16 +188,27 @@ class _Handler(BaseHTTPRequestHandler):
         return repository, commit
 
     def api(self, name: str, what: str | None, revision: str | None, query: str) -> None:
-        """Answer what a revision is, or a page of its tree."""
+        """Answer what a revision is, or a page of its tree, or of a folder in it."""
+        revision, _, folder = (revision or "main").partition("/") if what == "tree" else (revision, "", "")
         if (found := self.repository(name, revision or "main")) is None:
             return
         repository, commit = found
         if what != "tree":
-            self.answer(200, {}, json.dumps({"id": name, "sha": commit, "siblings": []}).encode())
+            files = [{"rfilename": path} for path in repository.commits[commit]]
+            about = {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": files}
+            self.answer(200, {}, json.dumps(about).encode())
             return
-        files = repository.commits[commit]
+        files = {
+            path: data
+            for path, data in repository.commits[commit].items()
+            if f"/{path}".startswith(f"/{folder}")
+        }
+        if folder and not files:
+            self.answer(404, {"X-Error-Code": "EntryNotFound"})
+            return
         start = int(parse_qs(query).get("cursor", ["0"])[0])
-        rest = f"{self.hub.endpoint}/api/models/{name}/tree/{commit}?cursor={start + PAGE}"
+        kind = "" if name.startswith("datasets/") else "models/"
+        rest = f"{self.hub.endpoint}/api/{kind}{name}/tree/{commit}?cursor={start + PAGE}"
         link = {"Link": f'<{rest}>; rel="next"'} if start + PAGE < len(files) else {}
         page = [_entry(path, data) for path, data in list(files.items())[start : start + PAGE]]
         self.answer(200, link, json.dumps(page).encode())
@@ -215,12 +239,14 @@ class _Handler(BaseHTTPRequestHandler):
             headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         self.answer(206 if start else 200, headers, data[start:])
 
-    def answer(self, status: int, headers: Mapping[str, str] = {}, body: bytes = b"") -> None:
+    def answer(
+        self, status: int, headers: Mapping[str, str] = {}, body: bytes = b"", *, always: bool = False
+    ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" or always:
             self.wfile.write(body if self.cut is None else body[: self.cut])
 
     def log_message(self, *_: object) -> None:
