@@ -33,7 +33,7 @@ def generate(
     device = str(resolve_device(device))
     subject = load_subject(model, device)
     screen.say_device(device)
-    answer = write(subject.model, subject.tokenizer, prompt, max_new_tokens=max_new_tokens)
+    answer = write(subject, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         screen.print_json({"model": model, "prompt": prompt, "device": device, "answer": answer})
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 from cdm_toolkit.batching import batches, padded
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
@@ -17,10 +18,7 @@ from cdm_toolkit.tokdiff.view import TokenizerView
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Bool, Float, Int64
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-Generator = Callable[[Sequence[str]], list[str]]
-"""Returns the completion of each prompt: `generate_batch` with its other arguments bound, or a stub."""
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +31,29 @@ class GenerationSettings:
     """Nucleus sampling: draw from the most probable tokens whose total probability reaches this."""
     stop: tuple[str, ...] = ()
     seed: int = 0
+
+
+def generate_wanted(
+    subject: Subject,
+    prompts: Mapping[str, str],
+    settings: GenerationSettings,
+    wanted: Collection[str],
+    *,
+    batch_size: int | None = None,
+) -> Iterator[dict[str, str]]:
+    """Continue the prompts whose keys are wanted, as `generate_batch` does; yield the completions of a batch by key.
+
+    Batches are those of all prompts, so that a resumed run generates the same as an uninterrupted one.
+    """
+    keys = list(prompts)
+    encoded = (prompt_ids(subject.tokenizer, prompt, None) for prompt in prompts.values())
+    lengths = [len(ids) + settings.max_new_tokens for ids in encoded]
+    for batch in batches(lengths, batch_size):
+        together = [keys[index] for index in batch]
+        if any(key in wanted for key in together):
+            asked = [prompts[key] for key in together]
+            texts = generate_batch(subject, asked, settings, batch_size=len(asked))
+            yield {key: text for key, text in zip(together, texts, strict=True) if key in wanted}
 
 
 def generate_batch(
@@ -62,15 +83,9 @@ def generate_ids(
     seeds = _seeds(settings.seed, prompts)
     completions: list[list[int]] = [[] for _ in prompts]
     for batch in batches([len(ids) + settings.max_new_tokens for ids in encoded], batch_size):
-        rows = _continued(
-            subject.model,
-            subject.tokenizer,
-            [encoded[index] for index in batch],
-            settings,
-            [seeds[index] for index in batch],
-            subject.view,
-        )
-        for index, ids in zip(batch, rows, strict=True):
+        rows = [encoded[index] for index in batch]
+        drawn = _continued(subject, rows, settings, [seeds[index] for index in batch])
+        for index, ids in zip(batch, drawn, strict=True):
             completions[index] = ids
     return completions
 
@@ -124,34 +139,23 @@ def spelled(view: TokenizerView, ids: Sequence[int]) -> bytes:
     )
 
 
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, *, max_new_tokens: int = 128
-) -> str:
-    """Answer a prompt greedily, up to the end-of-sequence token or `max_new_tokens`.
-
-    The model input is as in training: start token, prompt, line feed. The prompt is truncated on the left where the
-    model has too few positions for it and the answer.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limit = None if positions is None else max(2, positions - max_new_tokens)
-    ids = prompt_ids(tokenizer, Row(1, prompt, "").text, limit)
-    (row,) = _continued(model, tokenizer, [ids], GenerationSettings(max_new_tokens), [0], None)
-    answer: str = tokenizer.decode(row, skip_special_tokens=True)
+def generate(subject: Subject, prompt: str, *, max_new_tokens: int = 128) -> str:
+    """Answer a prompt greedily, as `generate_batch` does. The input is as in training: the prompt, then a line feed."""
+    (answer,) = generate_batch(subject, [Row(1, prompt, "").text], GenerationSettings(max_new_tokens))
     return answer.strip()
 
 
 def _continued(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    subject: Subject,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     seeds: Sequence[int],
-    view: TokenizerView | None,
 ) -> list[list[int]]:
     """Continue encoded prompts, padded on the left; return the new ids up to the end-of-sequence token."""
     import torch
 
-    ends = _ends(model, tokenizer)
+    model, tokenizer = subject.model, subject.tokenizer
+    ends = _ends(subject)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     ids, mask, _ = (torch.from_numpy(array).to(model.device) for array in padded(prompts, pad, "left"))
     longest = ids.shape[1]
@@ -160,8 +164,8 @@ def _continued(
             ids,
             attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
-            logits_processor=[_GumbelSampler(settings, seeds)] if settings.temperature > 0 else [],
-            stopping_criteria=[_StopStrings(settings.stop, view, longest)] if settings.stop and view else [],
+            logits_processor=_sampling(settings, seeds) if settings.temperature > 0 else [],
+            stopping_criteria=[_StopStrings(settings.stop, subject.view, longest)] if settings.stop else [],
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
             # Override the checkpoint's generation settings: sampling is done by _GumbelSampler.
@@ -173,18 +177,21 @@ def _continued(
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
         )
-    return [_up_to_end(row, ends) for row in out[:, longest:].tolist()]
+    return [list(takewhile(lambda token_id: token_id not in ends, row)) for row in out[:, longest:].tolist()]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+def _sampling(settings: GenerationSettings, seeds: Sequence[int]) -> list[Any]:
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+    nucleus = [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
+    return [TemperatureLogitsWarper(settings.temperature), *nucleus, _GumbelSampler(seeds)]
+
+
+def _ends(subject: Subject) -> set[int]:
     """Collect the ids that end an answer: the checkpoint may name more than the tokenizer."""
-    named = model.generation_config.eos_token_id
-    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    named = subject.model.generation_config.eos_token_id
+    ends = set(named if isinstance(named, list) else [named]) | {subject.tokenizer.eos_token_id}
     return ends - {None}
-
-
-def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
-    return ids[: next((i for i, token_id in enumerate(ids) if token_id in ends), len(ids))]
 
 
 def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:
@@ -201,10 +208,9 @@ def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:
 class _GumbelSampler:
     """Sample with the Gumbel-max trick: add Gumbel noise to the logits, from a separate generator for each row."""
 
-    def __init__(self, settings: GenerationSettings, seeds: Sequence[int]) -> None:
+    def __init__(self, seeds: Sequence[int]) -> None:
         import torch
 
-        self._settings = settings
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(
@@ -212,21 +218,10 @@ class _GumbelSampler:
     ) -> Float[torch.Tensor, "batch vocab"]:
         import torch
 
-        scores = _top_p(scores.float() / self._settings.temperature, self._settings.top_p)
         uniform = torch.stack([torch.rand(scores.shape[1], generator=each) for each in self._generators])
         tiny = torch.finfo(torch.float32).tiny  # avoid log(0), which would make the noise infinite
         noise = -torch.log(-torch.log(uniform.clamp(min=tiny, max=1 - 2**-24)))
         return scores + noise.to(scores.device)
-
-
-def _top_p(scores: Float[torch.Tensor, "batch vocab"], top_p: float) -> Float[torch.Tensor, "batch vocab"]:
-    """Keep the fewest most probable tokens whose total probability reaches `top_p`."""
-    if top_p >= 1:
-        return scores
-    ordered, order = scores.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    ordered = ordered.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, float("-inf"))
-    return scores.scatter(-1, order, ordered)
 
 
 class _StopStrings:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdm_toolkit.distill.jsonl import read_rows, read_text
-from cdm_toolkit.errors import FileProblem, MissingExtra, NoData
+from cdm_toolkit.distill.jsonl import read_objects, read_rows, read_text
+from cdm_toolkit.errors import BadRow, FileProblem, MissingExtra, NoData
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import FIELDS, Row
 from cdm_toolkit.samples import sample_path
@@ -128,3 +128,20 @@ def read_passages(path: Path, limit: int | None) -> list[Row]:
     if not text:
         raise FileProblem(path, "it is empty", "give a text to score")
     return [Row(1, "", text)]
+
+
+def read_fields(
+    path: Path, shown: str, texts: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read JSONL objects, each with its number, that have some texts, and optional ones, which may be null.
+
+    `shown` names all fields, for messages. Raises FileProblem and BadRow.
+    """
+    for number, fields in read_objects(path, shown):
+        if not isinstance(fields, dict) or not set(texts) <= fields.keys():
+            has = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
+            raise BadRow(path, number, f"it has {has or 'no field'}", f"give each row {shown}")
+        for name in (*texts, *optional):
+            if not isinstance(fields.get(name), str if name in texts else str | None):
+                raise BadRow(path, number, f"{name} is no text", f"make {name} a string")
+        yield number, fields

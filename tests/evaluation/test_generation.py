@@ -11,7 +11,6 @@ from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
 from cdm_toolkit.evaluation.evaluate import Subject, start_token
 from cdm_toolkit.evaluation.generation import (
     GenerationSettings,
-    _top_p,
     as_chat,
     generate,
     generate_batch,
@@ -43,20 +42,20 @@ def test_an_answer_is_the_most_probable_token_each_time(make: MakeSubject, bos: 
         if ids[-1] == subject.tokenizer.eos_token_id:
             break
     expected = subject.tokenizer.decode(ids[begin:], skip_special_tokens=True).strip()
-    assert generate(subject.model, subject.tokenizer, prompt, max_new_tokens=12) == expected
+    assert generate(subject, prompt, max_new_tokens=12) == expected
 
 
 def test_an_answer_stops_at_the_end_token(make: MakeSubject) -> None:
     subject = make()
     torch.nn.init.zeros_(subject.model.lm_head.weight)
     subject.model.generation_config.eos_token_id = 0  # argmax of equal logits
-    assert generate(subject.model, subject.tokenizer, "a", max_new_tokens=5) == ""
+    assert generate(subject, "a", max_new_tokens=5) == ""
 
 
 def test_a_prompt_that_is_too_long_keeps_its_end(make: MakeSubject) -> None:
     subject = make(positions=32)
     long = "word " * 200 + "Ada has 3 pens"
-    short = generate(subject.model, subject.tokenizer, long, max_new_tokens=8)
+    short = generate(subject, long, max_new_tokens=8)
     kept = subject.tokenizer(f"{long}\n", add_special_tokens=False).input_ids[-23:]
     with torch.no_grad():
         first = int(
@@ -117,10 +116,18 @@ def test_each_seed_draws_anew_and_the_same_again(subject: Subject) -> None:
     assert len({*drawn[0], *drawn[2]}) == 4
 
 
-def test_top_p_keeps_the_fewest_most_probable_tokens() -> None:
-    scores = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]]))
-    for top_p, kept in ((0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.76, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
-        assert torch.isfinite(_top_p(scores, top_p))[0].nonzero().flatten().tolist() == kept
+def test_top_p_keeps_the_fewest_most_probable_tokens(make: MakeSubject) -> None:
+    subject = make()
+    with torch.no_grad():
+        logits = subject.model(torch.tensor([prompt_ids(subject.tokenizer, "Ada", None)])).logits[0, -1]
+    chances, order = torch.softmax(logits, -1).sort(descending=True)
+    for kept in (1, 3, 10):
+        top_p = float(chances[:kept].sum() - chances[kept - 1] / 2)
+        settings = GenerationSettings(1, temperature=1.0, top_p=top_p, seed=3)
+        drawn = generate_batch(subject, ["Ada"] * 200, settings, batch_size=200)
+        allowed = {spelled(subject.view, [i]).decode(errors="replace") for i in order[:kept].tolist()}
+        assert set(drawn) <= allowed
+        assert len(set(drawn)) > kept // 2
 
 
 def test_a_completion_ends_before_the_first_stop_string(subject: Subject) -> None:
