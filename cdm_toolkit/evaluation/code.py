@@ -199,7 +199,8 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def _task(path: Path, number: int, fields: Mapping[str, Any]) -> Task:
-    task = Task(*(fields[name] for name in FIELDS), fields.get("canonical_solution") or "")
+    reference = fields.get("canonical_solution") or ""
+    task = Task(**{name: fields[name] for name in FIELDS}, reference=reference)
     if not task.entry_point.isidentifier():
         raise BadRow(path, number, f"entry_point is {task.entry_point!r}", "name the function that is tested")
     for name, parse in (("test", lambda: ast.parse(task.test)), ("prompt", lambda: _helpers(task))):

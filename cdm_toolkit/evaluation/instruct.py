@@ -172,7 +172,7 @@ def read_instructions(path: Path) -> list[Instruction]:
 
 def _instruction(path: Path, number: int, fields: Mapping[str, Any]) -> Instruction:
     output = fields.get("output")
-    references = output if isinstance(output, list) else [output]
+    references: list[Any] = output if isinstance(output, list) else [output]
     if not references or not all(isinstance(text, str) for text in references):
         raise BadRow(path, number, "output is no text", "make output a string, or a list of strings")
     template = PROMPT_WITH_INPUT if fields.get("input") else PROMPT

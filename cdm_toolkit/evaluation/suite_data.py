@@ -15,7 +15,7 @@ from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import FIELDS, Row
 from cdm_toolkit.samples import sample_path
 
-PROBE_SECONDS = 10
+HUB_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +60,12 @@ def hub_rows(data: DataSource) -> DataFile | str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    unreachable: Exception | None = None
-    try:
-        _probe(data)
-    except Exception as error:  # a dozen kinds, from name resolution to a gated repository
-        unreachable = error
     try:
         path = hf_hub_download(
-            str(data.hub), str(data.hub_file), repo_type="dataset", local_files_only=unreachable is not None
+            str(data.hub), str(data.hub_file), repo_type="dataset", etag_timeout=HUB_SECONDS
         )
-    except Exception as error:
-        return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(unreachable or error)
+    except Exception as error:  # a dozen kinds, from name resolution to a gated repository
+        return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(error.__cause__ or error)
     return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)", from_hub=True)
 
 
@@ -85,13 +80,13 @@ def hub_split(data: DataSource, split: str) -> DataFile | str:
         rows = _download(data, split)
         if isinstance(rows, str):
             return rows
-        text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
-        make_entry(folder, lambda making: _write(making / "rows.jsonl", text))
+        lines = [json.dumps(dict(row)) + "\n" for row in rows]
+
+        def fill(making: Path) -> None:
+            (making / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+
+        make_entry(folder, fill)
     return DataFile(folder / "rows.jsonl", f"{data.hub} {split} (hub)", from_hub=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str:
@@ -110,13 +105,13 @@ def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str
 
 
 def _probe(data: DataSource) -> None:
-    """Query the hub once for a data set, because loading and downloading retry for long and print messages."""
+    """Query the hub once for a data set, because loading it retries for long and prints messages."""
     from huggingface_hub import HfApi
 
-    HfApi().dataset_info(str(data.hub), timeout=PROBE_SECONDS)
+    HfApi().dataset_info(str(data.hub), timeout=HUB_SECONDS)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
