@@ -10,19 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cdm_toolkit.distill.jsonl import read_rows
-from cdm_toolkit.errors import BadRow, FileProblem, NoData
+from cdm_toolkit.errors import BadRow, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask
-from cdm_toolkit.evaluation.suite_data import DataFile, find_data, hub_split
-from cdm_toolkit.evaluation.suites import SuiteSpec
+from cdm_toolkit.evaluation.suite_data import DataFile, find_data
+from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import Row
-from cdm_toolkit.samples import sample_path
 
 TASK_FILES: Mapping[str, str] = {
     "gsm8k": "gsm8k.yaml",
@@ -115,17 +114,10 @@ def read_problems(path: Path) -> list[Row]:
 
 
 def _fewshot_file(spec: SuiteSpec, ask: Ask, data: DataFile) -> DataFile:
-    if ask.fewshot_data is not None:
-        return DataFile(ask.fewshot_data, str(ask.fewshot_data))
+    source = DataSource(sample="train")
     if data.from_hub and spec.settings.fewshot_split is not None:
-        found = hub_split(spec.data, spec.settings.fewshot_split)
-        if isinstance(found, DataFile):
-            return found
-        raise NoData(
-            spec.name, [f"{spec.data.hub} {spec.settings.fewshot_split}: {found}"], "question and answer"
-        )
-    path = sample_path("train")
-    return DataFile(path, f"{path.name} (cdm_toolkit.samples)")
+        source = spec.data.model_copy(update={"split": spec.settings.fewshot_split})
+    return find_data(replace(spec, data=source), ask.fewshot_data, "question and answer")
 
 
 def _as_gsm8k(row: Row) -> str:

@@ -50,7 +50,7 @@ def source_file(data: DataSource, folder: Path) -> DataFile | list[str]:
         path = sample_path(data.sample)
         return DataFile(path, f"{path.name} (cdm_toolkit.samples)")
     if data.hub is not None:
-        found = hub_rows(data) if data.hub_file else hub_split(data, data.split)
+        found = hub_rows(data) if data.hub_file else hub_split(data)
         return found if isinstance(found, DataFile) else [f"{data.hub} on the hub: {found}"]
     return []
 
@@ -69,15 +69,15 @@ def hub_rows(data: DataSource) -> DataFile | str:
     return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)", from_hub=True)
 
 
-def hub_split(data: DataSource, split: str) -> DataFile | str:
+def hub_split(data: DataSource) -> DataFile | str:
     """Store a split of a hub data set as JSONL in the cache folder; else return the reason as text."""
     from cdm_toolkit.artifacts.cache import cache_folder
     from cdm_toolkit.hub.cache_entries import make_entry
 
-    name = f"{str(data.hub).replace('/', '--')}-{data.config or 'default'}-{split}"
+    name = f"{str(data.hub).replace('/', '--')}-{data.config or 'default'}-{data.split}"
     folder = cache_folder() / "data" / name
     if not folder.is_dir():
-        rows = _download(data, split)
+        rows = _download(data)
         if isinstance(rows, str):
             return rows
         lines = [json.dumps(dict(row)) + "\n" for row in rows]
@@ -86,10 +86,10 @@ def hub_split(data: DataSource, split: str) -> DataFile | str:
             (making / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
 
         make_entry(folder, fill)
-    return DataFile(folder / "rows.jsonl", f"{data.hub} {split} (hub)", from_hub=True)
+    return DataFile(folder / "rows.jsonl", f"{data.hub} {data.split} (hub)", from_hub=True)
 
 
-def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str:
+def _download(data: DataSource) -> Iterable[Mapping[str, Any]] | str:
     try:
         from datasets import load_dataset
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -98,7 +98,7 @@ def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str
     try:
         with suppress(OfflineModeIsEnabled):  # load_dataset has a cache of its own
             _probe(data)
-        rows: Iterable[Mapping[str, Any]] = load_dataset(str(data.hub), data.config, split=split)
+        rows: Iterable[Mapping[str, Any]] = load_dataset(str(data.hub), data.config, split=data.split)
     except Exception as error:  # a dozen kinds, from name resolution to a gated repository
         return _reason(error)
     return rows

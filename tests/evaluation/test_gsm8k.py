@@ -293,9 +293,9 @@ def test_what_the_hub_gave_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     asked: list[str] = []
 
-    def download(source: object, split: str) -> list[dict[str, str]]:
-        asked.append(split)
-        return [{"question": f"{split} {n}?", "answer": f"#### {n}"} for n in range(7)]
+    def download(source: data.DataSource) -> list[dict[str, str]]:
+        asked.append(source.split)
+        return [{"question": f"{source.split} {n}?", "answer": f"#### {n}"} for n in range(7)]
 
     monkeypatch.setattr(data, "_download", download)
     monkeypatch.setenv("CDM_CACHE", str(tmp_path))
