@@ -32,8 +32,6 @@ from cdm_toolkit.evaluation.suites import SuiteSpec
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 SHOWN_FIELDS = "task_id, prompt, entry_point and test, with or without canonical_solution"
-STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Strings that begin something after the function, as for Codex."""
 
 
 class CodeSettings(Settings):
@@ -46,6 +44,8 @@ class CodeSettings(Settings):
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
     max_new_tokens: int = Field(default=512, ge=1)
+    stop: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    """Strings that begin something after the function; by default those of Codex."""
     preload: tuple[str, ...] = ()
     """Modules besides the standard library that programs and tests may import, such as numpy."""
     limits: Limits = Limits()
@@ -105,17 +105,17 @@ class HumanEval:
         settings = self._settings
         for sample in range(settings.samples):
             prompts = {f"{task.task_id}/{sample}": task.prompt for task in self._tasks.values()}
+            seed = settings.seed + sample
             generation = GenerationSettings(
-                settings.max_new_tokens, settings.temperature, settings.top_p, STOP, settings.seed + sample
+                settings.max_new_tokens, settings.temperature, settings.top_p, settings.stop, seed
             )
-            for completions in generate_wanted(
-                subject, prompts, generation, set(keys), batch_size=self._ask.batch_size
-            ):
+            for completions in generate_wanted(subject, prompts, generation, keys, self._ask.batch_size):
                 yield from self.judge(completions)
 
     def judge(self, completions: Mapping[str, str]) -> Iterator[Item]:
         """Run the completions of items, given by key; yield each as soon as its test has finished."""
-        written = [(key, self._task(key), cut_at(text, STOP)) for key, text in completions.items()]
+        stop = self._settings.stop
+        written = [(key, self._task(key), cut_at(text, stop)) for key, text in completions.items()]
         for index, outcome in run_programs(
             [task.program(completion) for _, task, completion in written],
             isolation=self._isolation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -37,23 +37,22 @@ def generate_wanted(
     subject: Subject,
     prompts: Mapping[str, str],
     settings: GenerationSettings,
-    wanted: Collection[str],
-    *,
-    batch_size: int | None = None,
+    wanted: Sequence[str],
+    batch_size: int | None,
 ) -> Iterator[dict[str, str]]:
     """Continue the prompts whose keys are wanted, as `generate_batch` does; yield the completions of a batch by key.
 
     Batches are those of all prompts, so that a resumed run generates the same as an uninterrupted one.
     """
-    keys = list(prompts)
+    keys, chosen = list(prompts), set(wanted)
     encoded = (prompt_ids(subject.tokenizer, prompt, None) for prompt in prompts.values())
     lengths = [len(ids) + settings.max_new_tokens for ids in encoded]
     for batch in batches(lengths, batch_size):
         together = [keys[index] for index in batch]
-        if any(key in wanted for key in together):
+        if not chosen.isdisjoint(together):
             asked = [prompts[key] for key in together]
             texts = generate_batch(subject, asked, settings, batch_size=len(asked))
-            yield {key: text for key, text in zip(together, texts, strict=True) if key in wanted}
+            yield {key: text for key, text in zip(together, texts, strict=True) if key in chosen}
 
 
 def generate_batch(

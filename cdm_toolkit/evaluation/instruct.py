@@ -103,9 +103,7 @@ class Instruct:
             generation = GenerationSettings(
                 settings.max_new_tokens, settings.temperature, settings.top_p, seed=seed
             )
-            for answers in generate_wanted(
-                subject, prompts, generation, set(keys), batch_size=self._ask.batch_size
-            ):
+            for answers in generate_wanted(subject, prompts, generation, keys, self._ask.batch_size):
                 yield from (self.item(key, prompts[key], answer) for key, answer in answers.items())
 
     def item(self, key: str, prompt: str, answer: str) -> Item:
