@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cdm_toolkit.batching import batches, padded
 from cdm_toolkit.errors import BadOption, UnsupportedTokenizer
@@ -163,7 +163,7 @@ def _continued(
             ids,
             attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
-            logits_processor=_sampling(settings, seeds) if settings.temperature > 0 else [],
+            logits_processor=[_GumbelSampler(settings, seeds)] if settings.temperature > 0 else [],
             stopping_criteria=[_StopStrings(settings.stop, subject.view, longest)] if settings.stop else [],
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
@@ -177,13 +177,6 @@ def _continued(
             no_repeat_ngram_size=0,
         )
     return [list(takewhile(lambda token_id: token_id not in ends, row)) for row in out[:, longest:].tolist()]
-
-
-def _sampling(settings: GenerationSettings, seeds: Sequence[int]) -> list[Any]:
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
-
-    nucleus = [TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else []
-    return [TemperatureLogitsWarper(settings.temperature), *nucleus, _GumbelSampler(seeds)]
 
 
 def _ends(subject: Subject) -> set[int]:
@@ -207,9 +200,10 @@ def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:
 class _GumbelSampler:
     """Sample with the Gumbel-max trick: add Gumbel noise to the logits, from a separate generator for each row."""
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    def __init__(self, settings: GenerationSettings, seeds: Sequence[int]) -> None:
         import torch
 
+        self._settings = settings
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(
@@ -217,10 +211,21 @@ class _GumbelSampler:
     ) -> Float[torch.Tensor, "batch vocab"]:
         import torch
 
+        scores = _top_p(scores.float() / self._settings.temperature, self._settings.top_p)
         uniform = torch.stack([torch.rand(scores.shape[1], generator=each) for each in self._generators])
         tiny = torch.finfo(torch.float32).tiny  # avoid log(0), which would make the noise infinite
         noise = -torch.log(-torch.log(uniform.clamp(min=tiny, max=1 - 2**-24)))
         return scores + noise.to(scores.device)
+
+
+def _top_p(scores: Float[torch.Tensor, "batch vocab"], top_p: float) -> Float[torch.Tensor, "batch vocab"]:
+    """Keep the fewest most probable tokens whose total probability reaches `top_p`."""
+    if top_p >= 1:
+        return scores
+    ordered, order = scores.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    ordered = ordered.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, float("-inf"))
+    return scores.scatter(-1, order, ordered)
 
 
 class _StopStrings:
