@@ -19,7 +19,7 @@ import yaml
 from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.errors import BadRow, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask
-from cdm_toolkit.evaluation.suite_data import DataFile, find_data
+from cdm_toolkit.evaluation.suite_data import find_data
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import Row
 
@@ -31,6 +31,7 @@ TASK_FILES: Mapping[str, str] = {
 """The tasks that use our rows, with the name of lm-eval's file."""
 DRAWS_EXAMPLES = "gsm8k"
 """The task that draws examples from rows; the others have fixed examples or none."""
+FIELDS = "question and answer"
 ANSWER = re.compile(r"#### -?[0-9.,]+\s*$")
 
 
@@ -49,9 +50,12 @@ def find_problems(spec: SuiteSpec, ask: Ask) -> Problems:
 
     Raises NoData, FileProblem and BadRow.
     """
-    data = find_data(spec, ask.data, "question and answer")
+    data = find_data(spec, ask.data, FIELDS)
     rows = read_problems(data.path)[: ask.limit]
-    shots = _fewshot_file(spec, ask, data)
+    source, split = DataSource(sample="train"), spec.settings.fewshot_split
+    if ask.data is None and spec.data.hub is not None and split is not None:
+        source = spec.data.model_copy(update={"split": split})
+    shots = find_data(replace(spec, data=source), ask.fewshot_data, FIELDS)
     scored = {row.prompt for row in rows}  # lm-eval excludes only examples from the test split
     examples = tuple(row for row in read_problems(shots.path) if row.prompt not in scored)
     return Problems(tuple(rows), examples, data.source, shots.source)
@@ -105,19 +109,12 @@ def read_problems(path: Path) -> list[Row]:
     rows = read_rows(path)
     for row in rows:
         if not row.prompt:
-            raise BadRow(path, row.number, "it has no question", "give each row question and answer")
+            raise BadRow(path, row.number, "it has no question", f"give each row {FIELDS}")
         if not ANSWER.search(row.completion):
             raise BadRow(
                 path, row.number, "its answer does not end with #### and a number", "end it with #### 42"
             )
     return rows
-
-
-def _fewshot_file(spec: SuiteSpec, ask: Ask, data: DataFile) -> DataFile:
-    source = DataSource(sample="train")
-    if data.from_hub and spec.settings.fewshot_split is not None:
-        source = spec.data.model_copy(update={"split": spec.settings.fewshot_split})
-    return find_data(replace(spec, data=source), ask.fewshot_data, "question and answer")
 
 
 def _as_gsm8k(row: Row) -> str:

@@ -24,7 +24,6 @@ class DataFile:
 
     path: Path
     source: str
-    from_hub: bool = False
 
 
 def find_data(spec: SuiteSpec, given: Path | None, fields: str = FIELDS) -> DataFile:
@@ -66,7 +65,7 @@ def hub_rows(data: DataSource) -> DataFile | str:
         )
     except Exception as error:  # a dozen kinds, from name resolution to a gated repository
         return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(error.__cause__ or error)
-    return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)", from_hub=True)
+    return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)")
 
 
 def hub_split(data: DataSource) -> DataFile | str:
@@ -86,7 +85,7 @@ def hub_split(data: DataSource) -> DataFile | str:
             (making / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
 
         make_entry(folder, fill)
-    return DataFile(folder / "rows.jsonl", f"{data.hub} {data.split} (hub)", from_hub=True)
+    return DataFile(folder / "rows.jsonl", f"{data.hub} {data.split} (hub)")
 
 
 def _download(data: DataSource) -> Iterable[Mapping[str, Any]] | str:
