@@ -39,8 +39,6 @@ PROMPT_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-
-
 PLACEHOLDER = re.compile(r"\{(instruction|input)\}")
 
 
