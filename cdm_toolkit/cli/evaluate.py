@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, fields
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cdm_toolkit.cli import completion, options
+from cdm_toolkit.cli.settings_options import record_option
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from cdm_toolkit.evaluation.evaluate import Evaluation, Follow, Progress
     from cdm_toolkit.evaluation.scores import Score, SuiteResult
-    from cdm_toolkit.evaluation.suites import SuiteSpec
+
+_option = partial(record_option, "evaluation/evaluate.py", "Ask")
 
 app = typer.Typer(
     help="Score models: lm-eval's tasks, generated code, instructions, bits per byte, suites of your own."
@@ -40,21 +43,15 @@ def evaluate(
             help="An alias, a folder or a hub id. Repeat for more models.", autocompletion=completion.models
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="JSONL file to score, instead of the suite's own data.")
-    ] = None,
-    fewshot_data: Annotated[
-        Path | None, typer.Option(help="JSONL file that few-shot examples are drawn from.")
-    ] = None,
+    data: Annotated[Path | None, _option("data")] = None,
+    fewshot_data: Annotated[Path | None, _option("fewshot_data")] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="A task or data set of the suite. Repeat for more, or separate with commas."),
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval task files.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Wrap prompts in the model's chat template.")
-    ] = False,
+    include_path: Annotated[Path | None, _option("include_path")] = None,
+    limit: Annotated[int | None, _option("limit")] = None,
+    chat_template: Annotated[bool, _option("chat_template", "--chat-template")] = False,
     batch_size: Annotated[str, typer.Option(help="Rows per batch; auto: by their length.")] = "auto",
     output: Annotated[
         Path | None,
@@ -63,15 +60,8 @@ def evaluate(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the items in --output.")] = False,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run model-written programs, in a sandbox.")
-    ] = False,
-    require_isolation: Annotated[
-        bool,
-        typer.Option(
-            "--require-isolation", help="Do not run them where an isolation layer of the sandbox is missing."
-        ),
-    ] = False,
+    allow_code_execution: Annotated[bool, _option("allow_code_execution", "--allow-code-execution")] = False,
+    require_isolation: Annotated[bool, _option("require_isolation", "--require-isolation")] = False,
     workers: options.Workers = 1,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
@@ -90,18 +80,9 @@ def evaluate(
     from cdm_toolkit.evaluation.evaluate import evaluate as score
     from cdm_toolkit.hub.models import resolve_device
 
-    ask = Ask(
-        data=data,
-        fewshot_data=fewshot_data,
-        limit=limit,
-        tasks=tuple(name for given in tasks or () for name in given.split(",") if name),
-        include_path=include_path,
-        chat_template=chat_template,
-        batch_size=_batch_size(batch_size),
-        workers=workers,
-        allow_code_execution=allow_code_execution,
-        require_isolation=require_isolation,
-    )
+    given = {field.name: context.params[field.name] for field in fields(Ask)}
+    given["tasks"] = tuple(name for each in tasks or () for name in each.split(",") if name)
+    ask = Ask(**given | {"batch_size": _batch_size(batch_size)})
     device = str(resolve_device(device))
     with _progress() as follow:
         done = score(
@@ -166,7 +147,6 @@ def _as_json(done: Evaluation) -> dict[str, object]:
 
     return {
         "results": [asdict(result) for result in done.results],
-        "paper": {spec.name: spec.paper.model_dump(mode="json") for spec in done.suites if spec.paper},
         "skipped": [{"suite": each.suite, "reason": in_terminal(each.reason)} for each in done.skipped],
     }
 
@@ -174,37 +154,32 @@ def _as_json(done: Evaluation) -> dict[str, object]:
 def _print(done: Evaluation, output: Path | None) -> None:
     from cdm_toolkit.cli import screen
 
-    for spec in done.suites:
-        results = [result for result in done.results if result.suite == spec.name]
-        screen.out().print(_table(spec, results))
+    for suite, grouped in groupby(done.results, key=lambda result: result.suite):
+        results = list(grouped)
+        screen.out().print(_table(suite, results))
         for result in results:
             for note in result.notes:
-                screen.warn(f"{spec.name}, {result.model}: {note}")
+                screen.warn(f"{suite}, {result.model}: {note}")
             if result.resumed:
-                screen.say(f"{spec.name}, {result.model}: {result.resumed} items were there already")
+                screen.say(f"{suite}, {result.model}: {result.resumed} items were there already")
     for each in done.skipped:
         screen.warn(f"the suite {each.suite} was left out: {each.reason}")
     if output is not None:
         screen.say(f"items, generations and their provenance are in {output}")
 
 
-def _table(spec: SuiteSpec, results: list[SuiteResult]) -> Table:
-    """Make a table with a row per model, followed by published results."""
+def _table(suite: str, results: list[SuiteResult]) -> Table:
+    """Make a table with a row per model."""
     from cdm_toolkit.cli import screen
 
     first = results[0]
     metrics = [score.metric for score in first.scores]
     right = (*metrics, "n", "seconds")
-    shown = screen.table(f"{spec.name}: {first.data}, {first.setting}", "model", *right, right=right)
+    shown = screen.table(f"{suite}: {first.data}, {first.setting}", "model", *right, right=right)
     for result in results:
         counts = dict.fromkeys(str(score.n) for score in result.scores)
         cells = [_cell(score) for score in result.scores]
         shown.add_row(result.model, *cells, "/".join(counts), f"{result.seconds:.1f}")
-    if spec.paper:
-        shown.caption = f"† {spec.paper.source}"
-        for name, figures in spec.paper.figures.items():
-            cells = [f"{figures[metric]:.4g}" if metric in figures else "" for metric in metrics]
-            shown.add_row(f"{name} †", *cells, "", "")
     return shown
 
 

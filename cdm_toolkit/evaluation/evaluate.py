@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cdm_toolkit import __version__
+from cdm_toolkit.artifacts.manifest import write_json
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadOption, CdmError, Interrupted, NoData
 from cdm_toolkit.evaluation.item_store import ItemFile, file_name, open_items
 from cdm_toolkit.evaluation.scores import Item, SuiteResult, Summary
@@ -41,20 +43,25 @@ class Ask:
     """Options of an evaluation that are not in the suite file."""
 
     data: Path | None = None
+    """JSONL file to score, instead of the suite's own data."""
     fewshot_data: Path | None = None
+    """JSONL file that few-shot examples are drawn from."""
     limit: int | None = None
+    """Score only the first rows."""
     tasks: tuple[str, ...] = ()
     """The tasks or data sets of a suite to score; all if empty."""
     include_path: Path | None = None
-    """Folder of lm-eval task files."""
+    """Folder with lm-eval task files."""
     chat_template: bool = False
     """Wrap prompts in the model's chat template."""
     batch_size: int | None = None
-    """Items per batch; None chooses it by their length."""
+    """Rows per batch; None chooses it by their length."""
     workers: int = 1
     """Number of processes that run generated code."""
     allow_code_execution: bool = False
+    """Run model-written programs, in a sandbox."""
     require_isolation: bool = False
+    """Do not run them where an isolation layer of the sandbox is missing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,10 +124,8 @@ class Skipped:
 class Evaluation:
     """Results of an evaluation, one for each suite and model."""
 
-    suites: tuple[SuiteSpec, ...]
     results: tuple[SuiteResult, ...]
     skipped: tuple[Skipped, ...]
-    fingerprints: Mapping[str, str]
 
 
 Follow = Callable[[str, str], Progress]
@@ -196,70 +201,55 @@ def evaluate(
     prints = model_fingerprints(names) if output else {}
     results = []
     for model in names:
-        subject = _Once(model, device, on_load)
+        subject = _loader(model, device, on_load)
         for each in opened:
-            settings = _settings(each, ask, device) | {"model": prints.get(model, "")}
+            run = _settings(each, ask, device) | {"model": prints.get(model, "")}
             path = output / each.spec.name / f"{file_name(model)}.jsonl" if output else None
-            with open_items(path, settings, overwrite=overwrite) if path else nullcontext(ItemFile()) as file:
-                told = follow(each.spec.name, model) if follow else None
-                with _stoppable(file, path, go_on):
+            told = follow(each.spec.name, model) if follow else lambda done, total: None
+            with open_items(path, run, overwrite=overwrite) as file:
+                try:
                     results.append(run_suite(each, model, subject, file, told))
+                except KeyboardInterrupt:
+                    if path is None:
+                        raise
+                    kept = f"{len(file.items)} items are in {path}"
+                    raise Interrupted("the evaluation", kept, go_on) from None
     order = [each.spec.name for each in opened]
     results.sort(key=lambda result: order.index(result.suite))
-    specs = tuple(each.spec for each in opened)
-    done = Evaluation(specs, tuple(results), tuple(skipped), _named(opened, prints))
+    done = Evaluation(tuple(results), tuple(skipped))
     if output:
-        write_provenance(output / "provenance.json", done, ask, device)
+        made = provenance(fingerprints=_fingerprints(opened, prints), device=device)
+        made["versions"] |= {name: version(name) for name in SCORERS if find_spec(name)}
+        settings = {"settings": _all_settings(opened, ask)}
+        write_json(output / "provenance.json", {**made, **settings, **asdict(done)})
     return done
 
 
-def write_provenance(path: Path, done: Evaluation, ask: Ask, device: str) -> None:
-    """Write provenance, settings and results of the last evaluation into this folder."""
-    from cdm_toolkit.artifacts.atomic import atomic_write
-    from cdm_toolkit.artifacts.provenance import provenance
-
-    made = provenance(fingerprints=done.fingerprints, device=device)
-    made["versions"] |= {name: version(name) for name in SCORERS if find_spec(name)}
-    content = {
-        **made,
-        "settings": {
-            "asked": asdict(ask),
-            "suites": {spec.name: spec.settings.model_dump(mode="json") for spec in done.suites},
-        },
-        "results": [asdict(result) for result in done.results],
-        "skipped": [asdict(each) for each in done.skipped],
-    }
-    with atomic_write(path) as stream:
-        stream.write((json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n").encode())
-
-
-@contextmanager
-def _stoppable(file: ItemFile, path: Path | None, go_on: str) -> Iterator[None]:
-    """Turn Ctrl-C into an Interrupted error that says where the finished items are."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if path is None:
-            raise
-        raise Interrupted("the evaluation", f"{len(file.items)} items are in {path}", go_on) from None
+def _all_settings(opened: Sequence[Opened], ask: Ask) -> dict[str, Any]:
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(ask).items()}
+    suites = {each.spec.name: each.spec.settings.model_dump(mode="json") for each in opened}
+    return {"asked": asked, "suites": suites}
 
 
 def run_suite(
-    opened: Opened, model: str, subject: Callable[[], Subject], file: ItemFile, progress: Progress | None
+    opened: Opened, model: str, subject: Callable[[], Subject], file: ItemFile, progress: Progress
 ) -> SuiteResult:
     """Score the items that are not in the file yet, add them to it, and summarise all.
 
-    `subject` is called, and so the model loaded, only if there are items to score.
+    `subject` is called, and so the model loaded, only if there are items to score. The seconds of an item are the time
+    since the one before.
     """
     suite, keys = opened.suite, opened.suite.contents.keys
     resumed = len(file.items)
     left = [key for key in keys if key not in file.items]
-    if progress:
-        progress(resumed, len(keys))
-    for item in _timed(suite.score(subject(), left)) if left else ():
-        file.keep(item)
-        if progress:
-            progress(len(file.items), len(keys))
+    progress(resumed, len(keys))
+    scored = suite.score(subject(), left) if left else ()
+    began = time.perf_counter()
+    for item in scored:
+        now = time.perf_counter()
+        file.keep(replace(item, seconds=now - began))
+        began = now
+        progress(len(file.items), len(keys))
     items = [file.items[key] for key in keys]
     summary = suite.summarize(items)
     return SuiteResult(
@@ -272,15 +262,6 @@ def run_suite(
         summary.notes,
         resumed,
     )
-
-
-def _timed(items: Iterable[Item]) -> Iterator[Item]:
-    """Set the seconds of each item to the time since the previous one."""
-    began = time.perf_counter()
-    for item in items:
-        now = time.perf_counter()
-        yield replace(item, seconds=now - began)
-        began = now
 
 
 def _settings(opened: Opened, ask: Ask, device: str) -> dict[str, Any]:
@@ -300,7 +281,7 @@ def _suite_print(spec: SuiteSpec) -> str:
     return fingerprint([adapter_source(spec), spec.settings.model_dump(mode="json")])
 
 
-def _named(opened: Sequence[Opened], models: Mapping[str, str]) -> dict[str, str]:
+def _fingerprints(opened: Sequence[Opened], models: Mapping[str, str]) -> dict[str, str]:
     found = {f"model {name}": value for name, value in models.items()}
     for each in opened:
         found[f"suite {each.spec.name}"] = _suite_print(each.spec)
@@ -349,18 +330,16 @@ def tokenizer_source(name: str) -> str:
     return str(model_folder(name))
 
 
-class _Once:
-    """Load a model on first use, and keep it."""
+def _loader(name: str, device: str, on_load: Callable[[], None]) -> Callable[[], Subject]:
+    """Make a function that loads a model at the first call, and keeps it."""
 
-    def __init__(self, name: str, device: str, on_load: Callable[[], None]) -> None:
-        self._name, self._device, self._on_load = name, device, on_load
-        self._subject: Subject | None = None
+    @cache
+    def load() -> Subject:
+        subject = load_subject(name, device)
+        on_load()
+        return subject
 
-    def __call__(self) -> Subject:
-        if self._subject is None:
-            self._subject = load_subject(self._name, self._device)
-            self._on_load()
-        return self._subject
+    return load
 
 
 def model_fingerprints(names: Sequence[str]) -> dict[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from cdm_toolkit.batching import batches, padded
@@ -17,10 +18,7 @@ from cdm_toolkit.tokdiff.view import TokenizerView
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Bool, Float, Int64
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-Generator = Callable[[Sequence[str]], list[str]]
-"""Returns the completion of each prompt: `generate_batch` with its other arguments bound, or a stub."""
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +31,28 @@ class GenerationSettings:
     """Nucleus sampling: draw from the most probable tokens whose total probability reaches this."""
     stop: tuple[str, ...] = ()
     seed: int = 0
+
+
+def generate_wanted(
+    subject: Subject,
+    prompts: Mapping[str, str],
+    settings: GenerationSettings,
+    wanted: Sequence[str],
+    batch_size: int | None,
+) -> Iterator[dict[str, str]]:
+    """Continue the prompts whose keys are wanted, as `generate_batch` does; yield the completions of a batch by key.
+
+    Batches are those of all prompts, so that a resumed run generates the same as an uninterrupted one.
+    """
+    keys, chosen = list(prompts), set(wanted)
+    encoded = (prompt_ids(subject.tokenizer, prompt, None) for prompt in prompts.values())
+    lengths = [len(ids) + settings.max_new_tokens for ids in encoded]
+    for batch in batches(lengths, batch_size):
+        together = [keys[index] for index in batch]
+        if not chosen.isdisjoint(together):
+            asked = [prompts[key] for key in together]
+            texts = generate_batch(subject, asked, settings, batch_size=len(asked))
+            yield {key: text for key, text in zip(together, texts, strict=True) if key in chosen}
 
 
 def generate_batch(
@@ -62,15 +82,9 @@ def generate_ids(
     seeds = _seeds(settings.seed, prompts)
     completions: list[list[int]] = [[] for _ in prompts]
     for batch in batches([len(ids) + settings.max_new_tokens for ids in encoded], batch_size):
-        rows = _continued(
-            subject.model,
-            subject.tokenizer,
-            [encoded[index] for index in batch],
-            settings,
-            [seeds[index] for index in batch],
-            subject.view,
-        )
-        for index, ids in zip(batch, rows, strict=True):
+        rows = [encoded[index] for index in batch]
+        drawn = _continued(subject, rows, settings, [seeds[index] for index in batch])
+        for index, ids in zip(batch, drawn, strict=True):
             completions[index] = ids
     return completions
 
@@ -124,34 +138,23 @@ def spelled(view: TokenizerView, ids: Sequence[int]) -> bytes:
     )
 
 
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, *, max_new_tokens: int = 128
-) -> str:
-    """Answer a prompt greedily, up to the end-of-sequence token or `max_new_tokens`.
-
-    The model input is as in training: start token, prompt, line feed. The prompt is truncated on the left where the
-    model has too few positions for it and the answer.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limit = None if positions is None else max(2, positions - max_new_tokens)
-    ids = prompt_ids(tokenizer, Row(1, prompt, "").text, limit)
-    (row,) = _continued(model, tokenizer, [ids], GenerationSettings(max_new_tokens), [0], None)
-    answer: str = tokenizer.decode(row, skip_special_tokens=True)
+def generate(subject: Subject, prompt: str, *, max_new_tokens: int = 128) -> str:
+    """Answer a prompt greedily, as `generate_batch` does. The input is as in training: the prompt, then a line feed."""
+    (answer,) = generate_batch(subject, [Row(1, prompt, "").text], GenerationSettings(max_new_tokens))
     return answer.strip()
 
 
 def _continued(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    subject: Subject,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     seeds: Sequence[int],
-    view: TokenizerView | None,
 ) -> list[list[int]]:
     """Continue encoded prompts, padded on the left; return the new ids up to the end-of-sequence token."""
     import torch
 
-    ends = _ends(model, tokenizer)
+    model, tokenizer = subject.model, subject.tokenizer
+    ends = _ends(subject)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     ids, mask, _ = (torch.from_numpy(array).to(model.device) for array in padded(prompts, pad, "left"))
     longest = ids.shape[1]
@@ -161,7 +164,7 @@ def _continued(
             attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
             logits_processor=[_GumbelSampler(settings, seeds)] if settings.temperature > 0 else [],
-            stopping_criteria=[_StopStrings(settings.stop, view, longest)] if settings.stop and view else [],
+            stopping_criteria=[_StopStrings(settings.stop, subject.view, longest)] if settings.stop else [],
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
             # Override the checkpoint's generation settings: sampling is done by _GumbelSampler.
@@ -173,18 +176,14 @@ def _continued(
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
         )
-    return [_up_to_end(row, ends) for row in out[:, longest:].tolist()]
+    return [list(takewhile(lambda token_id: token_id not in ends, row)) for row in out[:, longest:].tolist()]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+def _ends(subject: Subject) -> set[int]:
     """Collect the ids that end an answer: the checkpoint may name more than the tokenizer."""
-    named = model.generation_config.eos_token_id
-    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    named = subject.model.generation_config.eos_token_id
+    ends = set(named if isinstance(named, list) else [named]) | {subject.tokenizer.eos_token_id}
     return ends - {None}
-
-
-def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
-    return ids[: next((i for i, token_id in enumerate(ids) if token_id in ends), len(ids))]
 
 
 def _seeds(seed: int, prompts: Sequence[str]) -> list[int]:

@@ -9,34 +9,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from cdm_toolkit.distill.jsonl import read_rows
-from cdm_toolkit.errors import BadRow, FileProblem, NoData
+from cdm_toolkit.errors import BadRow, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask
-from cdm_toolkit.evaluation.suite_data import DataFile, find_data, hub_split
-from cdm_toolkit.evaluation.suites import SuiteSpec
+from cdm_toolkit.evaluation.suite_data import find_data
+from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import Row
-from cdm_toolkit.samples import sample_path
 
-TASK_FILES: Mapping[str, str] = MappingProxyType(
-    {
-        "gsm8k": "gsm8k.yaml",
-        "gsm8k_cot": "gsm8k-cot.yaml",
-        "gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot.yaml",
-    }
-)
+TASK_FILES: Mapping[str, str] = {
+    "gsm8k": "gsm8k.yaml",
+    "gsm8k_cot": "gsm8k-cot.yaml",
+    "gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot.yaml",
+}
 """The tasks that use our rows, with the name of lm-eval's file."""
 DRAWS_EXAMPLES = "gsm8k"
 """The task that draws examples from rows; the others have fixed examples or none."""
-PREFIX = "cdm_"
-"""Prefix of our task names, to distinguish them from lm-eval's."""
+FIELDS = "question and answer"
 ANSWER = re.compile(r"#### -?[0-9.,]+\s*$")
 
 
@@ -55,70 +50,58 @@ def find_problems(spec: SuiteSpec, ask: Ask) -> Problems:
 
     Raises NoData, FileProblem and BadRow.
     """
-    data = find_data(spec, ask.data, "question and answer")
+    data = find_data(spec, ask.data, FIELDS)
     rows = read_problems(data.path)[: ask.limit]
-    shots = _fewshot_file(spec, ask, data)
+    source, split = DataSource(sample="train"), spec.settings.fewshot_split
+    if ask.data is None and spec.data.hub is not None and split is not None:
+        source = spec.data.model_copy(update={"split": split})
+    shots = find_data(replace(spec, data=source), ask.fewshot_data, FIELDS)
     scored = {row.prompt for row in rows}  # lm-eval excludes only examples from the test split
     examples = tuple(row for row in read_problems(shots.path) if row.prompt not in scored)
     return Problems(tuple(rows), examples, data.source, shots.source)
 
 
-def check_shots(problems: Problems, count: int, given: Path | None) -> None:
-    """Raise FileProblem if there are fewer examples than a prompt needs, or none."""
-    if len(problems.shots) < max(count, 1):
-        raise FileProblem(
-            given or problems.shots_source,
-            f"it has {len(problems.shots)} rows besides the scored ones, the suite needs {count} examples",
-            "give another `fewshot_data`",
-        )
-
-
 def write_task(
-    folder: Path,
-    name: str,
-    problems: Problems,
-    *,
-    fewshot: int | None,
-    max_new_tokens: int,
-    stop: Sequence[str] | None,
-) -> str:
-    """Write a task file that includes lm-eval's own, with its data; return the name of the task.
+    folder: Path, name: str, problems: Problems, *, fewshot: int | None, max_new_tokens: int
+) -> Path:
+    """Write a task file that includes lm-eval's own, with its data.
 
-    `lm_eval --tasks cdm_gsm8k --include_path FOLDER` runs the same task from the command line.
+    `lm_eval --tasks gsm8k --include_path FOLDER` runs the same task from the command line. Raises FileProblem if there
+    are fewer examples than a prompt needs, or none.
     """
+    import lm_eval.tasks
+
+    included = Path(str(lm_eval.tasks.__file__)).parent / "gsm8k" / TASK_FILES[name]
+    theirs = yaml.safe_load(included.read_text(encoding="utf-8"))
+    if name == DRAWS_EXAMPLES:
+        _check_shots(problems, theirs["num_fewshot"] if fewshot is None else fewshot)
     files = {"test": folder / "test.jsonl", "train": folder / "train.jsonl"}
-    for split, rows in (("test", problems.rows), ("train", problems.shots)):
-        files[split].write_text("".join(map(_as_gsm8k, rows)), encoding="utf-8")
-    included = task_file(name)
-    # generation_kwargs of the including file replace the included ones, so merge them here.
-    generation = yaml.safe_load(included.read_text(encoding="utf-8"))["generation_kwargs"]
-    generation |= {"max_gen_toks": max_new_tokens} | ({"until": list(stop)} if stop is not None else {})
+    for path, rows in zip(files.values(), (problems.rows, problems.shots), strict=True):
+        path.write_text("".join(map(_as_gsm8k, rows)), encoding="utf-8")
     task: dict[str, Any] = {
         "include": str(included),
-        "task": f"{PREFIX}{name}",
-        "tag": [],
+        "task": name,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {
             "data_files": {split: str(path) for split, path in files.items()},
             "cache_dir": str(folder / "cache"),
         },
-        "generation_kwargs": generation,
+        # those of the including file replace the included ones
+        "generation_kwargs": theirs["generation_kwargs"] | {"max_gen_toks": max_new_tokens},
     } | ({"num_fewshot": fewshot} if fewshot is not None else {})
-    (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    return str(task["task"])
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(task), encoding="utf-8")
+    return path
 
 
-def task_file(name: str) -> Path:
-    """Find lm-eval's own file of one of `TASK_FILES`."""
-    import lm_eval.tasks
-
-    return Path(str(lm_eval.tasks.__file__)).parent / "gsm8k" / TASK_FILES[name]
-
-
-def own_fewshot(name: str) -> int:
-    """Return the number of few-shot examples in lm-eval's own file."""
-    return int(yaml.safe_load(task_file(name).read_text(encoding="utf-8")).get("num_fewshot", 0))
+def _check_shots(problems: Problems, count: int) -> None:
+    if len(problems.shots) < max(count, 1):
+        raise FileProblem(
+            problems.shots_source,
+            f"it has {len(problems.shots)} rows besides the scored ones, the suite needs {count} examples",
+            "give another `fewshot_data`",
+        )
 
 
 def read_problems(path: Path) -> list[Row]:
@@ -126,26 +109,12 @@ def read_problems(path: Path) -> list[Row]:
     rows = read_rows(path)
     for row in rows:
         if not row.prompt:
-            raise BadRow(path, row.number, "it has no question", "give each row question and answer")
+            raise BadRow(path, row.number, "it has no question", f"give each row {FIELDS}")
         if not ANSWER.search(row.completion):
             raise BadRow(
                 path, row.number, "its answer does not end with #### and a number", "end it with #### 42"
             )
     return rows
-
-
-def _fewshot_file(spec: SuiteSpec, ask: Ask, data: DataFile) -> DataFile:
-    if ask.fewshot_data is not None:
-        return DataFile(ask.fewshot_data, str(ask.fewshot_data))
-    if data.from_hub and spec.settings.fewshot_split is not None:
-        found = hub_split(spec.data, spec.settings.fewshot_split)
-        if isinstance(found, DataFile):
-            return found
-        raise NoData(
-            spec.name, [f"{spec.data.hub} {spec.settings.fewshot_split}: {found}"], "question and answer"
-        )
-    path = sample_path("train")
-    return DataFile(path, f"{path.name} (cdm_toolkit.samples)")
 
 
 def _as_gsm8k(row: Row) -> str:

@@ -10,7 +10,7 @@ set is the mean over its rows. The result is the mean over the seeds, ± their s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -21,19 +21,11 @@ from typing import Any
 from pydantic import Field
 
 from cdm_toolkit.artifacts.settings import Settings
-from cdm_toolkit.batching import batches
-from cdm_toolkit.distill.jsonl import read_objects
 from cdm_toolkit.errors import BadOption, BadRow, MissingExtra, NoData, UnknownName
 from cdm_toolkit.evaluation.evaluate import Ask, Contents, Subject, fingerprint, refuse
-from cdm_toolkit.evaluation.generation import (
-    GenerationSettings,
-    Generator,
-    as_chat,
-    generate_batch,
-    prompt_ids,
-)
+from cdm_toolkit.evaluation.generation import GenerationSettings, as_chat, generate_wanted
 from cdm_toolkit.evaluation.scores import Item, Score, Summary, mean_score
-from cdm_toolkit.evaluation.suite_data import DataFile, source_file
+from cdm_toolkit.evaluation.suite_data import DataFile, read_fields, source_file
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 
 FIELDS = "instruction and output (a text or a list of texts), with or without input"
@@ -47,8 +39,6 @@ PROMPT_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-
-
 PLACEHOLDER = re.compile(r"\{(instruction|input)\}")
 
 
@@ -65,14 +55,11 @@ class InstructSettings(Settings):
     """The settings of a suite of instructions."""
 
     sets: dict[str, InstructionSet] = Field(default_factory=dict)
-    """The data sets by name; if empty, the suite's `data` is the only one."""
-    prompt: str = PROMPT
-    prompt_with_input: str = PROMPT_WITH_INPUT
+    """The data sets by name."""
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=256, ge=1)
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,37 +85,37 @@ class Instruct:
         self._rows: dict[str, Instruction] = {}
         for name, (file, first) in files.items():
             bounds = [bound for bound in (first, ask.limit) if bound is not None]
-            rows = read_instructions(file.path, self._settings)[: min(bounds, default=None)]
+            rows = read_instructions(file.path)[: min(bounds, default=None)]
             self._rows |= {f"{name}/{number}": row for number, row in enumerate(rows, 1)}
-        self._sets = tuple(files)
-        seeds = self._settings.seeds if self._settings.temperature > 0 else self._settings.seeds[:1]
-        keys = tuple(f"{row}/{seed}" for seed in seeds for row in self._rows)
+        self._seeds = self._settings.seeds if self._settings.temperature > 0 else self._settings.seeds[:1]
+        keys = tuple(f"{row}/{seed}" for seed in self._seeds for row in self._rows)
         content = [[key, row.prompt, row.references] for key, row in self._rows.items()]
         data = ", ".join(dict.fromkeys(file.source for file, _ in files.values()))
-        self.contents = Contents(keys, data, self._shown(seeds), fingerprint(content))
+        self.contents = Contents(keys, data, self._shown(), fingerprint(content))
 
     def score(self, subject: Subject, keys: Sequence[str]) -> Iterator[Item]:
-        settings = self._settings
-        prompts = {key: self._prompt(subject, row.prompt) for key, row in self._rows.items()}
-        rows = list(prompts)
-        lengths = [
-            len(prompt_ids(subject.tokenizer, prompt, None)) + settings.max_new_tokens
-            for prompt in prompts.values()
-        ]
-        wanted = set(keys)
-        for seed in dict.fromkeys(int(key.rpartition("/")[2]) for key in self.contents.keys):
-            for batch in batches(lengths, self._ask.batch_size):
-                together = [rows[index] for index in batch]
-                if wanted.isdisjoint(f"{row}/{seed}" for row in together):
-                    continue
-                write = self._generator(subject, seed, len(batch))
-                yield from self._items(together, [prompts[row] for row in together], seed, write, wanted)
+        settings, chat = self._settings, self._ask.chat_template
+        rows = {key: as_chat(subject, row.prompt) if chat else row.prompt for key, row in self._rows.items()}
+        for seed in self._seeds:
+            prompts = {f"{key}/{seed}": prompt for key, prompt in rows.items()}
+            generation = GenerationSettings(
+                settings.max_new_tokens, settings.temperature, settings.top_p, seed=seed
+            )
+            for answers in generate_wanted(subject, prompts, generation, keys, self._ask.batch_size):
+                yield from (self.item(key, prompts[key], answer) for key, answer in answers.items())
 
-    def answer(self, write: Generator, keys: Sequence[str]) -> Iterator[Item]:
-        """Score completions of any generator, such as a stub in tests."""
-        for key in keys:
-            row, _, seed = key.rpartition("/")
-            yield from self._items([row], [self._rows[row].prompt], int(seed), write, {key})
+    def item(self, key: str, prompt: str, answer: str) -> Item:
+        """Score one answer."""
+        row, _, seed = key.rpartition("/")
+        references = self._rows[row].references
+        return Item(
+            key,
+            scores={"rougeL": rouge_l(answer.strip(), references)},
+            prompt=prompt,
+            generation=answer,
+            reference=references[0],
+            details={"references": list(references), "seed": int(seed)},
+        )
 
     def summarize(self, items: Sequence[Item]) -> Summary:
         means: dict[str, dict[str, list[float]]] = {}
@@ -143,36 +130,11 @@ class Instruct:
         notes.append("± is the standard deviation over the seeds" if len(self._settings.seeds) > 1 else "")
         return Summary(tuple(scores), tuple(note for note in notes if note))
 
-    def _items(
-        self, rows: Sequence[str], prompts: Sequence[str], seed: int, write: Generator, wanted: set[str]
-    ) -> Iterator[Item]:
-        for row, prompt, text in zip(rows, prompts, write(prompts), strict=True):
-            if (key := f"{row}/{seed}") in wanted:
-                references = self._rows[row].references
-                yield Item(
-                    key,
-                    scores={"rougeL": rouge_l(text.strip(), references)},
-                    prompt=prompt,
-                    generation=text,
-                    reference=references[0],
-                    details={"references": list(references), "seed": seed},
-                )
-
-    def _generator(self, subject: Subject, seed: int, batch_size: int) -> Generator:
-        settings = self._settings
-        generation = GenerationSettings(
-            settings.max_new_tokens, settings.temperature, settings.top_p, settings.stop, seed
-        )
-        return lambda prompts: generate_batch(subject, prompts, generation, batch_size=batch_size)
-
-    def _prompt(self, subject: Subject, prompt: str) -> str:
-        return as_chat(subject, prompt) if self._ask.chat_template else prompt
-
-    def _shown(self, seeds: Sequence[int]) -> str:
+    def _shown(self) -> str:
         if self._settings.temperature == 0:
             return "greedy"
         drawn = f"temperature {self._settings.temperature:g}, top-p {self._settings.top_p:g}"
-        return f"{drawn}, seeds {', '.join(map(str, seeds))}"
+        return f"{drawn}, seeds {', '.join(map(str, self._seeds))}"
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
@@ -196,25 +158,22 @@ def _over_seeds(metric: str, by_seed: Sequence[Sequence[float]]) -> Score:
     return Score(metric, fmean(values), stdev(values), len(by_seed[0]))
 
 
-def read_instructions(path: Path, settings: InstructSettings) -> list[Instruction]:
+def read_instructions(path: Path) -> list[Instruction]:
     """Read instructions with their answers from JSONL. Raises FileProblem and BadRow."""
-    return [_instruction(path, number, fields, settings) for number, fields in read_objects(path, FIELDS)]
+    return [
+        _instruction(path, number, fields)
+        for number, fields in read_fields(path, FIELDS, ("instruction",), ("input",))
+    ]
 
 
-def _instruction(path: Path, number: int, fields: object, settings: InstructSettings) -> Instruction:
-    if not isinstance(fields, dict) or not {"instruction", "output"} <= fields.keys():
-        has = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
-        raise BadRow(path, number, f"it has {has or 'no field'}", f"give each row {FIELDS}")
-    for name in ("instruction", "input"):
-        if not isinstance(fields.get(name) or "", str):
-            raise BadRow(path, number, f"{name} is no text", f"make {name} a string")
-    outputs = fields["output"] if isinstance(fields["output"], list) else [fields["output"]]
-    if not outputs or not all(isinstance(text, str) for text in outputs):
+def _instruction(path: Path, number: int, fields: Mapping[str, Any]) -> Instruction:
+    output = fields.get("output")
+    references: list[Any] = output if isinstance(output, list) else [output]
+    if not references or not all(isinstance(text, str) for text in references):
         raise BadRow(path, number, "output is no text", "make output a string, or a list of strings")
-    template = settings.prompt_with_input if fields.get("input") else settings.prompt
+    template = PROMPT_WITH_INPUT if fields.get("input") else PROMPT
     # One pass, because an instruction may itself contain {input}.
-    prompt = PLACEHOLDER.sub(lambda found: fields.get(found[1]) or "", template)
-    return Instruction(prompt, tuple(outputs))
+    return Instruction(PLACEHOLDER.sub(lambda found: fields[found[1]], template), tuple(references))
 
 
 def _find_sets(spec: SuiteSpec, ask: Ask) -> tuple[dict[str, tuple[DataFile, int | None]], list[str]]:
@@ -222,7 +181,7 @@ def _find_sets(spec: SuiteSpec, ask: Ask) -> tuple[dict[str, tuple[DataFile, int
 
     `data` is a file, which is then the one set, or a folder that has the sets' files.
     """
-    sets = spec.settings.sets or {spec.name: InstructionSet(**spec.data.model_dump())}
+    sets = spec.settings.sets
     for name in ask.tasks:
         if name not in sets:
             raise UnknownName("data set", name, tuple(sets))

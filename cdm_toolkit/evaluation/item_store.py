@@ -35,13 +35,18 @@ class ItemFile:
 
 
 @contextmanager
-def open_items(path: Path, run: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[ItemFile]:
+def open_items(path: Path | None, run: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[ItemFile]:
     """Open a file of items for appending, and load the items in it, unless it is to be overwritten.
+
+    Without a path, the items are in memory alone.
 
     The first line is `run`, the settings that must be equal for items to be combined. An incomplete last line of a
     killed run is dropped. Raises BadArtifact where `run` differs or a line is damaged, FileProblem where it
     cannot be written or another process writes to it.
     """
+    if path is None:
+        yield ItemFile()
+        return
     with locked(path.with_name(f".{path.name}.lock"), lambda: _refuse(path)), _opened(path) as stream:
         if overwrite:
             stream.truncate(0)

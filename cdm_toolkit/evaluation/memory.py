@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
 
 from cdm_toolkit.errors import ModelNotLoaded
 
@@ -24,12 +24,9 @@ def check_fits(name: str, folder: Path, device: torch.device) -> None:
 
     Does nothing where either is unknown.
     """
-    parameters = count_parameters(folder)
     left = available_bytes(device)
-    if parameters is None or left is None:
-        return
-    needed = parameters * FLOAT32 * OVERHEAD
-    if needed > left:
+    needed = (count_parameters(folder) or 0) * FLOAT32 * OVERHEAD
+    if left is not None and needed > left:
         raise ModelNotLoaded(
             name,
             f"it needs {_gib(needed)} of memory in float32, {_gib(left)} are available on {device}",
@@ -39,18 +36,16 @@ def check_fits(name: str, folder: Path, device: torch.device) -> None:
 
 def count_parameters(folder: Path) -> int | None:
     """Count a model's parameters from its safetensors headers; None if it has no such files."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = list(folder.glob("*.safetensors"))
     try:
         return sum(map(_file_parameters, files)) if files else None
-    except (OSError, ValueError, KeyError, struct.error):
+    except (OSError, SafetensorError):
         return None  # a damaged file is named when it is loaded
 
 
 def _file_parameters(path: Path) -> int:
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(min(size, path.stat().st_size)))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    with safe_open(path, framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -63,16 +58,10 @@ def available_bytes(device: torch.device) -> int | None:
         import psutil
 
         return int(psutil.virtual_memory().available)
-    return _from_proc(Path("/proc/meminfo"))
-
-
-def _from_proc(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    for line in path.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    table = Path("/proc/meminfo")
+    lines = table.read_text(encoding="ascii").splitlines() if table.is_file() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
 
 
 def _gib(count: float) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdm_toolkit.distill.jsonl import read_rows, read_text
-from cdm_toolkit.errors import FileProblem, MissingExtra, NoData
+from cdm_toolkit.distill.jsonl import read_objects, read_rows, read_text
+from cdm_toolkit.errors import BadRow, FileProblem, MissingExtra, NoData
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import FIELDS, Row
 from cdm_toolkit.samples import sample_path
 
-PROBE_SECONDS = 10
+HUB_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,6 @@ class DataFile:
 
     path: Path
     source: str
-    from_hub: bool = False
 
 
 def find_data(spec: SuiteSpec, given: Path | None, fields: str = FIELDS) -> DataFile:
@@ -50,7 +49,7 @@ def source_file(data: DataSource, folder: Path) -> DataFile | list[str]:
         path = sample_path(data.sample)
         return DataFile(path, f"{path.name} (cdm_toolkit.samples)")
     if data.hub is not None:
-        found = hub_rows(data) if data.hub_file else hub_split(data, data.split)
+        found = hub_rows(data) if data.hub_file else hub_split(data)
         return found if isinstance(found, DataFile) else [f"{data.hub} on the hub: {found}"]
     return []
 
@@ -60,41 +59,36 @@ def hub_rows(data: DataSource) -> DataFile | str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    unreachable: Exception | None = None
-    try:
-        _probe(data)
-    except Exception as error:  # a dozen kinds, from name resolution to a gated repository
-        unreachable = error
     try:
         path = hf_hub_download(
-            str(data.hub), str(data.hub_file), repo_type="dataset", local_files_only=unreachable is not None
+            str(data.hub), str(data.hub_file), repo_type="dataset", etag_timeout=HUB_SECONDS
         )
-    except Exception as error:
-        return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(unreachable or error)
-    return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)", from_hub=True)
+    except Exception as error:  # a dozen kinds, from name resolution to a gated repository
+        return "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _reason(error.__cause__ or error)
+    return DataFile(Path(path), f"{data.hub} {data.hub_file} (hub)")
 
 
-def hub_split(data: DataSource, split: str) -> DataFile | str:
+def hub_split(data: DataSource) -> DataFile | str:
     """Store a split of a hub data set as JSONL in the cache folder; else return the reason as text."""
     from cdm_toolkit.artifacts.cache import cache_folder
     from cdm_toolkit.hub.cache_entries import make_entry
 
-    name = f"{str(data.hub).replace('/', '--')}-{data.config or 'default'}-{split}"
+    name = f"{str(data.hub).replace('/', '--')}-{data.config or 'default'}-{data.split}"
     folder = cache_folder() / "data" / name
     if not folder.is_dir():
-        rows = _download(data, split)
+        rows = _download(data)
         if isinstance(rows, str):
             return rows
-        text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
-        make_entry(folder, lambda making: _write(making / "rows.jsonl", text))
-    return DataFile(folder / "rows.jsonl", f"{data.hub} {split} (hub)", from_hub=True)
+        lines = [json.dumps(dict(row)) + "\n" for row in rows]
+
+        def fill(making: Path) -> None:
+            (making / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+
+        make_entry(folder, fill)
+    return DataFile(folder / "rows.jsonl", f"{data.hub} {data.split} (hub)")
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str:
+def _download(data: DataSource) -> Iterable[Mapping[str, Any]] | str:
     try:
         from datasets import load_dataset
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -103,20 +97,20 @@ def _download(data: DataSource, split: str) -> Iterable[Mapping[str, Any]] | str
     try:
         with suppress(OfflineModeIsEnabled):  # load_dataset has a cache of its own
             _probe(data)
-        rows: Iterable[Mapping[str, Any]] = load_dataset(str(data.hub), data.config, split=split)
+        rows: Iterable[Mapping[str, Any]] = load_dataset(str(data.hub), data.config, split=data.split)
     except Exception as error:  # a dozen kinds, from name resolution to a gated repository
         return _reason(error)
     return rows
 
 
 def _probe(data: DataSource) -> None:
-    """Query the hub once for a data set, because loading and downloading retry for long and print messages."""
+    """Query the hub once for a data set, because loading it retries for long and prints messages."""
     from huggingface_hub import HfApi
 
-    HfApi().dataset_info(str(data.hub), timeout=PROBE_SECONDS)
+    HfApi().dataset_info(str(data.hub), timeout=HUB_SECONDS)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -128,3 +122,20 @@ def read_passages(path: Path, limit: int | None) -> list[Row]:
     if not text:
         raise FileProblem(path, "it is empty", "give a text to score")
     return [Row(1, "", text)]
+
+
+def read_fields(
+    path: Path, shown: str, texts: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read JSONL objects, each with its number, that have some texts, and optional ones, which may be null.
+
+    `shown` names all fields, for messages. Raises FileProblem and BadRow.
+    """
+    for number, fields in read_objects(path, shown):
+        if not isinstance(fields, dict) or not set(texts) <= fields.keys():
+            has = ", ".join(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
+            raise BadRow(path, number, f"it has {has or 'no field'}", f"give each row {shown}")
+        for name in (*texts, *optional):
+            if not isinstance(fields.get(name), str if name in texts else str | None):
+                raise BadRow(path, number, f"{name} is no text", f"make {name} a string")
+        yield number, fields

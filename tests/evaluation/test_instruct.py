@@ -14,6 +14,7 @@ import pytest
 from cdm_toolkit.errors import BadOption, BadRow, FileProblem, NoData, UnknownName
 from cdm_toolkit.evaluation.evaluate import Ask, Subject, open_suite
 from cdm_toolkit.evaluation.instruct import rouge_l
+from cdm_toolkit.evaluation.scores import Item
 
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed")
 MakeSubject = Callable[..., Subject]
@@ -49,8 +50,14 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
+def answered(suite: Any, write: Callable[[list[str]], list[str]]) -> list[Item]:
+    """Score what a stub writes."""
+    prompts = {key: suite._rows[key.rpartition("/")[0]].prompt for key in suite.contents.keys}
+    return [suite.item(key, prompt, write([prompt])[0]) for key, prompt in prompts.items()]
+
+
 def scored(suite: Any, write: Callable[[list[str]], list[str]]) -> dict[str, tuple[float, float | None, int]]:
-    items = list(suite.answer(write, suite.contents.keys))
+    items = answered(suite, write)
     return {score.metric: (score.value, score.stderr, score.n) for score in suite.summarize(items).scores}
 
 
@@ -122,7 +129,7 @@ def test_a_folder_has_the_sets_as_dskd_does(tmp_path: Path, rows: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "valid.jsonl").write_bytes(rows.read_bytes())
     suite: Any = open_suite("instruct", Ask(data=tmp_path, limit=2))
-    items = list(suite.answer(lambda asked: ["hi"], suite.contents.keys))
+    items = answered(suite, lambda asked: ["hi"])
     assert len(items) == 2 * 2 * 5
     summary = suite.summarize(items)
     assert [score.metric for score in summary.scores] == [

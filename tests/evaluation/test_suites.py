@@ -39,15 +39,12 @@ def test_an_unknown_suite_is_answered_with_the_known_ones(tmp_path: Path) -> Non
 
 
 def test_all_faults_of_a_part_are_listed_at_once(tmp_path: Path) -> None:
-    path = written(
-        tmp_path, "adapter: bpb\nsumary: x\ndata: {sample: dev, hub: 3}\npaper: {figures: {a: 1}}\n"
-    )
+    path = written(tmp_path, "adapter: bpb\nsumary: x\ndata: {sample: dev, hub: 3}\n")
     with pytest.raises(BadSettings) as caught:
         load_suite(path)
     assert str(caught.value).removeprefix(path) == (
-        " has 5 faults: data.sample is 'dev': give one of train, heldout, prose, languages; "
+        " has 3 faults: data.sample is 'dev': give one of train, heldout, prose, languages; "
         "data.hub is 3: give a text; "
-        "paper.source is missing; paper.figures.a is 1: give a valid dictionary; "
         "sumary is no setting, did you mean summary?; mend them and run again"
     )
     path = written(tmp_path, "adapter: lm-eval\nsettings: {fewshot: -1, max_new_tokens: many, shots: 5}\n")

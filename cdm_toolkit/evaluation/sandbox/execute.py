@@ -23,17 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import cdm_toolkit
 from cdm_toolkit.errors import IsolationMissing
 from cdm_toolkit.evaluation.sandbox.records import Isolation, Limits, Outcome, Program, Reason
 
 NOBODY = 65534
-PACKAGE = Path(cdm_toolkit.__file__).parent
-PARENTS = (
-    ("cdm_toolkit", "."),
-    ("cdm_toolkit.evaluation", "evaluation"),
-    ("cdm_toolkit.evaluation.sandbox", "evaluation/sandbox"),
-)
+HERE = __name__.rpartition(".")[0]
+PARENTS = {HERE.rsplit(".", up)[0]: str(Path(__file__).parents[up]) for up in range(3)}
+"""The folders of the package of the sandbox and of those above it, by name."""
 SETUP_SECONDS = 60.0  # to set up the isolation, even on a busy machine
 END_SECONDS = 10.0
 LONGEST_VERDICT = 65536
@@ -42,10 +38,10 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS":
 # Import the sandbox modules without running the __init__ of their parent packages.
 START = f"""
 import sys
-for name, folder in {[(name, str(PACKAGE / path)) for name, path in PARENTS]}:
+for name, folder in {PARENTS}.items():
     sys.modules[name] = type(sys)(name)
     sys.modules[name].__path__ = [folder]
-from {PARENTS[-1][0]}.inside import main
+from {HERE}.inside import main
 main()
 """
 
@@ -86,34 +82,26 @@ def run_program(
 ) -> Outcome:
     """Run one program and its test. Raises SetupError where the layers of `isolation` cannot be set up."""
     token = secrets.token_hex(16)
-    job: dict[str, Any] = {
+    job = {
         "layers": isolation.layers,
         "limits": limits.model_dump(),
         "preload": list(preload),
+        "path": sys.path if preload else [],
     }
-    job["path"] = sys.path if preload else []
+    entry, longest = {"entry_point": program.entry_point}, limits.answer_mib * 2**20
+    test = {"test": program.test, "helpers": program.helpers, "token": token, "longest": longest}
     with ExitStack() as stack:
         calls_out, calls_in, answers_out, answers_in, verdict_out, verdict_in = (
             stack.enter_context(os.fdopen(end, mode, buffering=0))
             for _ in range(3)
             for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
         )
-        entry = {"entry_point": program.entry_point}
-        worker = stack.enter_context(
-            _SandboxProcess(
-                {**job, "role": "worker", "work": {**entry, "source": program.source}}, calls_out, answers_in
-            )
-        )
-        test = {"test": program.test, "helpers": program.helpers, "token": token}
-        longest = limits.answer_mib * 2**20
-        checker = stack.enter_context(
-            _SandboxProcess(
-                {**job, "role": "checker", "work": {**entry, **test, "longest": longest}},
-                answers_out,
-                calls_in,
-                verdict_in,
-            )
-        )
+        work = {"role": "worker", "work": {**entry, "source": program.source}}
+        worker = _SandboxProcess({**job, **work}, calls_out, answers_in)
+        stack.callback(worker.end)
+        work = {"role": "checker", "work": {**entry, **test}}
+        checker = _SandboxProcess({**job, **work}, answers_out, calls_in, verdict_in)
+        stack.callback(checker.end)
         for end in (calls_out, calls_in, answers_out, answers_in, verdict_in):
             end.close()
         worker.wait_until_isolated()
@@ -159,19 +147,8 @@ class _SandboxProcess:
             env=ENVIRONMENT,
             start_new_session=True,  # a signal to our process group does not keep it from clearing up after us
         )
-        whole = {
-            **job,
-            "descriptors": descriptors,
-            "scratch": self._scratch,
-            "mountpoint": tempfile.gettempdir(),
-        }
-        self._send(json.dumps(whole))
-
-    def __enter__(self) -> _SandboxProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
+        places = {"scratch": self._scratch, "mountpoint": tempfile.gettempdir()}
+        self._send(json.dumps({**job, **places, "descriptors": descriptors}))
 
     def wait_until_isolated(self) -> None:
         """Wait until the isolation is set up and the work begins. Raises SetupError."""
@@ -195,20 +172,16 @@ class _SandboxProcess:
         report = self._report(END_SECONDS)
         if "status" in report:
             self._end = _End(report["status"], report["cpu_seconds"], report["killed"] > 0)
-        else:
-            self._kill()
+        else:  # it does not respond
+            process.kill()
+            if self._child is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(self._child, signal.SIGKILL)
         process.wait()
         process.stdout.close()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         return self._end
-
-    def _kill(self) -> None:
-        """Kill an unresponsive process."""
-        self._process.kill()
-        if self._child is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self._child, signal.SIGKILL)
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None

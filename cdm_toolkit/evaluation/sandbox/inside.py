@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NoReturn
 
 from cdm_toolkit.evaluation.sandbox import cgroup, checker, kernel, landlock, seccomp, worker
@@ -39,19 +39,16 @@ def main() -> None:
     try:
         _preload(job["preload"], job["path"])
         library = _library()
-        with _memory_group(job) as group:
+        limits = job["limits"]
+        together = (
+            limits["memory_mib"] + limits["scratch_mib"]
+        ) * MIB  # of the child's processes and its files
+        with cgroup.MemoryGroup(together) if "cgroup" in job["layers"] else nullcontext() as group:
             child, wake = _start(job, library, group)
             _report(child=child)
             _await(child, wake, group)
     except OSError as error:
         _report(problem=_message(error))
-
-
-def _memory_group(job: Mapping[str, Any]) -> AbstractContextManager[cgroup.MemoryGroup | None]:
-    """Make the control group of the child. It takes what one process and the scratch folder may."""
-    limits = job["limits"]
-    ceiling = (limits["memory_mib"] + limits["scratch_mib"]) * MIB
-    return cgroup.MemoryGroup(ceiling) if "cgroup" in job["layers"] else nullcontext()
 
 
 def _start(

@@ -28,7 +28,9 @@ def probe() -> Isolation:
     for layers in _combinations():
         if (problem := _try(layers)) is None:
             missing = tuple((layer, problems[layer]) for layer in LAYERS if layer not in layers)
-            return _with_cgroup(Isolation(layers, missing))
+            if (problem := _try((*layers, CGROUP))) is None:
+                return Isolation((*layers, CGROUP), missing)
+            return Isolation(layers, (*missing, (CGROUP, problem)))
         for layer in layers:
             problems.setdefault(layer, problem)
     raise IsolationMissing("everything", problems.get("", next(iter(problems.values()))))
@@ -40,14 +42,6 @@ def require(isolation: Isolation) -> None:
     if missing:
         lacking = ", ".join(layer for layer, _ in missing)
         raise IsolationMissing(lacking, "; ".join(sorted({why for _, why in missing})))
-
-
-def _with_cgroup(isolation: Isolation) -> Isolation:
-    layers = (*isolation.layers, CGROUP)
-    problem = _try(layers)
-    if problem is None:
-        return Isolation(layers, isolation.missing)
-    return Isolation(isolation.layers, (*isolation.missing, (CGROUP, problem)))
 
 
 def _try(layers: tuple[str, ...]) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from collections.abc import Mapping
 
 NAMESPACES: Mapping[str, int] = {
@@ -16,23 +15,12 @@ NAMESPACES: Mapping[str, int] = {
     "uts": 0x04000000,
 }
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
-MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = (
-    1024,
-    2048,
-    4096,
-    16384,
-    1 << 18,
-    1 << 21,
-)
+MS_NOATIME, MS_NODIRATIME, MS_RELATIME = 1 << 10, 1 << 11, 1 << 21
+MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 4, 24, 36
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 CAPABILITY_VERSION_3 = 0x20080522
-# Numbers, by machine, of calls without a function in the C library.
-_NUMBERS: Mapping[str, Mapping[str, int]] = {
-    "x86_64": {"pivot_root": 155, "capset": 126},
-    "aarch64": {"pivot_root": 41, "capset": 91},
-}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -68,7 +56,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 def pivot_root(folder: str) -> None:
     """Make a mounted folder the root, and unmount the old root."""
     os.chdir(folder)
-    syscall("pivot_root", _NUMBERS[platform.machine()]["pivot_root"], b".", b".")
+    check("pivot_root", _libc.pivot_root(b".", b"."))
     check("umount", _libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
 
@@ -86,4 +74,4 @@ def drop_capabilities() -> None:
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     nothing = (ctypes.c_uint32 * 6)()
     prctl("PR_CAP_AMBIENT", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    syscall("capset", _NUMBERS[platform.machine()]["capset"], header, nothing)
+    check("capset", _libc.capset(header, nothing))

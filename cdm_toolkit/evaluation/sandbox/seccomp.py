@@ -170,11 +170,8 @@ FIRST_NEW_CALL = 424  # of Linux 5.1; from here on, numbers are the same on ever
 X32_BIT = 0x40000000  # a second table of numbers on x86_64
 
 LOAD, JUMP_IF_EQUAL, JUMP_IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-NUMBER_AT, MACHINE_AT, ARGUMENTS_AT = (
-    0,
-    4,
-    16,
-)  # in struct seccomp_data; the low half of an argument comes first
+# In struct seccomp_data; the low half of an argument comes first.
+NUMBER_AT, MACHINE_AT, ARGUMENTS_AT = 0, 4, 16
 KILL, ERRNO, ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 PR_SET_SECCOMP, MODE_FILTER = 22, 2
 
