@@ -19,7 +19,7 @@ import typer
 
 from cdm_toolkit.cli import main
 from cdm_toolkit.cli.app import app
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.hub import tokenizers
 from cdm_toolkit.samples import sample_path
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def read_corpus(file: Path) -> list[str]:
     """Read the texts of a corpus: the rows of a JSONL file, else the lines of a text file."""
-    from cdm_toolkit.distill.jsonl import read_rows
+    from cdm_toolkit.distill.sources import read_rows
     from cdm_toolkit.errors import FileProblem
 
     if file.suffix in (".jsonl", ".json"):

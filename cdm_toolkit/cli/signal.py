@@ -127,7 +127,7 @@ def _checked(specs: list[str], template: str) -> list[str]:
 
 
 def _row(text: str | None, completion: str | None, data: Path | None, number: int) -> Row:
-    from cdm_toolkit.distill.jsonl import read_rows
+    from cdm_toolkit.distill.sources import read_rows
     from cdm_toolkit.errors import BadOption
     from cdm_toolkit.kd.rows import Row
 

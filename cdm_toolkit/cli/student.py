@@ -108,7 +108,7 @@ def transplant(
     Example: cdm student transplant --from smollm2 --tokenizer mistral --layers 20 -o student
     """
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.distill.jsonl import read_rows
+    from cdm_toolkit.distill.sources import read_rows
     from cdm_toolkit.errors import BadOption
     from cdm_toolkit.hub.omp import Donor
     from cdm_toolkit.hub.students import transplant as give

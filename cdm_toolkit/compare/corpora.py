@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.errors import BadOption, FileProblem, UnknownName
 from cdm_toolkit.kd.rows import Row
 

@@ -19,7 +19,8 @@ from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.compare.types import Measured
 from cdm_toolkit.compare.words import Ranges, digit_bits, digit_bytes, predicted_words, word_ranges
 from cdm_toolkit.distill.dataset import build_dataset
-from cdm_toolkit.distill.jsonl import read_rows, write_rows
+from cdm_toolkit.distill.jsonl import write_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, CdmError
 from cdm_toolkit.evaluation.bpb import first_scored
 from cdm_toolkit.forward import logits_by_batch

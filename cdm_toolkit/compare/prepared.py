@@ -17,7 +17,8 @@ from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig, held
 from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one
 from cdm_toolkit.compare.tuned_teacher import TEACHER_FOLDER, tuned
 from cdm_toolkit.compare.types import RINGS, Measured, ModelScores
-from cdm_toolkit.distill.jsonl import read_rows, write_rows
+from cdm_toolkit.distill.jsonl import write_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask, evaluate, open_suite

@@ -12,7 +12,7 @@ from typing import Any
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.errors import BadOption, BadRow, FileProblem, UnknownName
-from cdm_toolkit.kd.rows import FIELDS, Row, RowFault, chat_of, row_of
+from cdm_toolkit.kd.rows import FIELDS, Row, RowFault, chat_of
 from cdm_toolkit.samples import FILES, sample_path
 
 
@@ -72,22 +72,6 @@ def read_problems(path: Path, fix: str) -> Iterator[None]:
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise FileProblem(path, f"it cannot be read ({why})", fix) from None
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read all rows of a JSONL file; blank lines are skipped, and counted as lines.
-
-    `sample:train` and the like are texts that come with the package (`cdm_toolkit.samples`). Raises FileProblem for
-    a file that is missing, empty or not text, UnknownName for a sample that is not there, and BadRow for the first
-    row that is not as it must be.
-    """
-    rows = []
-    for number, fields in read_objects(data_file(path)):
-        try:
-            rows.append(row_of(number, fields))
-        except RowFault as error:
-            raise BadRow(path, number, *error.args) from None
-    return rows
 
 
 def data_file(path: str | Path) -> Path:

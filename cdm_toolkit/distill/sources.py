@@ -73,6 +73,11 @@ class Rows(Iterable[Row]):
         return np.searchsorted(self._last, numbers)
 
 
+def read_rows(path: str | Path) -> list[Row]:
+    """Read all rows of a file, a pattern or a data set on the hub. Raises as `Rows`."""
+    return list(Rows((SourceConfig(path=str(path)),)))
+
+
 class _Counted(Iterable[Row]):
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows, self.count = rows, 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.errors import BadRow, FileProblem
 from cdm_toolkit.evaluation.evaluate import Ask
 from cdm_toolkit.evaluation.suite_data import find_data

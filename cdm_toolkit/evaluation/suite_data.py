@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cdm_toolkit.distill.jsonl import read_objects, read_rows, read_text
+from cdm_toolkit.distill.jsonl import read_objects, read_text
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.errors import BadRow, FileProblem, MissingExtra, NoData
 from cdm_toolkit.evaluation.suites import DataSource, SuiteSpec
 from cdm_toolkit.kd.rows import FIELDS, Row

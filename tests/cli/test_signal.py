@@ -108,7 +108,7 @@ def test_a_completion_is_learned_and_its_prompt_read(cdm, pair, tmp_path: Path) 
     )
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "How many?", "completion": "12 of them."}
-    rows.write_text('{"text": "another"}\n\n' + json.dumps(row) + "\n", encoding="utf-8")
+    rows.write_text('{"prompt": "", "completion": "another"}\n\n' + json.dumps(row) + "\n", encoding="utf-8")
     assert json.loads(cdm("signal", "show", "--data", rows, "--row", "3", *pair, "--json").out) == record
 
 

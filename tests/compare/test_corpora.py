@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cdm_toolkit.compare import corpora
 from cdm_toolkit.compare.corpora import KINDS, LEAST, MOST, Split, cut_at_blank_lines, text_rows
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.errors import BadOption, FileProblem, UnknownName
 from cdm_toolkit.kd.rows import Row
 
@@ -145,7 +145,9 @@ def test_other_paths_are_read_as_rows(tmp_path: Path) -> None:
     assert text_rows("sample:train", rows=5) == read_rows("sample:train")[:5]
     assert text_rows("sample:heldout") == read_rows("sample:heldout")
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"question": "1 + 1", "answer": "2"}\n{"text": "three"}\n', encoding="utf-8")
+    file.write_text(
+        '{"question": "1 + 1", "answer": "2"}\n{"question": "", "answer": "three"}\n', encoding="utf-8"
+    )
     assert [row.text for row in text_rows(str(file))] == ["1 + 1\n2", "three"]
     with pytest.raises(BadOption, match="`rows` is 3; give at most 2"):
         text_rows(str(file), rows=3)

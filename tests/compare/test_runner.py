@@ -35,7 +35,7 @@ from cdm_toolkit.compare.runner import (
 from cdm_toolkit.compare.study import StudyConfig, from_file
 from cdm_toolkit.compare.study_folder import CELL_FILE, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import CellResult
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import (
     BadArtifact,

@@ -685,7 +685,7 @@ def test_real_entropies_weigh_the_papers_alignment(
 STEP = """
 import sys
 from cdm_toolkit.distill.dataset import build_dataset
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.tokenized_rows import TeacherSide, tokenizer_side
 

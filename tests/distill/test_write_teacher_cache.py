@@ -14,7 +14,7 @@ import torch
 from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
 from cdm_toolkit.distill import write_teacher_cache as module
 from cdm_toolkit.distill.dataset import build_dataset
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.distill.write_teacher_cache import CacheResult, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain, TokenizerMismatch
 from cdm_toolkit.hub.models import load_model

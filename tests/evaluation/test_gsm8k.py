@@ -264,7 +264,7 @@ def test_bad_data_is_named_with_its_row(tmp_path: Path) -> None:
     for row, said in (
         ({"question": "q"}, "row 2: it has question"),
         ({"question": "q", "answer": "it is 3"}, "row 2: its answer does not end with #### and a number"),
-        ({"text": "#### 3"}, "row 2: it has no question"),
+        ({"text": "#### 3"}, "row 2: it has text, and the rows before it question and answer"),
         ({"question": 3, "answer": "#### 3"}, "row 2: question is int, not a string"),
     ):
         path.write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.samples import FILES, sample_path
 
 SPLITS = ("train", "heldout")

@@ -9,7 +9,7 @@ import torch
 
 from cdm_toolkit.batching import Padding
 from cdm_toolkit.distill.dataset import build_dataset
-from cdm_toolkit.distill.jsonl import read_rows
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.aligned_rows import AlignedRow

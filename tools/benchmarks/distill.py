@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._report import Line, Report, medians, once
-from cdm_toolkit.distill.jsonl import read_rows
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
-from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.distill.sources import Rows, read_rows
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.hub.models import load_model
