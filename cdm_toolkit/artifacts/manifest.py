@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
-Record = TypeVar("Record", bound=BaseModel)
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def validated(kind: type[Record], path: Path, found: Any, again: str) -> Record:
-    """Make a record of what JSON has of it; BadArtifact with the first field that is wrong."""
+    """Make a dataclass or pydantic model of what JSON has; BadArtifact with the first field that is wrong."""
     try:
-        return kind.model_validate(found)
+        return TypeAdapter(kind).validate_python(found)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
