@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,11 +87,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def validated(kind: type[Record], path: Path, found: Any, again: str) -> Record:
     """Make a dataclass or pydantic model of what JSON has; BadArtifact with the first field that is wrong."""
     try:
-        return TypeAdapter(kind).validate_python(found)
+        made: Record = _adapter(kind).validate_python(found)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise BadArtifact(path, f"it is damaged ({where}: {first['msg']})", again) from None
+    return made
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 # Files

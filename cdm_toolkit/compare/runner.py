@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -249,30 +250,41 @@ def run_study(
     damaged, and Interrupted, which names `go_on`.
     """
     cells = grid(study)
-    running: list[_Child] = []
-    failures: list[Failure] = []
     try:
         with _ended_by_signals():
             torch.set_num_threads(study.threads)
             prepare(study, folder, say=say, on_stage=on_stage)
             done = folder.read_cells(study, cells)
-            waiting = [cell for cell in cells if cell not in done]
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    running.append(_Child(study, folder, waiting.pop(0), keep_models=keep_models))
-                ended = next((child for child in running if child.process.poll() is not None), None)
-                result = ended.result() if ended else None
-                if ended:
-                    running.remove(ended)
-                if isinstance(result, Failure):
-                    failures.append(result)
-                count = len(cells) - len(waiting) - len(running) - len(failures)
-                on_progress(Progress(count, len(cells), tuple(child.look() for child in running), result))
-                if not ended:
-                    time.sleep(POLL)
+            missing = [cell for cell in cells if cell not in done]
+            start = partial(_Child, study, folder, keep_models=keep_models)
+            return _run_all(start, missing, workers, len(cells), on_progress)
     except KeyboardInterrupt:
         count = len(folder.read_cells(study, cells))
         raise Interrupted("the study", f"{count} of {len(cells)} cells are in {folder.path}", go_on) from None
+
+
+def _run_all(
+    start: Callable[[Cell], _Child],
+    waiting: list[Cell],
+    workers: int,
+    planned: int,
+    on_progress: Callable[[Progress], None],
+) -> list[Failure]:
+    running, failures = list[_Child](), list[Failure]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(start(waiting.pop(0)))
+            ended = next((child for child in running if child.process.poll() is not None), None)
+            result = ended.result() if ended else None
+            if ended:
+                running.remove(ended)
+            if isinstance(result, Failure):
+                failures.append(result)
+            done = planned - len(waiting) - len(running) - len(failures)
+            on_progress(Progress(done, planned, tuple(child.look() for child in running), result))
+            if not ended:
+                time.sleep(POLL)
     finally:
         for child in running:
             child.end()
