@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
-Record = TypeVar("Record", bound=BaseModel)
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def validated(kind: type[Record], path: Path, found: Any, again: str) -> Record:
-    """Make a record of what JSON has of it; BadArtifact with the first field that is wrong."""
+    """Make a dataclass or pydantic model of what JSON has; BadArtifact with the first field that is wrong."""
     try:
-        return kind.model_validate(found)
+        made: Record = _adapter(kind).validate_python(found)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise BadArtifact(path, f"it is damaged ({where}: {first['msg']})", again) from None
+    return made
+
+
+_adapter: Callable[[Any], Any] = cache(TypeAdapter)
 
 
 # Files

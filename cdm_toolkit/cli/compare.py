@@ -79,7 +79,7 @@ def compare(
     """
     from cdm_toolkit.cli import screen
     from cdm_toolkit.compare.figures import require_matplotlib
-    from cdm_toolkit.compare.study import from_file
+    from cdm_toolkit.compare.study import from_file, grid
     from cdm_toolkit.compare.study_folder import StudyFolder
 
     _check_options(study, {"--cell": cell is not None, "--list": list_cells, "--report": report}, overwrite)
@@ -100,10 +100,10 @@ def compare(
         _check_texts(config, folder)
         if not overwrite:
             folder.check(config)
-            folder.read_cells(config, _grid(config))
+            folder.read_cells(config, grid(config))
         folder.claim(config, overwrite=overwrite)
         failures = _run_all(config, folder, workers, keep_models=keep_models, quiet=as_json)
-        if folder.read_cells(config, _grid(config)):
+        if folder.read_cells(config, grid(config)):
             _report(config, folder, command, as_json)
         _raise_for(failures, folder, command)
         if not as_json:
@@ -115,7 +115,7 @@ def _check_options(study: str | None, ways: Mapping[str, bool], overwrite: bool)
     from cdm_toolkit.errors import CdmError, TwoWays
 
     if study is None:
-        names = ", ".join(shipped.name for shipped in list_studies())
+        names = ", ".join(list_studies())
         raise CdmError(
             "no study is named", fix=f"give the path of a study file, or one that is here: {names}"
         )
@@ -138,12 +138,6 @@ def _command(study: str, output: Path | None, assignments: Sequence[str]) -> str
     """Return the command line of the whole study, without options such as --cell."""
     words = ["cdm", "compare", study, *([] if output is None else ["-o", str(output)])]
     return shlex.join([*words, *(word for each in assignments for word in ("--set", each))])
-
-
-def _grid(config: StudyConfig) -> tuple[Cell, ...]:
-    from cdm_toolkit.compare.cells import grid
-
-    return grid(config)
 
 
 # Running
@@ -182,8 +176,8 @@ def _run_one(
     from dataclasses import asdict
 
     from cdm_toolkit.cli import screen
-    from cdm_toolkit.compare.cells import cell_at
     from cdm_toolkit.compare.runner import run_cell
+    from cdm_toolkit.compare.study import cell_at
 
     number = cell_at(config, which).index
     _check_texts(config, folder)
@@ -250,7 +244,7 @@ class _Display:
         }
         done = progress.done + sum(map(_share_done, progress.running))  # for the time that is left
         self._show({"cells": (done, progress.planned, "")} | running)
-        if not self._quiet and (progress.failed or progress.finished):
+        if not self._quiet and progress.ended:
             self.bar.console.print(_ended(progress), markup=False, soft_wrap=True, style="dim")
 
     def _show(self, rows: Mapping[str, tuple[float, int, str]]) -> None:
@@ -269,11 +263,14 @@ def _share_done(running: Running) -> float:
 
 
 def _ended(progress: Progress) -> str:
-    if progress.failed:
-        return f"{_named(progress.failed.cell)} failed: {progress.failed.why}"
-    assert progress.finished is not None
-    result, count = progress.finished, f"{progress.done} of {progress.planned}"
-    return f"{_named(result.cell)} is done, {result.step_seconds:.2f} s a step; {count}"
+    from cdm_toolkit.compare.runner import Failure
+
+    ended = progress.ended
+    assert ended is not None
+    if isinstance(ended, Failure):
+        return f"{_named(ended.cell)} failed: {ended.why}"
+    done = f"{progress.done} of {progress.planned}"
+    return f"{_named(ended.cell)} is done, {ended.step_seconds:.2f} s a step; {done}"
 
 
 # What came out
@@ -304,18 +301,16 @@ def _report(config: StudyConfig, folder: StudyFolder, command: str, as_json: boo
 
 
 def _list(config: StudyConfig, folder: StudyFolder, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from cdm_toolkit.cli import screen
+    from cdm_toolkit.compare.study import grid
 
     folder.check(config)
-    states = [(cell, _state(config, folder, cell)) for cell in _grid(config)]
+    states = [(cell, _state(config, folder, cell)) for cell in grid(config)]
     if as_json:
-        screen.print_json(
-            [
-                {"cell": each.index, "method": each.method, "alpha": each.alpha, "seed": each.seed}
-                | {"in_curve": each.in_curve, "state": state}
-                for each, state in states
-            ]
-        )
+        rows = ({"cell": each.index, **asdict(each), "state": state} for each, state in states)
+        screen.print_json([{name: value for name, value in row.items() if name != "index"} for row in rows])
         return
     shown = screen.table(None, "cell", "method", "α", "seed", "state", right=("cell", "α", "seed"))
     for each, state in states:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -18,26 +19,17 @@ def at_best_alphas(result: StudyResult) -> StudyResult:
     seeds so far; the lower alpha of two that are equal. A study without such rows, or without a gap on them, stays
     as it is.
     """
-    scores = _selection_scores(result)
+    gaps = gaps_of(replace(result, start=_selection(result.start), teacher=_selection(result.teacher)))
+    scores: defaultdict[str, defaultdict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for each in result.cells:
+        if (score := mean_share(_selection(each.scores), gaps)) is not None:
+            scores[each.cell.method][each.cell.alpha].append(score)
     if not scores:
         return result
     best = {method: _best(of_method) for method, of_method in scores.items()}
     cells = (replace(each.cell, in_curve=each.cell.alpha != best[each.cell.method]) for each in result.cells)
-    return replace(
-        result,
-        cells=tuple(replace(each, cell=cell) for each, cell in zip(result.cells, cells, strict=True)),
-    )
-
-
-def _selection_scores(result: StudyResult) -> dict[str, dict[float, list[float]]]:
-    """Score every run on the rows to choose on: by method, by alpha."""
-    gaps = gaps_of(replace(result, start=_selection(result.start), teacher=_selection(result.teacher)))
-    found: defaultdict[str, defaultdict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for each in result.cells:
-        score = mean_share(_selection(each.scores), gaps)
-        if score is not None:
-            found[each.cell.method][each.cell.alpha].append(score)
-    return {method: dict(of_method) for method, of_method in found.items()}
+    judged = (replace(each, cell=cell) for each, cell in zip(result.cells, cells, strict=True))
+    return replace(result, cells=tuple(judged))
 
 
 def _selection(scores: ModelScores) -> ModelScores:
@@ -49,7 +41,7 @@ def _selection(scores: ModelScores) -> ModelScores:
     return replace(scores, **rings)
 
 
-def _best(scores: dict[float, list[float]]) -> float:
+def _best(scores: Mapping[float, Sequence[float]]) -> float:
     most = max(map(len, scores.values()))
     means = {alpha: fmean(runs) for alpha, runs in scores.items() if len(runs) == most}
     return max(sorted(means), key=means.__getitem__)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from rapidfuzz.distance import Prefix
 
-from cdm_toolkit.compare.types import Continuation, Measured
+from cdm_toolkit.compare.types import NOTHING, Continuation, Measured
 from cdm_toolkit.evaluation.bpb import Passage, passage_bits
 from cdm_toolkit.evaluation.evaluate import Subject
 from cdm_toolkit.evaluation.generation import GenerationSettings, generate_ids, spelled
-from cdm_toolkit.hub.models import load_model
-from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.rows import Row
 
 Texts = Mapping[str, tuple[Continuation, ...]]
@@ -25,26 +24,17 @@ GRAM = 4
 """Words of a sequence that may be repeated."""
 
 
-def subject_of(model: str, device: str) -> Subject:
-    """Load a model with its tokenizer. Raises the errors of both."""
-    loaded = load_tokenizer(model)
-    return Subject(model, load_model(model, device=device), loaded.tokenizer, loaded.view)
-
-
 def continue_rows(subject: Subject, rows: Mapping[str, Sequence[Row]], new_tokens: int) -> Texts:
     """Let a model go on from the context of each row, greedily, for at most `new_tokens` of its tokens."""
     contexts = [context(row) for of_kind in rows.values() for row in of_kind]
-    settings = GenerationSettings(max_new_tokens=new_tokens)
-    said = iter(generate_ids(subject, contexts, settings))
-    return {
-        kind: tuple(
-            Continuation(
-                row.number, context(row), whole_characters(spelled(subject.view, ids)), len(ids) == new_tokens
-            )
-            for row, ids in zip(of_kind, said, strict=False)
-        )
-        for kind, of_kind in rows.items()
-    }
+    said = iter(generate_ids(subject, contexts, GenerationSettings(max_new_tokens=new_tokens)))
+
+    def after(row: Row) -> Continuation:
+        ids = next(said)
+        text = whole_characters(spelled(subject.view, ids))
+        return Continuation(row.number, context(row), text, is_cut=len(ids) == new_tokens)
+
+    return {kind: tuple(map(after, of_kind)) for kind, of_kind in rows.items()}
 
 
 def context(row: Row) -> str:
@@ -70,8 +60,7 @@ def whole_characters(said: bytes) -> str:
 
 def measure(texts: Texts, teacher_texts: Texts, teacher: Subject) -> dict[str, Measured]:
     """Measure continuations beside the teacher's of the same rows: sums that `Measured` has for these alone."""
-    every = list(chain.from_iterable(texts.values()))
-    written = [each for each in every if each.text]
+    written = [each for each in chain.from_iterable(texts.values()) if each.text]
     passages = [Passage(each.prompt + each.text, len(each.prompt.encode())) for each in written]
     bits = {id(written[found.passage]): found.bits for found in passage_bits(teacher, passages)}
     return {
@@ -86,11 +75,8 @@ def measure(texts: Texts, teacher_texts: Texts, teacher: Subject) -> dict[str, M
 def _measured(text: Continuation, teacher: Continuation, bits: float) -> Measured:
     agreed, compared = agreement(text, teacher)
     repeated, grams = repetition(text.text)
-    return Measured(
-        bits=0.0,
-        scored_bytes=0,
-        divergence=0.0,
-        boundaries=0,
+    return replace(
+        NOTHING,
         agreed_bytes=agreed,
         compared_bytes=compared,
         written_bytes=len(text.text.encode()),

@@ -8,7 +8,7 @@ import inspect
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -61,38 +61,35 @@ def text_rows(path: str, *, rows: int | None = None, split: Split = "train") -> 
     none, FileProblem where this Python lacks such files, and as `read_rows`.
     """
     if path.startswith("python:"):
-        found = list(islice(_pieces_of(path, split), rows))
-        read = [Row(number, "", piece) for number, piece in enumerate(found, 1)]
+        pieces = islice(_pieces_of(path, split), rows)
+        read = [Row(number, "", piece) for number, piece in enumerate(pieces, 1)]
     elif split != "train":
-        kinds = ", ".join(KINDS)
-        raise BadOption("split", split, f"it with one of {kinds}: {path} is read as it is")
+        raise BadOption("split", split, f"it with one of {', '.join(KINDS)}: {path} is read as it is")
     else:
         read = read_rows(path)[:rows]
     if rows is not None and len(read) < rows:
-        raise BadOption("rows", rows, f"at most {len(read)}: {path} has no more{_PURPOSE[split]}")
+        purpose = " to hold out" if split == "heldout" else ""
+        raise BadOption("rows", rows, f"at most {len(read)}: {path} has no more{purpose}")
     return read
-
-
-_PURPOSE: Mapping[Split, str] = {"train": "", "heldout": " to hold out"}
 
 
 def _pieces_of(path: str, split: Split) -> Iterator[str]:
     """Go round the documents of a split, a piece of each at a time; no piece comes twice."""
     if path not in KINDS:
         raise UnknownName("kind of text", path, tuple(KINDS))
-    documents = sorted(KINDS[path](), key=lambda document: _hash(document.name))
-    mine = [document for document in documents if _is_held_out(document) == (split == "heldout")]
+    parts: dict[Split, list[Document]] = {"train": [], "heldout": []}
+    for document in sorted(KINDS[path](), key=lambda document: _hash(document.name)):
+        parts["heldout" if _is_held_out(document) else "train"].append(document)
+    elsewhere = parts["train"] if split == "heldout" else []
+    passed = {part for document in elsewhere for text in document.texts() for part in _long_paragraphs(text)}
     seen: set[str] = set()
-    elsewhere: set[str] = set()
-    if split == "heldout":
-        elsewhere = {p for document in documents if not _is_held_out(document) for p in _paragraphs(document)}
-    turns = [_shuffled(document) for document in mine]
+    turns = [_shuffled(document) for document in parts[split]]
     while turns:
         for pieces in tuple(turns):
             piece = next(pieces, None)
             if piece is None:
                 turns.remove(pieces)
-            elif piece not in seen and elsewhere.isdisjoint(_long_paragraphs(piece)):
+            elif piece not in seen and passed.isdisjoint(_long_paragraphs(piece)):
                 seen.add(piece)
                 yield piece
 
@@ -103,11 +100,6 @@ def _hash(text: str) -> bytes:
 
 def _is_held_out(document: Document) -> bool:
     return _hash(document.name)[0] % HELD_OUT == 0
-
-
-def _paragraphs(document: Document) -> Iterator[str]:
-    for text in document.texts():
-        yield from _long_paragraphs(text)
 
 
 def _long_paragraphs(text: str) -> Iterator[str]:
@@ -132,38 +124,57 @@ def cut_at_blank_lines(text: str, *, least: int = LEAST, most: int = MOST) -> It
     """
     begin: int | None = None
     end = 0
-    for paragraph in _PARAGRAPH.finditer(text):
-        if begin is not None and len(text[begin : paragraph.end()].encode()) > most:
-            yield from _long_enough(text[begin:end], least)
+    for paragraph in (*_PARAGRAPH.finditer(text), None):
+        too_long = paragraph is None or len(text[begin : paragraph.end()].encode()) > most
+        if begin is not None and too_long:
+            if len(text[begin:end].encode()) >= least:
+                yield text[begin:end]
             begin = None
-        if begin is None and len(paragraph.group().encode()) <= most:
-            begin = paragraph.start()
-        end = paragraph.end()
-    if begin is not None:
-        yield from _long_enough(text[begin:end], least)
-
-
-def _long_enough(piece: str, least: int) -> Iterator[str]:
-    if len(piece.encode()) >= least:
-        yield piece
+        if paragraph is not None:
+            if begin is None and len(paragraph.group().encode()) <= most:
+                begin = paragraph.start()
+            end = paragraph.end()
 
 
 # The kinds
 
 
-def _sources() -> Iterator[tuple[str, Path]]:
+def _sources() -> list[tuple[str, Path]]:
     """Find the standard library's files that a person would read, by the name within it."""
     folder = Path(sysconfig.get_path("stdlib"))
-    found = 0
-    for file in sorted(folder.rglob("*.py")):
-        name = file.relative_to(folder)
-        if _LEFT_OUT.isdisjoint(name.parts) and not re.match(r"_sysconfigdata|config-", str(name)):
-            found += 1
-            yield name.as_posix(), file
+    names = (file.relative_to(folder) for file in sorted(folder.rglob("*.py")))
+    found = [
+        (name.as_posix(), folder / name)
+        for name in names
+        if _LEFT_OUT.isdisjoint(name.parts) and not re.match(r"_sysconfigdata|config-", str(name))
+    ]
     if not found:
-        raise FileProblem(
-            folder, "it has no Python sources", "take another kind of text, or a Python with them"
-        )
+        fix = "take another kind of text, or a Python with them"
+        raise FileProblem(folder, "it has no Python sources", fix)
+    return found
+
+
+def _headers() -> list[tuple[str, Path]]:
+    folder = Path(sysconfig.get_path("include"))
+    found = [(file.relative_to(folder).as_posix(), file) for file in sorted(folder.rglob("*.h"))]
+    if not found:
+        fix = "install Python's headers, such as the package python3-dev, or take another kind of text"
+        raise FileProblem(folder, "there are no C headers of this Python", fix)
+    return found
+
+
+def _topics() -> list[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        folder = Path(sysconfig.get_path("stdlib")) / "pydoc_data"
+        fix = "install the whole standard library, or take another kind of text"
+        raise FileProblem(folder, "this Python has no manual", fix) from None
+    return [Document(name, partial(list, (text,))) for name, text in topics.items()]
+
+
+def _documents(files: Iterable[tuple[str, Path]], read: Callable[[Path], Sequence[str]]) -> list[Document]:
+    return [Document(name, partial(read, file)) for name, file in files]
 
 
 def _read(file: Path) -> str:
@@ -190,37 +201,10 @@ def _docstrings(file: Path) -> Sequence[str]:
     return tuple(inspect.cleandoc(text) for text in found if text)
 
 
-def _code_documents() -> list[Document]:
-    return [Document(name, partial(_whole, file)) for name, file in _sources()]
-
-
-def _docstring_documents() -> list[Document]:
-    return [Document(name, partial(_docstrings, file)) for name, file in _sources()]
-
-
-def _manual_documents() -> list[Document]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        folder = Path(sysconfig.get_path("stdlib")) / "pydoc_data"
-        fix = "install the whole standard library, or take another kind of text"
-        raise FileProblem(folder, "this Python has no manual", fix) from None
-    return [Document(name, partial(list, (text,))) for name, text in topics.items()]
-
-
-def _header_documents() -> list[Document]:
-    folder = Path(sysconfig.get_path("include"))
-    files = sorted(folder.rglob("*.h"))
-    if not files:
-        fix = "install Python's headers, such as the package python3-dev, or take another kind of text"
-        raise FileProblem(folder, "there are no C headers of this Python", fix)
-    return [Document(file.relative_to(folder).as_posix(), partial(_whole, file)) for file in files]
-
-
 KINDS: Mapping[str, Callable[[], list[Document]]] = {
-    "python:code": _code_documents,
-    "python:docstrings": _docstring_documents,
-    "python:manual": _manual_documents,
-    "python:headers": _header_documents,
+    "python:code": lambda: _documents(_sources(), _whole),
+    "python:docstrings": lambda: _documents(_sources(), _docstrings),
+    "python:manual": _topics,
+    "python:headers": lambda: _documents(_headers(), _whole),
 }
 """Kinds of text that come from the running Python, and the documents of each."""

@@ -1,8 +1,8 @@
-"""The pictures of a study, drawn with matplotlib: the trade-off, lines over alpha, cross-entropy in training."""
+"""The pictures of a study, drawn with matplotlib: the trade-off of methods, and lines over alpha."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-
-LINES_AMONG_MARKS = 2
-"""More lines over α than these have a picture of their own: they would hide the marks."""
 
 PAPER, INK, FAINT, LINE = "#ffffff", "#1b1f24", "#66707b", "#d0d7de"
 DARK = {PAPER: "#0d1117", INK: "#e6edf3", FAINT: "#8b949e", LINE: "#30363d"}
@@ -73,23 +70,19 @@ def draw(result: StudyResult, folder: str | Path) -> list[Path]:
 
 
 def pictures(result: StudyResult, summary: Summary) -> dict[str, Figure]:
-    """Draw those pictures that a study has the figures for, by name: `trade-off`, `alphas`, `curves`.
-
-    Lines over α are in the trade-off as long as they are few.
-    """
+    """Draw those pictures that a study has the figures for, by name: `trade-off` of methods, `alphas` of lines."""
     require_matplotlib()
     from matplotlib import rc_context
 
-    found = styles(result.methods)
-    apart = len(summary.lines) > LINES_AMONG_MARKS
+    found, gaps = styles(result.methods), summary.gaps
+    if not all(ring in gaps for ring in PLANE):
+        return {}
     drawn = {}
     with rc_context(_LOOK):
-        if summary.methods and all(ring in summary.gaps for ring in PLANE):
-            drawn["trade-off"] = _plane(summary.methods, () if apart else summary.lines, summary.gaps, found)
-            if apart:
-                drawn["alphas"] = _plane((), summary.lines, summary.gaps, found)
-        if any(cell.curve for method in summary.methods for cell in method.cells):
-            drawn["curves"] = _curves(summary.methods, found)
+        if summary.methods:
+            drawn["trade-off"] = _trade_off(summary.methods, gaps, found)
+        if summary.lines:
+            drawn["alphas"] = _alphas(summary.lines, gaps, found)
     return drawn
 
 
@@ -131,19 +124,25 @@ def require_matplotlib() -> None:
         raise MissingExtra("matplotlib", "compare", "drawing the figures of a study")
 
 
-def _figure(width: float, height: float, *, title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """Make a figure that belongs to no window and no global state; its sizes are in inches."""
+def _plane(title: str, gaps: Gaps) -> tuple[Figure, Axes]:
+    """Make a figure of what is gained inside and outside, that belongs to no window and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), facecolor=PAPER, layout="constrained")
+    figure = Figure(figsize=(10, 6.6), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y, facecolor=PAPER)
-    return figure, axes
+    x, y = (_axis(ring, gaps[ring]) for ring in PLANE)
+    title = f"Up and to the right is better{title}"
+    return figure, figure.add_subplot(title=title, xlabel=x, ylabel=y, facecolor=PAPER)
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    figure.legend(handles=handles, loc="outside right upper")
+def _finish(figure: Figure, axes: Axes, gaps: Gaps, handles: Iterable[Line2D]) -> Figure:
+    """Draw the start and the teacher where these are in view, which stays as it is, and a legend."""
+    axes.autoscale_view()
+    axes.autoscale(False)
+    _draw_ends(axes, gaps)
+    figure.legend(handles=list(handles), loc="outside right upper")
+    return figure
 
 
 def _drawn_as(style: Style) -> dict[str, Any]:
@@ -162,28 +161,7 @@ def _mark(label: str, **look: Any) -> Line2D:
     return Line2D([], [], label=label, **look)
 
 
-# The trade-off
-
 _XY = tuple[float, float]
-
-
-def _plane(
-    methods: Sequence[MethodSummary], lines: Sequence[Line], gaps: Gaps, found: Mapping[str, Style]
-) -> Figure:
-    """Draw methods as marks and lines over α, or one of both alone, by what they gain inside and outside."""
-    title = "Up and to the right is better" + ("" if methods else ": over α, one seed")
-    x, y = (_axis(ring, gaps[ring]) for ring in PLANE)
-    figure, axes = _figure(10, 6.6, title=title, x=x, y=y)
-    for line in lines:
-        _draw_line(axes, line, gaps, found[line.method])
-    for method in reversed(methods):  # the best on top
-        _draw_mark(axes, method, gaps, found[method.name])
-    axes.autoscale_view()
-    axes.autoscale(False)  # what follows leaves the view as it is
-    _draw_ends(axes, gaps)
-    _draw_front(axes, [_center(method, gaps) for method in methods if method.on_front])
-    _legend(figure, [*_names(methods, lines, found), *_reading(methods, lines)])
-    return figure
 
 
 def _axis(ring: Ring, gap: Gap) -> str:
@@ -203,14 +181,33 @@ def _xy(cell: CellResult, gaps: Gaps) -> _XY:
     return x, y
 
 
-def _center(method: MethodSummary, gaps: Gaps) -> _XY:
-    xs, ys = zip(*(_xy(cell, gaps) for cell in method.cells), strict=True)
-    return fmean(xs), fmean(ys)
+# Methods
 
 
-def _draw_mark(axes: Axes, method: MethodSummary, gaps: Gaps, style: Style) -> None:
+def _trade_off(methods: Sequence[MethodSummary], gaps: Gaps, found: Mapping[str, Style]) -> Figure:
+    """Draw methods as marks, with the Pareto front."""
+    figure, axes = _plane("", gaps)
+    points = {method.name: [_xy(cell, gaps) for cell in method.cells] for method in methods}
+    for method in reversed(methods):  # the best on top
+        _draw_mark(axes, points[method.name], found[method.name])
+    handles = []
+    for method in methods:
+        label = f"{method.name}  (Pareto front)" if method.on_front else method.name
+        handles.append(_mark(label, linestyle="", markersize=9, **_drawn_as(found[method.name])))
+    handles.append(_mark("", linestyle=""))
+    handles.append(_mark("Pareto front", color=FAINT, linestyle=_DASHES, linewidth=1.3))
+    if any(len(method.cells) > 1 for method in methods):
+        handles.append(_mark("one seed", color=FAINT, marker=".", linestyle=""))
+        handles.append(_mark("± std", color=FAINT, marker="|", markersize=9))
+    _finish(figure, axes, gaps, handles)
+    fronts = (points[method.name] for method in methods if method.on_front)
+    _draw_front(axes, [(fmean(x for x, _ in of), fmean(y for _, y in of)) for of in fronts])
+    return figure
+
+
+def _draw_mark(axes: Axes, points: Sequence[_XY], style: Style) -> None:
     """Draw the mean over seeds with its std, and each seed as a dot."""
-    xs, ys = zip(*(_xy(cell, gaps) for cell in method.cells), strict=True)
+    xs, ys = zip(*points, strict=True)
     if len(xs) > 1:
         axes.plot(xs, ys, ".", color=style.edge, markersize=8, alpha=0.6, markeredgewidth=0, zorder=2.5)
     x, y = Mean.of(xs), Mean.of(ys)
@@ -218,27 +215,11 @@ def _draw_mark(axes: Axes, method: MethodSummary, gaps: Gaps, style: Style) -> N
     axes.errorbar(x.value, y.value, xerr=x.std, yerr=y.std, elinewidth=1.3, zorder=3, **look)
 
 
-def _draw_line(axes: Axes, line: Line, gaps: Gaps, style: Style) -> None:
-    """Draw a method over α, each mark as large as its α."""
-    points = [_xy(cell, gaps) for cell in line.cells]
-    axes.plot(
-        *zip(*points, strict=True),
-        color=style.fill,
-        linewidth=1.6,
-        linestyle=_dash(style),
-        alpha=0.85,
-        zorder=2,
-    )
-    for (x, y), cell in zip(points, line.cells, strict=True):
-        axes.plot(x, y, markersize=_size(cell.cell.alpha), zorder=2, **_drawn_as(style))
-
-
-def _size(alpha: float) -> float:
-    return 3 + 9 * alpha
-
-
-def _dash(style: Style) -> str:
-    return "--" if style.is_variant else "-"
+def _draw_front(axes: Axes, front: Sequence[_XY]) -> None:
+    """Draw the border of what some method reaches: beyond it lies only what none does."""
+    xs, ys = zip(*sorted(front), strict=True)
+    xs, ys = (axes.get_xlim()[0], *xs, xs[-1]), (ys[0], *ys, axes.get_ylim()[0])
+    axes.step(xs, ys, where="pre", color=FAINT, linewidth=1.3, linestyle=_DASHES, zorder=1.5)
 
 
 def _draw_ends(axes: Axes, gaps: Gaps) -> None:
@@ -258,54 +239,26 @@ def _draw_ends(axes: Axes, gaps: Gaps) -> None:
             axes.annotate(name, xy, (6, 5), textcoords="offset points", color=FAINT, fontsize=9.5)
 
 
-def _draw_front(axes: Axes, front: Sequence[_XY]) -> None:
-    """Draw the border of what some method reaches: beyond it lies only what none does."""
-    if front:
-        xs, ys = zip(*sorted(front), strict=True)
-        xs, ys = (axes.get_xlim()[0], *xs, xs[-1]), (ys[0], *ys, axes.get_ylim()[0])
-        axes.step(xs, ys, where="pre", color=FAINT, linewidth=1.3, linestyle=_DASHES, zorder=1.5)
+# Lines over α
 
 
-def _names(
-    methods: Sequence[MethodSummary], lines: Sequence[Line], found: Mapping[str, Style]
-) -> Iterator[Line2D]:
-    for method in methods:
-        label = f"{method.name}  (Pareto front)" if method.on_front else method.name
-        yield _mark(label, linestyle="", markersize=9, **_drawn_as(found[method.name]))
-    for line in lines if not methods else ():
-        style = found[line.method]
-        yield _mark(line.method, linestyle=_dash(style), linewidth=2, markersize=9, **_drawn_as(style))
-
-
-def _reading(methods: Sequence[MethodSummary], lines: Sequence[Line]) -> Iterator[Line2D]:
-    """Explain the marks that all methods have in common."""
-    yield _mark("", linestyle="")
-    if methods:
-        yield _mark("Pareto front", color=FAINT, linestyle=_DASHES, linewidth=1.3)
-    if any(len(method.cells) > 1 for method in methods):
-        yield _mark("one seed", color=FAINT, marker=".", linestyle="")
-        yield _mark("± std", color=FAINT, marker="|", markersize=9)
-    alphas = sorted({cell.cell.alpha for line in lines for cell in line.cells})
-    for alpha in dict.fromkeys((alphas[0], alphas[-1])) if alphas else ():
-        yield _mark(f"α {alpha:g}", color=FAINT, marker="o", markersize=_size(alpha), linestyle="-")
-
-
-# Training
-
-
-def _curves(methods: Sequence[MethodSummary], found: Mapping[str, Style]) -> Figure:
-    """Draw cross-entropy over the steps that all seeds of a method have logged, as their mean."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = _figure(10, 4.4, title="Cross-entropy in training", x="step", y="nats a label")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _alphas(lines: Sequence[Line], gaps: Gaps, found: Mapping[str, Style]) -> Figure:
+    """Draw methods over α with one seed, each mark as large as its α."""
+    figure, axes = _plane(": over α, one seed", gaps)
     handles = []
-    for method in methods:
-        logs = [{point.step: point.ce for point in cell.curve} for cell in method.cells]
-        steps = sorted(set[int].intersection(*map(set[int], logs)))
-        means = [fmean(log[step] for log in logs) for step in steps]
-        look = _drawn_as(found[method.name]) | {"linestyle": _dash(found[method.name]), "linewidth": 2}
-        axes.plot(steps, means, markersize=5.5, markevery=max(1, len(steps) // 8), **look)
-        handles.append(_mark(method.name, markersize=9, **look))
-    _legend(figure, handles)
-    return figure
+    for line in lines:
+        look = _drawn_as(found[line.method]) | {"linestyle": "--" if found[line.method].is_variant else "-"}
+        points = [_xy(cell, gaps) for cell in line.cells]
+        axes.plot(*zip(*points, strict=True), **look | {"marker": ""}, linewidth=1.6, alpha=0.85, zorder=2)
+        for (x, y), cell in zip(points, line.cells, strict=True):
+            axes.plot(x, y, markersize=_size(cell.cell.alpha), zorder=2, **look)
+        handles.append(_mark(line.method, linewidth=2, markersize=9, **look))
+    handles.append(_mark("", linestyle=""))
+    alphas = [cell.cell.alpha for line in lines for cell in line.cells]
+    for alpha in dict.fromkeys((min(alphas), max(alphas))):
+        handles.append(_mark(f"α {alpha:g}", color=FAINT, marker="o", markersize=_size(alpha), linestyle="-"))
+    return _finish(figure, axes, gaps, handles)
+
+
+def _size(alpha: float) -> float:
+    return 3 + 9 * alpha

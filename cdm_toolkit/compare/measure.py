@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64
-from pydantic import BaseModel, ConfigDict
 
-from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.manifest import Format, validated, write_json
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.compare.types import Measured
+from cdm_toolkit.compare.types import NOTHING, Measured
 from cdm_toolkit.compare.words import Ranges, digit_bits, digit_bytes, predicted_words, word_ranges
 from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.jsonl import write_rows
@@ -73,16 +71,11 @@ OnRow = Callable[[int, int], None]
 """Called with how many rows are done and how many there are."""
 
 
-class _Header(BaseModel):
+@dataclass(frozen=True, slots=True)
+class _Header:
     """What lies in a folder of held-out text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    format: str = FORMAT.name
-    version: int = FORMAT.version
-    code: str | None = None
-    """Hash of the sources that measured; None where a version of this toolkit wrote it that did not keep that."""
-    kinds: dict[str, int]
+    kinds: Mapping[str, int]
     """How many rows each kind has, in the order of the rows."""
     rows_fingerprint: str
     teacher: str
@@ -90,13 +83,8 @@ class _Header(BaseModel):
     """Of the teacher's weights."""
     top_k: int | None
     """None where the divergence from the teacher is not measured."""
-    scores: dict[str, Measured]
+    scores: Mapping[str, Measured]
     """The teacher's own, by kind."""
-    provenance: dict[str, Any]
-
-    @property
-    def made_of(self) -> list[Any]:
-        return [list(self.kinds.items()), self.rows_fingerprint, self.model_fingerprint, self.top_k]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +106,6 @@ class Heldout:
         teacher: str,
         *,
         divergence: bool = True,
-        batch_size: int | None = None,
         device: str = "cpu",
         on_row: OnRow = lambda _done, _total: None,
     ) -> Heldout:
@@ -138,18 +125,19 @@ class Heldout:
             model_fingerprint=model_fingerprint(model_folder(teacher)),
             top_k=min(TOP_K, vocab) if divergence else None,
             scores={},
-            provenance={},
         )
         if (folder / HEADER_FILE).is_file():
-            return _same(folder, header)
+            if replace(_read_header(folder), teacher=teacher, scores={}) != header:
+                fix = "give another folder, or remove this one"
+                raise BadArtifact(folder, "it has other held-out text, or was made by another teacher", fix)
+            return Heldout.open(folder)
         write_rows(folder / ROWS_FILE, every)
         bits_only = Heldout(folder, rows, {}, teacher, None)
-        measured = score_model(teacher, bits_only, batch_size=batch_size, device=device, on_row=on_row)
+        scores = score_model(teacher, bits_only, device=device, on_row=on_row)
         if header.top_k is not None:
-            _cache_teacher(folder, header, batch_size or 8, device)
+            _cache_teacher(folder, teacher, header.top_k, device)
         made_by = provenance(fingerprints={"model": header.model_fingerprint}, device=device)
-        done = {"code": code_fingerprint(*FORMAT.code), "scores": measured, "provenance": made_by}
-        write_json(folder / HEADER_FILE, header.model_copy(update=done).model_dump())
+        write_json(folder / HEADER_FILE, FORMAT.header(made_by, **asdict(replace(header, scores=scores))))
         return Heldout.open(folder)
 
     @staticmethod
@@ -190,25 +178,17 @@ def _read_header(folder: Path) -> _Header:
     return validated(_Header, file, FORMAT.read(file), FORMAT.again)
 
 
-def _same(folder: Path, header: _Header) -> Heldout:
-    if _read_header(folder).made_of != header.made_of:
-        fix = "give another folder, or remove this one"
-        raise BadArtifact(folder, "it has other held-out text, or was made by another teacher", fix)
-    return Heldout.open(folder)
-
-
-def _cache_teacher(folder: Path, header: _Header, batch_size: int, device: str) -> None:
+def _cache_teacher(folder: Path, teacher: str, top_k: int, device: str) -> None:
     """Keep the teacher's top k at each token of the completions, in full precision."""
     from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 
     settings = CacheSettings(
-        model=header.teacher,
+        model=teacher,
         data=str(folder / ROWS_FILE),
         output=str(folder / CACHE_FOLDER),
-        k=header.top_k or 0,
+        k=top_k,
         dtype="float32",
         max_length=UNCUT,
-        batch_size=batch_size,
         device=device,
     )
     write_cache(settings)
@@ -238,26 +218,31 @@ def score_model(
     """
     name = str(model)
     tokenizer = load_tokenizer(name)
-    pair = None if heldout.top_k is None else _pair(heldout.teacher_name, tokenizer)
+    pair = None
+    if heldout.top_k is not None:
+        pair = TokenizerPair.from_loaded(load_tokenizer(heldout.teacher_name), tokenizer)
     texts = _texts(heldout, tokenizer, pair)
     loaded = load_model(name, device=device)
     check_vocabulary(loaded, name, tokenizer.view.vocab_size)
     longest = max(len(text.row.student_ids) for text in texts)
     check_positions(loaded, name, longest, option="the tokens of the longest held-out row")
-    scorer = _Scorer(name, loaded, None if pair is None else _Divergence.of(heldout, pair, texts, device))
-    parts: dict[str, list[Measured]] = {kind: [] for kind in heldout.rows}
-    left, done = iter(texts), 0
+    scorer = _Scorer(loaded, None if pair is None else _divergence(heldout, pair, texts, device))
+    left, done, measured = iter(texts), 0, {}
     for kind, rows in heldout.rows.items():
-        for measured, count in scorer.by_batch([next(left) for _ in rows], batch_size):
-            parts[kind].append(measured)
-            done += count
+        of_kind, found = [next(left) for _ in rows], []
+        ids = [text.row.student_ids for text in of_kind]
+        labels = [range(text.row.label_from - 1, len(text.row.student_ids) - 1) for text in of_kind]
+        for batch in logits_by_batch(loaded, ids, labels, size=batch_size):
+            found.append(scorer.measure([of_kind[row] for row in batch.rows], batch.values))
+            done += len(batch.rows)
             on_row(done, len(texts))
-    return {kind: Measured.sum(of_kind) for kind, of_kind in parts.items()}
-
-
-def _pair(teacher: str, student: Loaded) -> TokenizerPair:
-    loaded = load_tokenizer(teacher)
-    return TokenizerPair.from_loaded(loaded, student)
+        measured[kind] = Measured.sum(found)
+    if not all(math.isfinite(each.bits + each.divergence) for each in measured.values()):
+        raise CdmError(
+            f"{name} gives held-out text a likelihood that is not a number",
+            fix="its weights hold NaN or infinity: take an earlier checkpoint, or a lower learning rate",
+        )
+    return measured
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -288,11 +273,8 @@ class _Text:
         bits = np.concatenate((np.full(free, self.free_bits), bits[:labels]))
         is_argmax = np.concatenate((np.zeros(free, bool), is_argmax[:labels]))
         words = word_ranges(self.text, self.start)
-        return Measured(
-            bits=0.0,
-            scored_bytes=0,
-            divergence=0.0,
-            boundaries=0,
+        return replace(
+            NOTHING,
             words=len(words),
             predicted_words=predicted_words(words, self.tokens, is_argmax),
             digit_bytes=digit_bytes(self.text, self.start),
@@ -342,49 +324,32 @@ def _text(file: Path, row: Row, aligned: AlignedRow | None, spans: TokenSpans, s
 _LEAVE_OUT = "leave this row out"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Divergence:
-    """KL from the teacher's cached log-probabilities, over ids with the same bytes."""
-
-    teacher: Cached
-    method: ExactMatch
-
-    @staticmethod
-    def of(heldout: Heldout, pair: TokenizerPair, texts: Sequence[_Text], device: str) -> _Divergence:
-        rows = [row for of_kind in heldout.rows.values() for row in of_kind]
-        cache = open_cache(heldout.folder / CACHE_FOLDER, pair.teacher, rows, "none")
-        check_rows(cache, [text.row for text in texts], 0)
-        method = ExactMatch(pair).to(device)
-        method.top_k = cache.k  # all that is there, also where the student's vocabulary is smaller
-        return _Divergence(Cached(cache), method)
+def _divergence(
+    heldout: Heldout, pair: TokenizerPair, texts: Sequence[_Text], device: str
+) -> tuple[Cached, ExactMatch]:
+    """Open the teacher's cached log-probabilities, and what compares a model with them over ids with the same bytes."""
+    rows = [row for of_kind in heldout.rows.values() for row in of_kind]
+    cache = open_cache(heldout.folder / CACHE_FOLDER, pair.teacher, rows, "none")
+    check_rows(cache, [text.row for text in texts], 0)
+    method = ExactMatch(pair).to(device)
+    method.top_k = cache.k  # all that is there, also where the student's vocabulary is smaller
+    return Cached(cache), method
 
 
 class _Scorer:
-    """A loaded model, measured batch by batch; without `divergence` that is 0 over no boundaries."""
+    """Measure a model batch by batch; without `divergence` that is 0 over no boundaries."""
 
-    def __init__(self, name: str, model: PreTrainedModel, divergence: _Divergence | None) -> None:
-        self.name, self.model, self.divergence = name, model, divergence
-        pairs = () if divergence is None else (divergence.method.pair.fingerprints,)
-        self.collator = Collator(pairs)
-
-    def by_batch(self, texts: Sequence[_Text], size: int | None) -> Iterator[tuple[Measured, int]]:
-        """Measure texts, those of like length together; yield what each batch gives, with its number of texts."""
-        ids = [text.row.student_ids for text in texts]
-        labels = [range(text.row.label_from - 1, len(text.row.student_ids) - 1) for text in texts]
-        for batch in logits_by_batch(self.model, ids, labels, size=size):
-            yield self._measure([texts[row] for row in batch.rows], batch.values), len(batch.rows)
+    def __init__(self, model: PreTrainedModel, divergence: tuple[Cached, ExactMatch] | None) -> None:
+        self.model, self.divergence = model, divergence
+        self.collator = Collator(() if divergence is None else (divergence[1].pair.fingerprints,))
 
     @torch.inference_mode()
-    def _measure(self, texts: Sequence[_Text], logits: torch.Tensor) -> Measured:
+    def measure(self, texts: Sequence[_Text], logits: torch.Tensor) -> Measured:
+        """Measure the texts of a batch together, given the logits at their labels."""
         batch = self.collator([text.row for text in texts]).to(self.model.device)
         is_argmax = (logits.argmax(-1) == batch.labels).cpu().numpy()
         nats, divergence, groups = self._sums(logits, batch)
         bits = float(nats[_scored(texts)].sum()) / math.log(2) + sum(text.free_bits for text in texts)
-        if not math.isfinite(bits + divergence):
-            raise CdmError(
-                f"{self.name} gives held-out text a likelihood that is not a number",
-                fix="its weights hold NaN or infinity: take an earlier checkpoint, or a lower learning rate",
-            )
         together = Measured(bits, sum(text.scored_bytes for text in texts), divergence, groups)
         ends = np.cumsum([text.row.labels for text in texts])[:-1]
         parts = zip(texts, np.split(nats / math.log(2), ends), np.split(is_argmax, ends), strict=True)
@@ -397,8 +362,8 @@ class _Scorer:
         if self.divergence is None:
             sums = loss_sums(logits, batch.labels)
             return -sums.label_logprobs.cpu().double().numpy(), 0.0, 0
-        signal = self.divergence.method.signal(self.divergence.teacher, batch)
-        out = self.divergence.method(logits, signal, batch)
+        teacher, method = self.divergence
+        out = method(logits, method.signal(teacher, batch), batch)
         return -out.sums.label_logprobs.cpu().double().numpy(), float(out.sums.kd[0].kd), out.groups
 
 

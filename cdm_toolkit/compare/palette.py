@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import cycle
 
 from cdm_toolkit.kd.method import methods
 
@@ -47,27 +48,22 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     Methods with a colour of their own keep it, others get one by their order: give all names of a study, so that
     one is drawn the same when others have not been run.
     """
-    distinct = list(dict.fromkeys(names))
-    families = _of_methods()
-    unknown = [family for family in dict.fromkeys(map(family_of, distinct)) if family not in families]
-    families.update((family, _OTHERS[i % len(_OTHERS)]) for i, family in enumerate(unknown))
-    seen: Counter[str] = Counter()
+    own = {name: (method.color, method.marker or "o") for name, method in methods().items() if method.color}
+    families, others = {"sft": _SFT} | own, cycle(_OTHERS)
+    variants: Counter[str] = Counter()
     found = {}
-    for name in distinct:
-        colour, marker = families[family_of(name)]
-        if name == family_of(name):
+    for name in dict.fromkeys(names):
+        family = family_of(name)
+        if family not in families:
+            families[family] = next(others)
+        colour, marker = families[family]
+        if name == family:
             found[name] = Style(colour, colour, marker)
         else:
-            others = [each for each in _VARIANTS if each != marker]
-            found[name] = Style(_lighter(colour), colour, others[seen[family_of(name)] % len(others)])
-            seen[family_of(name)] += 1
+            markers = [each for each in _VARIANTS if each != marker]
+            found[name] = Style(_lighter(colour), colour, markers[variants[family] % len(markers)])
+            variants[family] += 1
     return found
-
-
-def _of_methods() -> dict[str, tuple[str, str]]:
-    """Give the colours and markers that the methods of the toolkit and of plugins have."""
-    own = {name: (method.color, method.marker or "o") for name, method in methods().items() if method.color}
-    return {"sft": _SFT} | own
 
 
 def family_of(name: str) -> str:

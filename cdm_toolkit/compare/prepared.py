@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cdm_toolkit.artifacts.manifest import Format, write_json
+from cdm_toolkit.artifacts.manifest import Format, validated, write_json
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import read_header
-from cdm_toolkit.compare.continuations import continue_rows, measure, subject_of
+from cdm_toolkit.compare.continuations import continue_rows, measure
 from cdm_toolkit.compare.corpora import text_rows
 from cdm_toolkit.compare.measure import Heldout, score_model
 from cdm_toolkit.compare.study import StudyConfig, SuiteConfig, TextConfig, heldout_name
-from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, model_scores, only_one
-from cdm_toolkit.compare.tuned_teacher import TEACHER_FOLDER, tuned
+from cdm_toolkit.compare.study_folder import SHARED_FILE, Say, StudyFolder, only_one
 from cdm_toolkit.compare.types import RINGS, Measured, ModelScores
 from cdm_toolkit.distill.jsonl import write_rows
+from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.sources import read_rows
-from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheSettings, write_cache
+from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, FileProblem
-from cdm_toolkit.evaluation.evaluate import Ask, evaluate, open_suite
+from cdm_toolkit.evaluation.evaluate import Ask, evaluate, load_subject, open_suite
 from cdm_toolkit.hub.models import model_fingerprint, model_folder
 from cdm_toolkit.hub.omp import Donor
 from cdm_toolkit.hub.students import new_student, transplant
@@ -29,12 +29,12 @@ from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.rows import Row, rows_fingerprint
 from cdm_toolkit.kd.settings import DEFAULT_TOP_K
 from cdm_toolkit.kd.tokenized_rows import TokenizerSide, tokenize_rows, tokenizer_side
-from cdm_toolkit.teachers.cached import open_cache
 
-TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, HELDOUT_FOLDER = (
+TRAIN_FILE, CACHE_FOLDER, STUDENT_FOLDER, TEACHER_FOLDER, HELDOUT_FOLDER = (
     "train.jsonl",
     "teacher-cache",
     "student",
+    "teacher",
     "heldout",
 )
 TRAINING_ROWS, CODE = "training rows", "sources"
@@ -42,7 +42,7 @@ TRAINING_ROWS, CODE = "training rows", "sources"
 FITTED_AT_ONCE = 64
 """Rows that are tokenized together to see whether they are short enough."""
 _MADE_HERE = "shared:"
-"""Prefix of the name of a file that was made in the folder `shared`."""
+"""Prefix of the name of a file that was made in the folder `shared`, so that it is found wherever that is copied to."""
 _AGAIN = "start the study anew with `overwrite`"
 FORMAT = Format("cdm-toolkit prepared study", 2, _AGAIN, older=(1,), unmarked=1)
 
@@ -55,8 +55,6 @@ class Shared:
     """What is in a study's folder before its first cell runs."""
 
     student: str
-    teacher_model: str | None
-    """The teacher that was trained on the rows; None where the study's own teaches as it is."""
     train: Path
     cache: str | None
     """Folder of the teacher's log-prob cache for the training rows; None where no method reads it."""
@@ -67,7 +65,14 @@ class Shared:
     """Rows to train on, by kind."""
     passed_over: int
     """Rows that were skipped as too long before enough rows were found."""
-    fingerprints: Mapping[str, str]
+    provenance: Mapping[str, Any]
+    teacher_model: str | None = None
+    """The teacher that was trained on the rows; None where the study's own teaches as it is."""
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        found: Mapping[str, str] = self.provenance.get("fingerprints", {})
+        return found
 
 
 def prepare(
@@ -79,22 +84,28 @@ def prepare(
 ) -> Shared:
     """Make what the cells share, or open it. One process makes it, others wait; one that was stopped goes on.
 
-    Raises the errors of data, models, tokenizers, suites and caches, and BadArtifact where what was made has changed.
+    Raises the errors of data, models, tokenizers and suites, and BadArtifact where what was made has changed.
     """
     _ = study.run.torch_device  # a device that is not here is told before anything is read
     if shared := _ready(study, folder):
         return shared
+    file = folder.shared / SHARED_FILE
     with only_one(folder.shared, "prepares this study", say):
         folder.check_file(study)  # until now another one could take a folder in which nothing was made
-        if not (folder.shared / SHARED_FILE).is_file():
-            _make(study, folder.shared, on_stage)
-        elif not _ready(study, folder):
-            _ask_again(study, folder.shared, on_stage)
+        if not _ready(study, folder):
+            if file.is_file():
+                content = FORMAT.read(file) | {"cache": _cache(study, folder.shared, on_stage)}
+            else:
+                content = _make(study, folder.shared, on_stage)
+            write_json(file, content)
     return open_shared(folder)
 
 
 def _ready(study: StudyConfig, folder: StudyFolder) -> Shared | None:
-    """Open what the cells share; None before it is made, and where added methods need a larger cache."""
+    """Open what the cells share; None before it is made, and where added methods need a larger cache.
+
+    The old one stays for cells that are running.
+    """
     if not (folder.shared / SHARED_FILE).is_file():
         return None
     shared, wanted = open_shared(folder), _wanted_k(study)
@@ -102,61 +113,38 @@ def _ready(study: StudyConfig, folder: StudyFolder) -> Shared | None:
     return shared if enough else None
 
 
-def _ask_again(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
-    """Make a larger teacher cache for added methods; the old one stays for cells that are running."""
-    content = FORMAT.read(shared / SHARED_FILE)
-    cache = _cache(tuned(study, shared / TRAIN_FILE, shared / TEACHER_FOLDER), shared, on_stage)
-    write_json(shared / SHARED_FILE, content | {"cache": cache and _kept(shared, cache)})
-
-
 def open_shared(folder: StudyFolder) -> Shared:
     """Open what `prepare` has made. Raises FileProblem where there is nothing, BadArtifact where it has changed."""
     file, train = folder.shared / SHARED_FILE, folder.shared / TRAIN_FILE
     if not file.is_file():
-        raise FileProblem(
-            folder.path, "its study has not been prepared", "run the study, or one of its cells"
-        )
-    try:
-        content = FORMAT.read(file)
-        found = Shared(
-            student=_found(folder.shared, content["student"]),
-            teacher_model=(own := content.get("teacher_model")) and _found(folder.shared, own),
-            train=train,
-            cache=content["cache"] and _found(folder.shared, content["cache"]),
-            heldout=Heldout.open(folder.shared / HELDOUT_FOLDER),
-            teacher=model_scores(content["teacher"]),
-            start=model_scores(content["start"]),
-            counts=content["counts"],
-            passed_over=content["passed_over"],
-            fingerprints=content["provenance"]["fingerprints"],
-        )
-        rows = found.fingerprints[TRAINING_ROWS]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadArtifact(file, f"it is damaged ({str(error) or type(error).__name__})", _AGAIN) from None
-    if rows_fingerprint(read_rows(train)) != rows:
+        fix = "run the study, or one of its cells"
+        raise FileProblem(folder.path, "its study has not been prepared", fix)
+    content = {name: _found(folder.shared, value) for name, value in FORMAT.read(file).items()}
+    content |= {"train": train, "heldout": Heldout.open(folder.shared / HELDOUT_FOLDER)}
+    found = validated(Shared, file, content, _AGAIN)
+    if rows_fingerprint(read_rows(train)) != found.fingerprints.get(TRAINING_ROWS):
         raise BadArtifact(train, "these are not the rows that were written", _AGAIN)
     return found
 
 
 def _kept(shared: Path, path: str) -> str:
-    """Write a path so that what was made in the folder `shared` is found wherever that is copied to."""
     return f"{_MADE_HERE}{Path(path).name}" if Path(path).parent == shared else path
 
 
-def _found(shared: Path, kept: str) -> str:
-    return str(shared / kept.removeprefix(_MADE_HERE)) if kept.startswith(_MADE_HERE) else kept
+def _found(shared: Path, kept: Any) -> Any:
+    made_here = isinstance(kept, str) and kept.startswith(_MADE_HERE)
+    return str(shared / kept.removeprefix(_MADE_HERE)) if made_here else kept
 
 
 def check_origin(study: StudyConfig, shared: Shared) -> None:
-    """See that models, suites and a cache that is given are those that the study began with. Raises BadArtifact."""
-    teacher = shared.teacher_model or study.teacher
-    now = _made_of(study.model_copy(update={"teacher": teacher}), shared.student)
+    """See that models and suites are those that the study began with. Raises BadArtifact."""
+    now = _made_of(study, shared.teacher_model or study.teacher, shared.student)
     if changed := [name for name, value in now.items() if shared.fingerprints.get(name) != value]:
         problem = f"the {' and '.join(changed)} changed since the study began"
         raise BadArtifact(shared.train.parent, problem, f"put back what was there, or {_AGAIN}")
 
 
-def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
+def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> dict[str, Any]:
     """Prepare step by step, cheap checks first; what an earlier process finished is taken as it is."""
     for name, suite in study.suites.items():
         open_suite(name, _ask(suite))
@@ -164,12 +152,9 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
     student = _student(study, shared / STUDENT_FOLDER, on_stage)
     chosen, passed_over = _chosen(study, student, read_by_kind)
     train = [row for rows in chosen.values() for row in rows]
-    _check_held_out(train, heldout_rows)
-    _check_selection(study, heldout_rows)
+    _check_held_out(study, train, heldout_rows)
     write_rows(shared / TRAIN_FILE, train)
-    if study.teacher_run is not None:
-        on_stage("training the teacher", 0, 1)
-        study = tuned(study, shared / TRAIN_FILE, shared / TEACHER_FOLDER)
+    study = study.model_copy(update={"teacher": _teacher(study, shared, on_stage)})
     cache = _cache(study, shared, on_stage)
     heldout = Heldout.make(
         shared / HELDOUT_FOLDER,
@@ -179,45 +164,37 @@ def _make(study: StudyConfig, shared: Path, on_stage: OnStage) -> None:
         device=study.run.torch_device,
         on_row=lambda done, total: on_stage("measuring the teacher", done, total),
     )
-    teacher = _scores(study, heldout.teacher, suite_scores(study, study.teacher))
-    teacher = _with_continuations(study, study.teacher, heldout, teacher, None)
+    teacher = score(study, study.teacher, heldout, None)
     start = score(
         study, student, heldout, teacher, lambda done, total: on_stage("measuring the student", done, total)
     )
-    made_by = provenance(
-        fingerprints=_fingerprints(study, student, shared, heldout), device=study.run.torch_device
-    )
-    content = FORMAT.header(
-        made_by,
+    rows = {
+        TRAINING_ROWS: read_rows(shared / TRAIN_FILE),
+        "held-out rows": [row for of_kind in heldout.rows.values() for row in of_kind],
+    }
+    made_of = _made_of(study, study.teacher, student) | {
+        what: rows_fingerprint(of) for what, of in rows.items()
+    }
+    return FORMAT.header(
+        provenance(fingerprints=made_of, device=study.run.torch_device),
         student=_kept(shared, student),
         teacher_model=None if study.teacher_run is None else _kept(shared, study.teacher),
-        cache=cache and _kept(shared, cache),
+        cache=cache,
         teacher=asdict(teacher),
         start=asdict(start),
         counts={kind: len(rows) for kind, rows in chosen.items()},
         passed_over=passed_over,
     )
-    write_json(shared / SHARED_FILE, content)
 
 
-def _fingerprints(study: StudyConfig, student: str, shared: Path, heldout: Heldout) -> dict[str, str]:
-    """Fingerprint what every cell of the study is made of."""
-    return _made_of(study, student) | {
-        TRAINING_ROWS: rows_fingerprint(read_rows(shared / TRAIN_FILE)),
-        "held-out rows": rows_fingerprint([row for rows in heldout.rows.values() for row in rows]),
-    }
-
-
-def _made_of(study: StudyConfig, student: str) -> dict[str, str]:
+def _made_of(study: StudyConfig, teacher: str, student: str) -> dict[str, str]:
     """Fingerprint what a study reads from outside its folder."""
     found = {
-        "teacher": model_fingerprint(model_folder(study.teacher)),
-        "teacher tokenizer": load_tokenizer(study.teacher).view.fingerprint,
+        "teacher": model_fingerprint(model_folder(teacher)),
+        "teacher tokenizer": load_tokenizer(teacher).view.fingerprint,
         "student": model_fingerprint(model_folder(student)),
         "student tokenizer": load_tokenizer(student).view.fingerprint,
     }
-    if study.teacher_cache is not None:
-        found["teacher cache"] = read_header(Path(study.teacher_cache)).digest
     for name, suite in study.suites.items():
         found[f"data of {name}"] = open_suite(name, _ask(suite)).contents.fingerprint
     return found
@@ -305,25 +282,21 @@ def _side(name: str) -> TokenizerSide:
     return tokenizer_side(loaded.tokenizer, loaded.view)
 
 
-def _check_held_out(train: Sequence[Row], heldout: Mapping[str, Sequence[Row]]) -> None:
-    """Check that no held-out row is also a training row."""
-    seen = {row.text for row in train}
+def _check_held_out(study: StudyConfig, train: Iterable[Row], heldout: Mapping[str, Sequence[Row]]) -> None:
+    """See that no held-out row is trained on, and that alpha is not chosen on what is reported."""
     for kind, rows in heldout.items():
-        if known := sum(row.text in seen for row in rows):
-            allowed = (
-                f"other text: {known} of its {len(rows)} rows are trained on; split: heldout has other files"
-            )
-            raise BadOption(f"the held-out text {kind}", f"{len(rows)} rows", allowed)
-
-
-def _check_selection(study: StudyConfig, heldout: Mapping[str, Sequence[Row]]) -> None:
-    """See that alpha is not chosen on what is reported."""
-    reported = {row.text for texts in study.rings.values() for kind in texts for row in heldout[kind]}
+        trained_on = "are trained on; split: heldout has other files"
+        _check_other(f"the held-out text {kind}", rows, train, trained_on)
+    reported = [row for texts in study.rings.values() for kind in texts for row in heldout[kind]]
     for kind in study.select_alpha_on:
         rows = heldout[heldout_name("select_alpha_on", kind)]
-        if known := sum(row.text in reported for row in rows):
-            allowed = f"other text: {known} of its {len(rows)} rows are reported on; skip passes over these"
-            raise BadOption(f"select_alpha_on.{kind}", f"{len(rows)} rows", allowed)
+        _check_other(f"select_alpha_on.{kind}", rows, reported, "are reported on; skip passes over these")
+
+
+def _check_other(name: str, rows: Sequence[Row], others: Iterable[Row], which: str) -> None:
+    seen = {row.text for row in others}
+    if known := sum(row.text in seen for row in rows):
+        raise BadOption(name, f"{len(rows)} rows", f"other text: {known} of its {len(rows)} rows {which}")
 
 
 # Models
@@ -359,16 +332,40 @@ def _student(study: StudyConfig, folder: Path, on_stage: OnStage) -> str:
     return str(folder)
 
 
+def _teacher(study: StudyConfig, shared: Path, on_stage: OnStage) -> str:
+    """Name the teacher; where the study trains it on the rows, do that first (teacher correction, arXiv 2408.11796)."""
+    folder = shared / TEACHER_FOLDER
+    if study.teacher_run is None:
+        return study.teacher
+    if not (folder / "config.json").is_file():
+        from cdm_toolkit.distill.run import run
+
+        on_stage("training the teacher", 0, 1)
+        own = study.teacher_run.model_dump(exclude_unset=True)
+        settings = run_settings(study, study.teacher, shared / TRAIN_FILE, folder, own)
+        run(from_mapping(settings, source="the teacher's training"), overwrite=True)
+    return str(folder)
+
+
+def run_settings(
+    study: StudyConfig, model: str, rows: Path, output: Path, train: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write down a run on the study's rows for its steps, with settings of training that are its own."""
+    return {
+        "student": model,
+        "data": {"path": str(rows), "max_length": study.max_length},
+        "output": str(output),
+        "train": {**train, "max_steps": study.steps, "save_every": 0, "group_by_length": False},
+    }
+
+
 def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
-    """Cache the teacher's log-probs on the training rows, if a method reads them; check a cache that is given."""
+    """Cache the teacher's log-probs on the training rows, if a method reads them, and name the folder."""
     k = _wanted_k(study)
     if k is None:
         return None
-    if study.teacher_cache is not None:
-        _check_cache(study, shared, k)
-        return study.teacher_cache
     settings = CacheSettings(
-        model=study.teacher,
+        model=_teacher(study, shared, on_stage),
         data=str(shared / TRAIN_FILE),
         output=str(shared / f"{CACHE_FOLDER}-{k}"),
         k=k,
@@ -376,50 +373,22 @@ def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
         max_length=study.max_length,
         device=study.run.torch_device,
     )
-
-    def tell(progress: CacheProgress) -> None:
-        on_stage("asking the teacher", progress.rows, progress.total)
-
-    write_cache(settings, on_progress=tell)
-    return settings.output
+    write_cache(settings, on_progress=lambda at: on_stage("asking the teacher", at.rows, at.total))
+    return _kept(shared, settings.output)
 
 
 def _wanted_k(study: StudyConfig) -> int | None:
-    """Find the top k that the teacher cache needs; None where no method reads a cache.
-
-    A cache that is given needs only the `top_k` that the study sets; a method without one reads all that is cached.
-    """
+    """Find the top k that the teacher cache needs; None where no method reads a cache."""
     teachers = [teacher for entry in study.methods.values() if (teacher := entry.resolved()[0])]
     asked = [teacher.get("top_k") or 1 for teacher in teachers if uses_cache(teacher)]
-    if not asked or study.teacher_cache is not None:
-        return max(asked, default=None)
+    if not asked:
+        return None
     return min(max(DEFAULT_TOP_K, *asked), load_tokenizer(study.teacher).view.vocab_size)
 
 
 def uses_cache(teacher: Mapping[str, object]) -> bool:
     """Say whether a method can read a teacher cache; means of whole logits need the model."""
     return teacher.get("positions", "boundary") == "boundary"
-
-
-def _check_cache(study: StudyConfig, shared: Path, top_k: int) -> None:
-    """See that a cache that the study names is of its teacher and rows, and has `top_k` ids at a token.
-
-    Raises as `open_cache`, BadArtifact.
-    """
-    assert study.teacher_cache is not None
-    rows = read_rows(shared / TRAIN_FILE)
-    open_cache(study.teacher_cache, _side(study.teacher), rows, "none")
-    header = read_header(Path(study.teacher_cache))
-    now = model_fingerprint(model_folder(study.teacher))
-    if header.model_fingerprint != now:
-        was = f"it was made by {header.model} ({header.model_fingerprint[:8]}…)"
-        problem = f"{was}, and the teacher is {study.teacher} ({now[:8]}…)"
-        raise BadArtifact(
-            study.teacher_cache, problem, "give a cache of the teacher, or leave teacher_cache out"
-        )
-    if header.k < top_k:
-        problem = f"it has {header.k} ids at a token, and a method looks at {top_k}"
-        raise BadArtifact(study.teacher_cache, problem, f"make another one with `write_cache` and k {top_k}")
 
 
 # Scores
@@ -429,46 +398,41 @@ def score(
     study: StudyConfig,
     model: str,
     heldout: Heldout,
-    teacher: ModelScores,
-    on_row: Callable[[int, int], None],
+    teacher: ModelScores | None,
+    on_row: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> ModelScores:
-    """Measure a model on all held-out text and suites, with the teacher's continuations. Raises the errors of all."""
-    measured = score_model(model, heldout, device=study.run.torch_device, on_row=on_row)
-    scores = _scores(study, measured, suite_scores(study, model))
-    return _with_continuations(study, model, heldout, scores, teacher)
+    """Measure a model on all held-out text and suites, and what it says beside `teacher`; None measures that itself.
 
-
-def _with_continuations(
-    study: StudyConfig, model: str, heldout: Heldout, scores: ModelScores, teacher: ModelScores | None
-) -> ModelScores:
-    """Add what a model says after held-out prompts, if the study wants that; the teacher itself comes without one."""
-    if study.continuations is None:
-        return scores
-    config, device = study.continuations, study.run.torch_device
-    rows = {kind: heldout.rows[kind][: config.rows] for texts in study.rings.values() for kind in texts}
-    teacher_subject = subject_of(study.teacher, device)
-    subject = teacher_subject if teacher is None else subject_of(model, device)
-    texts = continue_rows(subject, rows, config.new_tokens)
-    found = measure(texts, texts if teacher is None else teacher.continuations, teacher_subject)
-    rings: dict[str, Any] = {
-        ring: {kind: Measured.sum((of_kind, found[kind])) for kind, of_kind in scores.on(ring).items()}
-        for ring in RINGS
-    }
-    return replace(scores, **rings, continuations=texts)
-
-
-def _scores(
-    study: StudyConfig, measured: Mapping[str, Measured], suites: Mapping[str, Mapping[str, float]]
-) -> ModelScores:
-    """Part what was measured into the rings of the study."""
+    Raises the errors of all.
+    """
+    device = study.run.torch_device
+    measured = (
+        heldout.teacher if teacher is None else score_model(model, heldout, device=device, on_row=on_row)
+    )
     parts: dict[str, Any] = {
         setting: {kind: measured[heldout_name(setting, kind)] for kind in texts}
         for setting, texts in study.heldout.items()
     }
-    return ModelScores(**parts, suites=suites)
+    scores = ModelScores(**parts, suites=_suite_scores(study, model))
+    if study.continuations is None:
+        return scores
+    rows = {
+        kind: heldout.rows[kind][: study.continuations.rows]
+        for texts in study.rings.values()
+        for kind in texts
+    }
+    by = load_subject(study.teacher, device)
+    subject = by if teacher is None else load_subject(model, device)
+    said = continue_rows(subject, rows, study.continuations.new_tokens)
+    found = measure(said, said if teacher is None else teacher.continuations, by)
+    rings: dict[str, Any] = {
+        ring: {kind: Measured.sum((of_kind, found[kind])) for kind, of_kind in scores.on(ring).items()}
+        for ring in RINGS
+    }
+    return replace(scores, **rings, continuations=said)
 
 
-def suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:
+def _suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:
     """Score a model on the study's eval suites: by suite, by metric."""
     return {
         name: {
@@ -481,8 +445,5 @@ def suite_scores(study: StudyConfig, model: str) -> dict[str, dict[str, float]]:
 
 
 def _ask(suite: SuiteConfig) -> Ask:
-    return Ask(
-        data=None if suite.data is None else Path(suite.data),
-        limit=suite.limit,
-        allow_code_execution=suite.allow_code_execution,
-    )
+    data = None if suite.data is None else Path(suite.data)
+    return Ask(data=data, limit=suite.limit, allow_code_execution=suite.allow_code_execution)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.compare.best_alpha import at_best_alphas
-from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.prepared import CODE, Shared, open_shared
-from cdm_toolkit.compare.study import StudyConfig, heldout_name
+from cdm_toolkit.compare.study import StudyConfig, grid, heldout_name
 from cdm_toolkit.compare.study_folder import Stored, StudyFolder
-from cdm_toolkit.compare.types import CellResult, StudyResult
+from cdm_toolkit.compare.types import Cell, CellResult, StudyResult
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 
@@ -55,20 +55,25 @@ def _check_origin(folder: StudyFolder, shared: Shared, stored: Stored) -> None:
 
 def uneven(cells: Sequence[CellResult]) -> list[str]:
     """Say where cells of a seed have not done the same work, which makes them no comparison."""
-    by_seed: defaultdict[int, list[CellResult]] = defaultdict(list)
-    for cell in cells:
-        by_seed[cell.cell.seed].append(cell)
-    return [line for seed, of_seed in by_seed.items() for line in _uneven(seed, of_seed)]
+    seeds = dict.fromkeys(each.cell.seed for each in cells)
+    return [
+        f"seed {seed} has unequal {unit}: "
+        + "; ".join(f"{count:,} by {', '.join(names)}" for count, names in done.items())
+        for seed in seeds
+        for unit in ("steps", "tokens")
+        if len(
+            done := _methods_by((getattr(each, unit), each.cell) for each in cells if each.cell.seed == seed)
+        )
+        > 1
+    ]
 
 
-def _uneven(seed: int, cells: Sequence[CellResult]) -> Iterator[str]:
-    for unit in ("steps", "tokens"):
-        done: defaultdict[int, list[str]] = defaultdict(list)
-        for cell in cells:
-            done[getattr(cell, unit)].append(cell.cell.method)
-        if len(done) > 1:
-            groups = (f"{count:,} by {', '.join(dict.fromkeys(names))}" for count, names in done.items())
-            yield f"seed {seed} has unequal {unit}: {'; '.join(groups)}"
+def _methods_by(found: Iterable[tuple[Any, Cell]]) -> dict[Any, list[str]]:
+    """Name the methods of cells, once each, by what was found of them."""
+    methods: defaultdict[Any, dict[str, None]] = defaultdict(dict)
+    for fact, cell in found:
+        methods[fact][cell.method] = None
+    return {fact: list(names) for fact, names in methods.items()}
 
 
 # What a reader must know
@@ -77,29 +82,26 @@ def _uneven(seed: int, cells: Sequence[CellResult]) -> Iterator[str]:
 def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command: str) -> dict[str, str]:
     rows = {kind: len(of_kind) for kind, of_kind in shared.heldout.rows.items()}
     results = [stored.result for stored in cells]
+    held_out = {
+        f"held out, {setting.replace('_', ' ')}": _counted(
+            {kind: rows[heldout_name(setting, kind)] for kind in texts}
+        )
+        for setting, texts in study.heldout.items()
+    }
+    too_long = f"{shared.passed_over} rows of more than {study.max_length} tokens on a side"
     facts = {
         "trained on": _counted(shared.counts),
-        **{
-            f"held out, {setting.replace('_', ' ')}": _counted(
-                {kind: rows[heldout_name(setting, kind)] for kind in texts}
-            )
-            for setting, texts in study.heldout.items()
-        },
-        "passed over": _passed_over(study, shared),
-        "steps": f"{study.steps} of {study.rows_per_step} rows{_tokens(results)}",
+        **held_out,
+        "passed over": too_long if shared.passed_over else "",
+        "steps": f"{study.steps} of {study.rows_per_step} rows, {_tokens(results)}",
         "seeds": ", ".join(map(str, study.seeds)),
         "machine": "; ".join(dict.fromkeys(stored.machine for stored in cells)),
         "code": _versions(cells),
         "unequal work": "; ".join(uneven(results)),
-        "notes": "; ".join(_warnings(cells)),
+        "notes": _warnings(cells),
         "command": command,
     }
     return {name: fact for name, fact in facts.items() if fact}
-
-
-def _passed_over(study: StudyConfig, shared: Shared) -> str:
-    rows = f"{shared.passed_over} rows of more than {study.max_length} tokens on a side"
-    return rows if shared.passed_over else ""
 
 
 def _counted(rows: Mapping[str, int]) -> str:
@@ -107,30 +109,25 @@ def _counted(rows: Mapping[str, int]) -> str:
 
 
 def _tokens(cells: Sequence[CellResult]) -> str:
-    if not cells:
-        return ""
     counts = [cell.tokens for cell in cells]
     least, most = min(counts), max(counts)
-    return f", {least:,} tokens" if least == most else f", {least:,} to {most:,} tokens by seed"
+    return f"{least:,} tokens" if least == most else f"{least:,} to {most:,} tokens by seed"
 
 
 def _versions(cells: Sequence[Stored]) -> str:
     """Say which cells were trained by which sources, where these differ."""
-    methods: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for stored in cells:
-        methods[stored.fingerprints[CODE]][stored.result.cell.method] = None
+    methods = _methods_by((stored.fingerprints[CODE], stored.result.cell) for stored in cells)
     if len(methods) < 2:
         return ""
     parts = (f"{code[:8]} trained {', '.join(names)}" for code, names in methods.items())
     return f"not one version of this toolkit: {'; '.join(parts)}"
 
 
-def _warnings(cells: Sequence[Stored]) -> Iterator[str]:
+def _warnings(cells: Sequence[Stored]) -> str:
     """Give each warning of a run once, with the methods that it is about where it is not about all."""
-    about: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for stored in cells:
-        for warning in stored.warnings:
-            about[warning][stored.result.cell.method] = None
+    about = _methods_by((warning, stored.result.cell) for stored in cells for warning in stored.warnings)
     every = {stored.result.cell.method for stored in cells if stored.result.settings.get("teachers")}
-    for warning, methods in about.items():
-        yield warning if every <= methods.keys() else f"{', '.join(methods)}: {warning}"
+    return "; ".join(
+        warning if every <= set(methods) else f"{', '.join(methods)}: {warning}"
+        for warning, methods in about.items()
+    )

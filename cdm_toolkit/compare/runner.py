@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +22,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cdm_toolkit.artifacts.code_fingerprint import PACKAGE, code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.compare.cell_task import CellTask
-from cdm_toolkit.compare.cells import cell_at, grid
-from cdm_toolkit.compare.prepared import CODE, OnStage, Shared, check_origin, prepare, score, uses_cache
-from cdm_toolkit.compare.study import StudyConfig
+from cdm_toolkit.compare.prepared import (
+    CODE,
+    OnStage,
+    Shared,
+    check_origin,
+    prepare,
+    run_settings,
+    score,
+    uses_cache,
+)
+from cdm_toolkit.compare.study import StudyConfig, cell_at, grid
 from cdm_toolkit.compare.study_folder import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import Cell, CellResult, Point
 from cdm_toolkit.distill.output_folder import TRAINED_BY
@@ -63,7 +72,7 @@ def run_cell(
     Where another process runs it, this one waits for that. Raises as `prepare` and `distill.run`, and Interrupted.
     """
     cell = cell_at(study, which)
-    _use_threads(study.threads)
+    torch.set_num_threads(study.threads)  # sums come out in another order with another number
     shared = prepare(study, folder, say=say, on_stage=on_stage)
     with only_one(folder.of(cell), f"runs cell {cell.index}", say):
         found = folder.read_cell(study, cell) if not overwrite else None
@@ -87,27 +96,14 @@ def run_cell(
 
 def cell_config(study: StudyConfig, shared: Shared, cell: Cell, output: Path) -> DistillConfig:
     """Write down the run of a cell."""
+    own = {"log_every": max(1, study.steps // LINES_OF_LOG)} | study.run.model_dump(exclude_unset=True)
+    run = run_settings(study, shared.student, shared.train, output, own | {"seed": cell.seed})
     teacher, _ = study.methods[cell.method].resolved()
-    train = {"log_every": max(1, study.steps // LINES_OF_LOG)} | study.run.model_dump(exclude_unset=True)
-    train |= {"max_steps": study.steps, "seed": cell.seed, "save_every": 0, "group_by_length": False}
-    run: dict[str, Any] = {
-        "student": shared.student,
-        "data": {"path": str(shared.train), "max_length": study.max_length},
-        "output": str(output),
-        "train": train,
-    }
     if teacher:
+        model = {"model": shared.teacher_model or study.teacher}
         cached = {"cache": shared.cache} if uses_cache(teacher) else {}
-        taught_by = shared.teacher_model or study.teacher
-        run |= {"alpha": cell.alpha, "teachers": [{"model": taught_by} | cached | teacher]}
+        run |= {"alpha": cell.alpha, "teachers": [model | cached | teacher]}
     return from_mapping(run, source=f"cell {cell.index}")
-
-
-def _use_threads(threads: int) -> None:
-    """Compute with as many threads as the study says: sums come out in another order with another number."""
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 class _Follower:
@@ -183,12 +179,9 @@ def _point(log: Any) -> Point:
 def peak_memory(device: str) -> int:
     """Give the most bytes that were in use so far: of torch's allocator on CUDA, of this process elsewhere."""
     if device == "cuda":
-        import torch
-
         return int(torch.cuda.max_memory_allocated())
-    with suppress(
-        OSError
-    ):  # the kernel's own count; getrusage's has that of the process which started this one
+    # the kernel's own count; that of getrusage begins with the process which started this one
+    with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -200,8 +193,6 @@ def peak_memory(device: str) -> int:
 
 def machine(study: StudyConfig) -> str:
     """Name what a cell runs on."""
-    import torch
-
     device = torch.cuda.get_device_name() if study.run.torch_device == "cuda" else study.run.torch_device
     threads = f"{study.threads} thread{'s' if study.threads > 1 else ''} a cell"
     return (
@@ -233,27 +224,13 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a study. One of `finished` and `failed` is set when a cell has just ended."""
+    """Progress of a study."""
 
     done: int
     planned: int
     running: tuple[Running, ...]
-    finished: CellResult | None = None
-    failed: Failure | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Child:
-    cell: Cell
-    process: subprocess.Popen[bytes]
-    log: Path
-    progress: Path
-    seen: Running
-
-    def look(self) -> Running:
-        """Read its progress; the last known one while the file is being written, or after it has ended."""
-        self.seen = _read_progress(self.cell, self.progress) or self.seen
-        return self.seen
+    ended: CellResult | Failure | None
+    """What came of a cell that has just ended."""
 
 
 def run_study(
@@ -275,92 +252,94 @@ def run_study(
     cells = grid(study)
     try:
         with _ended_by_signals():
-            _use_threads(study.threads)
+            torch.set_num_threads(study.threads)
             prepare(study, folder, say=say, on_stage=on_stage)
-            finished = folder.read_cells(study, cells)
-            missing = [cell for cell in cells if cell not in finished]
-            with folder.kept(study) as file:
-                start = partial(_start, folder, file, study.threads, keep_models=keep_models)
-                return list(_run_all(study, folder, missing, workers, len(cells), start, on_progress))
+            done = folder.read_cells(study, cells)
+            missing = [cell for cell in cells if cell not in done]
+            start = partial(_Child, study, folder, keep_models=keep_models)
+            return _run_all(start, missing, workers, len(cells), on_progress)
     except KeyboardInterrupt:
-        done = len(folder.read_cells(study, cells))
-        raise Interrupted("the study", f"{done} of {len(cells)} cells are in {folder.path}", go_on) from None
+        count = len(folder.read_cells(study, cells))
+        raise Interrupted("the study", f"{count} of {len(cells)} cells are in {folder.path}", go_on) from None
 
 
 def _run_all(
-    study: StudyConfig,
-    folder: StudyFolder,
-    missing: Sequence[Cell],
+    start: Callable[[Cell], _Child],
+    waiting: list[Cell],
     workers: int,
     planned: int,
-    start: Callable[[Cell], _Child],
     on_progress: Callable[[Progress], None],
-) -> Iterator[Failure]:
-    done, waiting, running = planned - len(missing), list(missing), list[_Child]()
+) -> list[Failure]:
+    running, failures = list[_Child](), list[Failure]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 running.append(start(waiting.pop(0)))
-            ended = [child for child in running if child.process.poll() is not None]
-            running = [child for child in running if child not in ended]
-            for child in ended:
-                ended_well = child.process.returncode == 0
-                stored = folder.read_cell(study, child.cell) if ended_well else None
-                failed = None if stored else Failure(child.cell, _why(child))
-                done += stored is not None
-                states = tuple(each.look() for each in running)
-                finished = stored.result if stored else None
-                on_progress(Progress(done, planned, states, finished, failed))
-                if failed:
-                    yield failed
+            ended = next((child for child in running if child.process.poll() is not None), None)
+            result = ended.result() if ended else None
+            if ended:
+                running.remove(ended)
+            if isinstance(result, Failure):
+                failures.append(result)
+            done = planned - len(waiting) - len(running) - len(failures)
+            on_progress(Progress(done, planned, tuple(child.look() for child in running), result))
             if not ended:
-                on_progress(Progress(done, planned, tuple(each.look() for each in running)))
                 time.sleep(POLL)
     finally:
         for child in running:
-            _end(folder, child)
+            child.end()
+    return failures
 
 
-def _start(
-    folder: StudyFolder, study: Path, number_of_threads: int, cell: Cell, *, keep_models: bool
-) -> _Child:
-    """Start a cell; it is in a group of its own, so that Ctrl-C reaches this process alone."""
-    cell_folder = folder.of(cell)
-    cell_folder.mkdir(parents=True, exist_ok=True)
-    task = CellTask(str(study), str(folder.path), cell.name, keep_models)
-    threads = str(number_of_threads)
-    with (cell_folder / LOG_FILE).open(
-        "ab" if is_held(cell_folder) else "wb"
-    ) as log:  # another process may write there
-        process = subprocess.Popen(
-            task.command(),
-            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    return _Child(cell, process, cell_folder / LOG_FILE, cell_folder / PROGRESS_FILE, Running(cell, *_BEGUN))
+class _Child:
+    """A process that runs a cell; it is in a group of its own, so that Ctrl-C reaches this process alone."""
 
+    def __init__(self, study: StudyConfig, folder: StudyFolder, cell: Cell, *, keep_models: bool) -> None:
+        self.study, self.folder, self.cell = study, folder, cell
+        self.seen = Running(cell, *_BEGUN)
+        self.log = folder.of(cell) / LOG_FILE
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, "-m", "cdm_toolkit.compare.worker", str(folder.path), cell.name]
+        threads = str(study.threads)
+        # another process may write to the log
+        with self.log.open("ab" if is_held(self.log.parent) else "wb") as log:
+            self.process = subprocess.Popen(
+                [*words, "keep"] if keep_models else words,
+                env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError), self.process.stdin as stream:
+            stream.write(study.model_dump_json(exclude_unset=True).encode())
 
-def _end(folder: StudyFolder, child: _Child) -> None:
-    """End a process that is in the middle of a cell, or waits for another that is: of its own nothing is kept."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.process.pid, signal.SIGKILL)
-    child.process.wait()
-    if not is_held(folder.of(child.cell)):
-        shutil.rmtree(folder.of(child.cell) / SCRATCH, ignore_errors=True)
-        child.progress.unlink(missing_ok=True)
+    def look(self) -> Running:
+        """Read its progress; the last known one while the file is being written, or after it has ended."""
+        self.seen = _read_progress(self.cell, self.log.with_name(PROGRESS_FILE)) or self.seen
+        return self.seen
 
+    def result(self) -> CellResult | Failure:
+        """Read what it has left: a result, or its last line, or the signal that ended it."""
+        status = self.process.returncode
+        stored = self.folder.read_cell(self.study, self.cell) if status == 0 else None
+        if stored:
+            return stored.result
+        if status < 0:
+            memory = " (perhaps for want of memory: fewer `workers`)" if -status == signal.SIGKILL else ""
+            return Failure(self.cell, f"ended by signal {-status}{memory}")
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return Failure(self.cell, lines[-1] if lines else "it said nothing")
 
-def _why(child: _Child) -> str:
-    """Say why a process ended without a result: its last line, or the signal that ended it."""
-    if child.process.returncode < 0:
-        number = -child.process.returncode
-        killed = " (perhaps for want of memory: fewer `workers`)" if number == signal.SIGKILL else ""
-        return f"ended by signal {number}{killed}"
-    lines = child.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    def end(self) -> None:
+        """End it in the middle of a cell, or waiting for another that is: of its own nothing is kept."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if not is_held(self.log.parent):
+            shutil.rmtree(self.log.with_name(SCRATCH), ignore_errors=True)
+            self.log.with_name(PROGRESS_FILE).unlink(missing_ok=True)
 
 
 def _read_progress(cell: Cell, file: Path) -> Running | None:

@@ -1,10 +1,10 @@
-"""Studies: which methods are compared, on which models and text, and what all of them have in common."""
+"""Studies: which methods are compared, on which models and text, what all have in common, and which runs these are."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
 from cdm_toolkit.artifacts.shipped import given_file, shipped_folder
-from cdm_toolkit.compare.types import RINGS, Ring
+from cdm_toolkit.compare.types import RINGS, Cell, Ring
 from cdm_toolkit.distill.settings import (
     PRESETS,
     Count,
@@ -25,7 +25,7 @@ from cdm_toolkit.distill.settings import (
     TrainConfig,
     from_mapping,
 )
-from cdm_toolkit.errors import BadSettings, UnknownName
+from cdm_toolkit.errors import BadOption, BadSettings, UnknownName
 from cdm_toolkit.kd.settings import Fault, Faults
 
 MEASURES = ("bits-per-byte", "divergence", "time", "memory")
@@ -43,8 +43,6 @@ _OWNED: Mapping[str, str] = {
     "group_by_length": "one order of rows for all methods",
 }
 """Settings of training that the study itself decides, and what it has for them."""
-_OF_TEACHER: Mapping[str, set[str]] = {"run": set(), "teacher_run": {"seed"}}
-"""Those of them that a training may have all the same."""
 
 
 class TextConfig(Settings):
@@ -174,7 +172,7 @@ class MethodConfig(Settings):
 
     @model_validator(mode="after")
     def _is_a_method(self) -> MethodConfig:
-        given = self._given()
+        given = self._given
         if "weight" in given:
             raise Faults([Fault("weight", "is no setting of a study: there is one teacher")])
         if self.preset is not None and self.preset not in PRESETS:
@@ -194,8 +192,9 @@ class MethodConfig(Settings):
     @property
     def has_teacher(self) -> bool:
         """Whether it is more than supervised fine-tuning."""
-        return self.preset is not None or "method" in (self.model_extra or {})
+        return self.preset is not None or "method" in self._given
 
+    @property
     def _given(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
@@ -206,14 +205,9 @@ class MethodConfig(Settings):
         """
         if not self.has_teacher:
             return {}, 1.0
-        run: dict[str, Any] = {
-            "student": "-",
-            "data": "-",
-            "output": "-",
-            "teachers": [{"model": "-"} | self._given()],
-        }
-        run |= {} if self.preset is None else {"preset": self.preset}
-        run |= {} if self.alpha is None else {"alpha": self.alpha}
+        run: dict[str, Any] = dict.fromkeys(("student", "data", "output"), "-")
+        run |= {"teachers": [{"model": "-"} | self._given]}
+        run |= {name: value for name in ("preset", "alpha") if (value := getattr(self, name)) is not None}
         config = from_mapping(run, source="it")
         teacher = config.teachers[0].model_dump(exclude_unset=True, exclude={"model"})
         return teacher, config.alpha if "alpha" in config.model_fields_set else None
@@ -276,29 +270,23 @@ class StudyConfig(Settings):
     """Further alphas of a method, with its first seed alone; with all of its seeds for `select_alpha_on`."""
     select_alpha_on: Mapping[str, TextConfig] = {}
     """Other rows of held-out kinds: each method is judged at that of its alphas which does best on these."""
-    teacher_cache: Text | None = None
-    """A folder of `cdm teacher cache`, made of this study's training rows."""
 
     @field_validator("measures")
     @classmethod
     def _can_be_measured(cls, measures: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in measures if name not in MEASURES]:
-            raise ValueError("; ".join(_not_known("measure", name, MEASURES) for name in unknown))
+        faults = [_not_known("measure", name, MEASURES) for name in measures if name not in MEASURES]
         if missing := [name for name in MEASURES if name not in (*measures, "divergence")]:
-            raise ValueError(
+            faults.append(
                 f"{', '.join(missing)} cannot be left out: only the divergence costs time to measure"
             )
+        if faults:
+            raise ValueError("; ".join(faults))
         return measures
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudyConfig:
-        faults = (
-            *self._faults_of_names(),
-            *self._faults_of_text(),
-            *self._faults_of_run(),
-            *self._faults_of_curves(),
-        )
-        if faults:
+        parts = (self._faults_of_names, self._faults_of_text, self._faults_of_run, self._faults_of_curves)
+        if faults := [fault for part in parts for fault in part()]:
             raise ValueError("; ".join(faults))
         return self
 
@@ -320,27 +308,26 @@ class StudyConfig(Settings):
         for kind in self.inside:
             if kind not in self.train:
                 yield f"inside.{kind} is no kind that is trained on: {_not_known('kind', kind, self.train)}"
-        for ring, kind in [("near", kind) for kind in self.near] + [
-            ("outside", kind) for kind in self.outside
-        ]:
-            if kind in self.train:
-                yield f"{ring}.{kind} is trained on: give it another name, or put it inside"
+        for ring in ("near", "outside"):
+            for kind in self.rings[ring]:
+                if kind in self.train:
+                    yield f"{ring}.{kind} is trained on: give it another name, or put it inside"
         for kind in self.near.keys() & self.outside.keys():
             yield f"near.{kind} is outside as well: give one of them another name"
-
+        held_out = [kind for texts in self.rings.values() for kind in texts]
         for kind in self.select_alpha_on:
-            if not any(kind in texts for texts in self.rings.values()):
-                known = [kind for texts in self.rings.values() for kind in texts]
-                yield f"select_alpha_on.{kind} is not held out: {_not_known('kind', kind, known)}"
+            if kind not in held_out:
+                yield f"select_alpha_on.{kind} is not held out: {_not_known('kind', kind, held_out)}"
         if self.select_alpha_on and not self.curves:
             yield "select_alpha_on has nothing to choose from: give curves"
 
     def _faults_of_run(self) -> Iterator[str]:
-        for where, run in (("run", self.run), ("teacher_run", self.teacher_run)):
-            for name in sorted((run.model_fields_set if run else set()) & _OWNED.keys() - _OF_TEACHER[where]):
+        given = {"run": self.run.model_fields_set}
+        if self.teacher_run is not None:
+            given["teacher_run"] = self.teacher_run.model_fields_set - {"seed"}
+        for where, names in given.items():
+            for name in sorted(names & _OWNED.keys()):
                 yield f"{where}.{name} is the study's own: it has {_OWNED[name]}"
-        if self.teacher_run is not None and self.teacher_cache is not None:
-            yield "teacher_cache has what the teacher knew before teacher_run: leave one of them out"
 
     def _faults_of_curves(self) -> Iterator[str]:
         for name, alphas in self.curves.items():
@@ -405,32 +392,52 @@ def _twice(values: Sequence[Any]) -> list[Any]:
     return sorted({value for value in values if values.count(value) > 1})
 
 
+# Cells
+
+
+def grid(study: StudyConfig) -> tuple[Cell, ...]:
+    """List the cells: every method with its first seed, then with the second and so on, then the lines over alpha.
+
+    So that a study which is stopped early is still a comparison. The lines have the first seed of a method, or all
+    where alpha is chosen among their points.
+    """
+    seeds = {name: entry.seeds or study.seeds for name, entry in study.methods.items()}
+    turns = (zip(seeds, turn, strict=True) for turn in zip_longest(*seeds.values()))
+    own = [
+        (name, study.alpha_of(name), seed, False) for turn in turns for name, seed in turn if seed is not None
+    ]
+    curves = [
+        (name, alpha, seed, True)
+        for name, alphas in study.curves.items()
+        for seed in seeds[name][: None if study.select_alpha_on else 1]
+        for alpha in sorted(alphas)
+    ]
+    return tuple(Cell(index, *of_cell) for index, of_cell in enumerate(own + curves))
+
+
+def cell_at(study: StudyConfig, which: int | str) -> Cell:
+    """Find a cell by its number or its name. Raises BadOption."""
+    cells = grid(study)
+    for cell in cells:
+        if str(which) in (str(cell.index), cell.name):
+            return cell
+    names = f"0 to {len(cells) - 1}, or a cell's name: `list_cells` shows what each is"
+    raise BadOption("cell", which, names)
+
+
 # Files
 
 
-@dataclass(frozen=True, slots=True)
-class Shipped:
-    """A study that comes with the package."""
-
-    name: str
-    path: Path
-    about: str
-
-
-def list_studies() -> list[Shipped]:
-    """List the studies that come with the package."""
-    return [
-        Shipped(path.stem, path, str(read_yaml(path).get("about", "")))
-        for path in sorted(shipped_folder("studies").glob("*.yaml"))
-    ]
+def list_studies() -> dict[str, Path]:
+    """List the studies that come with the package: their files by name."""
+    return {path.stem: path for path in sorted(shipped_folder("studies").glob("*.yaml"))}
 
 
 def find_study(name: str) -> Path:
     """Find a study file by its path, or one that is shipped by its name. Raises FileProblem or UnknownName."""
     if (path := given_file(name)) is not None:
         return path
-    shipped = {study.name: study.path for study in list_studies()}
-    if name not in shipped:
+    if name not in (shipped := list_studies()):
         raise UnknownName("study", name, list(shipped))
     return shipped[name]
 

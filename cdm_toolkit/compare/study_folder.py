@@ -7,25 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.artifacts.lock import is_locked, locked
-from cdm_toolkit.artifacts.manifest import Format, differences, write_json
+from cdm_toolkit.artifacts.manifest import Format, differences, validated, write_json
 from cdm_toolkit.artifacts.settings import make, read_yaml
 from cdm_toolkit.compare.study import StudyConfig
-from cdm_toolkit.compare.types import (
-    RINGS,
-    Cell,
-    CellResult,
-    Continuation,
-    Measured,
-    ModelScores,
-    Point,
-)
+from cdm_toolkit.compare.types import Cell, CellResult
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
 STUDY_FILE, SHARED_FILE, RESULTS_FILE, PAGE_FILE, CELL_FILE, LOG_FILE = (
@@ -90,21 +81,15 @@ class StudyFolder:
         Raises BadArtifact where it is another study's, FileProblem where it has something else or cannot be written.
         """
         with only_one(self.path, "opens this folder"):
-            if overwrite and self.study_file.is_file():
+            is_new = not self.study_file.is_file()
+            if is_new and any(not file.name.startswith(".") for file in self.path.iterdir()):
+                raise FileProblem(self.path, "it is not empty, and holds no study", "give another `output`")
+            if not is_new and (overwrite or (self._has_made_nothing() and self._differs_from(study))):
                 self._clear()
-                self._write_study(study)
-            elif not self.study_file.is_file():
-                if any(not file.name.startswith(".") for file in self.path.iterdir()):
-                    problem = "it is not empty, and holds no study"
-                    raise FileProblem(self.path, problem, "give another `output`")
-                self._write_study(study)
-            elif self._has_made_nothing() and _differences(self.read_study(), study):
-                self._clear()
-                self._write_study(study)
-            else:
-                self.check(study)
-                if self.study_file.read_bytes() != _as_yaml(study):
-                    self._write_study(study)
+            self.check(study)
+            content = study.model_dump(mode="json", exclude_unset=True)
+            with atomic_write(self.study_file) as stream:
+                stream.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
     def check(self, study: StudyConfig) -> None:
         """See that the folder is this study's, if one has made something there. Raises BadArtifact, FileProblem."""
@@ -113,22 +98,16 @@ class StudyFolder:
 
     def check_file(self, study: StudyConfig) -> None:
         """See that no other study has taken the folder. Raises BadArtifact, FileProblem."""
-        if self.study_file.is_file() and (differences := _differences(self.read_study(), study)):
-            problem = f"it holds another study: {differences}"
+        if differing := self._differs_from(study):
             fix = "give another `output`, or `overwrite` without `cell` to start anew"
-            raise BadArtifact(self.path, problem, fix)
+            raise BadArtifact(self.path, f"it holds another study: {differing}", fix)
 
-    def _write_study(self, study: StudyConfig) -> None:
-        with atomic_write(self.study_file) as stream:
-            stream.write(_as_yaml(study))
-
-    @contextmanager
-    def kept(self, study: StudyConfig) -> Iterator[Path]:
-        """Give a file of the study as it is now: the one in the folder may grow while this study runs."""
-        with NamedTemporaryFile("wb", prefix=".study-", suffix=".yaml", dir=self.path) as stream:
-            stream.write(_as_yaml(study))
-            stream.flush()
-            yield Path(stream.name)
+    def _differs_from(self, study: StudyConfig) -> str:
+        """Say in which settings the study that is here is another one; nothing where their cells can be compared."""
+        if not self.study_file.is_file():
+            return ""
+        there, now = (each.model_dump(mode="json", exclude=set(FREE)) for each in (self.read_study(), study))
+        return _named(differences(there, now))
 
     def read_study(self) -> StudyConfig:
         """Read the study whose folder it is. Raises FileProblem, BadSettings."""
@@ -162,17 +141,10 @@ class StudyFolder:
         if not file.is_file():
             return None
         again = f"run it again with `cell={cell.index}` and `overwrite`"
-        try:
-            content = FORMAT.read(file, again)
-            result = _cell_result(content["result"])
-            warnings, options = tuple(content["warnings"]), dict(content["options"])
-            found = Stored(result, options, content["machine"], warnings, content["provenance"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"it is damaged ({str(error) or type(error).__name__})"
-            raise BadArtifact(file, problem, again) from None
+        found = validated(Stored, file, FORMAT.read(file, again), again)
         if found.result.cell.name != cell.name:
             raise BadArtifact(file, f"it has the cell {found.result.cell.name}", again)
-        if differing := _counted(differences(options, study.methods[cell.method].options())):
+        if differing := _named(differences(found.options, study.methods[cell.method].options())):
             problem = f"it was trained with other options: {differing}"
             raise BadArtifact(file, problem, f"give the method another name, or {again}")
         return replace(found, result=replace(found.result, cell=cell))
@@ -195,14 +167,9 @@ class StudyFolder:
 
     def write_cell(self, stored: Stored) -> None:
         """Write a cell, whole or not at all."""
-        content = FORMAT.header(
-            stored.provenance,
-            result=asdict(stored.result),
-            options=dict(stored.options),
-            machine=stored.machine,
-            warnings=list(stored.warnings),
-        )
-        write_json(self.of(stored.result.cell) / CELL_FILE, content)
+        content = asdict(stored)
+        made_by = content.pop("provenance")
+        write_json(self.of(stored.result.cell) / CELL_FILE, FORMAT.header(made_by, **content))
 
     def write_results(self, record: Mapping[str, Any]) -> Path:
         """Write all that was measured and what it says: `summary.results_record`."""
@@ -211,48 +178,7 @@ class StudyFolder:
         return file
 
 
-# Records from JSON
-
-
-def model_scores(content: Mapping[str, Any]) -> ModelScores:
-    """Make scores of what JSON has of them."""
-    parts = {name: _measured(content.get(name, {})) for name in (*RINGS, "select_alpha_on")}
-    texts = {
-        kind: tuple(Continuation(**text) for text in of_kind)
-        for kind, of_kind in content.get("continuations", {}).items()
-    }
-    return ModelScores(**parts, suites=content["suites"], continuations=texts)
-
-
-def _measured(content: Mapping[str, Any]) -> dict[str, Measured]:
-    return {kind: Measured(**fields) for kind, fields in content.items()}
-
-
-def _cell_result(content: Mapping[str, Any]) -> CellResult:
-    parts = {
-        "cell": Cell(**content["cell"]),
-        "scores": model_scores(content["scores"]),
-        "curve": tuple(Point(**point) for point in content["curve"]),
-    }
-    return CellResult(**{**content, **parts})
-
-
-# Two studies
-
-
-def _as_yaml(study: StudyConfig) -> bytes:
-    content = study.model_dump(mode="json", exclude_unset=True)
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return text.encode()
-
-
-def _differences(there: StudyConfig, now: StudyConfig) -> str:
-    """Say in which settings two studies are not the same; nothing where their cells can be compared."""
-    old, new = (study.model_dump(mode="json", exclude=set(FREE)) for study in (there, now))
-    return _counted(differences(old, new))
-
-
-def _counted(differences: Iterable[str]) -> str:
+def _named(differences: Iterable[str]) -> str:
     """Name the first differences and count the others."""
     every = list(differences)
     more = f" and {len(every) - DIFFERENCES} more" if len(every) > DIFFERENCES else ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 from cdm_toolkit.compare.table import (
     Column,
@@ -24,8 +24,6 @@ from cdm_toolkit.compare.verdicts import Verdict, verdicts
 
 PLANE: tuple[Ring, Ring] = ("inside", "outside")
 """The rings that the trade-off and its Pareto front are drawn over."""
-
-_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,28 +103,26 @@ def summarize(result: StudyResult) -> Summary:
 def results_record(result: StudyResult) -> dict[str, Any]:
     """Convert all that was measured and what it says for JSON."""
     summary = summarize(result)
-    said = {"headline": summary.headline, "verdicts": summary.verdicts, "table": summary.table}
-    return asdict(result) | {name: _plain(value) for name, value in said.items()}
-
-
-def _plain(value: Any) -> Any:
-    return [asdict(each) for each in value] if isinstance(value, tuple) else value
+    return asdict(result) | {
+        "headline": summary.headline,
+        "verdicts": [asdict(verdict) for verdict in summary.verdicts],
+        "table": [asdict(column) for column in summary.table],
+    }
 
 
 # Methods
 
 
-def _grouped(items: Iterable[CellResult], key: Callable[[CellResult], _Key]) -> dict[_Key, list[CellResult]]:
+def _by_method(cells: Iterable[CellResult]) -> dict[str, list[CellResult]]:
     """Group cells, in the order of the study."""
-    found: defaultdict[_Key, list[CellResult]] = defaultdict(list)
-    for item in sorted(items, key=lambda each: each.cell.index):
-        found[key(item)].append(item)
+    found: defaultdict[str, list[CellResult]] = defaultdict(list)
+    for each in sorted(cells, key=lambda each: each.cell.index):
+        found[each.cell.method].append(each)
     return dict(found)
 
 
 def _methods(result: StudyResult, gaps: Gaps) -> tuple[MethodSummary, ...]:
-    own = (each for each in result.cells if not each.cell.in_curve)
-    cells = _grouped(own, lambda each: each.cell.method)
+    cells = _by_method(each for each in result.cells if not each.cell.in_curve)
     plane = [Text(ring) for ring in PLANE if ring in gaps]
     front = _front({name: _mean_bits(group, plane) for name, group in cells.items()})
     found = [
@@ -151,25 +147,20 @@ def _front(points: Mapping[str, Sequence[float]]) -> set[str]:
     By bits per byte, which order methods as shares of the gap do and are defined where these are not.
     """
 
-    def is_dominated(name: str) -> bool:
-        own = tuple(points[name])
-        return any(
-            tuple(other) != own and all(b <= a for a, b in zip(own, other, strict=True))
-            for other in points.values()
-        )
+    def is_dominated(own: Sequence[float]) -> bool:
+        others = (other for other in points.values() if other != own)
+        return any(all(b <= a for a, b in zip(own, other, strict=True)) for other in others)
 
-    return {name for name in points if not is_dominated(name)}
+    return {name for name, point in points.items() if not is_dominated(point)}
 
 
 def _lines(result: StudyResult) -> tuple[Line, ...]:
-    in_curve = [each for each in result.cells if each.cell.in_curve]
-    first = {
-        name: cells[0].cell.seed for name, cells in _grouped(in_curve, lambda each: each.cell.method).items()
-    }
-    of_lines = [each for each in result.cells if first.get(each.cell.method) == each.cell.seed]
+    curves = _by_method(each for each in result.cells if each.cell.in_curve)
+    seeds = {method: cells[0].cell.seed for method, cells in curves.items()}
+    points = _by_method(each for each in result.cells if seeds.get(each.cell.method) == each.cell.seed)
     return tuple(
         Line(method, tuple(sorted(cells, key=lambda each: each.cell.alpha)))
-        for method, cells in _grouped(of_lines, lambda each: each.cell.method).items()
+        for method, cells in points.items()
     )
 
 
@@ -178,7 +169,7 @@ def _lines(result: StudyResult) -> tuple[Line, ...]:
 
 def _verdicts(methods: Sequence[MethodSummary], default: str | None) -> tuple[Verdict, ...]:
     scored = {method.name: method.scores for method in methods if method.scores}
-    return () if default is None or default not in scored else verdicts(default, scored)
+    return verdicts(default, scored) if default in scored else ()
 
 
 def _headline(methods: Sequence[MethodSummary], found: Sequence[Verdict], default: str | None) -> str:
@@ -188,7 +179,7 @@ def _headline(methods: Sequence[MethodSummary], found: Sequence[Verdict], defaul
     if default is not None and default not in {method.name for method in methods}:
         return f"{default}, which the others are to be compared with, has not been measured yet."
     if found:
-        return f"{found[0].default} {_tally(found)}."
+        return f"{default} {_tally(found)}."
     best = methods[0]
     if best.score is None:
         return "The student is no worse than the teacher before training: there is no gap to close."
@@ -213,9 +204,11 @@ def _notes(result: StudyResult, gaps: Gaps, methods: Sequence[MethodSummary]) ->
         chosen = sorted((each.cells[0].cell for each in methods), key=lambda cell: cell.index)
         alphas = ", ".join(f"{cell.method} {cell.alpha:g}" for cell in chosen)
         yield f"each method at that of its alphas which does best on other rows: {alphas}."
+    judged = " and ".join(ring for ring, gap in gaps.items() if gap.is_open)
     for ring, gap in gaps.items():
         if not gap.is_open:
-            yield _no_gap(ring, gap) + _judged_by(gaps)
+            way = f"are judged by their share {judged}" if judged else "cannot be judged by it"
+            yield f"{_no_gap(ring, gap)} Methods {way}."
             continue
         for kind in result.start.on(ring):
             if not (of_kind := gap_on(result, Text(ring, kind))).is_open:
@@ -227,8 +220,3 @@ def _no_gap(where: str, gap: Gap) -> str:
         f"{where}: the student is no worse than the teacher before training ({gap.start:.3f} and {gap.teacher:.3f} "
         "bits per byte), so no share of a gap is defined."
     )
-
-
-def _judged_by(gaps: Gaps) -> str:
-    judged = " and ".join(ring for ring, gap in gaps.items() if gap.is_open)
-    return f" Methods are judged by their share {judged}." if judged else " Methods cannot be judged by it."

@@ -5,7 +5,7 @@ The terminal, the page and `results.json` show columns of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from cdm_toolkit.compare.types import RINGS, CellResult, Measured, ModelScores, Ring, StudyResult
 
 MISSING = "–"
-SHARE = "share of the gap"
+SHARE, DIVERGENCE = "share of the gap", "KL, nats"
 MEAN = "mean"
 """The column with the mean of the shares of all rings."""
 
@@ -30,13 +30,6 @@ class Mean:
     @staticmethod
     def of(values: Sequence[float]) -> Mean:
         return Mean(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
-
-    @staticmethod
-    def of_all(values: Iterable[float | None]) -> Mean | None:
-        """Average what all runs have; None where one lacks it."""
-        every = list(values)
-        found = [value for value in every if value is not None]
-        return Mean.of(found) if found and len(found) == len(every) else None
 
     def written(self, digits: int = 3, *, spread: bool = True) -> str:
         """Write it for a person, with its std where it has one and `spread` allows it."""
@@ -103,54 +96,41 @@ def mean_share(scores: ModelScores, gaps: Gaps) -> float | None:
 # Measures
 
 
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One figure of a model on some text."""
+class Measure(NamedTuple):
+    """A figure of a model on some text: one of its sums over another."""
 
     name: str
     title: str
     """Of its table by kind of text."""
-    read: Callable[[Measured, Gap], float | None]
-    """None where the text has no such figure, or the study does not measure it."""
+    ratio: tuple[str, str]
+    """Of the fields of `Measured`."""
     highest_is_best: bool = False
     of_continuations: bool = False
-    of_teacher: float | None = None
-    """The teacher's own, where that is known and not measured."""
 
 
 MEASURES = (
-    Measure(
-        SHARE,
-        "Share of the gap closed",
-        lambda on, gap: gap.share(on.bits_per_byte),
-        highest_is_best=True,
-    ),
-    Measure("bits per byte", "Bits per byte", lambda on, _: on.bits_per_byte),
-    Measure(
-        "KL, nats",
-        "KL(teacher ‖ student), nats a shared boundary",
-        lambda on, _: on.mean_divergence if on.boundaries else None,
-        of_teacher=0.0,
-    ),
-    Measure("next word", "Next-word accuracy", lambda on, _: on.next_word_accuracy, highest_is_best=True),
-    Measure("bits a digit", "Bits a digit", lambda on, _: on.bits_per_digit),
+    Measure(SHARE, "Share of the gap closed", ("bits", "scored_bytes"), highest_is_best=True),
+    Measure("bits per byte", "Bits per byte", ("bits", "scored_bytes")),
+    Measure(DIVERGENCE, "KL(teacher ‖ student), nats a shared boundary", ("divergence", "boundaries")),
+    Measure("next word", "Next-word accuracy", ("predicted_words", "words"), highest_is_best=True),
+    Measure("bits a digit", "Bits a digit", ("digit_bits", "digit_bytes")),
     Measure(
         "agreement with the teacher",
         "Agreement of greedy continuations with the teacher's",
-        lambda on, _: on.agreement,
+        ("agreed_bytes", "compared_bytes"),
         highest_is_best=True,
         of_continuations=True,
     ),
     Measure(
         "bits per byte by the teacher",
         "Bits per byte of greedy continuations by the teacher",
-        lambda on, _: on.written_bits_per_byte,
+        ("written_bits", "written_bytes"),
         of_continuations=True,
     ),
     Measure(
         "repetition",
         "Repetition in greedy continuations",
-        lambda on, _: on.repetition,
+        ("repeated_grams", "grams"),
         of_continuations=True,
     ),
 )
@@ -190,19 +170,15 @@ class Column:
 
     def end(self, value: float | None) -> str:
         """Write the figure of the start or of the teacher."""
-        return MISSING if value is None else self._number(value)
+        return MISSING if value is None else f"{value:,.{self.digits}f}"
 
     @property
     def best(self) -> frozenset[str]:
         """The methods that no other one is better than, as it is written; none of one."""
-        written = {name: self._number(mean.value) for name, mean in self.means.items()}
-        if len(written) < 2 or self.highest_is_best is None:
+        if len(self.means) < 2 or self.highest_is_best is None:
             return frozenset()
         top = (max if self.highest_is_best else min)(mean.value for mean in self.means.values())
-        return frozenset(name for name, number in written.items() if number == self._number(top))
-
-    def _number(self, value: float) -> str:
-        return f"{value:,.{self.digits}f}"
+        return frozenset(name for name, mean in self.means.items() if self.end(mean.value) == self.end(top))
 
 
 Cells = Mapping[str, Sequence[CellResult]]
@@ -215,9 +191,8 @@ def results_table(result: StudyResult, cells: Cells) -> tuple[Column, ...]:
 
 
 def _of_text(result: StudyResult, cells: Cells) -> Iterator[Column]:
-    texts = [
-        Text(ring, kind) for ring in RINGS for kind in (None, *result.start.on(ring)) if result.start.on(ring)
-    ]
+    rings = [ring for ring in RINGS if result.start.on(ring)]
+    texts = [Text(ring, kind) for ring in rings for kind in (None, *result.start.on(ring))]
     for measure in MEASURES:
         found = [_on_text(result, cells, measure, text) for text in texts]
         if measure.name == SHARE:
@@ -230,7 +205,8 @@ def _on_text(result: StudyResult, cells: Cells, measure: Measure, text: Text) ->
     gap = gap_on(result, text)
 
     def read(scores: ModelScores) -> float | None:
-        return measure.read(text.of(scores), gap)
+        found = text.of(scores).ratio(*measure.ratio)
+        return gap.share(found) if found is not None and measure.name == SHARE else found
 
     return Column(
         "continuations" if measure.of_continuations else "text",
@@ -240,7 +216,7 @@ def _on_text(result: StudyResult, cells: Cells, measure: Measure, text: Text) ->
         measure.highest_is_best,
         _means(cells, lambda cell: read(cell.scores)),
         read(result.start),
-        read(result.teacher) if measure.of_teacher is None else measure.of_teacher,
+        0.0 if measure.name == DIVERGENCE else read(result.teacher),
     )
 
 
@@ -268,15 +244,12 @@ def _of_metric(result: StudyResult, cells: Cells, suite: str, metric: str) -> Co
 
 
 def _of_cost(cells: Cells) -> Iterator[Column]:
-    seconds, memory = _means(cells, lambda cell: cell.step_seconds), _means(cells, _mebibytes)
+    seconds = _means(cells, lambda cell: cell.step_seconds)
+    memory = _means(cells, lambda cell: cell.peak_memory / 2**20)
     yield Column("cost", "cost", "s a step", None, False, seconds)
     yield Column("cost", "cost", "MiB", None, False, memory, digits=0)
     if mass := _means(cells, _matched_mass):
         yield Column("cost", "cost", "matched mass", None, None, mass)
-
-
-def _mebibytes(cell: CellResult) -> float:
-    return cell.peak_memory / 2**20
 
 
 def _matched_mass(cell: CellResult) -> float | None:
@@ -286,5 +259,10 @@ def _matched_mass(cell: CellResult) -> float | None:
 
 
 def _means(cells: Cells, read: Callable[[CellResult], float | None]) -> dict[str, Mean]:
-    found = {method: Mean.of_all(map(read, of_method)) for method, of_method in cells.items()}
-    return {method: mean for method, mean in found.items() if mean is not None}
+    """Average a figure of each method over its runs; one that some run lacks is left out."""
+    found = {}
+    for method, of_method in cells.items():
+        values = [value for cell in of_method if (value := read(cell)) is not None]
+        if values and len(values) == len(of_method):
+            found[method] = Mean.of(values)
+    return found

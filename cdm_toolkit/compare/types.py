@@ -44,40 +44,18 @@ class Measured:
     def bits_per_byte(self) -> float:
         return self.bits / self.scored_bytes
 
-    @property
-    def next_word_accuracy(self) -> float | None:
-        """Share of words whose every token is the argmax given the text before; None without a word."""
-        return self.predicted_words / self.words if self.words else None
-
-    @property
-    def bits_per_digit(self) -> float | None:
-        """Bits of all tokens that have a digit, a digit; None without one."""
-        return self.digit_bits / self.digit_bytes if self.digit_bytes else None
-
-    @property
-    def mean_divergence(self) -> float:
-        """In nats a shared boundary; 0 without one."""
-        return self.divergence / max(self.boundaries, 1)
-
-    @property
-    def agreement(self) -> float | None:
-        """Share of the continuations until they first differ from the teacher's; None without one."""
-        return self.agreed_bytes / self.compared_bytes if self.compared_bytes else None
-
-    @property
-    def written_bits_per_byte(self) -> float | None:
-        """What the teacher thinks of the continuations; None where nothing is written."""
-        return self.written_bits / self.written_bytes if self.written_bytes else None
-
-    @property
-    def repetition(self) -> float | None:
-        """Share of repeated sequences of four words; None without such a sequence."""
-        return self.repeated_grams / self.grams if self.grams else None
+    def ratio(self, part: str, whole: str) -> float | None:
+        """Divide one of the sums by another; None where there is nothing to divide by."""
+        count = getattr(self, whole)
+        return getattr(self, part) / count if count else None
 
     @staticmethod
     def sum(parts: Iterable[Measured]) -> Measured:
         every = tuple(parts)
         return Measured(*(sum(getattr(part, each.name) for part in every) for each in fields(Measured)))
+
+
+NOTHING = Measured(0.0, 0, 0.0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import sub
 from statistics import fmean
 
 SIGNIFICANT, SMALLEST_WRITTEN, CONFIDENCE = 0.05, 0.001, 0.95
@@ -86,18 +87,17 @@ def compare(default: str, scores: Scores, other: str, others: Scores) -> Verdict
     seeds = [seed for seed in scores if seed in others]
     if not seeds:
         return Verdict(default, other, fmean(scores.values()) - fmean(others.values()), 0, None, None)
-    own, theirs = [scores[seed] for seed in seeds], [others[seed] for seed in seeds]
-    difference = fmean(a - b for a, b in zip(own, theirs, strict=True))
-    if len(seeds) == 1:
-        return Verdict(default, other, difference, 1, None, None)
-    return Verdict(default, other, difference, len(seeds), *_paired_t_test(own, theirs))
+    own, theirs = ([of[seed] for seed in seeds] for of in (scores, others))
+    difference = fmean(map(sub, own, theirs))
+    tested = _paired_t_test(own, theirs) if len(seeds) > 1 else (None, None)
+    return Verdict(default, other, difference, len(seeds), *tested)
 
 
 def _paired_t_test(own: Sequence[float], others: Sequence[float]) -> tuple[tuple[float, float], float]:
     """Return the interval of the mean difference, and the two-sided p-value of there being none."""
     from scipy.stats import ttest_rel
 
-    first, *more = {a - b for a, b in zip(own, others, strict=True)}
+    first, *more = set(map(sub, own, others))
     if not more:  # no variance, which scipy divides by
         return (first, first), float(first == 0)
     with warnings.catch_warnings():

@@ -56,8 +56,8 @@ def output(run_once: Path, tmp_path: Path) -> Path:
 def test_without_a_study_the_shipped_ones_are_named(cdm: Callable[..., Any]) -> None:
     answer = cdm("compare")
     assert (answer.status, answer.out) == (2, "")
-    for study in list_studies():
-        assert study.name in answer.err
+    for name in list_studies():
+        assert name in answer.err
     assert "did you mean transfer-small?" in cdm("compare", "transfersmall").err
     assert "there is no such file" in cdm("compare", "none.yaml").err
 

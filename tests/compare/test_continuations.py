@@ -14,11 +14,12 @@ from cdm_toolkit.compare.continuations import (
     continue_rows,
     measure,
     repetition,
-    subject_of,
     whole_characters,
 )
-from cdm_toolkit.compare.types import Continuation, Measured
+from cdm_toolkit.compare.table import MEASURES
+from cdm_toolkit.compare.types import NOTHING, Continuation
 from cdm_toolkit.evaluation.bpb import Passage, passage_bits
+from cdm_toolkit.evaluation.evaluate import load_subject
 from cdm_toolkit.kd.rows import Row
 
 ROWS = {
@@ -72,7 +73,7 @@ def test_half_a_character_is_left_out_and_a_wrong_one_is_shown() -> None:
 
 
 def test_models_go_on_and_are_measured(small_models: Path) -> None:
-    teacher, student = (subject_of(str(small_models / name), "cpu") for name in ("teacher", "student"))
+    teacher, student = (load_subject(str(small_models / name), "cpu") for name in ("teacher", "student"))
     own, texts = continue_rows(teacher, ROWS, 6), continue_rows(student, ROWS, 6)
     assert continue_rows(student, ROWS, 6) == texts
     assert [(each.row, each.prompt) for each in texts["sums"]] == [(1, "What is 17 + 25?\n"), (2, "größe\n")]
@@ -88,12 +89,12 @@ def test_models_go_on_and_are_measured(small_models: Path) -> None:
             map(sum, zip(*pairs, strict=True))
         )
     for of_kind in measure(own, own, teacher).values():
-        assert of_kind.agreement == 1.0
+        assert of_kind.ratio("agreed_bytes", "compared_bytes") == 1.0
 
 
 def test_each_kind_has_the_bits_of_its_own_texts(small_models: Path) -> None:
     """Whichever is longer: passages are scored the longest first."""
-    teacher = subject_of(str(small_models / "teacher"), "cpu")
+    teacher = load_subject(str(small_models / "teacher"), "cpu")
     short, long = (
         Continuation(1, "a\n", said, True) for said in ("bc", "What is read of it, and more. " * 3)
     )
@@ -105,5 +106,5 @@ def test_each_kind_has_the_bits_of_its_own_texts(small_models: Path) -> None:
 
 
 def test_nothing_said_is_no_figure() -> None:
-    nothing = Measured(0.0, 0, 0.0, 0)
-    assert (nothing.agreement, nothing.written_bits_per_byte, nothing.repetition) == (None, None, None)
+    ratios = [measure.ratio for measure in MEASURES if measure.of_continuations]
+    assert [NOTHING.ratio(*ratio) for ratio in ratios] == [None, None, None]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cdm_toolkit.compare.cells import grid
-from cdm_toolkit.compare.study import StudyConfig, from_file
+from cdm_toolkit.compare.study import StudyConfig, from_file, grid
 
 DOCS = Path(__file__).parents[2] / "docs" / "compare.md"
 

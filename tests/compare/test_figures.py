@@ -38,7 +38,7 @@ def test_pictures_are_png_files_of_150_dots_an_inch(full_study: StudyResult, tmp
     from matplotlib.image import imread
 
     written = draw(full_study, tmp_path / "out")
-    assert [path.name for path in written] == ["trade-off.png", "curves.png"]
+    assert [path.name for path in written] == ["trade-off.png", "alphas.png"]
     assert imread(written[0]).shape[:2] == (990, 1500)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written}
 
@@ -64,7 +64,7 @@ def test_without_matplotlib_the_extra_is_named(
 def test_importing_draws_in_no_matplotlib_and_drawing_no_pyplot() -> None:
     code = (
         "import sys, cdm_toolkit.compare.figures as f; assert 'matplotlib' not in sys.modules;"
-        "f._figure(2, 2, title='', x='', y='')[0].savefig(sys.argv[1], format='png');"
+        "f._plane('', dict.fromkeys(f.PLANE, f.Gap(2, 1)))[0].savefig(sys.argv[1], format='png');"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True, timeout=60)
@@ -74,7 +74,7 @@ def test_drawing_leaves_matplotlib_s_settings_alone(drawn: dict[str, Figure]) ->
     from matplotlib import rcParams
 
     before = dict(rcParams)
-    svg(drawn["curves"])
+    svg(drawn["alphas"])
     assert dict(rcParams) == before
 
 
@@ -83,11 +83,17 @@ def test_the_same_picture_is_the_same_svg(make_study: Make) -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("picture", ["trade-off", "curves"])
-def test_a_method_has_its_colour_and_marker_in_every_legend(drawn: dict[str, Figure], picture: str) -> None:
-    found = in_legend(drawn[picture])
-    names = ("sft", "exact", "spelling", "spelling k=20", "spelling any digits")
-    expected = styles(["sft", "exact", "spelling", "spelling k=20", "spelling any digits"])
+@pytest.mark.parametrize(
+    ("picture", "names"),
+    [
+        ("trade-off", ("sft", "exact", "spelling", "spelling k=20", "spelling any digits")),
+        ("alphas", ("spelling", "gold")),
+    ],
+)
+def test_a_method_has_its_colour_and_marker_in_every_legend(
+    drawn: dict[str, Figure], full_study: StudyResult, picture: str, names: tuple[str, ...]
+) -> None:
+    found, expected = in_legend(drawn[picture]), styles(full_study.methods)
     for name in names:
         assert found[name].get_markerfacecolor() == expected[name].fill
         assert found[name].get_markeredgecolor() == expected[name].edge
@@ -103,7 +109,7 @@ def in_legend(figure: Figure) -> dict[str, Line2D]:
 def test_a_part_of_a_study_is_drawn_as_in_the_whole(make_study: Make) -> None:
     whole = make_study(("sft", "spelling k=20", "spelling any digits"))
     part = replace(whole, cells=tuple(each for each in whole.cells if each.cell.method != "spelling k=20"))
-    was, now = (in_legend(figures_of(each)["curves"])["spelling any digits"] for each in (whole, part))
+    was, now = (in_legend(figures_of(each)["trade-off"])["spelling any digits"] for each in (whole, part))
     assert (now.get_marker(), now.get_color()) == (was.get_marker(), was.get_color())
 
 
@@ -115,7 +121,7 @@ def texts_of(figure: Figure) -> dict[str, list[object]]:
 
 
 def test_marks_grow_with_alpha_along_a_line(drawn: dict[str, Figure]) -> None:
-    figure = drawn["trade-off"]
+    figure = drawn["alphas"]
     blue = [
         each for each in figure.axes[0].lines if each.get_color() == styles(["spelling"])["spelling"].fill
     ]
@@ -151,11 +157,11 @@ def test_the_front_is_drawn_through_those_on_it(drawn: dict[str, Figure], full_s
     assert tuple(line.get_xydata()[1]) == pytest.approx(tuple(shares))
 
 
-def test_many_lines_have_a_picture_of_their_own(make_study: Make) -> None:
+def test_lines_have_a_picture_of_their_own(make_study: Make) -> None:
     names = ("sft", "spelling", "gold", "uld")
     made = make_study(names, curves=dict.fromkeys(names[1:], (0.1, 0.9)))
     drawn = figures_of(made)
-    assert list(drawn) == ["trade-off", "alphas", "curves"]
+    assert list(drawn) == ["trade-off", "alphas"]
     assert not any(text.startswith("α") for text in in_legend(drawn["trade-off"]))
     (axes,) = drawn["alphas"].axes
     lines = [each for each in axes.lines if len(each.get_xdata()) == 3]
@@ -191,7 +197,7 @@ def test_without_a_gap_the_axis_is_in_bits_per_byte(no_gap_outside: StudyResult)
 
 
 def test_one_method_with_one_seed_can_be_drawn(make_study: Make) -> None:
-    assert set(figures_of(make_study(("sft",), seeds=(0,)))) == {"trade-off", "curves"}
+    assert set(figures_of(make_study(("sft",), seeds=(0,)))) == {"trade-off"}
 
 
 def test_a_study_with_one_side_has_no_trade_off(make_study: Make) -> None:
@@ -202,15 +208,7 @@ def test_a_study_with_one_side_has_no_trade_off(make_study: Make) -> None:
         teacher=replace(made.teacher, outside={}),
         cells=tuple(replace(each, scores=replace(each.scores, outside={})) for each in made.cells),
     )
-    assert set(figures_of(made)) == {"curves"}
-
-
-def test_curves_are_means_over_seeds(make_study: Make) -> None:
-    made = make_study(("sft", "spelling"))
-    (axes,) = figures_of(made)["curves"].axes
-    cells = [each for each in made.cells if each.cell.method == "spelling"]
-    assert len(axes.lines) == 2
-    assert axes.lines[0].get_ydata()[0] == pytest.approx(sum(each.curve[0].ce for each in cells) / 3)
+    assert figures_of(made) == {}
 
 
 def test_a_dark_picture_has_dark_paper_and_the_colours_of_the_methods(make_study: Make) -> None:

@@ -20,7 +20,6 @@ import yaml
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.compare import prepared as shared_module
 from cdm_toolkit.compare import runner as run_module
-from cdm_toolkit.compare.cells import grid
 from cdm_toolkit.compare.prepared import CODE, open_shared, prepare
 from cdm_toolkit.compare.results import put_together, uneven
 from cdm_toolkit.compare.runner import (
@@ -32,11 +31,10 @@ from cdm_toolkit.compare.runner import (
     run_study,
     running_cell,
 )
-from cdm_toolkit.compare.study import StudyConfig, from_file
+from cdm_toolkit.compare.study import StudyConfig, from_file, grid
 from cdm_toolkit.compare.study_folder import CELL_FILE, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import CellResult
 from cdm_toolkit.distill.sources import read_rows
-from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,
@@ -44,7 +42,6 @@ from cdm_toolkit.errors import (
     FileProblem,
     Interrupted,
     SourceNotFound,
-    TokenizerMismatch,
     UnknownName,
 )
 
@@ -135,11 +132,9 @@ def test_a_teacher_is_trained_on_the_rows_before_it_teaches(
     assert "trained on the rows" in put_together(study, folder, command="cdm compare small").pair
 
 
-def test_a_trained_teacher_is_checked(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+def test_a_trained_teacher_is_checked(make: Callable[..., StudyConfig]) -> None:
     with pytest.raises(BadSettings, match=r"teacher_run\.max_steps is the study's own: it has steps"):
         make("teacher_run.max_steps=3")
-    with pytest.raises(BadSettings, match="teacher_cache has what the teacher knew before teacher_run"):
-        make("teacher_run.lr=1e-3", f"teacher_cache={tmp_path}")
 
 
 # Cells
@@ -297,7 +292,6 @@ def test_too_few_rows_are_short_enough(make: Callable[..., StudyConfig], tmp_pat
         ("student={size: 1m, tokenizer: gpt2, entries: 3}", "`entries` is 3"),
         ("teacher=none/such", "cannot find 'none/such'"),
         ("suites={mth: {limit: 2}}", "did you mean math?"),
-        ("teacher_cache=none", "none"),
     ],
 )
 def test_a_study_that_cannot_be_prepared(
@@ -353,27 +347,6 @@ def test_a_student_is_made_once(
     (folder.shared / "shared.json").unlink()  # stopped after it
     assert prepare(study, folder).fingerprints == shared.fingerprints
     assert (folder.shared / "student" / "model.safetensors").stat().st_mtime_ns == made
-
-
-def test_a_cache_of_the_study_s_own(
-    make: Callable[..., StudyConfig], small_models: Path, done: StudyFolder, tmp_path: Path
-) -> None:
-    def cache(model: str, name: str, k: int = 100) -> str:
-        settings = {"model": str(small_models / model), "data": str(open_shared(done).train), "k": k}
-        write_cache(CacheSettings(**settings, output=str(tmp_path / name)))
-        return f"teacher_cache={tmp_path / name}"
-
-    good = make(cache("teacher", "good"))
-    assert prepare(good, claimed(good, tmp_path / "a")).cache == str(tmp_path / "good")
-    other = make(cache("other", "bad"))
-    with pytest.raises(BadArtifact, match=r"it was made by .*other .*, and the teacher is"):
-        prepare(other, claimed(other, tmp_path / "b"))
-    tokenizer = make(cache("student", "worse"))
-    with pytest.raises(TokenizerMismatch):
-        prepare(tokenizer, claimed(tokenizer, tmp_path / "c"))
-    rows = make(cache("teacher", "good"), "train.sums.rows=5")
-    with pytest.raises(BadArtifact, match="its data is"):
-        prepare(rows, claimed(rows, tmp_path / "d"))
 
 
 def test_alpha_is_chosen_on_other_rows(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
@@ -548,12 +521,22 @@ def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -
     seen = []
     assert run_study(study, copied, workers=2, on_progress=seen.append) == []
     assert seen[-1].done == seen[-1].planned == 4
-    assert {each.finished.cell.index for each in seen if each.finished} == {1, 3}
+    assert {each.ended.cell.index for each in seen if each.ended} == {1, 3}
     assert any(len(each.running) == 2 for each in seen)
     for index in (1, 3):
         stored = copied.read_cell(study, grid(study)[index])
         assert figures(stored.result) == figures(before[index].result), "another process gives the same bits"
         assert grid(study)[index].name in stored.provenance["command"]
+
+
+@pytest.mark.slow
+def test_a_study_that_runs_is_not_changed_by_one_that_grows(
+    make: Callable[..., StudyConfig], study: StudyConfig, copied: StudyFolder
+) -> None:
+    (copied.of(grid(study)[1]) / CELL_FILE).unlink()
+    copied.claim(make("methods.more={method: exact, top_k: 5}", "methods.exact.top_k=5"))
+    assert run_study(study, copied) == []
+    assert copied.read_cell(study, grid(study)[1]) is not None
 
 
 @pytest.mark.slow

@@ -101,14 +101,6 @@ def test_the_order_of_methods_is_kept(folder: StudyFolder, study: StudyConfig) -
     assert list(folder.read_study().methods) == list(turned.methods)
 
 
-def test_a_study_that_runs_keeps_its_own_file(folder: StudyFolder, study: StudyConfig) -> None:
-    begun(folder, study)
-    with folder.kept(study) as file:
-        folder.claim(from_file("quickstart-small", ["methods.more={method: exact}"]))
-        assert from_file(str(file)) == study
-    assert not file.exists()
-
-
 def test_to_start_anew_removes_what_a_study_wrote(folder: StudyFolder, study: StudyConfig) -> None:
     folder.claim(study)
     (folder.path / "mine.txt").write_text("kept")
