@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cdm_toolkit.cli import completion, options
+from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.errors import BadOption
 
 if TYPE_CHECKING:
     from cdm_toolkit.hub.students import Transplanted
@@ -42,16 +43,13 @@ def new(
 
     Example: cdm student new --size 10m --tokenizer mistral -o student
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.students import new_student
 
     model = new_student(tokenizer, size, Path(output), entries=entries, seed=seed, overwrite=overwrite)
     config = model.config
-    screen.out().print(
+    screen.line(
         f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of width "
-        f"{config.hidden_size}, {config.vocab_size:,} ids of {tokenizer}",
-        markup=False,
-        soft_wrap=True,
+        f"{config.hidden_size}, {config.vocab_size:,} ids of {tokenizer}"
     )
 
 
@@ -107,9 +105,7 @@ def transplant(
 
     Example: cdm student transplant --from smollm2 --tokenizer mistral --layers 20 -o student
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.jsonl import read_rows
-    from cdm_toolkit.errors import BadOption
     from cdm_toolkit.hub.omp import Donor
     from cdm_toolkit.hub.students import transplant as give
 
@@ -131,21 +127,20 @@ def transplant(
             overwrite=overwrite,
         )
     if as_json:
-        facts = {"output": str(output), "source": source, "tokenizer": named}
         screen.print_json(
-            facts
-            | {
+            {
+                "output": str(output),
+                "source": source,
+                "tokenizer": named,
                 "parameters": given.parameters,
                 "rows": given.rows and asdict(given.rows),
                 "layers": given.pruned and asdict(given.pruned),
             }
         )
         return
-    screen.out().print(
+    screen.line(
         f"{output}: {given.parameters / 1e6:.1f} M parameters, {given.vocab_size:,} ids of {named}"
-        + "".join(_changes(given)),
-        markup=False,
-        soft_wrap=True,
+        + "".join(_changes(given))
     )
 
 

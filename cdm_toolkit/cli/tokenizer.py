@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import completion, options
+from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.cli.corpus_file import read_corpus
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.statistics import PairStatistics
@@ -20,7 +21,6 @@ app = typer.Typer(no_args_is_help=True, help="Inspect a tokenizer, compare two."
 @app.command("list")
 def list_tokenizers(as_json: options.AsJson = False) -> None:
     """List the locally available tokenizers, with family and size. Does not use the network."""
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.resolve import list_aliases
     from cdm_toolkit.hub.tokenizers import load_view
 
@@ -35,14 +35,13 @@ def list_tokenizers(as_json: options.AsJson = False) -> None:
             ]
         )
         return
-    shown = screen.table(None, "alias", "ids", "family", "fingerprint", right=("ids",))
-    for status in statuses:
-        view = views.get(status.alias)
-        if view:
-            shown.add_row(status.alias, f"{view.vocab_size:,}", view.family, view.fingerprint[:8])
-        else:
-            shown.add_row(status.alias, "", f"not here: {status.source}", "")
-    screen.out().print(shown)
+    rows = [
+        (s.alias, f"{view.vocab_size:,}", view.family, view.fingerprint[:8])
+        if (view := views.get(s.alias))
+        else (s.alias, "", f"not here: {s.source}", "")
+        for s in statuses
+    ]
+    screen.print_table(None, ("alias", "ids", "family", "fingerprint"), rows, right=("ids",))
 
 
 @app.command()
@@ -56,7 +55,6 @@ def info(
 
     Example: cdm tokenizer info qwen2
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.tokdiff.diff import diff
 
@@ -65,12 +63,7 @@ def info(
     if as_json:
         screen.print_json(_side_record(view, side))
         return
-    shown = screen.table(None, "what", name)
-    for what, fact in _facts(side):
-        shown.add_row(what, fact)
-    shown.add_row("special tokens", _specials(side))
-    shown.add_row("longest tokens", _longest(view, side))
-    screen.out().print(shown, markup=False)
+    screen.print_table(None, ("what", name), _facts(view, side))
 
 
 @app.command("diff")
@@ -94,8 +87,6 @@ def compare(
 
     Example: cdm tokenizer diff --t1 llama3 --t2 qwen2 --corpus gsm8k_test.jsonl
     """
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.cli.report import print_statistics, run_report
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.tokdiff.diff import diff
@@ -130,7 +121,7 @@ def _two_tokenizers(
             raise typer.BadParameter("name two tokenizers: --t1 and --t2.")
 
 
-def _facts(side: TokenizerSummary) -> list[tuple[str, str]]:
+def _facts(view: TokenizerView, side: TokenizerSummary) -> list[tuple[str, str]]:
     scheme = side.scheme
     return [
         ("family", side.family),
@@ -138,6 +129,8 @@ def _facts(side: TokenizerSummary) -> list[tuple[str, str]]:
         ("normalizers", ", ".join(scheme.normalizers) or "none"),
         ("prefix", "puts a blank before a text" if scheme.dummy_prefix else "none"),
         ("fingerprint", side.fingerprint[:16]),
+        ("special tokens", _specials(side)),
+        ("longest tokens", _longest(view, side)),
     ]
 
 
@@ -161,25 +154,15 @@ def _longest(view: TokenizerView, side: TokenizerSummary) -> str:
 
 
 def _print_diff(view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDiff) -> None:
-    from cdm_toolkit.cli import screen
-
-    console = screen.out()
     if found.same:
-        console.print(
-            f"{found.a.name} and {found.b.name} are the same tokenizer.", markup=False, soft_wrap=True
-        )
-    sides = screen.table(None, "what", found.a.name, found.b.name)
-    for (what, fact_a), (_, fact_b) in zip(_facts(found.a), _facts(found.b), strict=True):
-        sides.add_row(what, fact_a, fact_b)
-    sides.add_row("tokens the other has not", f"{found.a.only_here:,}", f"{found.b.only_here:,}")
-    sides.add_row("special tokens", _specials(found.a), _specials(found.b))
-    sides.add_row("longest tokens", _longest(view_a, found.a), _longest(view_b, found.b))
-    console.print(sides, markup=False)
-    console.print(
+        screen.line(f"{found.a.name} and {found.b.name} are the same tokenizer.")
+    sides = zip(_facts(view_a, found.a), _facts(view_b, found.b), strict=True)
+    rows = [(what, fact_a, fact_b) for (what, fact_a), (_, fact_b) in sides]
+    rows.append(("tokens the other has not", f"{found.a.only_here:,}", f"{found.b.only_here:,}"))
+    screen.print_table(None, ("what", found.a.name, found.b.name), rows)
+    screen.line(
         f"{len(found.shared):,} ids stand for the same bytes on both sides; {len(found.moved):,} of them have another "
-        f"number. Roles on one side only: {', '.join(found.roles_of_one) or 'none'}.",
-        markup=False,
-        soft_wrap=True,
+        f"number. Roles on one side only: {', '.join(found.roles_of_one) or 'none'}."
     )
 
 

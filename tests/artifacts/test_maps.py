@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -57,9 +57,9 @@ def mapping(exact, table) -> VocabMap:
 
 def _same(a, b) -> bool:
     return all(
-        np.array_equal(getattr(a, name), getattr(b, name))
-        for name in a.__slots__
-        if not isinstance(getattr(a, name), Neighbours)
+        np.array_equal(getattr(a, field.name), getattr(b, field.name))
+        for field in fields(a)
+        if not isinstance(getattr(a, field.name), Neighbours)
     )
 
 
