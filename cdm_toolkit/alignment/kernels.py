@@ -17,12 +17,13 @@ from jaxtyping import Bool, Int16, Int32, Int64, UInt8
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def _compiled(function: F) -> F:
+def compiled(function: F) -> F:
+    """Compile a function with numba, without the GIL, cached on disk."""
     # Compile the function itself, not the jaxtyping wrapper that checks shapes in the tests.
     return cast(F, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
 
 
-@_compiled
+@compiled
 def shared_cuts(
     start_t: Int64[np.ndarray, " time_t"],
     end_t: Int64[np.ndarray, " time_t"],
@@ -49,7 +50,7 @@ def shared_cuts(
     return cuts[:count]
 
 
-@_compiled
+@compiled
 def _fills(
     start: Int64[np.ndarray, " time"],
     end: Int64[np.ndarray, " time"],
@@ -64,7 +65,7 @@ def _fills(
     return True
 
 
-@_compiled
+@compiled
 def trivially_exact(
     groups: Int64[np.ndarray, "group 4"],
     start_t: Int64[np.ndarray, " time_t"],
@@ -84,7 +85,7 @@ def trivially_exact(
     return sure
 
 
-@_compiled
+@compiled
 def product_links(groups: Int64[np.ndarray, "group 4"]) -> Int32[np.ndarray, "link 2"]:
     """Link every teacher token of a group with every student token of the group."""
     count = 0
@@ -105,7 +106,7 @@ def product_links(groups: Int64[np.ndarray, "group 4"]) -> Int32[np.ndarray, "li
 _DIAGONAL, _TEACHER, _STUDENT = 0, 1, 2
 
 
-@_compiled
+@compiled
 def fill_steps(
     distance: Int16[np.ndarray, "row col"],
     row: Int64[np.ndarray, " time_t"],
@@ -152,7 +153,7 @@ def fill_steps(
     return steps, total[m - 1]
 
 
-@_compiled
+@compiled
 def trace(steps: UInt8[np.ndarray, "time_t time_s_4"], m: int) -> Int32[np.ndarray, "link 2"]:
     """Follow the steps back from the last cell to the first."""
     n = len(steps)
@@ -170,7 +171,7 @@ def trace(steps: UInt8[np.ndarray, "time_t time_s_4"], m: int) -> Int32[np.ndarr
             j -= 1
 
 
-@_compiled
+@compiled
 def warp_stretches(
     stretches: Int64[np.ndarray, "stretch 4"],
     swapped: Bool[np.ndarray, " stretch"],

@@ -28,15 +28,8 @@ def _group() -> None:
 
 @app.command()
 def show(
-    teacher: Annotated[
-        str,
-        typer.Option(
-            help="The model to learn from: an alias, a folder or a hub id.", autocompletion=completion.models
-        ),
-    ],
-    student: Annotated[
-        str, typer.Option(help="The model to train, likewise.", autocompletion=completion.models)
-    ],
+    teacher: Annotated[str, options.model("The model to learn from")],
+    student: Annotated[str, options.model("The model to train")],
     text: Annotated[
         str | None, typer.Argument(help="The text that is learned. With --completion: the prompt before it.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.cli import options, screen
 from cdm_toolkit.errors import BadOption
 
 if TYPE_CHECKING:
@@ -27,12 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="Create a student model to train.")
 
 @app.command()
 def new(
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            help="Tokenizer of the student: an alias, a folder or a hub id.", autocompletion=completion.models
-        ),
-    ],
+    tokenizer: Annotated[str, options.model("Tokenizer of the student")],
     output: options.OutputFolder,
     size: Annotated[str, typer.Option(help="Approximate number of parameters: 10m, 135m, 1b.")] = "10m",
     entries: Entries = None,
@@ -55,19 +50,10 @@ def new(
 
 @app.command()
 def transplant(
-    source: Annotated[
-        str,
-        typer.Option(
-            "--from", help="The model: an alias, a folder or a hub id.", autocompletion=completion.models
-        ),
-    ],
+    source: Annotated[str, options.model("The model", "--from")],
     output: options.OutputFolder,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="The new tokenizer: an alias, a folder or a hub id. The donor's or the model's own if left out.",
-            autocompletion=completion.models,
-        ),
+        str | None, options.model("The new tokenizer, the donor's or the model's own if left out")
     ] = None,
     entries: Entries = None,
     layers: Annotated[
@@ -81,13 +67,7 @@ def transplant(
         Literal["mean", "omp"],
         typer.Option(help="Rows of new tokens: means of old rows, or combinations of them after a --donor."),
     ] = "mean",
-    donor: Annotated[
-        str | None,
-        typer.Option(
-            help="A trained model with the new vocabulary: an alias, a folder or a hub id.",
-            autocompletion=completion.models,
-        ),
-    ] = None,
+    donor: Annotated[str | None, options.model("A trained model with the new vocabulary")] = None,
     k: Annotated[int, typer.Option(help="Old rows that omp combines to a new one.", min=1)] = 64,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.cli import options, screen
 from cdm_toolkit.cli.corpus_file import read_corpus
 from cdm_toolkit.cli.settings_options import given, record_option
 from cdm_toolkit.errors import BadOption, FileProblem, TokenizerMismatch, UnknownName, UnknownTokenId
@@ -167,11 +167,7 @@ def stats(
         typer.Option(help="JSONL or text file: also print the share of its tokens that have a match."),
     ] = None,
     teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="A model: also print its matched mass on --data, by strategy.",
-            autocompletion=completion.models,
-        ),
+        str | None, options.model("Also print the matched mass of a model on --data, by strategy")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL or text file that the teacher reads.")] = None,
     limit: Annotated[int, typer.Option(help="Rows of --data that the teacher reads.", min=1)] = 50,

@@ -7,20 +7,19 @@ Myers' bit-parallel algorithm (J. ACM 46(3), 1999). The reference implementation
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
-import numba
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
 
+from cdm_toolkit.alignment.kernels import compiled
+
 ProgressCallback = Callable[[int, int], None]
 Result = TypeVar("Result")
-Function = TypeVar("Function", bound=Callable[..., object])
 
 # Longest pattern that fits one machine word in Myers' algorithm; longer ones use the dynamic programme.
 WORD = 64
@@ -160,12 +159,7 @@ def _limits(
     return limit
 
 
-def _compiled(function: Function) -> Function:
-    # Compile the function itself, not the jaxtyping wrapper that checks shapes in the tests; nogil for threads.
-    return cast(Function, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
-
-
-@_compiled
+@compiled
 def _signatures(codes: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Hash each (symbol, occurrence number) to a bit: one edit adds and removes at most one bit."""
     out = np.zeros(len(start), np.uint64)
@@ -184,7 +178,7 @@ def _signatures(codes: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.
     return out
 
 
-@_compiled
+@compiled
 def _ones(x: np.uint64) -> np.uint64:
     """Count the set bits; LLVM compiles this to a popcount instruction where there is one."""
     x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -193,7 +187,7 @@ def _ones(x: np.uint64) -> np.uint64:
     return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
-@_compiled
+@compiled
 def _bounds(signature: np.uint64, signatures: np.ndarray, lo: int, hi: int, out: np.ndarray) -> None:
     """Write lower bounds of the distances to choices lo to hi: the larger one-sided difference of signatures."""
     for i in range(hi - lo):
@@ -201,19 +195,19 @@ def _bounds(signature: np.uint64, signatures: np.ndarray, lo: int, hi: int, out:
         out[i] = max(_ones(signature & ~other), _ones(other & ~signature))
 
 
-@_compiled
+@compiled
 def _set_pattern(pattern: np.ndarray, codes: np.ndarray, start: int, length: int) -> None:
     for i in range(min(length, WORD)):
         pattern[codes[start + i]] |= np.uint64(1) << np.uint64(i)
 
 
-@_compiled
+@compiled
 def _clear_pattern(pattern: np.ndarray, codes: np.ndarray, start: int, length: int) -> None:
     for i in range(min(length, WORD)):
         pattern[codes[start + i]] = np.uint64(0)
 
 
-@_compiled
+@compiled
 def _myers(pattern: np.ndarray, length: int, codes: np.ndarray, start: int, other: int, limit: int) -> int:
     """Return the edit distance of the pattern to codes[start : start + other], capped at limit + 1."""
     one = np.uint64(1)
@@ -240,7 +234,7 @@ def _myers(pattern: np.ndarray, length: int, codes: np.ndarray, start: int, othe
     return min(edits, limit + 1)
 
 
-@_compiled
+@compiled
 def _dynamic_programme(codes: np.ndarray, a: int, length: int, b: int, other: int) -> int:
     """Return the edit distance by dynamic programming, one row at a time."""
     row = np.arange(other + 1)
@@ -253,7 +247,7 @@ def _dynamic_programme(codes: np.ndarray, a: int, length: int, b: int, other: in
     return int(row[other])
 
 
-@_compiled
+@compiled
 def _distance(
     pattern: np.ndarray, codes: np.ndarray, a: int, length: int, b: int, other: int, limit: int
 ) -> int:
@@ -262,7 +256,7 @@ def _distance(
     return min(_dynamic_programme(codes, a, length, b, other), limit + 1)
 
 
-@_compiled
+@compiled
 def _near(
     queries: PackedStrings,
     choices: PackedStrings,
@@ -302,14 +296,14 @@ def _near(
     return query[:used].copy(), choice[:used].copy(), edits[:used].copy()
 
 
-@_compiled
+@compiled
 def _grown(values: np.ndarray, size: int) -> np.ndarray:
     out = np.empty(size, values.dtype)
     out[: len(values)] = values
     return out
 
 
-@_compiled
+@compiled
 def _nearest(
     queries: PackedStrings,
     choices: PackedStrings,
@@ -371,7 +365,7 @@ def _nearest(
     return best_choice, best_edits
 
 
-@_compiled
+@compiled
 def _cap(found: int, found_edits: int, found_total: int, length: int, other: int) -> int:
     """Return the largest number of edits at which a choice of this length ties with or beats the best so far."""
     common = max(length, other) - 1
