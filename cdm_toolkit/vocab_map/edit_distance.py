@@ -28,7 +28,8 @@ CHUNK = 256
 
 
 class PackedStrings(NamedTuple):
-    """Strings as concatenated symbol codes, sorted by length; `order[i]` is the caller's index of string i.
+    """Strings as concatenated symbol codes, sorted by length; `order[i]` is the caller's name of string i: its
+    index, or an id.
 
     `must_match` codes must be equal for two strings to be compared at all; the lower `tie` wins at equal distance.
     """
@@ -45,12 +46,26 @@ class PackedStrings(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NearPairs:
-    """Pairs of a query and a choice, with the number of edits and the sum of both lengths."""
+    """Pairs of a query and a choice, with the number of edits, the sum of both lengths, and the choice's `tie`."""
 
     query: Int64[np.ndarray, " pairs"]
     choice: Int64[np.ndarray, " pairs"]
     edits: Int32[np.ndarray, " pairs"]
     total: Int32[np.ndarray, " pairs"]
+    tie: Int32[np.ndarray, " pairs"]
+
+    @classmethod
+    def of(
+        cls,
+        queries: PackedStrings,
+        query: np.ndarray,
+        choices: PackedStrings,
+        choice: np.ndarray,
+        edits: np.ndarray,
+    ) -> NearPairs:
+        """Name the strings at these places as the caller does."""
+        total = queries.length[query] + choices.length[choice]
+        return cls(queries.order[query], choices.order[choice], edits, total, choices.tie[choice])
 
 
 def pack(
@@ -101,8 +116,7 @@ def near_pairs(
         np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
         for column in range(3)
     )
-    total = queries.length[query] + choices.length[choice]
-    return NearPairs(queries.order[query], choices.order[choice], edits, total)
+    return NearPairs.of(queries, query, choices, choice, edits)
 
 
 def nearest(
@@ -123,9 +137,7 @@ def nearest(
         for column in range(2)
     )
     query = np.flatnonzero(choice >= 0)
-    choice, edits = choice[query], edits[query]
-    total = queries.length[query] + choices.length[choice]
-    return NearPairs(queries.order[query], choices.order[choice], edits, total)
+    return NearPairs.of(queries, query, choices, choice[query], edits[query])
 
 
 def _run(

@@ -14,15 +14,10 @@ from jaxtyping import Bool, Float64, Int32
 
 from cdm_toolkit.errors import BadOption
 from cdm_toolkit.tokdiff.view import TokenizerView
-from cdm_toolkit.vocab_map.edit_distance import ProgressCallback, near_pairs
+from cdm_toolkit.vocab_map.edit_distance import NearPairs, ProgressCallback, near_pairs
 from cdm_toolkit.vocab_map.exact import exact_partners
 from cdm_toolkit.vocab_map.keys import TokenKey, token_keys
-from cdm_toolkit.vocab_map.token_distances import (
-    NearIdPairs,
-    concatenate_pairs,
-    distance_blocks,
-    search_blocks,
-)
+from cdm_toolkit.vocab_map.token_distances import concatenate_pairs, distance_blocks, search_blocks
 from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, pair_info
 
 DEFAULT_MAX_EDIT_DISTANCE = 0.3
@@ -98,7 +93,7 @@ class _TokenFacts:
 
 
 def _rows(
-    pairs: NearIdPairs, distances: Float64[np.ndarray, " distances"], q: _TokenFacts, c: _TokenFacts
+    pairs: NearPairs, distances: Float64[np.ndarray, " distances"], q: _TokenFacts, c: _TokenFacts
 ) -> Neighbours:
     distance = pairs.edits / pairs.total
     blanks_differ = q.blanks[pairs.query] != c.blanks[pairs.choice]
@@ -112,7 +107,7 @@ def _rows(
     )
 
 
-def _neither_is_prefix(pairs: NearIdPairs, q: _TokenFacts, c: _TokenFacts) -> Bool[np.ndarray, " pairs"]:
+def _neither_is_prefix(pairs: NearPairs, q: _TokenFacts, c: _TokenFacts) -> Bool[np.ndarray, " pairs"]:
     """Mark the pairs in which neither token is a prefix of the other."""
     marked = np.ones(len(pairs.query), bool)
     for i in np.flatnonzero(q.initial[pairs.query] == c.initial[pairs.choice]).tolist():
