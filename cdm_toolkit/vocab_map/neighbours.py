@@ -1,6 +1,6 @@
 """The neighbour table: for each id without an exact partner, all ids of the other side within an edit distance.
 
-`neighbours_reference.py` is the definition in plain Python.
+`static_reference.py` is the definition in plain Python.
 """
 
 from __future__ import annotations
