@@ -268,11 +268,11 @@ def _mass(
         built_for, given = (view_t.name, view_t.fingerprint), (own.name, own.fingerprint)
         fix = f"give the teacher's own tokenizer: --t1 {teacher}"
         raise TokenizerMismatch("the mapping", "teacher", built_for, given, fix)
-    maps = [
+    exact, min_ed, prefix = (
         build_map(view_t, view_s, replace(settings, strategy=strategy))
         for strategy in ("exact", "min-ed", "prefix")
-    ]
-    reached = matchable_by_strategy(*maps, neighbours(view_t, view_s, settings))
+    )
+    reached = matchable_by_strategy(exact, min_ed, prefix, neighbours(view_t, view_s, settings))
     device = str(resolve_device(device))
     model = load_model(teacher, device=device)
     screen.say_device(device)

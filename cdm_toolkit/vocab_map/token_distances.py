@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from cdm_toolkit.vocab_map.edit_distance import NearPairs, PackedStrings, ProgressCallback, pack
-from cdm_toolkit.vocab_map.keys import TokenKey, must_match_codes
+from cdm_toolkit.vocab_map.keys import TokenKey
 
 Block = tuple[PackedStrings, PackedStrings]
 """Queries and choices that are compared in one unit (characters or bytes), both named by id."""
@@ -67,11 +67,14 @@ def _block(
     *,
     match_digits: bool,
 ) -> Block:
-    codes: dict[str, int] = {}
-    must_match = (
-        np.array(must_match_codes(queries, codes, match_digits=match_digits), np.int32),
-        np.array(must_match_codes(choices, codes, match_digits=match_digits), np.int32),
-    )
+    known: dict[str, int] = {}
+
+    def codes(keys: list[TokenKey]) -> Int32[np.ndarray, " keys"]:
+        """Encode what must match: equal strings have equal codes, all have 0 where nothing must."""
+        texts = (key.must_match if match_digits else "" for key in keys)
+        return np.array([known.setdefault(text, len(known)) for text in texts], np.int32)
+
+    must_match = codes(queries), codes(choices)
     texts_q = [key.text for key in queries if key.text is not None]
     texts_c = [key.text for key in choices if key.text is not None]
     if len(texts_q) == len(queries) and len(texts_c) == len(choices):
