@@ -14,7 +14,6 @@ import numpy as np
 from cdm_toolkit.artifacts.atomic import write_whole
 from cdm_toolkit.artifacts.manifest import write_json
 from cdm_toolkit.artifacts.maps import HEADER, map_header, save_map
-from cdm_toolkit.artifacts.provenance import Provenance
 from cdm_toolkit.errors import MissingExtra, UnknownName
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.types import VocabMap
@@ -33,7 +32,6 @@ def export_map(
     view_s: TokenizerView,
     *,
     file_format: str,
-    made_by: Provenance | None = None,
 ) -> list[Path]:
     """Write a mapping in one of `FILE_FORMATS`; return the files written.
 
@@ -43,9 +41,9 @@ def export_map(
     """
     if file_format not in FILE_FORMATS:
         raise UnknownName("format", file_format, FILE_FORMATS)
-    path, header, rows = Path(path), map_header(mapping, made_by), _rows(mapping, view_t, view_s)
+    path, header, rows = Path(path), map_header(mapping), _rows(mapping, view_t, view_s)
     if file_format == "safetensors":
-        save_map(path, mapping, made_by)
+        save_map(path, mapping)
     elif file_format == "json":
         write_whole(path, _json(rows, header))
     elif file_format == "csv":

@@ -22,7 +22,7 @@ from cdm_toolkit.artifacts.atomic import write_whole
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.manifest import Format
-from cdm_toolkit.artifacts.provenance import Provenance, provenance
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.types import (
@@ -56,9 +56,9 @@ class MapSettings:
     """Number of threads."""
 
 
-def save_map(path: str | Path, mapping: VocabMap, made_by: Provenance | None = None) -> None:
+def save_map(path: str | Path, mapping: VocabMap) -> None:
     """Write a mapping; FileProblem where it cannot be written."""
-    _save(path, mapping, map_header(mapping, made_by))
+    _save(path, mapping, map_header(mapping))
 
 
 def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:
@@ -73,10 +73,10 @@ def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> 
     return mapping
 
 
-def save_table(path: str | Path, table: NeighbourTable, made_by: Provenance | None = None) -> None:
+def save_table(path: str | Path, table: NeighbourTable) -> None:
     """Write a neighbour table; FileProblem where it cannot be written."""
     counts = {"t_to_s": len(table.t_to_s.ids), "s_to_t": len(table.s_to_t.ids)}
-    _save(path, table, _header(TABLE, table, counts, made_by))
+    _save(path, table, _header(TABLE, table, counts))
 
 
 def load_table(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> NeighbourTable:
@@ -144,21 +144,17 @@ def cached_table(
     return cache_folder() / "neighbours" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
-def map_header(mapping: VocabMap, made_by: Provenance | None) -> dict[str, Any]:
+def map_header(mapping: VocabMap) -> dict[str, Any]:
     """Return a mapping's header: everything but the arrays."""
-    return _header(
-        MAP, mapping, {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}, made_by
-    )
+    counts = {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}
+    return _header(MAP, mapping, counts)
 
 
-def _header(
-    kind: Format, built: VocabMap | NeighbourTable, counts: Mapping[str, int], made_by: Provenance | None
-) -> dict[str, Any]:
+def _header(kind: Format, built: VocabMap | NeighbourTable, counts: Mapping[str, int]) -> dict[str, Any]:
     fingerprints = {"teacher": built.fingerprint_t, "student": built.fingerprint_s}
-    made = provenance(fingerprints=fingerprints) if made_by is None else made_by
     values = {field.name: getattr(built, field.name) for field in fields(built)}
     facts = {name: value for name, value in values.items() if isinstance(value, str | float | int | None)}
-    return kind.header(made, **facts, counts=counts)
+    return kind.header(provenance(fingerprints=fingerprints), **facts, counts=counts)
 
 
 def _save(path: str | Path, built: VocabMap | NeighbourTable, header: Mapping[str, Any]) -> None:
