@@ -142,13 +142,6 @@ def _print_result(result: CacheResult) -> None:
 
 
 def _result_record(result: CacheResult) -> dict[str, Any]:
-    return {
-        "folder": str(result.folder),
-        **_sizes(result.rows, result.tokens, result.size),
-        "made": list(result.made),
-        "kept": list(result.kept),
-        "damaged": list(result.damaged),
-        "missing": result.missing,
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-    }
+    names = ("made", "kept", "damaged", "missing", "seconds", "tokens_per_second")
+    sizes = _sizes(result.rows, result.tokens, result.size)
+    return {"folder": str(result.folder), **sizes, **{name: getattr(result, name) for name in names}}
