@@ -132,5 +132,7 @@ def _default(value: ast.expr | None, constants: Mapping[str, Any]) -> str | None
             return str(constants[name]) if name in constants else None
         case ast.Constant(value=None | False) | None:
             return None
+        case ast.Constant(value=True):
+            return "on"
         case _:
             return ast.unparse(value).strip("'\"")

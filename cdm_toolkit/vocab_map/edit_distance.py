@@ -7,11 +7,11 @@ Myers' bit-parallel algorithm (J. ACM 46(3), 1999). The reference implementation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
@@ -19,12 +19,15 @@ from jaxtyping import Int32, Int64, UInt64
 from cdm_toolkit.alignment.kernels import compiled
 
 ProgressCallback = Callable[[int, int], None]
-Result = TypeVar("Result")
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Query, choice and edits of each pair."""
 
 # Longest pattern that fits one machine word in Myers' algorithm; longer ones use the dynamic programme.
 WORD = 64
 # Queries per task: small enough for even load and a smooth progress bar, large enough to hide the call overhead.
 CHUNK = 256
+# Distances at which the nearest choice is looked for, one after the other: most queries have one at the first two.
+WIDENING = (0.15, 0.25, 0.35, 0.5, 1.0)
 
 
 class PackedStrings(NamedTuple):
@@ -53,19 +56,6 @@ class NearPairs:
     edits: Int32[np.ndarray, " pairs"]
     total: Int32[np.ndarray, " pairs"]
     tie: Int32[np.ndarray, " pairs"]
-
-    @classmethod
-    def of(
-        cls,
-        queries: PackedStrings,
-        query: np.ndarray,
-        choices: PackedStrings,
-        choice: np.ndarray,
-        edits: np.ndarray,
-    ) -> NearPairs:
-        """Name the strings at these places as the caller does."""
-        total = queries.length[query] + choices.length[choice]
-        return cls(queries.order[query], choices.order[choice], edits, total, choices.tie[choice])
 
 
 def pack(
@@ -110,13 +100,8 @@ def near_pairs(
 
     `query` and `choice` of the result are the caller's indices.
     """
-    limit = _limits(queries, choices, max_edit_distance)
-    parts = list(_run(partial(_near, queries, choices, limit), len(queries.order), workers, progress))
-    query, choice, edits = (
-        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
-        for column in range(3)
-    )
-    return NearPairs.of(queries, query, choices, choice, edits)
+    limits = _limits(queries, choices, max_edit_distance)
+    return _found(partial(_near, queries, choices, limits, 0), queries, choices, progress, workers)
 
 
 def nearest(
@@ -131,30 +116,45 @@ def nearest(
     A choice must have equal `must_match` and keep at least one symbol (edits below the longer length). Queries
     without such a choice are left out.
     """
-    parts = list(_run(partial(_nearest, queries, choices), len(queries.order), workers, progress))
-    choice, edits = (
-        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
-        for column in range(2)
-    )
-    query = np.flatnonzero(choice >= 0)
-    return NearPairs.of(queries, query, choices, choice[query], edits[query])
+    limits = [_limits(queries, choices, distance) for distance in WIDENING]
+    return _found(partial(_nearest, queries, choices, limits), queries, choices, progress, workers)
 
 
-def _run(
-    task: Callable[[int, int], Result], count: int, workers: int, progress: ProgressCallback | None
-) -> Iterator[Result]:
-    """Run `task` on chunks of `count` queries in threads; yield the results in order.
+def _nearest(
+    queries: PackedStrings, choices: PackedStrings, limits: Sequence[np.ndarray], rows: np.ndarray
+) -> Found:
+    """Widen the distance until each query has a choice."""
+    found: list[Found] = []
+    for limit in limits:
+        query, choice, edits = _near(queries, choices, limit, 1, rows)
+        distance = edits / (queries.length[query] + choices.length[choice])
+        order = np.lexsort((choices.tie[choice], distance, query))
+        first = order[np.diff(query[order], prepend=-1) != 0]
+        found.append((query[first], choice[first], edits[first]))
+        rows = np.setdiff1d(rows, query)
+    query, choice, edits = map(np.concatenate, zip(*found, strict=True))
+    return query, choice, edits
 
-    The compiled kernels release the GIL.
-    """
-    starts = range(0, count, CHUNK)
+
+def _found(
+    find: Callable[[np.ndarray], Found],
+    queries: PackedStrings,
+    choices: PackedStrings,
+    progress: ProgressCallback | None,
+    workers: int,
+) -> NearPairs:
+    """Run `find` on chunks of the queries in threads; its compiled kernels release the GIL."""
+    count = len(queries.order)
+    chunks = [np.arange(lo, min(lo + CHUNK, count)) for lo in range(0, count, CHUNK)]
+    parts: list[Found] = [(np.zeros(0, np.int32),) * 3]
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        for lo, result in zip(
-            starts, pool.map(lambda lo: task(lo, min(lo + CHUNK, count)), starts), strict=True
-        ):
+        for rows, part in zip(chunks, pool.map(find, chunks), strict=True):
             if progress is not None:
-                progress(min(lo + CHUNK, count), count)
-            yield result
+                progress(int(rows[-1]) + 1, count)
+            parts.append(part)
+    query, choice, edits = map(np.concatenate, zip(*parts, strict=True))
+    total = queries.length[query] + choices.length[choice]
+    return NearPairs(queries.order[query], choices.order[choice], edits, total, choices.tie[choice])
 
 
 def _limits(
@@ -273,18 +273,20 @@ def _near(
     queries: PackedStrings,
     choices: PackedStrings,
     limits: np.ndarray,
-    lo: int,
-    hi: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    common: int,
+    rows: np.ndarray,
+) -> Found:
+    """Find the choices of some queries, with edits up to the limit of the sum of lengths, and `common` symbols kept."""
     pattern = np.zeros(queries.codes.max() + 1, np.uint64)
     bound = np.empty(len(choices.start), np.uint8)
     size, used = 1024, 0
     query, choice, edits = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
-    for q in range(lo, hi):
+    for q in rows:
         length = queries.length[q]
         _set_pattern(pattern, queries.codes, queries.start[q], length)
         for other in range(1, len(choices.first_of_length) - 1):
             limit = limits[length + other] if length + other < len(limits) else -1
+            limit = min(limit, max(length, other) - common)
             if limit < abs(length - other) or length == 0:
                 continue
             first, last = choices.first_of_length[other], choices.first_of_length[other + 1]
@@ -313,74 +315,3 @@ def _grown(values: np.ndarray, size: int) -> np.ndarray:
     out = np.empty(size, values.dtype)
     out[: len(values)] = values
     return out
-
-
-@compiled
-def _nearest(
-    queries: PackedStrings,
-    choices: PackedStrings,
-    lo: int,
-    hi: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    pattern = np.zeros(queries.codes.max() + 1, np.uint64)
-    bound = np.empty(len(choices.start), np.uint8)
-    best_choice, best_edits = np.full(hi - lo, -1, np.int32), np.zeros(hi - lo, np.int32)
-    lengths = len(choices.first_of_length) - 2
-    for q in range(lo, hi):
-        length = queries.length[q]
-        if length == 0:
-            continue
-        _set_pattern(pattern, queries.codes, queries.start[q], length)
-        found_c, found_edits, found_total = -1, 0, 1
-        # Nearest lengths first, and within a length nearest signatures first: a small distance is found early,
-        # and most other choices are then ruled out by their bound.
-        for step in range(max(length, lengths) + 1):
-            for side in range(2 if step else 1):
-                other = length - step if side else length + step
-                if other < 1 or other > lengths:
-                    continue
-                first, last = choices.first_of_length[other], choices.first_of_length[other + 1]
-                total = length + other
-                cap = _cap(found_c, found_edits, found_total, length, other)
-                if cap < step or first == last:
-                    continue
-                _bounds(queries.signature[q], choices.signature, first, last, bound)
-                near = step
-                while near <= cap:
-                    following = 255
-                    for i in range(last - first):
-                        if bound[i] > near:
-                            following = min(following, bound[i])
-                            continue
-                        c = first + i
-                        bound[i] = 255
-                        if queries.must_match[q] != choices.must_match[c]:
-                            continue
-                        edits = _distance(
-                            pattern, queries.codes, queries.start[q], length, choices.start[c], other, cap
-                        )
-                        if edits > cap:
-                            continue
-                        closer = edits * found_total - found_edits * total
-                        if (
-                            found_c < 0
-                            or closer < 0
-                            or (closer == 0 and choices.tie[c] < choices.tie[found_c])
-                        ):
-                            found_c, found_edits, found_total = c, edits, total
-                            cap = _cap(found_c, found_edits, found_total, length, other)
-                    if following == 255:
-                        break
-                    near = following
-        best_choice[q - lo], best_edits[q - lo] = found_c, found_edits
-        _clear_pattern(pattern, queries.codes, queries.start[q], length)
-    return best_choice, best_edits
-
-
-@compiled
-def _cap(found: int, found_edits: int, found_total: int, length: int, other: int) -> int:
-    """Return the largest number of edits at which a choice of this length ties with or beats the best so far."""
-    common = max(length, other) - 1
-    if found < 0:
-        return common
-    return min(common, found_edits * (length + other) // found_total)
