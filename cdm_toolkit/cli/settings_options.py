@@ -14,9 +14,7 @@ from typing import Any
 
 import typer
 
-from cdm_toolkit.cli.completion import Completions
-
-Names = Callable[[], Completions]
+Names = Callable[[], list[tuple[str, str]]]
 PACKAGE = Path(__file__).parents[1]
 RUN = "distill/settings.py"
 RECORDS_OF_A_RUN: Mapping[str, str] = {
