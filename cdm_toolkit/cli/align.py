@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cdm_toolkit.cli import options, screen
 from cdm_toolkit.cli.corpus_file import read_corpus
+from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.pages import write_page
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.aligners import TextAlignment
     from cdm_toolkit.tokdiff.spans import TokenSpans
+
+ENTROPIES = ("uniform", "models")
 
 CorpusFile = Annotated[Path, typer.Argument(help="A JSONL file, or a text file with one text per line.")]
 
@@ -39,7 +42,7 @@ def show(
     ] = False,
     aligner: options.Aligner = "anchored",
     entropy: Annotated[
-        Literal["uniform", "models"],
+        str,
         typer.Option(
             help="Token weights in DTW: uniform, or models (next-token entropies; --t1 and --t2 must be models)."
         ),
@@ -158,6 +161,8 @@ def _aligned_texts(
     from cdm_toolkit.hub.tokenizers import load_view
 
     require_known(aligner)
+    if entropy not in ENTROPIES:
+        raise UnknownName("entropy", entropy, ENTROPIES)
     view_t, view_s = load_view(t1), load_view(t2)
     if entropy == "uniform":
         return [
