@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Int32, Int64
 
 from cdm_toolkit.alignment import kernels
 from cdm_toolkit.alignment.bytes import byte_groups
-from cdm_toolkit.alignment.dtw import TokenStrings, path_groups
+from cdm_toolkit.alignment.dtw import path_groups, token_distance
 from cdm_toolkit.alignment.groups import Alignment
 from cdm_toolkit.alignment.sides import AlignmentSide, token_string
 
@@ -33,11 +31,7 @@ def align_anchored(t: AlignmentSide, s: AlignmentSide, weight_t: WeightsT, weigh
     links = kernels.product_links(groups[~several])
     if several.any():
         stretches = groups[several]
-        inside_t, inside_s = (
-            _StretchTokens.of_side(t, stretches[:, :2]),
-            _StretchTokens.of_side(s, stretches[:, 2:]),
-        )
-        path, lengths = _warp(inside_t, inside_s, weight_t, weight_s)
+        path, lengths = _warp(t, s, stretches, weight_t, weight_s)
         links = np.concatenate((links, path))
         # Restore the order of links: i + j grows along the monotone path.
         links = links[np.argsort(links.sum(axis=1), kind="stable")]
@@ -52,54 +46,32 @@ def align_anchored(t: AlignmentSide, s: AlignmentSide, weight_t: WeightsT, weigh
     return Alignment(groups.astype(np.int32), exact, links, "anchored", len(t), len(s))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _StretchTokens:
-    """The tokens of one side inside the stretches (n-m groups) that DTW runs on, concatenated."""
-
-    strings: list[bytes]
-    """The distinct token strings."""
-    string_index: Int64[np.ndarray, " token"]
-    """Index into `strings` of each token."""
-    positions: Int64[np.ndarray, " token"]
-    """Position of each token in the whole sequence."""
-    ranges: Int64[np.ndarray, "stretch 2"]
-    """Range `[start, end)` of each stretch in the concatenated tokens."""
-
-    @classmethod
-    def of_side(cls, side: AlignmentSide, ranges: Int64[np.ndarray, "stretch 2"]) -> _StretchTokens:
-        lengths = ranges[:, 1] - ranges[:, 0]
-        ends = np.cumsum(lengths)
-        positions = np.repeat(ranges[:, 0] - (ends - lengths), lengths) + np.arange(lengths.sum())
-        ids, string_index = np.unique(side.ids[positions], return_inverse=True)
-        strings = [token_string(side.view, i) for i in ids.tolist()]
-        return cls(strings, string_index, positions, np.stack((ends - lengths, ends), axis=1))
-
-    def strings_in(self, stretch: int) -> list[bytes]:
-        start, end = self.ranges[stretch]
-        return [self.strings[k] for k in self.string_index[start:end].tolist()]
-
-
 def _warp(
-    t: _StretchTokens, s: _StretchTokens, weight_t: WeightsT, weight_s: WeightsS
+    t: AlignmentSide,
+    s: AlignmentSide,
+    stretches: Int64[np.ndarray, "stretch 4"],
+    weight_t: WeightsT,
+    weight_s: WeightsS,
 ) -> tuple[Links, Int64[np.ndarray, " stretch"]]:
-    """Run DTW in each stretch; return the concatenated paths and the length of each."""
-    count = len(t.ranges)
-    swapped = np.fromiter(
-        (_swap_in_ties(t.strings_in(k), s.strings_in(k)) for k in range(count)), bool, count
+    """Run DTW in each stretch (n-m group); return the concatenated paths and the length of each."""
+    pairs = kernels.product_links(stretches)
+    distinct, index = np.unique(
+        t.ids[pairs[:, 0]].astype(np.int64) << 32 | s.ids[pairs[:, 1]], return_inverse=True
     )
-    strings = TokenStrings.of(t.strings, t.string_index, s.strings, s.string_index)
-    path, lengths = kernels.warp_stretches(
-        np.concatenate((t.ranges, s.ranges), axis=1),
-        swapped,
-        strings.t,
-        strings.index_t,
-        weight_t[t.positions],
-        strings.s,
-        strings.index_s,
-        weight_s[s.positions],
-        strings.scratch,
+    distances = [
+        token_distance(token_string(t.view, pair >> 32), token_string(s.view, pair & 0xFFFF_FFFF))
+        for pair in distinct.tolist()
+    ]
+    swapped = [
+        _swap_in_ties(_strings(t, t0, t1), _strings(s, s0, s1)) for t0, t1, s0, s1 in stretches.tolist()
+    ]
+    return kernels.warp_stretches(
+        stretches, np.array(swapped), np.array(distances, np.int16)[index], weight_t, weight_s
     )
-    return np.stack((t.positions[path[:, 0]], s.positions[path[:, 1]]), axis=1).astype(np.int32), lengths
+
+
+def _strings(side: AlignmentSide, first: int, last: int) -> list[bytes]:
+    return [token_string(side.view, i) for i in side.ids[first:last].tolist()]
 
 
 def _swap_in_ties(tokens_t: list[bytes], tokens_s: list[bytes]) -> bool:

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64, UInt64
+from jaxtyping import Bool, Int, Int16, Int32, Int64
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
 from cdm_toolkit.alignment import kernels
 from cdm_toolkit.alignment.bytes import trivially_exact
@@ -20,80 +23,53 @@ from cdm_toolkit.errors import BadOption
 _MAX_CELLS = 1 << 34  # cells of the step table, at 2 bits each: 4 GiB
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class WarpingPath:
-    """A monotone path of token pairs, from the first pair to the last, and its cost."""
-
-    path: Int32[np.ndarray, "link 2"]
-    cost: int
+Distances = Int16[np.ndarray, "token_t token_s"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenStrings:
-    """The distinct token strings of two sequences as symbols, and the index of each token's string."""
-
-    t: kernels.Symbols
-    index_t: Int64[np.ndarray, " time_t"]
-    s: kernels.Symbols
-    index_s: Int64[np.ndarray, " time_s"]
-    scratch: UInt64[np.ndarray, "2 alphabet"]
-    """Zeroed work space of the edit distance: one bitmask per symbol, for bytes and for characters."""
-
-    @classmethod
-    def of(
-        cls, t: Sequence[bytes], index_t: np.ndarray, s: Sequence[bytes], index_s: np.ndarray
-    ) -> TokenStrings:
-        """Encode the distinct strings of each side; `index_t`, `index_s`: index of each token's string."""
-        text_t, text_s = [_whole(token) for token in t], [_whole(token) for token in s]
-        chars = "".join(text or "" for text in (*text_t, *text_s))
-        points = np.frombuffer(chars.encode("utf-32-le"), np.uint32)
-        alphabet, numbers = np.unique(points, return_inverse=True)
-        numbers = numbers.astype(np.int32)
-        cut = sum(len(text or "") for text in text_t)
-        scratch = np.zeros((2, max(256, len(alphabet))), np.uint64)
-        return cls(
-            _symbols(t, text_t, numbers[:cut]), index_t.astype(np.int64),
-            _symbols(s, text_s, numbers[cut:]), index_s.astype(np.int64), scratch,
-        )  # fmt: skip
+def token_distances(t: Sequence[bytes], s: Sequence[bytes]) -> Distances:
+    """Compute the edit distance of each pair, over characters where both are valid UTF-8, else over bytes."""
+    distance: Distances = cdist(t, s, scorer=Levenshtein.distance, dtype=np.int16)
+    (at_t, texts_t), (at_s, texts_s) = _texts(t), _texts(s)
+    if texts_t and texts_s:
+        distance[np.ix_(at_t, at_s)] = cdist(texts_t, texts_s, scorer=Levenshtein.distance, dtype=np.int16)
+    return distance
 
 
-def _whole(token: bytes) -> str | None:
+def _texts(tokens: Sequence[bytes]) -> tuple[list[int], list[str]]:
+    """List the tokens that are valid UTF-8, with their indices."""
+    found = {}
+    for i, token in enumerate(tokens):
+        with suppress(UnicodeDecodeError):
+            found[i] = token.decode()
+    return list(found), list(found.values())
+
+
+@lru_cache(maxsize=1 << 16)
+def token_distance(a: bytes, b: bytes) -> int:
+    """Compute the edit distance of one pair, as `token_distances`."""
     try:
-        return token.decode()
+        return Levenshtein.distance(a.decode(), b.decode())
     except UnicodeDecodeError:
-        return None
-
-
-def _ends(lengths: Sequence[int]) -> Int64[np.ndarray, " token_and_1"]:
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(np.array(lengths, np.int64))))
-
-
-def _symbols(tokens: Sequence[bytes], texts: Sequence[str | None], numbers: np.ndarray) -> kernels.Symbols:
-    return kernels.Symbols(
-        np.frombuffer(b"".join(tokens), np.uint8).astype(np.int32),
-        _ends([len(token) for token in tokens]),
-        numbers,
-        _ends([len(text or "") for text in texts]),
-        np.array([text is not None for text in texts], bool),
-    )
+        return Levenshtein.distance(a, b)
 
 
 def warp(
-    strings: TokenStrings, weight_t: Int64[np.ndarray, " time_t"], weight_s: Int64[np.ndarray, " time_s"]
-) -> WarpingPath:
-    """Find the cheapest path with cost(i, j) = Levenshtein(t_i, s_j)·weight_t[i]·weight_s[j].
+    distance: Distances,
+    index_t: Int64[np.ndarray, " time_t"],
+    index_s: Int64[np.ndarray, " time_s"],
+    weight_t: Int64[np.ndarray, " time_t"],
+    weight_s: Int64[np.ndarray, " time_s"],
+) -> tuple[Int32[np.ndarray, "link 2"], int]:
+    """Find the cheapest path with cost(i, j) = distance[index_t[i], index_s[j]]·weight_t[i]·weight_s[j], and its cost.
 
-    Steps are (1,1), (1,0) and (0,1); ties prefer the diagonal, then the teacher's step, then the student's.
-    Neither side may be empty. Memory: 2 bits per cell for the steps, and the distances between distinct
-    tokens.
+    The path is monotone, from the first pair to the last. Steps are (1,1), (1,0) and (0,1); ties prefer the diagonal,
+    then the teacher's step, then the student's. Neither side may be empty. Memory: 2 bits per cell for the steps.
     """
-    n, m = len(strings.index_t), len(strings.index_s)
+    n, m = len(index_t), len(index_s)
     if n * m > _MAX_CELLS:
         raise BadOption("aligner", "dtw", f"anchored, which needs no {n} × {m} table, or shorter texts")
-    tokens_t, tokens_s = np.arange(len(strings.t.whole)), np.arange(len(strings.s.whole))
-    distance = kernels.distances(strings.t, tokens_t, strings.s, tokens_s, strings.scratch)
-    steps, cost = kernels.fill_steps(distance, strings.index_t, strings.index_s, weight_t, weight_s)
-    return WarpingPath(kernels.trace(steps, m), int(cost))
+    steps, cost = kernels.fill_steps(distance, index_t, index_s, weight_t, weight_s)
+    return kernels.trace(steps, m), int(cost)
 
 
 def path_groups(path: Int[np.ndarray, "link 2"]) -> Int64[np.ndarray, "group 4"]:
@@ -109,16 +85,10 @@ def path_groups(path: Int[np.ndarray, "link 2"]) -> Int64[np.ndarray, "group 4"]
     )
 
 
-def token_strings(t: AlignmentSide, s: AlignmentSide) -> TokenStrings:
-    """Encode the distinct token strings of two sides."""
-    ids_t, index_t = np.unique(t.ids, return_inverse=True)
-    ids_s, index_s = np.unique(s.ids, return_inverse=True)
-    return TokenStrings.of(
-        [token_string(t.view, i) for i in ids_t.tolist()],
-        index_t,
-        [token_string(s.view, i) for i in ids_s.tolist()],
-        index_s,
-    )
+def distinct_strings(side: AlignmentSide) -> tuple[list[bytes], Int64[np.ndarray, " time"]]:
+    """List the strings of a side's distinct ids, and each token's index among them."""
+    ids, index = np.unique(side.ids, return_inverse=True)
+    return [token_string(side.view, i) for i in ids.tolist()], index
 
 
 def align_by_dtw(
@@ -135,7 +105,8 @@ def align_by_dtw(
     """
     n, m = len(t), len(s)
     if n and m:
-        links = warp(token_strings(t, s), weight_t, weight_s).path
+        (strings_t, index_t), (strings_s, index_s) = distinct_strings(t), distinct_strings(s)
+        links, _ = warp(token_distances(strings_t, strings_s), index_t, index_s, weight_t, weight_s)
         groups = path_groups(links)
     else:
         groups = np.array([[0, n, 0, m]] if n or m else [], np.int64).reshape(-1, 4)

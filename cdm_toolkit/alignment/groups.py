@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -58,13 +57,6 @@ class Alignment:
         for (t0, t1, s0, s1), exact in zip(self.groups.tolist(), self.exact.tolist(), strict=True):
             yield Group(t0, t1, s0, s1, exact)
 
-    def transpose(self) -> Alignment:
-        """Swap teacher and student."""
-        groups, exact = in_order(self.groups[:, [2, 3, 0, 1]], self.exact)
-        links = self.links[:, ::-1]
-        links = links[np.lexsort((links[:, 1], links[:, 0]))]
-        return Alignment(groups, exact, links, self.aligner, self.n_s, self.n_t)
-
     def kind_indices(self) -> Int[np.ndarray, " group"]:
         """Return each group's kind as an index into `KINDS`."""
         sizes = np.minimum(self.groups[:, 1::2] - self.groups[:, ::2], 2)
@@ -97,41 +89,3 @@ def in_order(
         reached = np.concatenate(([0], np.maximum.accumulate(np.where(empty, 0, groups[:, column + 1]))[:-1]))
         groups[empty, column] = groups[empty, column + 1] = reached[empty]
     return groups, exact
-
-
-@runtime_checkable
-class Spanned(Protocol):
-    """Tokens with byte ranges in a text: `start` and `end`, each non-decreasing."""
-
-    @property
-    def start(self) -> Int[np.ndarray, " time"]: ...
-    @property
-    def end(self) -> Int[np.ndarray, " time"]: ...
-
-
-def invariant_violations(
-    alignment: Alignment, t: Spanned | None = None, s: Spanned | None = None
-) -> list[str]:
-    """List violations of the invariants of an alignment: gaps, crossings, empty groups. Empty if valid.
-
-    With the spans of both sides, also list where a group could be split in two: a group is minimal when no
-    cut between its teacher tokens is at the same byte as a cut between its student tokens.
-    """
-    found, at_t, at_s = [], 0, 0
-    for group in alignment:
-        t0, t1, s0, s1 = group.t0, group.t1, group.s0, group.s1
-        if (t0, s0) != (at_t, at_s) or t1 < t0 or s1 < s0:
-            found.append(f"{group} does not follow ({at_t}, {at_s})")
-        if t0 == t1 and s0 == s1:
-            found.append(f"{group} is empty")
-        at_t, at_s = t1, s1
-        if t is not None and s is not None:
-            found += [
-                f"{group} can be cut before ({i}, {j})"
-                for i in range(t0 + 1, t1)
-                for j in range(s0 + 1, s1)
-                if max(t.end[i - 1], s.end[j - 1]) <= min(t.start[i], s.start[j])
-            ]
-    if (at_t, at_s) != (alignment.n_t, alignment.n_s):
-        found.append(f"the groups end at ({at_t}, {at_s}) of ({alignment.n_t}, {alignment.n_s})")
-    return found

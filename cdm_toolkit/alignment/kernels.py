@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import numba
 import numpy as np
-from jaxtyping import Bool, Int16, Int32, Int64, UInt8, UInt64
+from jaxtyping import Bool, Int16, Int32, Int64, UInt8
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def _compiled(function: F) -> F:
+def compiled(function: F) -> F:
+    """Compile a function with numba, without the GIL, cached on disk."""
     # Compile the function itself, not the jaxtyping wrapper that checks shapes in the tests.
     return cast(F, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
 
 
-@_compiled
+@compiled
 def shared_cuts(
     start_t: Int64[np.ndarray, " time_t"],
     end_t: Int64[np.ndarray, " time_t"],
@@ -49,7 +50,7 @@ def shared_cuts(
     return cuts[:count]
 
 
-@_compiled
+@compiled
 def _fills(
     start: Int64[np.ndarray, " time"],
     end: Int64[np.ndarray, " time"],
@@ -64,7 +65,7 @@ def _fills(
     return True
 
 
-@_compiled
+@compiled
 def trivially_exact(
     groups: Int64[np.ndarray, "group 4"],
     start_t: Int64[np.ndarray, " time_t"],
@@ -84,7 +85,7 @@ def trivially_exact(
     return sure
 
 
-@_compiled
+@compiled
 def product_links(groups: Int64[np.ndarray, "group 4"]) -> Int32[np.ndarray, "link 2"]:
     """Link every teacher token of a group with every student token of the group."""
     count = 0
@@ -100,116 +101,12 @@ def product_links(groups: Int64[np.ndarray, "group 4"]) -> Int32[np.ndarray, "li
     return links
 
 
-# Levenshtein distance
-
-_ONE = np.uint64(1)
-_NONE = np.uint64(0)
-_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-_WORD = 64
-
-
-@_compiled
-def _levenshtein_long(a: Int32[np.ndarray, " len_a"], b: Int32[np.ndarray, " len_b"]) -> int:
-    row = np.arange(len(b) + 1)
-    for i in range(len(a)):
-        corner, row[0] = row[0], i + 1
-        for j in range(len(b)):
-            kept = corner + (a[i] != b[j])
-            corner = row[j + 1]
-            row[j + 1] = min(kept, corner + 1, row[j] + 1)
-    return int(row[len(b)])
-
-
-@_compiled
-def _levenshtein_word(
-    bitmasks: UInt64[np.ndarray, " alphabet"], length: int, b: Int32[np.ndarray, " len_b"]
-) -> int:
-    """Compute the edit distance with Myers' bit-parallel algorithm (1999, Hyyrö's variant).
-
-    A column of the distance table is held in two machine words. `bitmasks[c]` has bit k set where the
-    pattern's k-th symbol is c; the pattern has 1 to 64 symbols.
-    """
-    plus, minus, distance = _ALL, _NONE, length
-    last = _ONE << np.uint64(length - 1)
-    for k in range(len(b)):
-        equal = bitmasks[b[k]]
-        vertical = equal | minus
-        horizontal = (((equal & plus) + plus) ^ plus) | equal
-        up = minus | ~(horizontal | plus)
-        down = plus & horizontal
-        if up & last:
-            distance += 1
-        elif down & last:
-            distance -= 1
-        up = (up << _ONE) | _ONE
-        down = down << _ONE
-        plus = down | ~(vertical | up)
-        minus = up & vertical
-    return distance
-
-
-class Symbols(NamedTuple):
-    """Token strings as concatenated symbols: token u's bytes are `units[unit_offsets[u]:unit_offsets[u + 1]]`.
-
-    Where these are valid UTF-8 (`whole`), its characters are `chars[char_offsets[u]:char_offsets[u + 1]]`, as
-    indices into the alphabet.
-    """
-
-    units: Int32[np.ndarray, " byte"]
-    unit_offsets: Int64[np.ndarray, " token_and_1"]
-    chars: Int32[np.ndarray, " char"]
-    char_offsets: Int64[np.ndarray, " token_and_1"]
-    whole: Bool[np.ndarray, " token"]
-
-
-@_compiled
-def distances(
-    t: Symbols,
-    rows: Int64[np.ndarray, " row"],
-    s: Symbols,
-    cols: Int64[np.ndarray, " col"],
-    bitmasks: UInt64[np.ndarray, "2 alphabet"],
-) -> Int16[np.ndarray, "row col"]:
-    """Compute the edit distance of each teacher token in `rows` to each student token in `cols`.
-
-    Over characters where both tokens are valid UTF-8, else over bytes. `bitmasks` is work space, all zero
-    before and after.
-    """
-    out = np.empty((len(rows), len(cols)), np.int16)
-    for i in range(len(rows)):
-        u = rows[i]
-        units = t.units[t.unit_offsets[u] : t.unit_offsets[u + 1]]
-        chars = t.chars[t.char_offsets[u] : t.char_offsets[u + 1]]
-        short = 0 < len(units) <= _WORD
-        if short:
-            for k in range(len(units)):
-                bitmasks[0, units[k]] |= _ONE << np.uint64(k)
-            for k in range(len(chars)):
-                bitmasks[1, chars[k]] |= _ONE << np.uint64(k)
-        for j in range(len(cols)):
-            v = cols[j]
-            if t.whole[u] and s.whole[v]:
-                mine, other, alphabet = chars, s.chars[s.char_offsets[v] : s.char_offsets[v + 1]], 1
-            else:
-                mine, other, alphabet = units, s.units[s.unit_offsets[v] : s.unit_offsets[v + 1]], 0
-            if short:
-                out[i, j] = _levenshtein_word(bitmasks[alphabet], len(mine), other)
-            else:
-                out[i, j] = _levenshtein_long(mine, other)
-        if short:
-            for k in range(len(units)):
-                bitmasks[0, units[k]] = _NONE
-            for k in range(len(chars)):
-                bitmasks[1, chars[k]] = _NONE
-    return out
-
-
 # Dynamic time warping
 
 _DIAGONAL, _TEACHER, _STUDENT = 0, 1, 2
 
 
-@_compiled
+@compiled
 def fill_steps(
     distance: Int16[np.ndarray, "row col"],
     row: Int64[np.ndarray, " time_t"],
@@ -256,7 +153,7 @@ def fill_steps(
     return steps, total[m - 1]
 
 
-@_compiled
+@compiled
 def trace(steps: UInt8[np.ndarray, "time_t time_s_4"], m: int) -> Int32[np.ndarray, "link 2"]:
     """Follow the steps back from the last cell to the first."""
     n = len(steps)
@@ -274,36 +171,35 @@ def trace(steps: UInt8[np.ndarray, "time_t time_s_4"], m: int) -> Int32[np.ndarr
             j -= 1
 
 
-@_compiled
+@compiled
 def warp_stretches(
     stretches: Int64[np.ndarray, "stretch 4"],
     swapped: Bool[np.ndarray, " stretch"],
-    t: Symbols,
-    index_t: Int64[np.ndarray, " time_t"],
+    distances: Int16[np.ndarray, " pair"],
     weight_t: Int64[np.ndarray, " time_t"],
-    s: Symbols,
-    index_s: Int64[np.ndarray, " time_s"],
     weight_s: Int64[np.ndarray, " time_s"],
-    bitmasks: UInt64[np.ndarray, "2 alphabet"],
 ) -> tuple[Int32[np.ndarray, "link 2"], Int64[np.ndarray, " stretch"]]:
     """Run DTW in each stretch (t0, t1, s0, s1); return the concatenated paths and the length of each.
 
-    Where `swapped`, the two sides are exchanged, so that ties prefer the student's step.
+    `distances` are of the pairs of `product_links`. Where `swapped`, the two sides are exchanged, so that ties prefer
+    the student's step.
     """
     longest = (stretches[:, 1] - stretches[:, 0] + stretches[:, 3] - stretches[:, 2]).sum()
     links, lengths = np.empty((longest, 2), np.int32), np.empty(len(stretches), np.int64)
-    count = 0
+    count = done = 0
     for k in range(len(stretches)):
         t0, t1, s0, s1 = stretches[k]
-        distance = distances(t, index_t[t0:t1], s, index_s[s0:s1], bitmasks)
-        rows, cols = np.arange(t1 - t0), np.arange(s1 - s0)
+        n, m = t1 - t0, s1 - s0
+        distance = distances[done : done + n * m].reshape(n, m)
+        done += n * m
+        rows, cols = np.arange(n), np.arange(m)
         if swapped[k]:
             transposed = np.ascontiguousarray(distance.T)
             steps, _ = fill_steps(transposed, cols, rows, weight_s[s0:s1], weight_t[t0:t1])
-            path = trace(steps, t1 - t0)[:, ::-1]
+            path = trace(steps, n)[:, ::-1]
         else:
             steps, _ = fill_steps(distance, rows, cols, weight_t[t0:t1], weight_s[s0:s1])
-            path = trace(steps, s1 - s0)
+            path = trace(steps, m)
         lengths[k] = len(path)
         for step in range(len(path)):
             links[count, 0], links[count, 1] = t0 + path[step, 0], s0 + path[step, 1]

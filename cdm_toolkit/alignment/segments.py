@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
-from cdm_toolkit.alignment.aligners import side_weights
+from cdm_toolkit.alignment.entropy import uniform_weights
 from cdm_toolkit.alignment.groups import Alignment
 from cdm_toolkit.alignment.sides import AlignmentSide, require_same_text
 from cdm_toolkit.errors import BadOption
@@ -24,9 +23,6 @@ def align_segments(
     pieces_t: Sequence[Piece],
     s: TokenSpans,
     pieces_s: Sequence[Piece],
-    *,
-    entropy_t: Float[np.ndarray, " time_t"] | None = None,
-    entropy_s: Float[np.ndarray, " time_s"] | None = None,
 ) -> Alignment:
     """Align two texts that share the given pieces, byte ranges `[start, end)` in each text.
 
@@ -41,7 +37,7 @@ def align_segments(
     require_same_text(side_t, side_s)
     if side_t.parts != side_s.parts:
         raise BadOption("the pieces' ends", (side_t.parts, side_s.parts), "the same pieces of both texts")
-    return align_anchored(side_t, side_s, side_weights(side_t, entropy_t), side_weights(side_s, entropy_s))
+    return align_anchored(side_t, side_s, uniform_weights(len(t)), uniform_weights(len(s)))
 
 
 def project(spans: TokenSpans, pieces: Sequence[Piece]) -> AlignmentSide:

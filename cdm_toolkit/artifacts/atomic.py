@@ -36,6 +36,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             raise
 
 
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all. FileProblem where it cannot be written."""
+    with atomic_write(path) as stream:
+        stream.write(content)
+
+
 @contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, and is deleted if it fails.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.atomic import write_whole
+from cdm_toolkit.artifacts.manifest import write_json
 from cdm_toolkit.artifacts.maps import HEADER, map_header, save_map
-from cdm_toolkit.artifacts.provenance import Provenance
 from cdm_toolkit.errors import MissingExtra, UnknownName
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.types import VocabMap
@@ -32,7 +32,6 @@ def export_map(
     view_s: TokenizerView,
     *,
     file_format: str,
-    made_by: Provenance | None = None,
 ) -> list[Path]:
     """Write a mapping in one of `FILE_FORMATS`; return the files written.
 
@@ -40,24 +39,23 @@ def export_map(
     teacher id, the value the best student id or −1. The header of csv and npy files is written next to them, as
     `PATH.header.json`. UnknownName, MissingExtra without pyarrow, FileProblem.
     """
-    path = Path(path)
-    header = map_header(mapping, made_by)
-    if file_format == "safetensors":
-        save_map(path, mapping, made_by)
-    elif file_format == "json":
-        _write(path, _json(mapping, view_t, view_s, header))
-    elif file_format == "csv":
-        _write(path, _csv(mapping, view_t, view_s))
-    elif file_format == "parquet":
-        _write(path, _parquet(mapping, view_t, view_s, header))
-    elif file_format == "npy":
-        _write(path, _npy(mapping))
-    else:
+    if file_format not in FILE_FORMATS:
         raise UnknownName("format", file_format, FILE_FORMATS)
+    path, header, rows = Path(path), map_header(mapping), _rows(mapping, view_t, view_s)
+    if file_format == "safetensors":
+        save_map(path, mapping)
+    elif file_format == "json":
+        write_whole(path, _json(rows, header))
+    elif file_format == "csv":
+        write_whole(path, _csv(rows))
+    elif file_format == "parquet":
+        write_whole(path, _parquet(rows, header))
+    else:
+        write_whole(path, _npy(mapping))
     if file_format not in ("csv", "npy"):
         return [path]
     beside = path.with_name(f"{path.name}.header.json")
-    _write(beside, json.dumps(header, ensure_ascii=False, indent=1).encode())
+    write_json(beside, header)
     return [path, beside]
 
 
@@ -70,23 +68,18 @@ def _rows(mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView) -> It
         yield teacher_id, text_t, student_id, text_s, round(weight, 6)
 
 
-def _json(
-    mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView, header: Mapping[str, Any]
-) -> bytes:
+def _json(rows: Iterable[PairRow], header: Mapping[str, Any]) -> bytes:
     """Encode one JSON object with one pair per line, which works with grep and diff."""
     head = json.dumps(header, ensure_ascii=False, indent=1).removesuffix("\n}")
-    pairs = ",\n".join(
-        json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False)
-        for row in _rows(mapping, view_t, view_s)
-    )
+    pairs = ",\n".join(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows)
     return f'{head},\n "pairs": [\n{pairs}\n]}}\n'.encode()
 
 
-def _csv(mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView) -> bytes:
+def _csv(rows: Iterable[PairRow]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
-    writer.writerows(_rows(mapping, view_t, view_s))
+    writer.writerows(rows)
     return text.getvalue().encode()
 
 
@@ -96,9 +89,7 @@ def _npy(mapping: VocabMap) -> bytes:
     return content.getvalue()
 
 
-def _parquet(
-    mapping: VocabMap, view_t: TokenizerView, view_s: TokenizerView, header: Mapping[str, Any]
-) -> bytes:
+def _parquet(rows: Iterable[PairRow], header: Mapping[str, Any]) -> bytes:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -107,13 +98,8 @@ def _parquet(
     types = (pa.int32(), pa.string(), pa.int32(), pa.string(), pa.float32())
     meta = {HEADER: json.dumps(header, ensure_ascii=False)}
     schema = pa.schema(list(zip(COLUMNS, types, strict=True)), metadata=meta)
-    columns = list(zip(*_rows(mapping, view_t, view_s), strict=True)) or [()] * len(COLUMNS)
+    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     arrays = [pa.array(column, type) for column, type in zip(columns, types, strict=True)]
     content = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), content)
     return content.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as stream:
-        stream.write(content)

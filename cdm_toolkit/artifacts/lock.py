@@ -27,11 +27,8 @@ def locked(lock_file: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             lock.acquire()
     except OSError as error:
-        problem, fix = (
-            f"it cannot be written ({error.strerror or error})",
-            "name a folder that you may write to",
-        )
-        raise FileProblem(lock_file.parent, problem, fix) from None
+        problem = f"it cannot be written ({error.strerror or error})"
+        raise FileProblem(lock_file.parent, problem, "name a folder that you may write to") from None
     try:
         yield
     finally:
@@ -42,10 +39,8 @@ def is_locked(lock_file: Path) -> bool:
     """Say whether a process is in the block of `locked`."""
     if not lock_file.is_file():
         return False
-    lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(lock_file, timeout=0):
+            return False
     except Timeout:
         return True
-    lock.release()
-    return False

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.atomic import write_whole
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.errors import BadArtifact, FileProblem
 
@@ -80,8 +80,7 @@ def read_json(path: Path, again: str) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all. FileProblem where it cannot be written."""
-    with atomic_write(path) as stream:
-        stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def validated(kind: type[Record], path: Path, found: Any, again: str) -> Record:

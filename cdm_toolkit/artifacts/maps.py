@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +18,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.atomic import write_whole
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.manifest import Format
-from cdm_toolkit.artifacts.provenance import Provenance, provenance
+from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import BadArtifact, FileProblem
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.types import (
@@ -31,7 +31,6 @@ from cdm_toolkit.vocab_map.types import (
     VocabMap,
     check_tokenizers,
     pair_info,
-    pair_info_of,
 )
 
 MADE_BY = ("tokdiff", "vocab_map")
@@ -42,10 +41,24 @@ HEADER = "cdm_toolkit"
 Made = TypeVar("Made")
 
 
-def save_map(path: str | Path, mapping: VocabMap, made_by: Provenance | None = None) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapSettings:
+    """How a mapping is built. Those who build it check the values."""
+
+    strategy: str = "contextual"
+    """contextual: equal bytes, else all near tokens. exact: only equal bytes. min-ed: the nearest by edit distance.
+    prefix: the longest student token that is a prefix of the teacher's."""
+    max_edit_distance: float = 0.3
+    """Near tokens have an edit distance below this fraction of their total length."""
+    match_digits: bool = True
+    """Only match tokens with equal digits and operators."""
+    workers: int = 2
+    """Number of threads."""
+
+
+def save_map(path: str | Path, mapping: VocabMap) -> None:
     """Write a mapping; FileProblem where it cannot be written."""
-    arrays = {"indptr": mapping.indptr, "ids": mapping.ids, "weights": mapping.weights}
-    _save(path, arrays, map_header(mapping, made_by))
+    _save(path, mapping, map_header(mapping))
 
 
 def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> VocabMap:
@@ -54,36 +67,30 @@ def load_map(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> 
     FileProblem where there is no such file, BadArtifact where it is damaged, of another format or version,
     TokenizerMismatch where it was built for other tokenizers.
     """
-    arrays, header = _load(path, MAP)
-    mapping = _made(path, MAP, lambda: VocabMap(**{**_record(VocabMap, header), **arrays}))
+    facts, arrays = _load(path, MAP)
+    mapping = _made(path, MAP, lambda: VocabMap(**_fields_of(VocabMap, facts | arrays)))
     check_tokenizers(f"the mapping {path}", mapping, pair_info(view_t, view_s))
     return mapping
 
 
-def save_table(path: str | Path, table: NeighbourTable, made_by: Provenance | None = None) -> None:
+def save_table(path: str | Path, table: NeighbourTable) -> None:
     """Write a neighbour table; FileProblem where it cannot be written."""
-    arrays = {
-        f"{way}.{field.name}": getattr(getattr(table, way), field.name)
-        for way in ("t_to_s", "s_to_t")
-        for field in fields(Neighbours)
-    }
-    facts = {"max_edit_distance": table.max_edit_distance, "match_digits": table.match_digits}
     counts = {"t_to_s": len(table.t_to_s.ids), "s_to_t": len(table.s_to_t.ids)}
-    _save(path, arrays, _header(TABLE, table, {**facts, "counts": counts}, made_by))
+    _save(path, table, _header(TABLE, table, counts))
 
 
 def load_table(path: str | Path, view_t: TokenizerView, view_s: TokenizerView) -> NeighbourTable:
     """Read a neighbour table for these tokenizers. Raises as `load_map`."""
-    arrays, header = _load(path, TABLE)
+    facts, arrays = _load(path, TABLE)
 
-    def way(name: str) -> Neighbours:
-        return Neighbours(**{field.name: arrays[f"{name}.{field.name}"] for field in fields(Neighbours)})
+    def made() -> NeighbourTable:
+        ways = {
+            way: Neighbours(**{field.name: arrays[f"{way}.{field.name}"] for field in fields(Neighbours)})
+            for way in ("t_to_s", "s_to_t")
+        }
+        return NeighbourTable(**_fields_of(NeighbourTable, facts | ways))
 
-    table = _made(
-        path,
-        TABLE,
-        lambda: NeighbourTable(**_record(NeighbourTable, header), t_to_s=way("t_to_s"), s_to_t=way("s_to_t")),
-    )
+    table = _made(path, TABLE, made)
     check_tokenizers(f"the neighbour table {path}", table, pair_info(view_t, view_s))
     return table
 
@@ -132,46 +139,42 @@ def cached_table(
     view_t: TokenizerView, view_s: TokenizerView, *, max_edit_distance: float, match_digits: bool
 ) -> Path:
     """Say where the cache keeps the table of two tokenizers."""
-    key = json.dumps(
-        [
-            TABLE.version,
-            code_fingerprint(*MADE_BY),
-            view_t.fingerprint,
-            view_s.fingerprint,
-            max_edit_distance,
-            match_digits,
-        ]
-    )
+    code, fingerprints = code_fingerprint(*MADE_BY), (view_t.fingerprint, view_s.fingerprint)
+    key = json.dumps([TABLE.version, code, *fingerprints, max_edit_distance, match_digits])
     return cache_folder() / "neighbours" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
-def map_header(mapping: VocabMap, made_by: Provenance | None) -> dict[str, Any]:
+def map_header(mapping: VocabMap) -> dict[str, Any]:
     """Return a mapping's header: everything but the arrays."""
-    facts = {
-        "strategy": mapping.strategy,
-        "max_edit_distance": mapping.max_edit_distance,
-        "match_digits": mapping.match_digits,
-    }
     counts = {"matched": int(mapping.matched.sum()), "entries": len(mapping.ids)}
-    return _header(MAP, mapping, {**facts, "counts": counts}, made_by)
+    return _header(MAP, mapping, counts)
 
 
-def _header(
-    kind: Format, built: VocabMap | NeighbourTable, facts: Mapping[str, Any], made_by: Provenance | None
-) -> dict[str, Any]:
+def _header(kind: Format, built: VocabMap | NeighbourTable, counts: Mapping[str, int]) -> dict[str, Any]:
     fingerprints = {"teacher": built.fingerprint_t, "student": built.fingerprint_s}
-    made = provenance(fingerprints=fingerprints) if made_by is None else made_by
-    return kind.header(made, **pair_info_of(built), **facts)
+    values = {field.name: getattr(built, field.name) for field in fields(built)}
+    facts = {name: value for name, value in values.items() if isinstance(value, str | float | int | None)}
+    return kind.header(provenance(fingerprints=fingerprints), **facts, counts=counts)
 
 
-def _save(path: str | Path, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+def _save(path: str | Path, built: VocabMap | NeighbourTable, header: Mapping[str, Any]) -> None:
+    arrays = dict(_arrays(built))
     header = {**header, "checksum": _checksum(arrays)}
-    content = save(dict(arrays), {HEADER: json.dumps(header, ensure_ascii=False)})
-    with atomic_write(path) as stream:
-        stream.write(content)
+    write_whole(path, save(arrays, {HEADER: json.dumps(header, ensure_ascii=False)}))
+
+
+def _arrays(record: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """List the arrays of a record by name, those of a record within by their path."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, np.ndarray):
+            yield prefix + field.name, value
+        elif is_dataclass(value):
+            yield from _arrays(value, f"{prefix}{field.name}.")
 
 
 def _load(path: str | Path, kind: Format) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read header and arrays."""
     again = kind.again
     if not Path(path).is_file():
         raise FileProblem(path, "there is no such file", f"check the path, or {again}")
@@ -186,7 +189,7 @@ def _load(path: str | Path, kind: Format) -> tuple[dict[str, Any], dict[str, Any
         raise FileProblem(path, f"cannot be read ({error.strerror or error})", "check the path") from None
     if _checksum(arrays) != header.get("checksum"):
         raise BadArtifact(path, "it is damaged: its checksum is wrong", again)
-    return arrays, header
+    return header, arrays
 
 
 def _made(path: str | Path, kind: Format, make: Callable[[], Made]) -> Made:
@@ -197,8 +200,8 @@ def _made(path: str | Path, kind: Format, make: Callable[[], Made]) -> Made:
         raise BadArtifact(path, problem, kind.again) from None
 
 
-def _record(of: type[VocabMap] | type[NeighbourTable], header: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: header[field.name] for field in fields(of) if field.name in header}
+def _fields_of(record: type[VocabMap] | type[NeighbourTable], found: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: found[field.name] for field in fields(record) if field.name in found}
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> int:

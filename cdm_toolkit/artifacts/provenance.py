@@ -43,7 +43,7 @@ def provenance(
         versions={
             "cdm-toolkit": __version__,
             "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: found for name in RECORDED if (found := _version(name)) is not None},
+            **{name: found for name in RECORDED if (found := installed_version(name)) is not None},
         },
         fingerprints=dict(fingerprints or {}),
         seed=seed,
@@ -51,7 +51,8 @@ def provenance(
     )
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Read a package's version from its metadata; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -183,11 +183,6 @@ def read_note(folder: Path, header: CacheHeader, index: int) -> ShardNote:
     return note
 
 
-def check_size(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
-    """Raise BadArtifact where a shard is missing or its size differs from its note."""
-    note.file.check_size(_data_file(folder, index), _make_again(folder, header, index))
-
-
 def check_content(folder: Path, header: CacheHeader, index: int, note: ShardNote) -> None:
     """Raise BadArtifact where the sha256 of a shard differs from its note; the whole file is read."""
     note.file.check(_data_file(folder, index), _make_again(folder, header, index))
@@ -280,12 +275,17 @@ class TeacherCache:
             raise TokenizerMismatch(
                 f"the cache {folder}", "teacher", built_for, (view.name, view.fingerprint), fix
             )
-        for name, given in (("data", data_fingerprint), ("template", template_fingerprint)):
-            _check_same(folder, header, name, given)
+        for what, given in (("data", data_fingerprint), ("template", template_fingerprint)):
+            there = getattr(header, f"{what}_fingerprint")
+            if given not in (None, there):
+                made_of = f"{getattr(header, what)} ({there[:8]}…)"
+                problem = f"its {what} is {made_of}, not the one given ({str(given)[:8]}…)"
+                fix = f"give the same {what}, or make another cache with `write_cache`"
+                raise BadArtifact(folder, problem, fix)
         _check_complete(folder, header)
         notes = [read_note(folder, header, index) for index in range(header.shards)]
         for index, note in enumerate(notes):
-            check_size(folder, header, index, note)
+            note.file.check_size(_data_file(folder, index), _make_again(folder, header, index))
         return cls(folder, header, notes)
 
     @property
@@ -350,13 +350,6 @@ def folder_size(folder: Path, shards: Iterable[int]) -> int:
     for index in shards:
         files += [_data_file(folder, index), _note_file(folder, index)]
     return sum(path.stat().st_size for path in files if path.is_file())
-
-
-def _check_same(folder: Path, header: CacheHeader, what: str, given: str | None) -> None:
-    there = getattr(header, f"{what}_fingerprint")
-    if given is not None and given != there:
-        problem = f"its {what} is {getattr(header, what)} ({there[:8]}…), not the one given ({given[:8]}…)"
-        raise BadArtifact(folder, problem, f"give the same {what}, or make another cache with `write_cache`")
 
 
 def missing_shards(folder: Path, header: CacheHeader) -> list[int]:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import options
+from cdm_toolkit.cli import options, screen
+from cdm_toolkit.cli.corpus_file import read_corpus
+from cdm_toolkit.errors import UnknownName
+from cdm_toolkit.pages import write_page
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.aligners import TextAlignment
@@ -59,11 +62,8 @@ def show(
 
     Example: cdm align show "Tokens don't match 1:1" --t1 smollm2 --t2 mistral
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.align_page import alignment_page, alignment_svg
     from cdm_toolkit.cli.align_rows import draw_rows
-    from cdm_toolkit.cli.corpus_file import read_corpus
-    from cdm_toolkit.pages import write_page
 
     if (text is None) == (file is None):
         raise typer.BadParameter("give a text, or --file, and not both.")
@@ -90,7 +90,7 @@ def show(
         for each in aligned:
             for line in draw_rows(each, width=console.width):
                 console.print(line, no_wrap=True, overflow="ignore", crop=False)
-            console.print(_summary(each), markup=False, soft_wrap=True)
+            screen.line(_summary(each))
 
 
 @app.command()
@@ -109,9 +109,6 @@ def report(
     Example: cdm align report gsm8k_test.jsonl --t1 llama3 --t2 qwen2
     """
     from cdm_toolkit.cli import report as rendering
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.corpus_file import read_corpus
-    from cdm_toolkit.pages import write_page
 
     texts = read_corpus(file)
     found = rendering.run_report(t1, t2, texts, aligner=aligner, workers=workers)
@@ -139,8 +136,6 @@ def export(
     Example: cdm align export gsm8k_test.jsonl --t1 llama3 --t2 qwen2 -o aligned
     """
     from cdm_toolkit.artifacts.alignments import write_alignments
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.hub.align_corpus import align_corpus
     from cdm_toolkit.hub.tokenizers import load_view
 
@@ -156,14 +151,13 @@ def export(
             file_format=file_format,
             overwrite=overwrite,
         )
-    screen.out().print(f"{written}: {len(texts):,} texts", markup=False, soft_wrap=True)
+    screen.line(f"{written}: {len(texts):,} texts")
 
 
 def _aligned_texts(
     t1: str, t2: str, texts: list[str], *, aligner: str, special_tokens: bool, entropy: str, device: str
 ) -> list[TextAlignment]:
     from cdm_toolkit.alignment.aligners import TextAlignment, align, align_text, require_known
-    from cdm_toolkit.errors import UnknownName
     from cdm_toolkit.hub.tokenizers import load_view
 
     require_known(aligner)
@@ -175,7 +169,6 @@ def _aligned_texts(
             align_text(view_t, view_s, text, aligner=aligner, add_special_tokens=special_tokens)
             for text in texts
         ]
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.models import load_model, resolve_device
     from cdm_toolkit.hub.token_entropies import token_entropies
 

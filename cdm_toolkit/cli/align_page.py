@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 
 from cdm_toolkit.alignment.aligners import TextAlignment
-from cdm_toolkit.alignment.groups import Group
 from cdm_toolkit.cli.visible import token_label
 from cdm_toolkit.pages import render
 from cdm_toolkit.tokdiff.spans import TokenSpans
@@ -78,14 +77,9 @@ def _groups(aligned: TextAlignment) -> Iterator[_Group]:
     for group in aligned.alignment:
         key = group.kind if group.kind in KINDS else "unmatched"
         inexact = not group.exact and key in KINDS
-        yield _Group(group.kind, key, inexact, *_sides(aligned, group))
-
-
-def _sides(aligned: TextAlignment, group: Group) -> tuple[list[_Token], list[_Token]]:
-    return (
-        [_token(aligned.t, i) for i in range(group.t0, group.t1)],
-        [_token(aligned.s, i) for i in range(group.s0, group.s1)],
-    )
+        upper = [_token(aligned.t, i) for i in range(group.t0, group.t1)]
+        lower = [_token(aligned.s, i) for i in range(group.s0, group.s1)]
+        yield _Group(group.kind, key, inexact, upper, lower)
 
 
 def _token(spans: TokenSpans, index: int) -> _Token:

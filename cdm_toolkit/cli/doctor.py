@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cdm_toolkit import __version__
-from cdm_toolkit.cli import options
+from cdm_toolkit.artifacts.provenance import installed_version
+from cdm_toolkit.cli import options, screen
 
 # Packages with the extra that installs them; None for those that every command needs.
 _PACKAGES = {
@@ -32,37 +32,31 @@ _PACKAGES = {
 
 def doctor(as_json: options.AsJson = False) -> None:
     """Report package versions, torch build, CUDA, memory, cache folder and locally available aliases."""
-    from cdm_toolkit.cli import screen
-
     report = examine()
     if as_json:
         screen.print_json(report)
         return
-    console = screen.out()
-    facts = screen.table(None, "what", "found")
-    facts.add_row("cdm-toolkit", report["cdm_toolkit"])
-    facts.add_row("Python", f"{report['python']} on {report['platform']}")
-    facts.add_row("torch build", report["torch_build"])
-    facts.add_row("CUDA", report["cuda"])
-    memory = report["memory_gib"]
-    facts.add_row(
-        "memory", f"{memory['available']:.1f} of {memory['total']:.1f} GiB free" if memory else "unknown"
-    )
-    facts.add_row("cores", f"{report['cores']}")
-    cache = report["cache"]
-    facts.add_row(
-        "cache folder", f"{cache['folder']} ({cache['state']}, {cache['disk_free_gib']:.1f} GiB free)"
-    )
-    facts.add_row(
-        "aliases at hand", ", ".join(report["aliases_at_hand"]) or "none yet: cdm models fetch smollm2"
-    )
-    console.print(facts)
-    packages = screen.table(None, "package", "version", "needed by")
-    for name, found in report["packages"].items():
-        extra = _PACKAGES[name]
-        missing = f'missing: pip install "cdm-toolkit[{extra}]"' if extra else "missing"
-        packages.add_row(name, found or missing, f"the extra {extra}" if extra else "every command")
-    console.print(packages, markup=False)
+    memory, cache = report["memory_gib"], report["cache"]
+    free = f"{memory['available']:.1f} of {memory['total']:.1f} GiB free" if memory else "unknown"
+    facts = {
+        "cdm-toolkit": report["cdm_toolkit"],
+        "Python": f"{report['python']} on {report['platform']}",
+        "torch build": report["torch_build"],
+        "CUDA": report["cuda"],
+        "memory": free,
+        "cores": f"{report['cores']}",
+        "cache folder": f"{cache['folder']} ({cache['state']}, {cache['disk_free_gib']:.1f} GiB free)",
+        "aliases at hand": ", ".join(report["aliases_at_hand"]) or "none yet: cdm models fetch smollm2",
+    }
+    screen.print_table(None, ("what", "found"), facts.items())
+    packages = (_package_row(name, found) for name, found in report["packages"].items())
+    screen.print_table(None, ("package", "version", "needed by"), packages)
+
+
+def _package_row(name: str, found: str | None) -> tuple[str, str, str]:
+    if (extra := _PACKAGES[name]) is None:
+        return name, found or "missing", "every command"
+    return name, found or f'missing: pip install "cdm-toolkit[{extra}]"', f"the extra {extra}"
 
 
 def examine() -> dict[str, Any]:
@@ -76,7 +70,7 @@ def examine() -> dict[str, Any]:
         "cdm_toolkit": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         **_torch_facts(),
         "memory_gib": _memory(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -87,13 +81,6 @@ def examine() -> dict[str, Any]:
         },
         "aliases_at_hand": [status.alias for status in list_aliases() if status.here],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _torch_facts() -> dict[str, str]:

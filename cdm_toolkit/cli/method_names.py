@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from cdm_toolkit.cli.settings_options import constants_in
+
 
 def method_summaries() -> dict[str, str]:
     """Give the one-line summary of each method by name: those of the toolkit, then those of plugins."""
@@ -36,14 +38,6 @@ def _methods_in(file: Path) -> Iterator[tuple[str, str]]:
         return  # running a command tells a plugin's faults, its help does not
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            texts = dict(_texts(node))
-            if "name" in texts and "summary" in texts:
+            texts = dict(constants_in(node.body))
+            if isinstance(texts.get("name"), str) and isinstance(texts.get("summary"), str):
                 yield texts["name"], texts["summary"]
-
-
-def _texts(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
-    for line in node.body:
-        if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant):
-            for target in line.targets:
-                if isinstance(target, ast.Name) and isinstance(line.value.value, str):
-                    yield target.id, line.value.value

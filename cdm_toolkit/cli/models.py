@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cdm_toolkit.cli import completion, options
+from cdm_toolkit.cli import completion, options, screen
 
 app = typer.Typer(no_args_is_help=True, help="List the aliases of tokenizers and models, and fetch them.")
 
@@ -18,18 +18,18 @@ def list_models(as_json: options.AsJson = False) -> None:
 
     A local folder or a hub id can be used wherever an alias can; @ and a revision may follow an alias or hub id.
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.resolve import list_aliases
 
     statuses = list_aliases()
     if as_json:
         screen.print_json([asdict(status) for status in statuses])
         return
-    shown = screen.table(None, "alias", "what", "source", "licence", "here")
-    for status in statuses:
-        what = "tokenizer and weights" if status.weights else "tokenizer"
-        shown.add_row(status.alias, what, status.source, status.licence, "yes" if status.here else "no")
-    screen.out().print(shown)
+    kinds = ("tokenizer", "tokenizer and weights")
+    screen.print_table(
+        None,
+        ("alias", "what", "source", "licence", "here"),
+        ((s.alias, kinds[s.weights], s.source, s.licence, "yes" if s.here else "no") for s in statuses),
+    )
 
 
 @app.command()
@@ -48,7 +48,6 @@ def fetch(
 
     Example: cdm models fetch smollm2 mistral
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.models import has_weights, model_folder
     from cdm_toolkit.hub.resolve import resolve
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cdm_toolkit.cli import completion
 
-_T1 = typer.Option(
-    "--t1",
-    help="First tokenizer: an alias (cdm models list), a folder or a hub id.",
-    autocompletion=completion.models,
-)
-_T2 = typer.Option("--t2", help="Second tokenizer, likewise.", autocompletion=completion.models)
+
+def model(about: str, *flags: str) -> Any:
+    """Make the option that names a tokenizer or model; the shell completes aliases."""
+    help = f"{about}: an alias (cdm models list), a folder or a hub id."
+    return typer.Option(*flags, help=help, autocompletion=completion.models)
+
+
+_T1, _T2 = model("First tokenizer", "--t1"), model("Second tokenizer", "--t2")
 FirstTokenizer = Annotated[str, _T1]
 SecondTokenizer = Annotated[str, _T2]
 FirstTokenizerIfGiven = Annotated[str | None, _T1]
 SecondTokenizerIfGiven = Annotated[str | None, _T2]
+Teacher = Annotated[str, model("The teacher's tokenizer", "--t1")]
+Student = Annotated[str, model("The student's tokenizer", "--t2")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Device = Annotated[
     str,
@@ -29,19 +33,3 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 Aligner = Annotated[str, typer.Option(help="anchored (exact), bytes, entropy-dtw (the paper's) or dtw.")]
 Workers = Annotated[int, typer.Option(help="Number of worker processes.", min=1)]
-Teacher = Annotated[
-    str,
-    typer.Option(
-        "--t1",
-        help="The teacher's tokenizer: an alias, a folder or a hub id.",
-        autocompletion=completion.models,
-    ),
-]
-Student = Annotated[
-    str,
-    typer.Option(
-        "--t2",
-        help="The student's tokenizer: an alias, a folder or a hub id.",
-        autocompletion=completion.models,
-    ),
-]

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cdm_toolkit.cli import completion, options
+from cdm_toolkit.artifacts.atomic import write_whole
+from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.errors import FileProblem
 
 app = typer.Typer(no_args_is_help=True, help="Run files to start from: list, show, copy.")
 
@@ -19,17 +21,13 @@ Name = Annotated[
 @app.command("list")
 def list_all(as_json: options.AsJson = False) -> None:
     """List the recipes, with a summary of each."""
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.recipes import list_recipes
 
     recipes = list_recipes()
     if as_json:
         screen.print_json([{"name": r.name, "summary": r.summary, "file": str(r.path)} for r in recipes])
         return
-    shown = screen.table(None, "recipe", "what it does")
-    for recipe in recipes:
-        shown.add_row(recipe.name, recipe.summary)
-    screen.out().print(shown)
+    screen.print_table(None, ("recipe", "what it does"), ((r.name, r.summary) for r in recipes))
 
 
 @app.command()
@@ -38,7 +36,6 @@ def show(name: Name) -> None:
 
     Example: cdm recipes show small/cdm > run.yaml
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.recipes import find_recipe
 
     text = find_recipe(name).path.read_text(encoding="utf-8")
@@ -55,14 +52,10 @@ def copy(
 
     Example: cdm recipes copy small/cdm run.yaml
     """
-    from cdm_toolkit.artifacts.atomic import atomic_write
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.recipes import find_recipe
-    from cdm_toolkit.errors import FileProblem
 
     recipe = find_recipe(name)
     if to.exists() and not overwrite:
         raise FileProblem(to, "it exists", "--overwrite replaces it, or name another file")
-    with atomic_write(to) as stream:
-        stream.write(recipe.path.read_bytes())
-    screen.out().print(f"{to}: edit it, then run it with: cdm distill {to}", markup=False, soft_wrap=True)
+    write_whole(to, recipe.path.read_bytes())
+    screen.line(f"{to}: edit it, then run it with: cdm distill {to}")

@@ -10,7 +10,7 @@ from cdm_toolkit.alignment.statistics import PairStatistics, Tally
 from cdm_toolkit.cli import screen
 from cdm_toolkit.cli.visible import visible
 from cdm_toolkit.hub import align_corpus
-from cdm_toolkit.hub.align_corpus import CorpusReport, TextReport
+from cdm_toolkit.hub.align_corpus import CorpusReport
 from cdm_toolkit.tokdiff.changes import Change
 
 SHOWN = 70  # characters of a text, and changes of a tokenizer, that a report quotes
@@ -19,45 +19,24 @@ CHANGES = 5
 
 def run_report(t1: str, t2: str, texts: Sequence[str], *, aligner: str, workers: int) -> CorpusReport:
     """Report on a corpus under a progress bar."""
-    with screen.progress() as bar:
-        task = bar.add_task("aligning", total=len(texts), note="")
-        return align_corpus.report(
-            t1,
-            t2,
-            texts,
-            aligner=aligner,
-            workers=workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with screen.counted("aligning") as progress:
+        return align_corpus.report(t1, t2, texts, aligner=aligner, workers=workers, progress=progress)
 
 
 def print_report(found: CorpusReport, texts: Sequence[str], *, worst: int) -> None:
     """Print the report as tables."""
-    console = screen.out()
     print_statistics(*found.names, found.total)
-    console.print(_verdict(found), markup=False, soft_wrap=True)
-    for line in _change_lines(found):
-        console.print(line, markup=False, soft_wrap=True)
-    rows = _worst_rows(found, texts, worst)
-    if rows:
-        shown = screen.table("Texts cut most differently", *_WORST, right=_WORST[:-1])
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown, markup=False)
+    for line in (_verdict(found), *_change_lines(found)):
+        screen.line(line)
+    if rows := _worst_rows(found, texts, worst):
+        screen.print_table("Texts cut most differently", _WORST, rows, right=_WORST[:-1])
 
 
 def print_statistics(name_a: str, name_b: str, measured: PairStatistics) -> None:
     """Print how two tokenizers cut a corpus, by class of text."""
     figures = ("bytes", f"B/token {name_a}", f"B/token {name_b}", "1-1", "1-n", "n-1", "n-m")
-    shown = screen.table(
-        f"{measured.texts:,} texts, boundaries agree {measured.agreement:.1%}",
-        "class",
-        *figures,
-        right=figures,
-    )
-    for row in _class_rows(measured):
-        shown.add_row(*row)
-    screen.out().print(shown)
+    title = f"{measured.texts:,} texts, boundaries agree {measured.agreement:.1%}"
+    screen.print_table(title, ("class", *figures), _class_rows(measured), right=figures)
 
 
 def _class_rows(measured: PairStatistics) -> list[tuple[str, ...]]:
@@ -132,10 +111,6 @@ def report_record(found: CorpusReport, *, worst: int) -> dict[str, Any]:
     def change(row: int, changed: Change) -> dict[str, Any]:
         return {"row": row, **asdict(changed), "text": changed.text.hex(), "spelled": changed.spelled.hex()}
 
-    def text(each: TextReport) -> dict[str, Any]:
-        statistics = each.statistics
-        return {"row": each.row, "inexact_groups": statistics.inexact, "agreement": statistics.agreement}
-
     changes_t, changes_s = _changes(found)
     return {
         "t1": found.names[0],
@@ -144,7 +119,14 @@ def report_record(found: CorpusReport, *, worst: int) -> dict[str, Any]:
         "exact_texts": found.exact_texts,
         **statistics_record(found.total),
         "changes": {"t1": [change(*each) for each in changes_t], "t2": [change(*each) for each in changes_s]},
-        "worst": [text(each) for each in found.worst(worst)],
+        "worst": [
+            {
+                "row": text.row,
+                "inexact_groups": text.statistics.inexact,
+                "agreement": text.statistics.agreement,
+            }
+            for text in found.worst(worst)
+        ],
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -39,6 +41,11 @@ def err() -> Console:
     return _console(stderr=True)
 
 
+def line(text: str) -> None:
+    """Print one line of an answer, as it is."""
+    out().print(text, markup=False, soft_wrap=True)
+
+
 def say(message: str) -> None:
     """Print a message on stderr."""
     err().print(message, style="dim", markup=False, soft_wrap=True)
@@ -70,6 +77,24 @@ def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Tabl
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made
+
+
+def print_table(
+    title: str | None, columns: Sequence[str], rows: Iterable[Iterable[str]], *, right: tuple[str, ...] = ()
+) -> None:
+    """Print a table of an answer; `right` are the right-aligned columns."""
+    shown = table(title, *columns, right=right)
+    for row in rows:
+        shown.add_row(*row)
+    out().print(shown, markup=False)
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of one thing; what is given is called with (done, total)."""
+    with progress() as bar:
+        task = bar.add_task(what, total=None, note="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def progress() -> Progress:

@@ -6,7 +6,7 @@ They are read from the sources of the settings, whose import brings torch (secon
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,7 @@ from typing import Any
 
 import typer
 
-from cdm_toolkit.cli.completion import Completions
-
-Names = Callable[[], Completions]
+Names = Callable[[], list[tuple[str, str]]]
 PACKAGE = Path(__file__).parents[1]
 RUN = "distill/settings.py"
 RECORDS_OF_A_RUN: Mapping[str, str] = {
@@ -52,6 +50,13 @@ def record_option(source: str, record: str, name: str, *flags: str, names: Names
     return _option(fields_of(source, record)[name], flags, None, names)
 
 
+def given(context: typer.Context, source: str, record: str) -> dict[str, Any]:
+    """Give the fields of a record that have an option in the command that runs, where a value was given."""
+    return {
+        name: value for name in fields_of(source, record) if (value := context.params.get(name)) is not None
+    }
+
+
 def _option(field: SettingField, flags: tuple[str, ...], panel: str | None, names: Names | None) -> Any:
     return typer.Option(
         *flags,
@@ -77,7 +82,7 @@ def setting_named(flag: str) -> str | None:
 def fields_of(source: str, record: str) -> Mapping[str, SettingField]:
     """Read the fields of a class from its source: the string below a field is its help."""
     tree = _parsed(PACKAGE / source)
-    constants = dict(_constants(tree))
+    constants = dict(constants_in(tree.body))
     (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record)
     return dict(_fields(found, constants))
 
@@ -94,12 +99,13 @@ def _settings_in(file: Path) -> Iterator[set[str]]:
             yield {each.target.id for each in _declared(node)}
 
 
-def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    for node in tree.body:
+def constants_in(body: Iterable[ast.stmt]) -> Iterator[tuple[str, Any]]:
+    """Give the names of a module or class that are assigned a constant, with their values."""
+    for node in body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
             for target in node.targets:
                 if isinstance(target, ast.Name):
-                    yield target.id, str(node.value.value)
+                    yield target.id, node.value.value
 
 
 def _declared(record: ast.ClassDef) -> Iterator[Any]:
@@ -108,7 +114,7 @@ def _declared(record: ast.ClassDef) -> Iterator[Any]:
             yield node
 
 
-def _fields(record: ast.ClassDef, constants: Mapping[str, str]) -> Iterator[tuple[str, SettingField]]:
+def _fields(record: ast.ClassDef, constants: Mapping[str, Any]) -> Iterator[tuple[str, SettingField]]:
     below = dict(zip(record.body, record.body[1:], strict=False))
     for node in _declared(record):
         match below.get(node):
@@ -119,11 +125,13 @@ def _fields(record: ast.ClassDef, constants: Mapping[str, str]) -> Iterator[tupl
         yield node.target.id, SettingField(help, _default(node.value, constants))
 
 
-def _default(value: ast.expr | None, constants: Mapping[str, str]) -> str | None:
+def _default(value: ast.expr | None, constants: Mapping[str, Any]) -> str | None:
     match value:
         case ast.Name(id=name):
-            return constants.get(name)
+            return str(constants[name]) if name in constants else None
         case ast.Constant(value=None | False) | None:
             return None
+        case ast.Constant(value=True):
+            return "on"
         case _:
             return ast.unparse(value).strip("'\"")

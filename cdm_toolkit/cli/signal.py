@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import completion, options
+from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.errors import BadOption, UnknownName
+from cdm_toolkit.pages import write_page
 
 if TYPE_CHECKING:
     from cdm_toolkit.distill.explain import ComparedPosition, ExplainedGroup, Explanation
@@ -26,15 +28,8 @@ def _group() -> None:
 
 @app.command()
 def show(
-    teacher: Annotated[
-        str,
-        typer.Option(
-            help="The model to learn from: an alias, a folder or a hub id.", autocompletion=completion.models
-        ),
-    ],
-    student: Annotated[
-        str, typer.Option(help="The model to train, likewise.", autocompletion=completion.models)
-    ],
+    teacher: Annotated[str, options.model("The model to learn from")],
+    student: Annotated[str, options.model("The model to train")],
     text: Annotated[
         str | None, typer.Argument(help="The text that is learned. With --completion: the prompt before it.")
     ] = None,
@@ -83,10 +78,8 @@ def show(
 
     Example: cdm signal show "Tokens don't match 1:1" --teacher smollm2 --student student --html signal.html
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.cli.signal_page import signal_page
     from cdm_toolkit.cli.signal_table import signal_table
-    from cdm_toolkit.pages import write_page
 
     specs = _checked(method or ["spelling"], template)
     shown = _row(text, completion, data, row)
@@ -113,7 +106,6 @@ def _checked(specs: list[str], template: str) -> list[str]:
     """See that all methods exist and have outcomes to show, before anything is loaded."""
     from typing import get_args
 
-    from cdm_toolkit.errors import BadOption, UnknownName
     from cdm_toolkit.kd.method import find_method
     from cdm_toolkit.kd.tokenized_rows import TemplateName
 
@@ -128,7 +120,6 @@ def _checked(specs: list[str], template: str) -> list[str]:
 
 def _row(text: str | None, completion: str | None, data: Path | None, number: int) -> Row:
     from cdm_toolkit.distill.sources import read_rows
-    from cdm_toolkit.errors import BadOption
     from cdm_toolkit.kd.rows import Row
 
     if (text is None) == (data is None):
@@ -163,7 +154,6 @@ def _explain(
 ) -> Explanation:
     """Load tokenizers, build methods, then load the models: what is wrong with the first is told soon."""
     from cdm_toolkit.artifacts.maps import load_or_build_neighbours
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.explain import explain
     from cdm_toolkit.hub.models import check_positions, check_vocabulary, load_model, resolve_device
     from cdm_toolkit.kd.next_token_oracle import NextTokenOracle

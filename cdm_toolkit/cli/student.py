@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cdm_toolkit.cli import completion, options
+from cdm_toolkit.cli import options, screen
+from cdm_toolkit.errors import BadOption
 
 if TYPE_CHECKING:
     from cdm_toolkit.hub.students import Transplanted
@@ -26,12 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="Create a student model to train.")
 
 @app.command()
 def new(
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            help="Tokenizer of the student: an alias, a folder or a hub id.", autocompletion=completion.models
-        ),
-    ],
+    tokenizer: Annotated[str, options.model("Tokenizer of the student")],
     output: options.OutputFolder,
     size: Annotated[str, typer.Option(help="Approximate number of parameters: 10m, 135m, 1b.")] = "10m",
     entries: Entries = None,
@@ -42,34 +38,22 @@ def new(
 
     Example: cdm student new --size 10m --tokenizer mistral -o student
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.students import new_student
 
     model = new_student(tokenizer, size, Path(output), entries=entries, seed=seed, overwrite=overwrite)
     config = model.config
-    screen.out().print(
+    screen.line(
         f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {config.num_hidden_layers} layers of width "
-        f"{config.hidden_size}, {config.vocab_size:,} ids of {tokenizer}",
-        markup=False,
-        soft_wrap=True,
+        f"{config.hidden_size}, {config.vocab_size:,} ids of {tokenizer}"
     )
 
 
 @app.command()
 def transplant(
-    source: Annotated[
-        str,
-        typer.Option(
-            "--from", help="The model: an alias, a folder or a hub id.", autocompletion=completion.models
-        ),
-    ],
+    source: Annotated[str, options.model("The model", "--from")],
     output: options.OutputFolder,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="The new tokenizer: an alias, a folder or a hub id. The donor's or the model's own if left out.",
-            autocompletion=completion.models,
-        ),
+        str | None, options.model("The new tokenizer, the donor's or the model's own if left out")
     ] = None,
     entries: Entries = None,
     layers: Annotated[
@@ -83,13 +67,7 @@ def transplant(
         Literal["mean", "omp"],
         typer.Option(help="Rows of new tokens: means of old rows, or combinations of them after a --donor."),
     ] = "mean",
-    donor: Annotated[
-        str | None,
-        typer.Option(
-            help="A trained model with the new vocabulary: an alias, a folder or a hub id.",
-            autocompletion=completion.models,
-        ),
-    ] = None,
+    donor: Annotated[str | None, options.model("A trained model with the new vocabulary")] = None,
     k: Annotated[int, typer.Option(help="Old rows that omp combines to a new one.", min=1)] = 64,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
@@ -107,9 +85,7 @@ def transplant(
 
     Example: cdm student transplant --from smollm2 --tokenizer mistral --layers 20 -o student
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.sources import read_rows
-    from cdm_toolkit.errors import BadOption
     from cdm_toolkit.hub.omp import Donor
     from cdm_toolkit.hub.students import transplant as give
 
@@ -131,21 +107,20 @@ def transplant(
             overwrite=overwrite,
         )
     if as_json:
-        facts = {"output": str(output), "source": source, "tokenizer": named}
         screen.print_json(
-            facts
-            | {
+            {
+                "output": str(output),
+                "source": source,
+                "tokenizer": named,
                 "parameters": given.parameters,
                 "rows": given.rows and asdict(given.rows),
                 "layers": given.pruned and asdict(given.pruned),
             }
         )
         return
-    screen.out().print(
+    screen.line(
         f"{output}: {given.parameters / 1e6:.1f} M parameters, {given.vocab_size:,} ids of {named}"
-        + "".join(_changes(given)),
-        markup=False,
-        soft_wrap=True,
+        + "".join(_changes(given))
     )
 
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import completion, options
-from cdm_toolkit.cli.settings_options import record_option
+from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.cli.settings_options import given, record_option
+from cdm_toolkit.errors import Interrupted
 
 if TYPE_CHECKING:
     from cdm_toolkit.artifacts.teacher_header import CacheHeader
     from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheResult
 
-_option = functools.partial(record_option, "distill/write_teacher_cache.py", "CacheSettings")
+_RECORD = ("distill/write_teacher_cache.py", "CacheSettings")
+_option = functools.partial(record_option, *_RECORD)
 
 app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's log-probabilities.")
 
@@ -47,17 +49,12 @@ def cache(
     Example: cdm teacher cache --model smollm2 --data rows.jsonl -o cached
     """
     from cdm_toolkit.artifacts.settings import make
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
-    from cdm_toolkit.errors import Interrupted
     from cdm_toolkit.hub.models import resolve_device
 
     device = str(resolve_device(device or "auto"))
-    given = {
-        name: value for name in CacheSettings.model_fields if (value := context.params[name]) is not None
-    }
-    given |= {"data": str(data), "output": str(output), "device": device}
-    settings = make(CacheSettings, given, source="the command line")
+    said = given(context, *_RECORD) | {"data": str(data), "output": str(output), "device": device}
+    settings = make(CacheSettings, said, source="the command line")
     with screen.progress() as bar:
         task = bar.add_task("running the teacher", total=None, note="")
 
@@ -92,21 +89,16 @@ def info(
     Example: cdm teacher info cached
     """
     from cdm_toolkit.artifacts.teacher_cache import TeacherCache
-    from cdm_toolkit.cli import screen
 
     found = TeacherCache.open(folder)
-    with screen.progress() as bar:
-        task = bar.add_task("checking shards", total=len(found.notes), note="")
-        found.verify(lambda done: bar.update(task, completed=done))
+    with screen.counted("checking shards") as progress:
+        found.verify(lambda done: progress(done, len(found.notes)))
     sizes = _sizes(found.header.rows, found.positions, found.size)
     if as_json:
         screen.print_json({"folder": str(folder)} | sizes | {"verified": True} | found.header.model_dump())
         return
-    shown = screen.table(None, "what", "figure")
-    for what, figure in _facts(found.header) + _size_lines(sizes):
-        shown.add_row(what, figure)
-    shown.add_row("shards", f"{len(found.notes)}, all as they were written")
-    screen.out().print(shown, markup=False)
+    shards = ("shards", f"{len(found.notes)}, all as they were written")
+    screen.print_table(None, ("what", "figure"), [*_facts(found.header), *_size_lines(sizes), shards])
 
 
 def _facts(header: CacheHeader) -> list[tuple[str, str]]:
@@ -137,28 +129,19 @@ def _size_lines(sizes: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _print_result(result: CacheResult) -> None:
-    from cdm_toolkit.cli import screen
-
-    shown = screen.table(None, "what", "figure")
-    shown.add_row("cache", str(result.folder))
-    for what, figure in _size_lines(_sizes(result.rows, result.tokens, result.size)):
-        shown.add_row(what, figure)
     kept = f", {len(result.kept)} were there" if result.kept else ""
     left = f"; {result.missing} of {result.header.shards} are left for other parts" if result.missing else ""
-    shown.add_row("shards", f"{len(result.made)} made{kept}{left}")
     speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.made else ""
-    shown.add_row("time", f"{result.seconds:.0f} s{speed}")
-    screen.out().print(shown, markup=False)
+    rows = [
+        ("cache", str(result.folder)),
+        *_size_lines(_sizes(result.rows, result.tokens, result.size)),
+        ("shards", f"{len(result.made)} made{kept}{left}"),
+        ("time", f"{result.seconds:.0f} s{speed}"),
+    ]
+    screen.print_table(None, ("what", "figure"), rows)
 
 
 def _result_record(result: CacheResult) -> dict[str, Any]:
-    return {
-        "folder": str(result.folder),
-        **_sizes(result.rows, result.tokens, result.size),
-        "made": list(result.made),
-        "kept": list(result.kept),
-        "damaged": list(result.damaged),
-        "missing": result.missing,
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-    }
+    names = ("made", "kept", "damaged", "missing", "seconds", "tokens_per_second")
+    sizes = _sizes(result.rows, result.tokens, result.size)
+    return {"folder": str(result.folder), **sizes, **{name: getattr(result, name) for name in names}}

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdm_toolkit.cli import completion, options
+from cdm_toolkit.cli import completion, options, screen
+from cdm_toolkit.cli.corpus_file import read_corpus
 
 if TYPE_CHECKING:
     from cdm_toolkit.alignment.statistics import PairStatistics
     from cdm_toolkit.tokdiff.diff import TokenizerDiff, TokenizerSummary
-    from cdm_toolkit.tokdiff.view import TokenizerView
 
 app = typer.Typer(no_args_is_help=True, help="Inspect a tokenizer, compare two.")
 
@@ -20,7 +20,6 @@ app = typer.Typer(no_args_is_help=True, help="Inspect a tokenizer, compare two."
 @app.command("list")
 def list_tokenizers(as_json: options.AsJson = False) -> None:
     """List the locally available tokenizers, with family and size. Does not use the network."""
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.resolve import list_aliases
     from cdm_toolkit.hub.tokenizers import load_view
 
@@ -35,14 +34,13 @@ def list_tokenizers(as_json: options.AsJson = False) -> None:
             ]
         )
         return
-    shown = screen.table(None, "alias", "ids", "family", "fingerprint", right=("ids",))
-    for status in statuses:
-        view = views.get(status.alias)
-        if view:
-            shown.add_row(status.alias, f"{view.vocab_size:,}", view.family, view.fingerprint[:8])
-        else:
-            shown.add_row(status.alias, "", f"not here: {status.source}", "")
-    screen.out().print(shown)
+    rows = [
+        (s.alias, f"{view.vocab_size:,}", view.family, view.fingerprint[:8])
+        if (view := views.get(s.alias))
+        else (s.alias, "", f"not here: {s.source}", "")
+        for s in statuses
+    ]
+    screen.print_table(None, ("alias", "ids", "family", "fingerprint"), rows, right=("ids",))
 
 
 @app.command()
@@ -56,21 +54,15 @@ def info(
 
     Example: cdm tokenizer info qwen2
     """
-    from cdm_toolkit.cli import screen
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.tokdiff.diff import diff
 
     view = load_view(name)
     side = diff(view, view).a
     if as_json:
-        screen.print_json(_side_record(view, side))
+        screen.print_json(_side_record(side))
         return
-    shown = screen.table(None, "what", name)
-    for what, fact in _facts(side):
-        shown.add_row(what, fact)
-    shown.add_row("special tokens", _specials(side))
-    shown.add_row("longest tokens", _longest(view, side))
-    screen.out().print(shown, markup=False)
+    screen.print_table(None, ("what", name), _facts(side))
 
 
 @app.command("diff")
@@ -94,22 +86,19 @@ def compare(
 
     Example: cdm tokenizer diff --t1 llama3 --t2 qwen2 --corpus gsm8k_test.jsonl
     """
-    from cdm_toolkit.cli import screen
-    from cdm_toolkit.cli.corpus_file import read_corpus
     from cdm_toolkit.cli.report import print_statistics, run_report
     from cdm_toolkit.hub.tokenizers import load_view
     from cdm_toolkit.tokdiff.diff import diff
 
     a, b = _two_tokenizers((first, second), (t1, t2))
-    view_a, view_b = load_view(a), load_view(b)
-    found = diff(view_a, view_b)
+    found = diff(load_view(a), load_view(b))
     measured = (
         run_report(a, b, read_corpus(corpus), aligner="anchored", workers=workers).total if corpus else None
     )
     if as_json:
-        screen.print_json(_diff_record(view_a, view_b, found, measured))
+        screen.print_json(_diff_record(found, measured))
         return
-    _print_diff(view_a, view_b, found)
+    _print_diff(found)
     if measured:
         print_statistics(a, b, measured)
 
@@ -131,13 +120,15 @@ def _two_tokenizers(
 
 
 def _facts(side: TokenizerSummary) -> list[tuple[str, str]]:
-    scheme = side.scheme
+    view, scheme = side.view, side.view.scheme
     return [
-        ("family", side.family),
-        ("ids", f"{side.size:,}, of which {side.without_bytes:,} special or unused"),
+        ("family", view.family),
+        ("ids", f"{view.vocab_size:,}, of which {side.without_bytes:,} special or unused"),
         ("normalizers", ", ".join(scheme.normalizers) or "none"),
         ("prefix", "puts a blank before a text" if scheme.dummy_prefix else "none"),
-        ("fingerprint", side.fingerprint[:16]),
+        ("fingerprint", view.fingerprint[:16]),
+        ("special tokens", _specials(side)),
+        ("longest tokens", _longest(side)),
     ]
 
 
@@ -149,49 +140,41 @@ def _specials(side: TokenizerSummary) -> str:
     )
 
 
-def _longest(view: TokenizerView, side: TokenizerSummary) -> str:
+def _longest(side: TokenizerSummary) -> str:
     from cdm_toolkit.cli.visible import token_label
 
     shown = []
     for token_id in side.longest[:5]:
-        data = view.token_bytes[token_id] or b""
-        label = token_label(view, token_id)
+        data = side.view.token_bytes[token_id] or b""
+        label = token_label(side.view, token_id)
         shown.append(f"{len(data)} bytes: {label if len(label) <= 24 else label[:24] + '…'} ({token_id})")
     return "\n".join(shown)
 
 
-def _print_diff(view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDiff) -> None:
-    from cdm_toolkit.cli import screen
-
-    console = screen.out()
+def _print_diff(found: TokenizerDiff) -> None:
+    name_a, name_b = found.a.view.name, found.b.view.name
     if found.same:
-        console.print(
-            f"{found.a.name} and {found.b.name} are the same tokenizer.", markup=False, soft_wrap=True
-        )
-    sides = screen.table(None, "what", found.a.name, found.b.name)
-    for (what, fact_a), (_, fact_b) in zip(_facts(found.a), _facts(found.b), strict=True):
-        sides.add_row(what, fact_a, fact_b)
-    sides.add_row("tokens the other has not", f"{found.a.only_here:,}", f"{found.b.only_here:,}")
-    sides.add_row("special tokens", _specials(found.a), _specials(found.b))
-    sides.add_row("longest tokens", _longest(view_a, found.a), _longest(view_b, found.b))
-    console.print(sides, markup=False)
-    console.print(
+        screen.line(f"{name_a} and {name_b} are the same tokenizer.")
+    sides = zip(_facts(found.a), _facts(found.b), strict=True)
+    rows = [(what, fact_a, fact_b) for (what, fact_a), (_, fact_b) in sides]
+    rows.append(("tokens the other has not", f"{found.a.only_here:,}", f"{found.b.only_here:,}"))
+    screen.print_table(None, ("what", name_a, name_b), rows)
+    screen.line(
         f"{len(found.shared):,} ids stand for the same bytes on both sides; {len(found.moved):,} of them have another "
-        f"number. Roles on one side only: {', '.join(found.roles_of_one) or 'none'}.",
-        markup=False,
-        soft_wrap=True,
+        f"number. Roles on one side only: {', '.join(found.roles_of_one) or 'none'}."
     )
 
 
-def _side_record(view: TokenizerView, side: TokenizerSummary) -> dict[str, Any]:
+def _side_record(side: TokenizerSummary) -> dict[str, Any]:
+    view = side.view
     return {
-        "name": side.name,
-        "family": side.family,
-        "size": side.size,
+        "name": view.name,
+        "family": view.family,
+        "size": view.vocab_size,
         "special_or_unused": side.without_bytes,
-        "normalizers": list(side.scheme.normalizers),
-        "dummy_prefix": bool(side.scheme.dummy_prefix),
-        "fingerprint": side.fingerprint,
+        "normalizers": list(view.scheme.normalizers),
+        "dummy_prefix": bool(view.scheme.dummy_prefix),
+        "fingerprint": view.fingerprint,
         "special_by_role": {
             role: [{"id": special.id, "content": special.content} for special in specials]
             for role, specials in side.special_by_role.items()
@@ -200,15 +183,13 @@ def _side_record(view: TokenizerView, side: TokenizerSummary) -> dict[str, Any]:
     }
 
 
-def _diff_record(
-    view_a: TokenizerView, view_b: TokenizerView, found: TokenizerDiff, measured: PairStatistics | None
-) -> dict[str, Any]:
+def _diff_record(found: TokenizerDiff, measured: PairStatistics | None) -> dict[str, Any]:
     from cdm_toolkit.cli.report import statistics_record
 
     return {
         "same": found.same,
-        "a": _side_record(view_a, found.a) | {"only_here": found.a.only_here},
-        "b": _side_record(view_b, found.b) | {"only_here": found.b.only_here},
+        "a": _side_record(found.a) | {"only_here": found.a.only_here},
+        "b": _side_record(found.b) | {"only_here": found.b.only_here},
         "shared": len(found.shared),
         "moved": len(found.moved),
         "roles_of_one": list(found.roles_of_one),

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.atomic import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -23,8 +23,7 @@ def render(template: str, **values: object) -> str:
 
 def write_page(path: str | Path, content: str) -> None:
     """Write a page or a picture, whole or not at all. Raises FileProblem."""
-    with atomic_write(path) as stream:
-        stream.write(content.encode())
+    write_whole(path, content.encode())
 
 
 @cache

@@ -8,26 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
-from cdm_toolkit.tokdiff.token_bytes import Scheme
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.tokdiff.vocabulary import SpecialToken
 
 LONGEST_LISTED = 10
 """Number of longest tokens listed for each tokenizer."""
 
-IdPairs = Int32[np.ndarray, "pair 2"]
-MovedIdPairs = Int32[np.ndarray, "moved 2"]
+IdPairs = Int32[np.ndarray, "_ 2"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSummary:
-    """Summary of one tokenizer."""
+    """Summary of one tokenizer, beside another."""
 
-    name: str
-    fingerprint: str
-    size: int
-    family: str
-    scheme: Scheme
+    view: TokenizerView
     without_bytes: int
     """Ids that are special or unused."""
     only_here: int
@@ -46,13 +40,13 @@ class TokenizerDiff:
     b: TokenizerSummary
     shared: IdPairs
     """Ids with equal bytes, as (id of a, id of b), sorted."""
-    moved: MovedIdPairs
+    moved: IdPairs
     """Those of `shared` whose two ids differ."""
 
     @property
     def same(self) -> bool:
         """Whether the fingerprints are equal."""
-        return self.a.fingerprint == self.b.fingerprint
+        return self.a.view.fingerprint == self.b.view.fingerprint
 
     @property
     def roles_of_one(self) -> tuple[str, ...]:
@@ -95,11 +89,7 @@ def _summary(view: TokenizerView, other: TokenizerView) -> TokenizerSummary:
         if special.role:
             by_role.setdefault(special.role, []).append(special)
     return TokenizerSummary(
-        name=view.name,
-        fingerprint=view.fingerprint,
-        size=view.vocab_size,
-        family=view.family,
-        scheme=view.scheme,
+        view=view,
         without_bytes=view.vocab_size - len(tokens),
         only_here=sum(token not in theirs for _, token in tokens),
         special_by_role={role: tuple(specials) for role, specials in by_role.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap, check_same_tokenizers, pair_info_of
+from cdm_toolkit.vocab_map.types import NeighbourTable, VocabMap, check_tokenizers, pair_info_of
 
 
 def build_contextual_map(exact: VocabMap, table: NeighbourTable) -> VocabMap:
@@ -13,7 +13,7 @@ def build_contextual_map(exact: VocabMap, table: NeighbourTable) -> VocabMap:
     A neighbour's weight is proportional to max_edit_distance − distance. Which neighbour is used at a position is
     decided there (`contextual.py`). TokenizerMismatch where map and table are of different tokenizers.
     """
-    check_same_tokenizers(exact, table)
+    check_tokenizers("the neighbour table", table, pair_info_of(exact))
     near = table.t_to_s
     counts = np.where(exact.matched, 1, np.diff(near.indptr))
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import exact_partners
 from cdm_toolkit.vocab_map.keys import TokenKey, token_keys
-from cdm_toolkit.vocab_map.neighbours_reference import distance, neither_is_prefix
+from cdm_toolkit.vocab_map.static_reference import distance, neither_is_prefix
 
 CHOICES = 3
 

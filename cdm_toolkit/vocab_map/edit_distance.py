@@ -7,29 +7,32 @@ Myers' bit-parallel algorithm (J. ACM 46(3), 1999). The reference implementation
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
 
+from cdm_toolkit.alignment.kernels import compiled
+
 ProgressCallback = Callable[[int, int], None]
-Result = TypeVar("Result")
-Function = TypeVar("Function", bound=Callable[..., object])
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Query, choice and edits of each pair."""
 
 # Longest pattern that fits one machine word in Myers' algorithm; longer ones use the dynamic programme.
 WORD = 64
 # Queries per task: small enough for even load and a smooth progress bar, large enough to hide the call overhead.
 CHUNK = 256
+# Distances at which the nearest choice is looked for, one after the other: most queries have one at the first two.
+WIDENING = (0.15, 0.25, 0.35, 0.5, 1.0)
 
 
 class PackedStrings(NamedTuple):
-    """Strings as concatenated symbol codes, sorted by length; `order[i]` is the caller's index of string i.
+    """Strings as concatenated symbol codes, sorted by length; `order[i]` is the caller's name of string i: its
+    index, or an id.
 
     `must_match` codes must be equal for two strings to be compared at all; the lower `tie` wins at equal distance.
     """
@@ -46,12 +49,13 @@ class PackedStrings(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NearPairs:
-    """Pairs of a query and a choice, with the number of edits and the sum of both lengths."""
+    """Pairs of a query and a choice, with the number of edits, the sum of both lengths, and the choice's `tie`."""
 
     query: Int64[np.ndarray, " pairs"]
     choice: Int64[np.ndarray, " pairs"]
     edits: Int32[np.ndarray, " pairs"]
     total: Int32[np.ndarray, " pairs"]
+    tie: Int32[np.ndarray, " pairs"]
 
 
 def pack(
@@ -96,14 +100,8 @@ def near_pairs(
 
     `query` and `choice` of the result are the caller's indices.
     """
-    limit = _limits(queries, choices, max_edit_distance)
-    parts = list(_run(partial(_near, queries, choices, limit), len(queries.order), workers, progress))
-    query, choice, edits = (
-        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
-        for column in range(3)
-    )
-    total = queries.length[query] + choices.length[choice]
-    return NearPairs(queries.order[query], choices.order[choice], edits, total)
+    limits = _limits(queries, choices, max_edit_distance)
+    return _found(partial(_near, queries, choices, limits, 0), queries, choices, progress, workers)
 
 
 def nearest(
@@ -118,32 +116,45 @@ def nearest(
     A choice must have equal `must_match` and keep at least one symbol (edits below the longer length). Queries
     without such a choice are left out.
     """
-    parts = list(_run(partial(_nearest, queries, choices), len(queries.order), workers, progress))
-    choice, edits = (
-        np.concatenate([part[column] for part in parts]) if parts else np.zeros(0, np.int32)
-        for column in range(2)
-    )
-    query = np.flatnonzero(choice >= 0)
-    choice, edits = choice[query], edits[query]
-    total = queries.length[query] + choices.length[choice]
-    return NearPairs(queries.order[query], choices.order[choice], edits, total)
+    limits = [_limits(queries, choices, distance) for distance in WIDENING]
+    return _found(partial(_nearest, queries, choices, limits), queries, choices, progress, workers)
 
 
-def _run(
-    task: Callable[[int, int], Result], count: int, workers: int, progress: ProgressCallback | None
-) -> Iterator[Result]:
-    """Run `task` on chunks of `count` queries in threads; yield the results in order.
+def _nearest(
+    queries: PackedStrings, choices: PackedStrings, limits: Sequence[np.ndarray], rows: np.ndarray
+) -> Found:
+    """Widen the distance until each query has a choice."""
+    found: list[Found] = []
+    for limit in limits:
+        query, choice, edits = _near(queries, choices, limit, 1, rows)
+        distance = edits / (queries.length[query] + choices.length[choice])
+        order = np.lexsort((choices.tie[choice], distance, query))
+        first = order[np.diff(query[order], prepend=-1) != 0]
+        found.append((query[first], choice[first], edits[first]))
+        rows = np.setdiff1d(rows, query)
+    query, choice, edits = map(np.concatenate, zip(*found, strict=True))
+    return query, choice, edits
 
-    The compiled kernels release the GIL.
-    """
-    starts = range(0, count, CHUNK)
+
+def _found(
+    find: Callable[[np.ndarray], Found],
+    queries: PackedStrings,
+    choices: PackedStrings,
+    progress: ProgressCallback | None,
+    workers: int,
+) -> NearPairs:
+    """Run `find` on chunks of the queries in threads; its compiled kernels release the GIL."""
+    count = len(queries.order)
+    chunks = [np.arange(lo, min(lo + CHUNK, count)) for lo in range(0, count, CHUNK)]
+    parts: list[Found] = [(np.zeros(0, np.int32),) * 3]
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        for lo, result in zip(
-            starts, pool.map(lambda lo: task(lo, min(lo + CHUNK, count)), starts), strict=True
-        ):
+        for rows, part in zip(chunks, pool.map(find, chunks), strict=True):
             if progress is not None:
-                progress(min(lo + CHUNK, count), count)
-            yield result
+                progress(int(rows[-1]) + 1, count)
+            parts.append(part)
+    query, choice, edits = map(np.concatenate, zip(*parts, strict=True))
+    total = queries.length[query] + choices.length[choice]
+    return NearPairs(queries.order[query], choices.order[choice], edits, total, choices.tie[choice])
 
 
 def _limits(
@@ -160,12 +171,7 @@ def _limits(
     return limit
 
 
-def _compiled(function: Function) -> Function:
-    # Compile the function itself, not the jaxtyping wrapper that checks shapes in the tests; nogil for threads.
-    return cast(Function, numba.njit(cache=True, nogil=True)(inspect.unwrap(function)))
-
-
-@_compiled
+@compiled
 def _signatures(codes: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Hash each (symbol, occurrence number) to a bit: one edit adds and removes at most one bit."""
     out = np.zeros(len(start), np.uint64)
@@ -184,7 +190,7 @@ def _signatures(codes: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.
     return out
 
 
-@_compiled
+@compiled
 def _ones(x: np.uint64) -> np.uint64:
     """Count the set bits; LLVM compiles this to a popcount instruction where there is one."""
     x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
@@ -193,7 +199,7 @@ def _ones(x: np.uint64) -> np.uint64:
     return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
 
 
-@_compiled
+@compiled
 def _bounds(signature: np.uint64, signatures: np.ndarray, lo: int, hi: int, out: np.ndarray) -> None:
     """Write lower bounds of the distances to choices lo to hi: the larger one-sided difference of signatures."""
     for i in range(hi - lo):
@@ -201,19 +207,19 @@ def _bounds(signature: np.uint64, signatures: np.ndarray, lo: int, hi: int, out:
         out[i] = max(_ones(signature & ~other), _ones(other & ~signature))
 
 
-@_compiled
+@compiled
 def _set_pattern(pattern: np.ndarray, codes: np.ndarray, start: int, length: int) -> None:
     for i in range(min(length, WORD)):
         pattern[codes[start + i]] |= np.uint64(1) << np.uint64(i)
 
 
-@_compiled
+@compiled
 def _clear_pattern(pattern: np.ndarray, codes: np.ndarray, start: int, length: int) -> None:
     for i in range(min(length, WORD)):
         pattern[codes[start + i]] = np.uint64(0)
 
 
-@_compiled
+@compiled
 def _myers(pattern: np.ndarray, length: int, codes: np.ndarray, start: int, other: int, limit: int) -> int:
     """Return the edit distance of the pattern to codes[start : start + other], capped at limit + 1."""
     one = np.uint64(1)
@@ -240,7 +246,7 @@ def _myers(pattern: np.ndarray, length: int, codes: np.ndarray, start: int, othe
     return min(edits, limit + 1)
 
 
-@_compiled
+@compiled
 def _dynamic_programme(codes: np.ndarray, a: int, length: int, b: int, other: int) -> int:
     """Return the edit distance by dynamic programming, one row at a time."""
     row = np.arange(other + 1)
@@ -253,7 +259,7 @@ def _dynamic_programme(codes: np.ndarray, a: int, length: int, b: int, other: in
     return int(row[other])
 
 
-@_compiled
+@compiled
 def _distance(
     pattern: np.ndarray, codes: np.ndarray, a: int, length: int, b: int, other: int, limit: int
 ) -> int:
@@ -262,23 +268,25 @@ def _distance(
     return min(_dynamic_programme(codes, a, length, b, other), limit + 1)
 
 
-@_compiled
+@compiled
 def _near(
     queries: PackedStrings,
     choices: PackedStrings,
     limits: np.ndarray,
-    lo: int,
-    hi: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    common: int,
+    rows: np.ndarray,
+) -> Found:
+    """Find the choices of some queries, with edits up to the limit of the sum of lengths, and `common` symbols kept."""
     pattern = np.zeros(queries.codes.max() + 1, np.uint64)
     bound = np.empty(len(choices.start), np.uint8)
     size, used = 1024, 0
     query, choice, edits = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
-    for q in range(lo, hi):
+    for q in rows:
         length = queries.length[q]
         _set_pattern(pattern, queries.codes, queries.start[q], length)
         for other in range(1, len(choices.first_of_length) - 1):
             limit = limits[length + other] if length + other < len(limits) else -1
+            limit = min(limit, max(length, other) - common)
             if limit < abs(length - other) or length == 0:
                 continue
             first, last = choices.first_of_length[other], choices.first_of_length[other + 1]
@@ -302,79 +310,8 @@ def _near(
     return query[:used].copy(), choice[:used].copy(), edits[:used].copy()
 
 
-@_compiled
+@compiled
 def _grown(values: np.ndarray, size: int) -> np.ndarray:
     out = np.empty(size, values.dtype)
     out[: len(values)] = values
     return out
-
-
-@_compiled
-def _nearest(
-    queries: PackedStrings,
-    choices: PackedStrings,
-    lo: int,
-    hi: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    pattern = np.zeros(queries.codes.max() + 1, np.uint64)
-    bound = np.empty(len(choices.start), np.uint8)
-    best_choice, best_edits = np.full(hi - lo, -1, np.int32), np.zeros(hi - lo, np.int32)
-    lengths = len(choices.first_of_length) - 2
-    for q in range(lo, hi):
-        length = queries.length[q]
-        if length == 0:
-            continue
-        _set_pattern(pattern, queries.codes, queries.start[q], length)
-        found_c, found_edits, found_total = -1, 0, 1
-        # Nearest lengths first, and within a length nearest signatures first: a small distance is found early,
-        # and most other choices are then ruled out by their bound.
-        for step in range(max(length, lengths) + 1):
-            for side in range(2 if step else 1):
-                other = length - step if side else length + step
-                if other < 1 or other > lengths:
-                    continue
-                first, last = choices.first_of_length[other], choices.first_of_length[other + 1]
-                total = length + other
-                cap = _cap(found_c, found_edits, found_total, length, other)
-                if cap < step or first == last:
-                    continue
-                _bounds(queries.signature[q], choices.signature, first, last, bound)
-                near = step
-                while near <= cap:
-                    following = 255
-                    for i in range(last - first):
-                        if bound[i] > near:
-                            following = min(following, bound[i])
-                            continue
-                        c = first + i
-                        bound[i] = 255
-                        if queries.must_match[q] != choices.must_match[c]:
-                            continue
-                        edits = _distance(
-                            pattern, queries.codes, queries.start[q], length, choices.start[c], other, cap
-                        )
-                        if edits > cap:
-                            continue
-                        closer = edits * found_total - found_edits * total
-                        if (
-                            found_c < 0
-                            or closer < 0
-                            or (closer == 0 and choices.tie[c] < choices.tie[found_c])
-                        ):
-                            found_c, found_edits, found_total = c, edits, total
-                            cap = _cap(found_c, found_edits, found_total, length, other)
-                    if following == 255:
-                        break
-                    near = following
-        best_choice[q - lo], best_edits[q - lo] = found_c, found_edits
-        _clear_pattern(pattern, queries.codes, queries.start[q], length)
-    return best_choice, best_edits
-
-
-@_compiled
-def _cap(found: int, found_edits: int, found_total: int, length: int, other: int) -> int:
-    """Return the largest number of edits at which a choice of this length ties with or beats the best so far."""
-    common = max(length, other) - 1
-    if found < 0:
-        return common
-    return min(common, found_edits * (length + other) // found_total)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -78,11 +77,3 @@ def must_match(text: str) -> str:
 @lru_cache(maxsize=1 << 16)
 def _is_digit_or_operator(char: str) -> bool:
     return char in OPERATORS or unicodedata.category(char) in {"Nd", "Nl", "No", "Sm"}
-
-
-def must_match_codes(keys: Iterable[TokenKey], known: dict[str, int], *, match_digits: bool) -> list[int]:
-    """Encode each key's `must_match` as an integer; all 0 without `match_digits`.
-
-    `known` maps strings to codes, and is extended: pass the same one to get comparable codes.
-    """
-    return [known.setdefault(key.must_match, len(known)) if match_digits else 0 for key in keys]

@@ -1,6 +1,6 @@
 """MinED: map ids without an exact partner to the id at the least edit distance (FuseLLM, arXiv 2401.10491).
 
-`min_ed_reference.py` is the definition in plain Python.
+`static_reference.py` is the definition in plain Python.
 """
 
 from __future__ import annotations

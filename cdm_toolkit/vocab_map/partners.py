@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap, check_same_tokenizers
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap, check_tokenizers, pair_info_of
 
 # Partners kept per teacher id. Measured with smollm2's top 100 on 8 rows of GSM8K, paired with the same probabilities
 # moved to mistral's ids by the prefix map: 16 and 256 partners give the same matched mass, 0.9502.
@@ -22,7 +22,7 @@ def partner_rows(
     that splits `jelly` starts with `jel`), then the nearest, then the lowest id. The last row is empty and is used
     for ids outside the vocabulary. TokenizerMismatch where map and table are of different tokenizers.
     """
-    check_same_tokenizers(exact, table)
+    check_tokenizers("the neighbour table", table, pair_info_of(exact))
     dense = exact.dense()
     own = np.flatnonzero(dense >= 0)
     teacher = np.concatenate([own, _row_of(table.t_to_s), table.s_to_t.ids])

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import preferred_ids
-from cdm_toolkit.vocab_map.exact_reference import exact_reference
 from cdm_toolkit.vocab_map.row_sources import SourceKind
 from cdm_toolkit.vocab_map.spelling_reference import spelling_reference
+from cdm_toolkit.vocab_map.static_reference import exact_reference
 
 
 def row_sources_reference(

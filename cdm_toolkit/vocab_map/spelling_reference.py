@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.vocab_map.exact import preferred_ids
-from cdm_toolkit.vocab_map.exact_reference import exact_reference
+from cdm_toolkit.vocab_map.static_reference import exact_reference
 
 
 def spellings_reference(view: TokenizerView, by: TokenizerView) -> list[list[int]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 
 from cdm_toolkit.tokdiff.classes import class_of
 from cdm_toolkit.tokdiff.view import TokenizerView
@@ -89,10 +89,3 @@ def matchable_by_strategy(
     """
     masks = (exact.matched, min_ed.matched, pairable_ids(exact, table), prefix.matched)
     return dict(zip(MASS_STRATEGIES, masks, strict=True))
-
-
-def mapped_mass(
-    matched: Bool[np.ndarray, " vocab_t"], probabilities: Float[np.ndarray, "position vocab"]
-) -> Float[np.ndarray, " position"]:
-    """Sum the teacher's probability of the matched ids at each position; padded columns are never matched."""
-    return np.asarray(probabilities[:, : len(matched)][:, matched].sum(1))

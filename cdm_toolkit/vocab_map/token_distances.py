@@ -7,41 +7,25 @@ split into up to three blocks, each in one unit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from cdm_toolkit.vocab_map.edit_distance import NearPairs, PackedStrings, ProgressCallback, pack
-from cdm_toolkit.vocab_map.keys import TokenKey, must_match_codes
+from cdm_toolkit.vocab_map.keys import TokenKey
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DistanceBlock:
-    """Tokens that are compared in one unit (characters or bytes); `tie` orders choices by (length in bytes, id)."""
-
-    query_ids: Int64[np.ndarray, " queries"]
-    choice_ids: Int64[np.ndarray, " choices"]
-    tie: Int32[np.ndarray, " choices"]
-    queries: PackedStrings
-    choices: PackedStrings
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NearIdPairs:
-    """Pairs of ids with the number of edits, the sum of lengths, and the choice's rank in ties."""
-
-    query: Int64[np.ndarray, " pairs"]
-    choice: Int64[np.ndarray, " pairs"]
-    edits: Int32[np.ndarray, " pairs"]
-    total: Int32[np.ndarray, " pairs"]
-    tie: Int32[np.ndarray, " pairs"]
+Block = tuple[PackedStrings, PackedStrings]
+"""Queries and choices that are compared in one unit (characters or bytes), both named by id."""
 
 
 def distance_blocks(
     queries: Sequence[TokenKey], choices: Sequence[TokenKey], *, match_digits: bool
-) -> list[DistanceBlock]:
-    """Split a comparison by unit; each pair of tokens is in exactly one block."""
+) -> list[Block]:
+    """Split a comparison by unit; each pair of tokens is in exactly one block.
+
+    The lower `tie` is that of the choice with fewer bytes, then of the lower id.
+    """
     by_tie = sorted(range(len(choices)), key=lambda i: (len(choices[i].data), choices[i].id))
     tie = np.empty(len(choices), np.int32)
     tie[by_tie] = np.arange(len(choices))
@@ -56,29 +40,22 @@ def distance_blocks(
 
 
 def search_blocks(
-    token_blocks: Sequence[DistanceBlock],
+    token_blocks: Sequence[Block],
     find: Callable[[PackedStrings, PackedStrings, ProgressCallback | None], NearPairs],
     progress: ProgressCallback | None,
-) -> Iterator[NearIdPairs]:
-    """Run `find` on each block and yield its pairs as ids; `progress` gets (queries done, all queries)."""
-    total, done = sum(len(block.query_ids) for block in token_blocks), 0
-    for block in token_blocks:
-        pairs = find(block.queries, block.choices, _part_of(progress, done, total))
-        done += len(block.query_ids)
-        yield NearIdPairs(
-            block.query_ids[pairs.query],
-            block.choice_ids[pairs.choice],
-            pairs.edits,
-            pairs.total,
-            block.tie[pairs.choice],
-        )
+) -> Iterator[NearPairs]:
+    """Run `find` on each block; `progress` gets (queries done, all queries)."""
+    total, done = sum(len(queries.order) for queries, _ in token_blocks), 0
+    for queries, choices in token_blocks:
+        yield find(queries, choices, _part_of(progress, done, total))
+        done += len(queries.order)
 
 
-def concatenate_pairs(parts: Sequence[NearIdPairs]) -> NearIdPairs:
+def concatenate_pairs(parts: Sequence[NearPairs]) -> NearPairs:
     """Concatenate the pairs of several blocks."""
-    nothing = NearIdPairs(*(np.zeros(0, np.int64),) * 2, *(np.zeros(0, np.int32),) * 3)
-    columns = ("query", "choice", "edits", "total", "tie")
-    return NearIdPairs(
+    nothing = NearPairs(*(np.zeros(0, np.int64),) * 2, *(np.zeros(0, np.int32),) * 3)
+    columns = [field.name for field in fields(NearPairs)]
+    return NearPairs(
         *(np.concatenate([getattr(part, column) for part in (nothing, *parts)]) for column in columns)
     )
 
@@ -89,28 +66,31 @@ def _block(
     tie: Int32[np.ndarray, " choices"],
     *,
     match_digits: bool,
-) -> DistanceBlock:
-    codes: dict[str, int] = {}
-    must_match_q = np.array(must_match_codes(queries, codes, match_digits=match_digits), np.int32)
-    must_match_c = np.array(must_match_codes(choices, codes, match_digits=match_digits), np.int32)
+) -> Block:
+    known: dict[str, int] = {}
+
+    def codes(keys: list[TokenKey]) -> Int32[np.ndarray, " keys"]:
+        """Encode what must match: equal strings have equal codes, all have 0 where nothing must."""
+        texts = (key.must_match if match_digits else "" for key in keys)
+        return np.array([known.setdefault(text, len(known)) for text in texts], np.int32)
+
+    must_match = codes(queries), codes(choices)
     texts_q = [key.text for key in queries if key.text is not None]
     texts_c = [key.text for key in choices if key.text is not None]
     if len(texts_q) == len(queries) and len(texts_c) == len(choices):
-        packed = pack(texts_q, texts_c, (must_match_q, must_match_c), tie)
+        packed = pack(texts_q, texts_c, must_match, tie)
     else:
-        packed = pack(
-            [key.data for key in queries], [key.data for key in choices], (must_match_q, must_match_c), tie
-        )
-    return DistanceBlock(_ids(queries), _ids(choices), tie, *packed)
+        packed = pack([key.data for key in queries], [key.data for key in choices], must_match, tie)
+    return _named(packed[0], queries), _named(packed[1], choices)
+
+
+def _named(packed: PackedStrings, keys: list[TokenKey]) -> PackedStrings:
+    return packed._replace(order=np.array([key.id for key in keys], np.int64)[packed.order])
 
 
 def _by_wholeness(keys: Sequence[TokenKey]) -> tuple[list[int], list[int]]:
     whole = [i for i, key in enumerate(keys) if key.text is not None]
     return whole, [i for i, key in enumerate(keys) if key.text is None]
-
-
-def _ids(keys: Sequence[TokenKey]) -> Int64[np.ndarray, " keys"]:
-    return np.array([key.id for key in keys], np.int64)
 
 
 def _part_of(progress: ProgressCallback | None, done: int, total: int) -> ProgressCallback | None:

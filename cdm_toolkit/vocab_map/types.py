@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
@@ -14,7 +15,8 @@ from cdm_toolkit.tokdiff.view import TokenizerView
 NO_MATCH = -1
 
 
-class TokenizerPairInfo(TypedDict):
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TokenizerPairInfo:
     """Names, fingerprints and vocabulary sizes of the two tokenizers that a mapping was built for."""
 
     name_t: str
@@ -25,32 +27,25 @@ class TokenizerPairInfo(TypedDict):
     size_s: int
 
 
-def pair_info(view_t: TokenizerView, view_s: TokenizerView) -> TokenizerPairInfo:
-    """Describe two tokenizers."""
-    return TokenizerPairInfo(
-        name_t=view_t.name,
-        name_s=view_s.name,
-        fingerprint_t=view_t.fingerprint,
-        fingerprint_s=view_s.fingerprint,
-        size_t=view_t.vocab_size,
-        size_s=view_s.vocab_size,
-    )
+def pair_info(view_t: TokenizerView, view_s: TokenizerView) -> dict[str, Any]:
+    """Give the fields of `TokenizerPairInfo` for two tokenizers."""
+    return {
+        "name_t": view_t.name,
+        "name_s": view_s.name,
+        "fingerprint_t": view_t.fingerprint,
+        "fingerprint_s": view_s.fingerprint,
+        "size_t": view_t.vocab_size,
+        "size_s": view_s.vocab_size,
+    }
 
 
-def pair_info_of(built: VocabMap | NeighbourTable) -> TokenizerPairInfo:
-    """Describe the tokenizers that a map or table was built for."""
-    return TokenizerPairInfo(
-        name_t=built.name_t,
-        name_s=built.name_s,
-        fingerprint_t=built.fingerprint_t,
-        fingerprint_s=built.fingerprint_s,
-        size_t=built.size_t,
-        size_s=built.size_s,
-    )
+def pair_info_of(built: TokenizerPairInfo) -> dict[str, Any]:
+    """Give these fields of a map or table."""
+    return {field.name: getattr(built, field.name) for field in fields(TokenizerPairInfo)}
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class VocabMap:
+class VocabMap(TokenizerPairInfo):
     """Map from each teacher id to student ids with weights that sum to 1, as CSR rows, the best match first.
 
     An empty row is an id without a match. `max_edit_distance` and `match_digits` are None for strategies that do
@@ -58,12 +53,6 @@ class VocabMap:
     """
 
     strategy: str
-    name_t: str
-    name_s: str
-    fingerprint_t: str
-    fingerprint_s: str
-    size_t: int
-    size_s: int
     indptr: Int64[np.ndarray, " bound"]
     ids: Int32[np.ndarray, " entries"]
     weights: Float32[np.ndarray, " entries"]
@@ -96,7 +85,7 @@ class VocabMap:
 
 def single_match_map(
     strategy: str,
-    of: TokenizerPairInfo,
+    of: Mapping[str, Any],
     best: Int64[np.ndarray, " vocab_t"],
     *,
     match_digits: bool | None = None,
@@ -133,27 +122,16 @@ class Neighbours:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class NeighbourTable:
+class NeighbourTable(TokenizerPairInfo):
     """The neighbours of all ids without an exact partner, in both directions."""
 
-    name_t: str
-    name_s: str
-    fingerprint_t: str
-    fingerprint_s: str
-    size_t: int
-    size_s: int
     max_edit_distance: float
     match_digits: bool
     t_to_s: Neighbours
     s_to_t: Neighbours
 
 
-def check_same_tokenizers(mapping: VocabMap, table: NeighbourTable) -> None:
-    """Raise TokenizerMismatch where a table and a map are of different tokenizers."""
-    check_tokenizers("the neighbour table", table, pair_info_of(mapping))
-
-
-def check_tokenizers(what: str, built: VocabMap | NeighbourTable, wanted: TokenizerPairInfo) -> None:
+def check_tokenizers(what: str, built: TokenizerPairInfo, wanted: Mapping[str, Any]) -> None:
     """Refuse what was built for other tokenizers than the wanted ones: TokenizerMismatch."""
     views = ", ".join(f"load_view({name!r})" for name in (wanted["name_t"], wanted["name_s"]))
     fix = f"build it again with `build_neighbours({views})`"

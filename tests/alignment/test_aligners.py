@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cdm_toolkit.alignment.aligners import ALIGNERS, align, align_text
-from cdm_toolkit.alignment.groups import invariant_violations
 from cdm_toolkit.errors import BadOption, UnknownName
+
+from .invariants import invariant_violations
 
 LINES = Path(__file__).parents[1] / "data" / "multilingual.jsonl"
 

@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from cdm_toolkit.alignment.groups import KINDS, Alignment, Group, in_order, invariant_violations
+from cdm_toolkit.alignment.groups import KINDS, Alignment, Group, in_order
 from cdm_toolkit.alignment.kernels import product_links
+
+from .invariants import invariant_violations, transposed
 
 
 def made(*rows, n_t, n_s):
@@ -43,12 +45,12 @@ def test_links_are_all_pairs_of_a_group():
 
 def test_transpose_swaps_and_keeps_the_teachers_unmatched_tokens_first():
     alignment = made((0, 1, 0, 0), (1, 1, 0, 2), (1, 3, 2, 4), n_t=3, n_s=4)
-    back = alignment.transpose()
+    back = transposed(alignment)
     assert back.groups.tolist() == [[0, 2, 0, 0], [2, 2, 0, 1], [2, 4, 1, 3]]
     assert back.links.tolist() == [[2, 1], [2, 2], [3, 1], [3, 2]]
     assert (back.n_t, back.n_s) == (4, 3)
     assert invariant_violations(back) == []
-    assert np.array_equal(back.transpose().groups, alignment.groups)
+    assert np.array_equal(transposed(back).groups, alignment.groups)
 
 
 def test_order_within_a_run_of_unmatched_tokens():

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from cdm_toolkit.alignment.aligners import align_text, side_weights
 from cdm_toolkit.alignment.anchored_reference import anchored
-from cdm_toolkit.alignment.groups import invariant_violations
 from cdm_toolkit.alignment.segments import align_segments, project
 from cdm_toolkit.errors import BadOption, DoesNotSpell
+
+from .invariants import invariant_violations, transposed
 
 QUESTION, ANSWER = (
     "How many apples are in 12 baskets of 48?",
@@ -90,7 +91,7 @@ def test_every_two_templates_cover_and_transpose(views, t, s):
     spans_s, pieces_s = rendered(views[s], QUESTION, ANSWER)
     found = align_segments(spans_t, pieces_t, spans_s, pieces_s)
     assert invariant_violations(found, project(spans_t, pieces_t), project(spans_s, pieces_s)) == []
-    back = align_segments(spans_s, pieces_s, spans_t, pieces_t).transpose()
+    back = transposed(align_segments(spans_s, pieces_s, spans_t, pieces_t))
     assert list(back) == list(found)
     if t == s:
         assert all(g.kind == "1-1" and g.exact for g in found)
@@ -149,7 +150,7 @@ def test_any_two_renderings_agree_with_the_twin(two_renderings, data):
     assert [((g.t0, g.t1, g.s0, g.s1), g.exact) for g in found] == groups
     assert [tuple(link) for link in found.links.tolist()] == links
     assert invariant_violations(found) == []
-    assert list(align_segments(s, pieces_s, t, pieces_t).transpose()) == list(found)
+    assert list(transposed(align_segments(s, pieces_s, t, pieces_t))) == list(found)
 
 
 @settings(max_examples=200, deadline=None)

@@ -20,13 +20,7 @@ from cdm_toolkit.vocab_map.contextual import PairTable
 from cdm_toolkit.vocab_map.projection import Projection
 from cdm_toolkit.vocab_map.spelling import Spellings
 from cdm_toolkit.vocab_map.spelling_trie import DEEPEST
-from cdm_toolkit.vocab_map.types import (
-    Neighbours,
-    NeighbourTable,
-    TokenizerPairInfo,
-    VocabMap,
-    single_match_map,
-)
+from cdm_toolkit.vocab_map.types import Neighbours, NeighbourTable, VocabMap, single_match_map
 
 from .twins import TWINS, Group, World, softmax
 
@@ -160,15 +154,15 @@ class WorldPair(TokenizerPair):
         return "t", "s"
 
     @property
-    def sides(self) -> TokenizerPairInfo:
-        return TokenizerPairInfo(
-            name_t="t",
-            name_s="s",
-            fingerprint_t="t",
-            fingerprint_s="s",
-            size_t=self.vocab_t,
-            size_s=self.vocab_s,
-        )
+    def sides(self) -> dict[str, Any]:
+        return {
+            "name_t": "t",
+            "name_s": "s",
+            "fingerprint_t": "t",
+            "fingerprint_s": "s",
+            "size_t": self.vocab_t,
+            "size_s": self.vocab_s,
+        }
 
     def nesting_fault(self) -> str:
         return ""

@@ -17,7 +17,7 @@ def test_a_tokenizer_does_not_differ_from_itself(real_view, name):
     assert same.a == same.b
     assert same.a.only_here == 0
     assert same.roles_of_one == ()
-    assert len(same.shared) == same.a.size - same.a.without_bytes
+    assert len(same.shared) == view.vocab_size - same.a.without_bytes
 
 
 def test_shared_ids_are_those_of_equal_bytes(llama3_view, qwen2_view):
@@ -47,8 +47,8 @@ def test_ids_of_equal_bytes_are_paired_in_order(mistral_view, llama2_view):
 
 def test_sums_up_each_side(llama3_view, mistral_view):
     found = diff(llama3_view, mistral_view)
-    assert (found.a.family, found.b.family) == ("byte-level BPE", "SentencePiece BPE")
-    assert found.b.scheme.normalizers == ("Prepend", "Replace")
+    assert (found.a.view.family, found.b.view.family) == ("byte-level BPE", "SentencePiece BPE")
+    assert found.b.view.scheme.normalizers == ("Prepend", "Replace")
     assert [token.content for token in found.b.special_by_role["eos"]] == ["</s>"]
     assert "header_start" in found.roles_of_one
     lengths = [len(token or b"") for token in llama3_view.token_bytes]

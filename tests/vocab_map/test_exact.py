@@ -7,7 +7,7 @@ import pytest
 
 from cdm_toolkit.errors import UnknownTokenId
 from cdm_toolkit.vocab_map.exact import build_exact, byte_pieces, exact_partners
-from cdm_toolkit.vocab_map.exact_reference import exact_reference
+from cdm_toolkit.vocab_map.static_reference import exact_reference
 
 REAL = ("llama3", "qwen2", "gpt2", "opt", "smollm2", "mistral", "deepseek", "gemma2")
 

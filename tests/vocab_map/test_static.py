@@ -9,11 +9,9 @@ from cdm_toolkit.errors import BadOption, TokenizerMismatch
 from cdm_toolkit.vocab_map.contextual_map import build_contextual_map
 from cdm_toolkit.vocab_map.exact import build_exact
 from cdm_toolkit.vocab_map.min_ed import build_min_ed
-from cdm_toolkit.vocab_map.min_ed_reference import min_ed_reference
 from cdm_toolkit.vocab_map.neighbours import build_neighbours
-from cdm_toolkit.vocab_map.neighbours_reference import neighbours_reference
 from cdm_toolkit.vocab_map.prefix import build_prefix
-from cdm_toolkit.vocab_map.prefix_reference import prefix_reference
+from cdm_toolkit.vocab_map.static_reference import min_ed_reference, neighbours_reference, prefix_reference
 
 
 def _as_dict(mapping):

@@ -30,7 +30,7 @@ from cdm_toolkit.vocab_map.min_ed import build_min_ed
 from cdm_toolkit.vocab_map.neighbours import DEFAULT_MAX_EDIT_DISTANCE, build_neighbours, without_partner
 from cdm_toolkit.vocab_map.partners import partner_rows
 from cdm_toolkit.vocab_map.prefix import build_prefix
-from cdm_toolkit.vocab_map.stats import mapped_mass, matchable_by_strategy
+from cdm_toolkit.vocab_map.stats import matchable_by_strategy
 
 SAMPLE = Path(__file__).resolve().parents[2] / "cdm_toolkit" / "samples" / "word_problems_train.jsonl"
 POSITIONS, TOP_K, TWIN_POSITIONS = 512, 100, 32
@@ -207,7 +207,7 @@ def _candidates(
         ids = torch.from_numpy(view_t.encode(text).ids.astype(np.int64))
         logprob = model(ids[None]).logits[0].float()[:, : view_t.vocab_size].log_softmax(-1)
         for name, mask in reachable.items():
-            mass[name].append(mapped_mass(mask, logprob.exp().numpy()))
+            mass[name].append(logprob.exp().numpy()[:, mask].sum(1))
         moved = torch.zeros(len(ids), size_s + 1).index_add_(1, to_student, logprob.exp())
         for ids_out, values_out, values in zip(
             sides[::2], sides[1::2], (logprob, moved[:, :size_s].log()), strict=True
