@@ -58,7 +58,7 @@ def distill(
         str | None, run_option("teachers.0.model", _RUN, "--teacher", names=completion.models)
     ] = None,
     teacher_cache: Annotated[Path | None, run_option("teachers.0.cache", _RUN, "--teacher-cache")] = None,
-    data: Annotated[Path | None, run_option("data.sources.0.path", _RUN, "--data")] = None,
+    data: Annotated[Path | None, run_option("data.path", _RUN, "--data")] = None,
     output: Annotated[Path | None, run_option("output", _RUN, "--output", "-o")] = None,
     preset: Annotated[
         str | None, typer.Option(help="paper: the settings of arXiv 2502.11104.", rich_help_panel=_RUN)
