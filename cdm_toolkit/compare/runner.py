@@ -197,7 +197,7 @@ def machine(study: StudyConfig) -> str:
     threads = f"{study.threads} thread{'s' if study.threads > 1 else ''} a cell"
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {threads}, {device}, "
-        f"{study.run.dtype}, torch {torch.__version__}"
+        f"{study.run.mixed_dtype}, torch {torch.__version__}"
     )
 
 

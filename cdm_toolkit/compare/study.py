@@ -39,7 +39,7 @@ _OWNED: Mapping[str, str] = {
     "epochs": "steps",
     "seed": "seeds",
     "save_every": "no checkpoints",
-    "tensorboard": "no event files",
+    "report_to": "its own log",
     "group_by_length": "one order of rows for all methods",
 }
 """Settings of training that the study itself decides, and what it has for them."""

@@ -154,11 +154,12 @@ def _low(teachers: tuple[TeacherPlan, ...]) -> Iterator[str]:
 def _memory(prepared: Prepared) -> Iterator[tuple[str, int]]:
     """Estimate the memory of a step on the longest rows, part by part, in bytes."""
     config, student = prepared.config, prepared.student
-    mixed = 2 if config.train.dtype == "bfloat16" else 4
+    mixed = 2 if config.train.mixed_dtype == "bfloat16" else 4
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     yield "student weights", _bytes(student)
-    yield "gradients", 4 * trained
-    yield "optimizer (AdamW)", 8 * trained
+    wide = 2 if config.train.weights == "bfloat16" else 4
+    yield "gradients", wide * trained
+    yield "optimizer (AdamW)", 2 * wide * trained
     longest = np.sort(prepared.features.student_lengths)[-config.train.batch_size :]
     labels = np.sort(prepared.features.label_counts)[-config.train.batch_size :]
     shape, tokens = student.config, int(longest.max()) * len(longest)

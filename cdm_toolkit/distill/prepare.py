@@ -216,18 +216,21 @@ class _Models:
     @property
     def student(self) -> PreTrainedModel:
         if self._student is None:
-            self._student = load_model(self.config.student, device=self.config.train.torch_device)
+            self._student = self._load(self.config.student, self.config.train.weights)
             self._tell()
         return self._student
 
     def teacher(self, nth: int) -> PreTrainedModel:
         if nth not in self._teachers:
             teacher = self.config.teachers[nth]
-            self._teachers[nth] = load_model(
-                teacher.model, device=self.config.train.torch_device, dtype=teacher.dtype
-            )
+            self._teachers[nth] = self._load(teacher.model, teacher.dtype)
             self._tell()
         return self._teachers[nth]
+
+    def _load(self, name: str, dtype: str) -> PreTrainedModel:
+        train = self.config.train
+        attention = train.attn_implementation
+        return load_model(name, device=train.torch_device, dtype=dtype, attn_implementation=attention)
 
     def entropies(self, rows: int) -> ModelEntropies | None:
         """Weigh tokens by what the models predict before training, where a teacher asks for it."""

@@ -23,7 +23,7 @@ from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.settings import DistillConfig
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, read_history, training_arguments
-from cdm_toolkit.errors import FileProblem, Interrupted
+from cdm_toolkit.errors import BadOption, FileProblem, Interrupted
 from cdm_toolkit.hub.models import model_folder_to_fill, save_model
 
 
@@ -61,6 +61,7 @@ def run(
     began = time.perf_counter()
     _ = config.train.torch_device  # a device that is not here is told before anything is read
     rows = Rows(config.data.sources, config.train.seed)
+    training_arguments(config, Path(config.output))  # its faults are told before anything is loaded
     len(rows)  # rows that are not as they must be are told before the output is touched
     output = Path(config.output)
     made = not output.exists()
@@ -73,6 +74,12 @@ def run(
         raise FileProblem(
             output, f"it cannot be written ({why})", "make room, then go on with `resume`"
         ) from error
+    except Exception as error:
+        tracker = type(error).__module__.partition(".")[0]
+        if tracker not in config.train.report_to:
+            raise
+        allowed = f"it when it is set up: {' '.join(str(error).split())[:200]}"
+        raise BadOption("train.report_to", tracker, allowed) from error
     finally:
         if made and output.is_dir() and not any(output.iterdir()):
             output.rmdir()

@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails
 from cdm_toolkit.alignment.aligners import AlignerName
 from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
 from cdm_toolkit.errors import UnknownName
-from cdm_toolkit.hub.models import resolve_device
+from cdm_toolkit.hub.models import resolve_device, resolve_dtype
 from cdm_toolkit.kd.method import Method, find_method, methods
 from cdm_toolkit.kd.settings import (
     DEFAULT_TOP_K,
@@ -283,8 +283,13 @@ class TrainConfig(Settings):
     device: DeviceName = "auto"
     """auto: a GPU where there is one, else the CPU. cuda is the first GPU that this process sees; several are for
     `accelerate launch`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: mixed precision, with weights in float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: mixed precision. auto: bfloat16 on a GPU that computes in it, else float32."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Of the student in training; bfloat16 takes half the memory, and rounds small updates away."""
+    attn_implementation: Text | None = None
+    """Of the student and the teachers in memory: sdpa, eager, flash_attention_2, … as transformers names them; sdpa
+    where the model has it unless it is set."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     compile: bool = False
@@ -296,8 +301,15 @@ class TrainConfig(Settings):
     """Steps between two entries of the log."""
     save_every: CountOrNone = 500
     """Steps between checkpoints; 0 writes none."""
-    tensorboard: bool = False
-    """Write event files to the output folder's `runs`."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the log goes besides: tensorboard writes event files to the output folder's `runs`."""
+    trainer: dict[Text, Any] | None = None
+    """Other fields of `transformers.TrainingArguments`, such as `{optim: adamw_8bit, torch_empty_cache_steps: 50}`."""
+
+    @property
+    def mixed_dtype(self) -> str:
+        """Name the dtype that `dtype` stands for on this machine."""
+        return resolve_dtype(self.dtype, self.torch_device)
 
     @property
     def torch_device(self) -> str:

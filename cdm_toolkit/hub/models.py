@@ -57,21 +57,23 @@ _REPLACED = (
 """Files of a model folder that are removed before a new model is written into it."""
 
 
-def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
+def load_model(
+    name: str, *, device: str = "cpu", dtype: str = "float32", attn_implementation: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode, on `device` in `dtype`.
 
-    GGUF weights are converted once, into the cache. Attention uses torch's scaled_dot_product_attention, or eager
-    attention where the architecture does not support it; `attn_implementation` in config.json is ignored, because it
-    may need a package or device that is not available. Raises SourceNotFound, ModelNotLoaded, BadOption for an
-    unavailable device, VocabularyTooSmall where the tokenizer in the same folder has ids without an embedding row.
-    More rows than ids are padding.
+    GGUF weights are converted once, into the cache. Without `attn_implementation` attention uses torch's
+    scaled_dot_product_attention, or eager attention where the architecture does not support it; what config.json has
+    is ignored, because it may need a package or device that is not available. Raises SourceNotFound, ModelNotLoaded,
+    BadOption for an unavailable device or attention, VocabularyTooSmall where the tokenizer in the same folder has ids
+    without an embedding row. More rows than ids are padding.
     """
     import torch
 
     parsed = checked_device(device)
     if dtype not in DTYPES:
         raise BadOption("dtype", dtype, f"one of {', '.join(DTYPES)}")
-    return _load(name, getattr(torch, dtype)).to(parsed)
+    return _load(name, getattr(torch, dtype), attn_implementation).to(parsed)
 
 
 def load_as_stored(name: str) -> PreTrainedModel:
@@ -79,7 +81,7 @@ def load_as_stored(name: str) -> PreTrainedModel:
     return _load(name, "auto")
 
 
-def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+def _load(name: str, dtype: torch.dtype | Literal["auto"], attention: str | None = None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -87,14 +89,23 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     folder = model_folder(name)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=None
+            folder, dtype=dtype, attn_implementation=attention
         )
+    except (ImportError, ValueError) as error:
+        if attention is None:
+            raise _not_loaded(name, folder, error) from error
+        allowed = f"another, such as sdpa or eager: {_first_line(error)}"
+        raise BadOption("attn_implementation", attention, allowed) from None
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
-        fix = f"check that {folder} holds a whole causal language model: config.json and its weights"
-        raise ModelNotLoaded(name, _first_line(error), fix) from error
+        raise _not_loaded(name, folder, error) from error
     if (ids := _tokenizer_ids(folder)) is not None:
         check_vocabulary(model, name, ids)
     return model.eval()
+
+
+def _not_loaded(name: str, folder: Path, error: Exception) -> ModelNotLoaded:
+    fix = f"check that {folder} holds a whole causal language model: config.json and its weights"
+    return ModelNotLoaded(name, _first_line(error), fix)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -109,6 +120,16 @@ def resolve_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: str) -> str:
+    """Choose the dtype that a name stands for: `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    import torch
+
+    if name != "auto":
+        return name
+    able = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if able else "float32"
 
 
 def checked_device(device: str) -> torch.device:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from cdm_toolkit.distill import run as run_module
 from cdm_toolkit.distill import trainer as trainer_module
@@ -352,7 +353,7 @@ def test_mixed_precision_makes_no_float32_copy_of_the_logits(config, monkeypatch
 def test_event_files_have_the_parts_of_the_loss(config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = run(config(tensorboard=True))
+    result = run(config(report_to=["tensorboard"]))
     (events,) = {path.parent for path in result.output.rglob("events.out.tfevents.*")}
     reader = EventAccumulator(str(events))
     reader.Reload()
@@ -361,6 +362,61 @@ def test_event_files_have_the_parts_of_the_loss(config) -> None:
     assert [event.value for event in reader.Scalars("train/kd")] == pytest.approx(
         [log.teachers[0].kd for log in result.losses]
     )
+
+
+def test_fields_of_training_arguments_are_handed_on(config, tmp_path: Path) -> None:
+    made = training_arguments(config(trainer={"optim": "adafactor", "adam_beta2": 0.98}), tmp_path)
+    assert (made.optim, made.adam_beta2, made.learning_rate) == ("adafactor", 0.98, 3e-3)
+    plain, other = (
+        run(config(max_steps=2)),
+        run(config({"output": str(tmp_path / "other")}, max_steps=2, trainer={"optim": "sgd"})),
+    )
+    assert plain.losses[0].loss == other.losses[0].loss
+    assert plain.losses[1].loss != other.losses[1].loss
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"learning_rate": 1e-3}, "'learning_rate'; give the run's own setting train.lr"),
+        ({"fp16": True}, "'fp16'; give it without this field: losses of distillation overflow"),
+        ({"optimm": "sgd"}, "unknown field of TrainingArguments 'optimm'; did you mean optim?"),
+        ({"optim": "adamm"}, "fields that transformers takes: "),
+        ({"lr_scheduler_type": "up"}, "fields that transformers takes: "),
+    ],
+)
+def test_fields_that_a_run_cannot_have(config, trainer: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises((BadOption, UnknownName)) as caught:
+        run(config({"data": {"path": "none.jsonl"}}, trainer=trainer))
+    assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_that_is_not_there(config) -> None:
+    with pytest.raises(BadOption, match="'trackio'; give one that is installed, or run: pip install trackio"):
+        run(config(report_to=["trackio"]))
+
+
+def test_an_attention_that_is_not_there(config) -> None:
+    with pytest.raises(
+        BadOption, match=r"attn_implementation.* is 'flash_attention_2'; give another, such as"
+    ):
+        run(config(attn_implementation="flash_attention_2", max_steps=1))
+    assert run(config(attn_implementation="eager", max_steps=1), overwrite=True).steps == 1
+
+
+def test_weights_in_bfloat16(config) -> None:
+    made = config(weights="bfloat16", max_steps=2)
+    result = run(made)
+    assert load_model(made.output).dtype == torch.float32
+    with safe_open(Path(made.output) / "model.safetensors", "pt") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert result.losses[-1].loss > 0
+
+
+def test_auto_is_float32_where_there_is_no_gpu(config) -> None:
+    assert config().train.dtype == "auto"
+    assert config().train.mixed_dtype == "float32"
 
 
 def test_equal_tokenizers_work_and_say_that_kl_would_do(config, tiny) -> None:
