@@ -73,8 +73,9 @@ class Reader:
         elif block.language == "python":
             exec(block.code, self.names)
         elif block.language == "json":
-            Path("forms.jsonl").write_text(block.code, encoding="utf-8")
-            assert len(read_rows("forms.jsonl")) == len(block.code.splitlines())
+            for line in block.code.splitlines():
+                Path("form.jsonl").write_text(line, encoding="utf-8")
+                assert len(read_rows("form.jsonl")) == 1
         elif block.language == "text":
             assert block.code.strip() in "\n".join(line.rstrip() for line in self.said.splitlines())
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdm_toolkit.distill.settings import ACROSS_TOKENIZERS, TeacherConfig, from_mapping
+from cdm_toolkit.distill.trainer import training_arguments
 from cdm_toolkit.kd.method import Method, methods
 from cdm_toolkit.kd.settings import fields_of
 
@@ -65,8 +66,14 @@ def test_the_options_of_two_tokenizers() -> None:
     assert told == {name: getattr(config, name) for name in ACROSS_TOKENIZERS}
 
 
-def test_the_run_file_is_one() -> None:
+def test_the_run_file_is_one_and_its_parts_fit(tmp_path: Path) -> None:
     import yaml
 
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert [teacher.method for teacher in from_mapping(yaml.safe_load(block)).teachers] == ["kl", "spelling"]
+    whole, *parts = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL))
+    assert [teacher.method for teacher in from_mapping(whole).teachers] == ["kl", "spelling"]
+    made = from_mapping({**whole, **{name: part for each in parts for name, part in each.items()}})
+    assert [(source.weight, source.alpha) for source in made.data.sources] == [(1, None), (0.5, None), (1, 0)]
+    with_trainer = made.model_copy(
+        update={"train": made.train.model_copy(update={"device": "cpu", "report_to": ()})}
+    )
+    assert training_arguments(with_trainer, tmp_path).lr_scheduler_type == "warmup_stable_decay"
