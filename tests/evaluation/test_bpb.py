@@ -156,13 +156,9 @@ def test_a_model_that_is_broken_or_too_small_is_named(make: MakeSubject) -> None
         measure(small, [Passage(TEXTS[2])])
 
 
-def test_the_suite_scores_rows_of_all_kinds(subject: Subject, tmp_path: Path) -> None:
-    rows = [
-        {"question": "q?", "answer": "a 1\n#### 1"},
-        {"prompt": "p", "completion": "c"},
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
-        {"text": "plain"},
-    ]
+def test_the_suite_scores_rows_with_and_without_a_prompt(subject: Subject, tmp_path: Path) -> None:
+    pairs = [("q?", "a 1\n#### 1"), ("p", "c"), ("hi", "ho"), ("", "plain")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     suite = open_suite("bpb", Ask(data=path, batch_size=2))
