@@ -231,10 +231,10 @@ def test_smollm2_equals_the_computation_by_hand() -> None:
         smollm2 = load_subject("smollm2")
     except CdmError as error:
         pytest.skip(f"no SmolLM2 here: {error}")
-    rows = [json.loads(line) for line in sample_path("heldout").read_text(encoding="utf-8").splitlines()[:6]]
+    rows = [json.loads(line) for line in sample_path("heldout").read_text(encoding="utf-8").splitlines()[:3]]
     texts = [f"{row['question']}\n{row['answer']}" for row in rows]
     value = sum(by_hand(smollm2, text) for text in texts) / sum(len(text.encode()) for text in texts)
-    for batch_size, stride in ((1, 512), (4, 1), (6, 1024)):
+    for batch_size, stride in ((1, 512), (2, 1), (6, 1024)):
         measured, _ = value_of(
             smollm2, [Passage(text) for text in texts], batch_size=batch_size, stride=stride
         )
