@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.atomic import write_whole
 from cdm_toolkit.artifacts.manifest import FileSum, read_json, validated, write_json
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_encodings import pack_candidates, unpack_candidates
@@ -143,8 +143,7 @@ class CacheWriter:
             positions=sum(len(row.token_logprobs) for row in rows),
             provenance=dict(provenance(device=device)),
         )
-        with atomic_write(_data_file(self.folder, index)) as stream:
-            stream.write(content)
+        write_whole(_data_file(self.folder, index), content)
         write_json(_note_file(self.folder, index), note.model_dump())
         return note
 

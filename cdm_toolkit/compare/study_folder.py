@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cdm_toolkit.artifacts.atomic import atomic_write
+from cdm_toolkit.artifacts.atomic import write_whole
 from cdm_toolkit.artifacts.lock import is_locked, locked
 from cdm_toolkit.artifacts.manifest import Format, differences, validated, write_json
 from cdm_toolkit.artifacts.settings import make, read_yaml
@@ -88,8 +88,9 @@ class StudyFolder:
                 self._clear()
             self.check(study)
             content = study.model_dump(mode="json", exclude_unset=True)
-            with atomic_write(self.study_file) as stream:
-                stream.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+            write_whole(
+                self.study_file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
+            )
 
     def check(self, study: StudyConfig) -> None:
         """See that the folder is this study's, if one has made something there. Raises BadArtifact, FileProblem."""

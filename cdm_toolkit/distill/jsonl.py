@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cdm_toolkit.artifacts.atomic import atomic_write
 from cdm_toolkit.errors import BadOption, BadRow, FileProblem, UnknownName
@@ -38,8 +38,7 @@ def read_objects(path: Path, fields: str = FIELDS) -> list[tuple[int, Any]]:
 
 def values(path: Path, fields: str = FIELDS) -> Iterator[tuple[int, Any]]:
     """Give the JSON value of each line with its number; blank lines are skipped, and counted. Raises BadRow."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -50,6 +49,13 @@ def values(path: Path, fields: str = FIELDS) -> Iterator[tuple[int, Any]]:
                 raise BadRow(path, number, problem, "write one JSON object a line") from None
             except RecursionError:
                 raise BadRow(path, number, "it is nested too deeply", f"give each row {fields}") from None
+
+
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """Open a file of UTF-8 text, with or without a mark at its beginning, which may be gzipped."""
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    file: TextIO = opened(path, "rt", encoding="utf-8-sig", newline=newline)
+    return file
 
 
 def read_text(path: Path) -> str:

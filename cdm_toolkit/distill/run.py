@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -25,6 +25,9 @@ from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, read_history, training_arguments
 from cdm_toolkit.errors import BadOption, FileProblem, Interrupted
 from cdm_toolkit.hub.models import model_folder_to_fill, save_model
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +63,15 @@ def run(
     """
     began = time.perf_counter()
     _ = config.train.torch_device  # a device that is not here is told before anything is read
-    rows = Rows(config.data.sources, config.train.seed)
-    training_arguments(config, Path(config.output))  # its faults are told before anything is loaded
-    len(rows)  # rows that are not as they must be are told before the output is touched
     output = Path(config.output)
+    arguments = training_arguments(config, output)
+    rows = Rows(config.data.sources, config.train.seed)
+    len(rows)  # rows that are not as they must be are told before the output is touched
     made = not output.exists()
     with _main_process_first(config):
         checkpoint = claim_output(output, overwrite=overwrite, resume=resume)
     try:
-        return _run(config, rows, output, checkpoint, overwrite, go_on, on_progress, began)
+        return _run(config, rows, arguments, checkpoint, overwrite, go_on, on_progress, began)
     except (OSError, SafetensorError) as error:  # of a checkpoint: models and data raise their own
         why = getattr(error, "strerror", None) or str(error)
         raise FileProblem(
@@ -88,7 +91,7 @@ def run(
 def _run(
     config: DistillConfig,
     rows: Rows,
-    output: Path,
+    arguments: TrainingArguments,
     checkpoint: Path | None,
     overwrite: bool,
     go_on: str,
@@ -100,7 +103,7 @@ def _run(
     set_seed(config.train.seed)
     with _main_process_first(config):  # what the first finds in no cache, the others find there
         prepared = prepare(config, rows, on_progress)
-    arguments = training_arguments(config, output)
+    output = Path(config.output)
     if overwrite and arguments.should_save:
         remove_run(output)
     with _told_to_stop() as stopping:

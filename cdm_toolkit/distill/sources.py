@@ -40,59 +40,55 @@ class Rows(Iterable[Row]):
     """Of the rows that a source with `shuffle` takes."""
 
     def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in self._by_source())
+
+    def _by_source(self) -> Iterator[tuple[int, Row]]:
+        """Give the rows with the index of their source."""
         last = 0
-        for source in self.sources:
+        for nth, source in enumerate(self.sources):
             before = last
             for row in _rows(source, self.seed):
                 last = before + row.number
-                yield replace(row, number=last) if before else row
+                yield nth, replace(row, number=last) if before else row
 
     def __len__(self) -> int:
-        return self._facts[0]
+        return self._facts.count
 
     @property
     def fingerprint(self) -> str:
         """Hash the contents of the rows, and their numbers."""
-        return self._facts[1]
+        return self._facts.fingerprint
 
     @cached_property
-    def _facts(self) -> tuple[int, str]:
-        counted = _Counted(self)
-        fingerprint = rows_fingerprint(counted)
-        return counted.count, fingerprint
+    def _facts(self) -> _Facts:
+        count, last = 0, np.zeros(len(self.sources), np.int64)
 
-    @cached_property
-    def _last(self) -> Int64[np.ndarray, " source"]:
-        """The number of each source's last row."""
-        return np.cumsum([_last_number(source, self.seed) for source in self.sources])
+        def counted() -> Iterator[Row]:
+            nonlocal count
+            for nth, row in self._by_source():
+                count, last[nth] = count + 1, row.number
+                yield row
+
+        fingerprint = rows_fingerprint(counted())
+        return _Facts(count, fingerprint, last)
 
     def source_of(self, numbers: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
         """Tell from which source the rows of these numbers are."""
-        if len(self.sources) == 1:
-            return np.zeros(len(numbers), np.int64)
-        return np.searchsorted(self._last, numbers)
+        return np.searchsorted(self._facts.last, numbers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Facts:
+    """What one pass over the rows tells; `last` is the number of each source's last row."""
+
+    count: int
+    fingerprint: str
+    last: Int64[np.ndarray, " source"]
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """Read all rows of a file, a pattern or a data set on the hub. Raises as `Rows`."""
     return list(Rows((SourceConfig(path=str(path)),)))
-
-
-class _Counted(Iterable[Row]):
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows, self.count = rows, 0
-
-    def __iter__(self) -> Iterator[Row]:
-        for row in self.rows:
-            self.count += 1
-            yield row
-
-
-def _last_number(source: SourceConfig, seed: int) -> int:
-    last = 0
-    for row in _rows(source, seed):
-        last = row.number
-    return last
 
 
 def _rows(source: SourceConfig, seed: int) -> Iterator[Row]:
@@ -101,14 +97,14 @@ def _rows(source: SourceConfig, seed: int) -> Iterator[Row]:
     for place, at, number, record in _chosen(source, seed):
         try:
             fields = _named(record, source.columns)
-            if shape is None:
-                shape = shape_of(fields)
-            elif (own := shape_of(fields)) != shape:
+            own = shape_of(fields)
+            shape = shape or own
+            if own != shape:
                 problem = f"it has {' and '.join(own)}, and the rows before it {' and '.join(shape)}"
                 raise RowFault(
                     problem, "give rows of one shape: a source for each, or `columns` that pick one"
                 )
-            yield row_of(number, fields)
+            yield row_of(number, fields, own)
         except RowFault as error:
             raise BadRow(place, at, *error.args) from None
     if shape is None:
@@ -139,7 +135,7 @@ def _chosen(source: SourceConfig, seed: int) -> Placed:
 
 
 def _records(source: SourceConfig) -> Placed:
-    before = last = 0
+    last = 0
     for place, records in _parts(source):
         before = last
         for number, record in records:
@@ -149,10 +145,11 @@ def _records(source: SourceConfig) -> Placed:
 
 def _parts(source: SourceConfig) -> Iterator[tuple[str, Numbered]]:
     """Open the files of a source, or its data set on the hub. Raises FileProblem."""
-    name, _, revision = source.path.partition("@")
-    for file in _files(source):
+    files = _files(source)
+    for file in files:
         yield str(file), read_records(file)
-    if not _files(source):
+    if not files:
+        name, _, revision = source.path.partition("@")
         yield source.path, read_hub(name, revision or None, source.config, source.split)
 
 

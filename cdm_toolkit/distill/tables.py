@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdm_toolkit.distill.jsonl import read_problems, values
+from cdm_toolkit.distill.jsonl import open_text, read_problems, values
 from cdm_toolkit.errors import FileProblem, MissingExtra
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ def read_records(path: Path) -> Numbered:
 def _csv(path: Path) -> Numbered:
     """Read a table whose first line names the columns; all values are texts, an empty one is none."""
     csv.field_size_limit(2**31 - 1)
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
+    with open_text(path, newline="") as lines:
         separator = "\t" if ".tsv" in path.suffixes else ","
         table = csv.DictReader(lines, delimiter=separator, restkey=None, strict=True)
         try:
@@ -57,8 +55,7 @@ _CSV_FIX = "name the columns in the first line, and quote values that have separ
 
 def _json(path: Path) -> Numbered:
     """Read a list of objects, as one value; a file that begins otherwise is JSONL under another name."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         if file.read(1024).lstrip()[:1] != "[":
             yield from values(path)
             return
@@ -144,7 +141,7 @@ def _loaded(name: str, revision: str | None, config: str | None, split: str) -> 
         import datasets
     except ImportError:
         raise MissingExtra("datasets", "train", "reading a data set of the hub") from None
-    with quiet_datasets():
+    with _quiet_datasets():
         try:
             found = datasets.load_dataset(name, config, split=split, revision=revision)
         except Exception as error:  # of datasets, huggingface_hub and the HTTP library below them
@@ -173,7 +170,7 @@ def _why(error: Exception) -> tuple[str, str]:
 
 
 @contextmanager
-def quiet_datasets() -> Iterator[None]:
+def _quiet_datasets() -> Iterator[None]:
     """Keep datasets' own bars and logs off the screen."""
     from datasets.utils import (
         are_progress_bars_disabled,

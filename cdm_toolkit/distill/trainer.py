@@ -80,11 +80,11 @@ class StepLog:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightedBatch:
-    """Rows whose cross-entropy has the same weight. `counts` is False where they are run for company alone."""
+    """Rows whose cross-entropy has the same weight; a dummy batch is run, and adds nothing to the loss."""
 
     batch: AlignedBatch
     alpha: float
-    counts: bool = True
+    is_dummy: bool = False
 
     def to(self, device: Any, non_blocking: bool = False) -> WeightedBatch:
         """Move the tensors to a device."""
@@ -120,24 +120,24 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
-class _InMapping:
+class _CollatorByAlpha:
     """Collate rows, those of each alpha by themselves.
 
-    Where several processes train together each runs as many batches as the others: one without rows of an alpha runs
-    any row, which does not count.
+    Where several processes train together each runs as many batches as the others (`every_alpha`): one without rows of
+    an alpha runs a dummy batch.
     """
 
     collator: Collator
     mixture: Mixture
-    in_step: bool
+    every_alpha: bool
 
     def __call__(self, rows: Sequence[AlignedRow]) -> Inputs:
         alphas = self.mixture.alpha_of([row.row for row in rows])
         parts = []
         for alpha in self.mixture.alphas:
             own = [row for row, its in zip(rows, alphas, strict=True) if its == alpha]
-            if own or self.in_step:
-                parts.append(WeightedBatch(self.collator(own or rows[:1]), alpha, bool(own)))
+            if own or self.every_alpha:
+                parts.append(WeightedBatch(self.collator(own or rows[:1]), alpha, not own))
         return Inputs(parts=parts)
 
 
@@ -167,7 +167,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=student,
             args=arguments,
-            data_collator=_InMapping(collator, mixture, arguments.world_size > 1),
+            data_collator=_CollatorByAlpha(collator, mixture, arguments.world_size > 1),
             train_dataset=features,
             processing_class=tokenizer,
             callbacks=[
@@ -205,7 +205,7 @@ class DistillTrainer(Trainer):
         """Take the batches of one optimizer step, and count its labels and groups over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.tensor(
-            [_counts(part.batch) for inputs in batches for part in inputs["parts"] if part.counts],
+            [_counts(part.batch) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
             device=device,
         ).sum(0)
         if self.args.world_size > 1:
@@ -238,7 +238,7 @@ class DistillTrainer(Trainer):
         labels, *groups = (own if counts is None else counts).unbind()
         weights = [objective.weight for objective in self.objectives]
         loss = weighted_loss(sums, alpha=part.alpha, weights=weights, labels=labels, groups=groups)
-        if not part.counts:
+        if part.is_dummy:
             return 0 * loss
         logged = [part for kd in sums.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
         self._sums += torch.stack(

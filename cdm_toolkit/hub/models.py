@@ -91,21 +91,15 @@ def _load(name: str, dtype: torch.dtype | Literal["auto"], attention: str | None
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention
         )
-    except (ImportError, ValueError) as error:
-        if attention is None:
-            raise _not_loaded(name, folder, error) from error
-        allowed = f"another, such as sdpa or eager: {_first_line(error)}"
-        raise BadOption("attn_implementation", attention, allowed) from None
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
-        raise _not_loaded(name, folder, error) from error
+        if attention is not None and isinstance(error, ImportError | ValueError):
+            allowed = f"another, such as sdpa or eager: {_first_line(error)}"
+            raise BadOption("attn_implementation", attention, allowed) from None
+        fix = f"check that {folder} holds a whole causal language model: config.json and its weights"
+        raise ModelNotLoaded(name, _first_line(error), fix) from error
     if (ids := _tokenizer_ids(folder)) is not None:
         check_vocabulary(model, name, ids)
     return model.eval()
-
-
-def _not_loaded(name: str, folder: Path, error: Exception) -> ModelNotLoaded:
-    fix = f"check that {folder} holds a whole causal language model: config.json and its weights"
-    return ModelNotLoaded(name, _first_line(error), fix)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -278,7 +278,7 @@ def collate(
 ) -> AlignedBatch:
     """Tokenize rows for the student and all teachers, align, cut and pad them.
 
-    `rows` are mappings with prompt and completion, question and answer, messages, or text; all of the completion
+    `rows` are mappings of the shapes that `kd.rows.FIELDS` names, such as prompt and completion; all of the completion
     is learned. `max_length` is in tokens of any side; a longer row is cut at a boundary that all sides share.
     A row without a completion, or with none of it within `max_length`, is left out: `batch.rows` has the numbers
     of those that are in. All pairs have one student. Raises BadRow for a row without these fields,

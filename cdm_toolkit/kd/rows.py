@@ -60,9 +60,13 @@ class RowFault(Exception):
     """What is wrong with a row, and the fix."""
 
 
-def row_of(number: int, fields: Any) -> Row:
-    """Make a row of a mapping, such as a line of a file. RowFault where a field is missing or no text."""
-    return Row(number, *_parts(fields))
+def row_of(number: int, fields: Any, shape: tuple[str, ...] | None = None) -> Row:
+    """Make a row of a mapping, such as a line of a file. RowFault where a field is missing or no text.
+
+    `shape` is that of the fields, where it is known.
+    """
+    names = shape or shape_of(fields)
+    return Row(number, *_READERS[names](fields, *names))
 
 
 def chat_of(messages: Any) -> list[dict[str, str]]:
@@ -110,26 +114,26 @@ def shape_of(fields: Any) -> tuple[str, ...]:
     """Name the fields that say what a row is, such as prompt and completion. RowFault where there are none."""
     if not isinstance(fields, Mapping):
         raise RowFault("it is not a JSON object", f"give each row {FIELDS}")
-    for names in _SHAPES:
+    for names in _READERS:
         if all(name in fields for name in names):
             return names
     has = ", ".join(map(str, fields)) or "no field"
     raise RowFault(f"it has {has}", f"give each row {FIELDS}, or name its columns with `columns`")
 
 
-def _parts(fields: Any) -> Parts:
-    shape = shape_of(fields)
-    return _SHAPES[shape](*(fields[name] for name in shape), fields, shape)
-
-
-def _pair(prompt: Any, completion: Any, fields: Any, names: tuple[str, ...]) -> Parts:
+def _pair(fields: Mapping[str, Any], prompt: str, completion: str) -> Parts:
     """Read two texts, or two lists of messages as TRL writes them: the prompt's, then the completion's."""
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _messages([*prompt, *completion])
-    return _string(fields, names[0]), _string(fields, names[1]), ()
+    both = fields[prompt], fields[completion]
+    if all(isinstance(each, list) for each in both):
+        return _chat([message for each in both for message in each])
+    return _string(fields, prompt), _string(fields, completion), ()
 
 
-def _messages(messages: Any, *_: Any) -> Parts:
+def _messages(fields: Mapping[str, Any], name: str) -> Parts:
+    return _chat(fields[name])
+
+
+def _chat(messages: Any) -> Parts:
     """Join the contents with line feeds; the last message, the assistant's, is the completion."""
     chat = chat_of(messages)
     if chat[-1]["role"] != "assistant":
@@ -140,8 +144,9 @@ def _messages(messages: Any, *_: Any) -> Parts:
     return "\n".join(before), last, tuple(Message(**message) for message in chat)
 
 
-def _conversation(turns: Any, *_: Any) -> Parts:
+def _conversation(fields: Mapping[str, Any], name: str) -> Parts:
     """Read the turns of ShareGPT, each with `from` and `value`."""
+    turns = fields[name]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowFault("conversations is not a list of objects", 'give [{"from": "human", "value": "…"}, …]')
     renamed = [
@@ -150,21 +155,21 @@ def _conversation(turns: Any, *_: Any) -> Parts:
         else turn
         for turn in turns
     ]
-    return _messages(renamed)
+    return _chat(renamed)
 
 
-def _instruction(instruction: Any, output: Any, fields: Any, names: tuple[str, ...]) -> Parts:
+def _instruction(fields: Mapping[str, Any], instruction: str, output: str) -> Parts:
     """Read Alpaca's row: its input, where there is one, stands below the instruction."""
     given = _string(fields, "input") if fields.get("input") else ""
-    prompt = _string(fields, names[0])
-    return f"{prompt}\n\n{given}" if given else prompt, _string(fields, names[1]), ()
+    prompt = _string(fields, instruction)
+    return f"{prompt}\n\n{given}" if given else prompt, _string(fields, output), ()
 
 
-def _text(text: Any, fields: Any, names: tuple[str, ...]) -> Parts:
-    return "", _string(fields, names[0]), ()
+def _text(fields: Mapping[str, Any], text: str) -> Parts:
+    return "", _string(fields, text), ()
 
 
-_SHAPES: Mapping[tuple[str, ...], Callable[..., Parts]] = {
+_READERS: Mapping[tuple[str, ...], Callable[..., Parts]] = {
     ("prompt", "completion"): _pair,
     ("question", "answer"): _pair,
     ("messages",): _messages,

@@ -185,11 +185,13 @@ def test_processes_run_equally_many_batches(config, tiny) -> None:
     prepared = prepare(config(), rows, lambda _: None)
     mixture = Mixture((0.2, 0.9), lambda numbers: [0.2] * len(numbers))
     few = prepared.features[:3]
-    (alone,) = trainer_module._InMapping(prepared.collator, mixture, in_step=False)(few)["parts"]
-    assert (alone.alpha, alone.counts, len(alone.batch.rows)) == (0.2, True, 3)
-    first, second = trainer_module._InMapping(prepared.collator, mixture, in_step=True)(few)["parts"]
+    (alone,) = trainer_module._CollatorByAlpha(prepared.collator, mixture, every_alpha=False)(few)["parts"]
+    assert (alone.alpha, alone.is_dummy, len(alone.batch.rows)) == (0.2, False, 3)
+    first, second = trainer_module._CollatorByAlpha(prepared.collator, mixture, every_alpha=True)(few)[
+        "parts"
+    ]
     assert first.batch.rows == alone.batch.rows
-    assert (second.alpha, second.counts, len(second.batch.rows)) == (0.9, False, 1)
+    assert (second.alpha, second.is_dummy, len(second.batch.rows)) == (0.9, True, 1)
     with tempfile.TemporaryDirectory() as folder:
         trainer = prepared.trainer(training_arguments(config(), Path(folder)))
     of_both = trainer.compute_loss(trainer.model, {"parts": [first, second]})
