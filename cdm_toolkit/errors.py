@@ -9,7 +9,7 @@ prose.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,8 +19,14 @@ def _named(option: str) -> str:
     return f"`{option}`" if re.fullmatch(r"[a-z]\w*(\.\w+)*", option) else option
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+MANY = 60
+"""Names that are more are not all listed."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= MANY:
+        return ", ".join(names)
+    return f"{', '.join(names[:10])} and {len(names) - 10} more"
 
 
 class CdmError(Exception):

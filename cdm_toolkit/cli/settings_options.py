@@ -17,15 +17,14 @@ import typer
 Names = Callable[[], list[tuple[str, str]]]
 PACKAGE = Path(__file__).parents[1]
 RUN = "distill/settings.py"
-RECORDS_OF_A_RUN = (
-    ("", "DistillConfig"),
-    ("data", "DataConfig"),
-    ("teachers.0", "TeacherConfig"),
-    ("train", "TrainConfig"),
-    ("train.lora", "LoraConfig"),
-    ("data", "SourceConfig"),
-)
-"""Which records of `RUN` stand where in a run file."""
+RECORDS_OF_A_RUN: Mapping[str, str] = {
+    "": "DistillConfig",
+    "data": "DataConfig",
+    "teachers.0": "TeacherConfig",
+    "train": "TrainConfig",
+    "train.lora": "LoraConfig",
+}
+"""Which record of `RUN` stands where in a run file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +40,8 @@ def run_option(setting: str, panel: str, *flags: str, names: Names | None = None
 
     `names` are what the shell completes.
     """
-    return _option(run_field(setting), flags, panel, names)
-
-
-def run_field(setting: str) -> SettingField:
-    """Find the field of a run's setting."""
     where, _, name = setting.rpartition(".")
-    found = (fields_of(RUN, record).get(name) for place, record in RECORDS_OF_A_RUN if place == where)
-    return next(field for field in found if field)
+    return _option(fields_of(RUN, RECORDS_OF_A_RUN[where])[name], flags, panel, names)
 
 
 def record_option(source: str, record: str, name: str, *flags: str, names: Names | None = None) -> Any:
@@ -76,7 +69,7 @@ def _option(field: SettingField, flags: tuple[str, ...], panel: str | None, name
 def setting_named(flag: str) -> str | None:
     """Find the run's setting that a flag such as `--save-every` would be of; None where there is none."""
     name = flag.lstrip("-").replace("-", "_")
-    for where, record in RECORDS_OF_A_RUN:
+    for where, record in RECORDS_OF_A_RUN.items():
         if name in fields_of(RUN, record):
             return f"{where}.{name}" if where else name
     if any(name in fields for file in (PACKAGE / "kd").glob("*.py") for fields in _settings_in(file)):
@@ -86,11 +79,13 @@ def setting_named(flag: str) -> str | None:
 
 @cache
 def fields_of(source: str, record: str) -> Mapping[str, SettingField]:
-    """Read the fields of a class from its source: the string below a field is its help."""
+    """Read the fields of a class from its source, those of its bases there first: the string below one is its help."""
     tree = _parsed(PACKAGE / source)
     constants = dict(constants_in(tree.body))
-    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == record)
-    return dict(_fields(found, constants))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    bases = [base.id for base in classes[record].bases if isinstance(base, ast.Name) and base.id in classes]
+    inherited = [field for base in bases for field in fields_of(source, base).items()]
+    return dict(inherited) | dict(_fields(classes[record], constants))
 
 
 @cache

@@ -20,6 +20,7 @@ from cdm_toolkit.distill.settings import (
     DataConfig,
     DistillConfig,
     Share,
+    SourceConfig,
     TeacherConfig,
     Text,
     TrainConfig,
@@ -379,7 +380,7 @@ def heldout_name(setting: str, kind: str) -> str:
 def _shared_names() -> set[str]:
     """List the settings of a run and of a study that are no method's own."""
     records = (StudyConfig, DistillConfig, TrainConfig, DataConfig)
-    names = {name for record in records for name in record.model_fields}
+    names = {name for record in records for name in record.model_fields} - SourceConfig.model_fields.keys()
     return (names | _OF_ALL) - MethodConfig.model_fields.keys()
 
 

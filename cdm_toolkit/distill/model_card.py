@@ -27,7 +27,7 @@ def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[
     for before, after in zip(first.teachers, last.teachers, strict=True):
         figures.append((f"KD on {after.name}", f"{before.kd:.4f} → {after.kd:.4f}"))
         figures.append((f"matched mass of {after.name}", f"{after.matched_mass:.1%}"))
-    data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.sources)
+    data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.all_sources)
     lines = [
         "---",
         yaml.safe_dump(head | {"tags": tags}, sort_keys=False).strip(),

@@ -72,7 +72,7 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     Raises what `run` raises before its first step.
     """
     _ = config.train.torch_device  # a device that is not here is told before anything is read
-    prepared = prepare(config, Rows(config.data.sources, config.train.seed), on_progress)
+    prepared = prepare(config, Rows(config.data.all_sources, config.train.seed), on_progress)
     with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))
         ce, teachers, looked_at = _look(prepared, trainer, on_progress)

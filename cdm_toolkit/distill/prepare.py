@@ -145,7 +145,7 @@ def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepa
 
 def _mixture(config: DistillConfig, rows: Rows, features: AlignedDataset) -> Mixture:
     """Tell the weights and alphas of the rows' sources by the rows. BadOption where no row is left for an epoch."""
-    sources = config.data.sources
+    sources = config.data.all_sources
     alphas = [config.alpha if source.alpha is None else source.alpha for source in sources]
     weights = np.array([source.weight for source in sources])[rows.source_of(features.numbers)]
     if len(set(alphas)) == 1 or not config.teachers:

@@ -65,7 +65,7 @@ def run(
     _ = config.train.torch_device  # a device that is not here is told before anything is read
     output = Path(config.output)
     arguments = training_arguments(config, output)
-    rows = Rows(config.data.sources, config.train.seed)
+    rows = Rows(config.data.all_sources, config.train.seed)
     len(rows)  # rows that are not as they must be are told before the output is touched
     made = not output.exists()
     with _main_process_first(config):

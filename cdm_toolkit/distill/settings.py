@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails
 
 from cdm_toolkit.alignment.aligners import AlignerName
@@ -32,6 +39,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 DEFAULT_METHOD = "spelling"
 """The method of a teacher that names none."""
@@ -186,13 +194,9 @@ def _setting_names(method: type[Method[Any, Any]]) -> set[str]:
     return {field.name for field in fields_of(method.Settings)}
 
 
-class SourceConfig(Settings):
-    """A source of rows: files, or a data set on the hub."""
+class _Reading(Settings):
+    """How a source is read."""
 
-    path: Text
-    """A file (JSONL, JSON, CSV, parquet, arrow), a pattern such as `data/*.parquet`, or a data set on the hub such
-    as `org/set` or `org/set@revision`; `sample:train` is the package's own. Rows have prompt and completion, question
-    and answer, messages, conversations, instruction and output, or text."""
     config: Text | None = None
     """Of the data set on the hub, where it has several."""
     split: Text = "train"
@@ -205,16 +209,27 @@ class SourceConfig(Settings):
     shuffle: bool = False
     """Take the rows of `limit` from all over the data, by the seed, in place of the first."""
     weight: Positive = 1.0
-    """How often an epoch has each row: 2 twice, 0.5 every second one, others in each epoch."""
+    """How often an epoch has each row: 2 twice, 0.5 half of the rows, chosen anew in each epoch."""
     alpha: Share | None = None
     """Weight of cross-entropy for these rows, in place of the run's: 0 leaves a text to the teachers alone."""
 
 
-class DataConfig(Settings):
-    """The rows to train on: the fields of one source, or several `sources`."""
+class SourceConfig(_Reading):
+    """A source of rows: files, or a data set on the hub."""
 
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    """Each with its path, and what else is said of it."""
+    path: Text
+    """A file, a pattern or a data set on the hub, as `data.path`."""
+
+
+class DataConfig(_Reading):
+    """The rows to train on: one source, or several `sources`."""
+
+    path: Text | None = None
+    """A file (JSONL, JSON, CSV, parquet, arrow), a pattern such as `data/*.parquet`, or a data set on the hub such
+    as `org/set` or `org/set@revision`; `sample:train` is the package's own. Rows have prompt and completion, question
+    and answer, messages, conversations, instruction and output, or text."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several in place of `path`, each with what is said of it."""
     max_length: Annotated[int, Field(ge=4)] = 512
     """Tokens of a row on any side; more are cut at a shared boundary."""
     template: TemplateName = "none"
@@ -222,23 +237,26 @@ class DataConfig(Settings):
     workers: Count = 1
     """Processes that tokenize and align."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_one_source(cls, given: Any) -> Any:
-        """Take the fields of a source that stand beside the others as the only one of `sources`."""
-        if not isinstance(given, Mapping):
-            return given
-        own = {name: value for name, value in given.items() if name in SourceConfig.model_fields}
-        if not own:
-            return given
-        if "sources" in given:
-            raise ValueError(f"has {', '.join(own)} beside sources: put it into each of them")
-        return {name: value for name, value in given.items() if name not in own} | {"sources": [own]}
+    @model_validator(mode="after")
+    def _has_one_or_several(self) -> DataConfig:
+        beside = self.model_fields_set & SourceConfig.model_fields.keys()
+        if self.sources and beside:
+            raise ValueError(f"{', '.join(sorted(beside))} beside sources: put it into each of them")
+        if not self.sources and self.path is None:
+            raise ValueError("path is missing, or sources")
+        return self
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """Give the sources, also where there is one."""
+        if self.sources or self.path is None:
+            return self.sources
+        return (SourceConfig(path=self.path, **self.model_dump(include=set(_Reading.model_fields))),)
 
     @property
     def name(self) -> str:
         """Name the sources for messages."""
-        return ", ".join(source.path for source in self.sources)
+        return ", ".join(source.path for source in self.all_sources)
 
 
 class LoraConfig(Settings):
@@ -252,6 +270,10 @@ class LoraConfig(Settings):
     """Share of their inputs that is dropped in training."""
     targets: tuple[Text, ...] | Literal["all-linear"] = "all-linear"
     """Names of the modules that get adapters; all-linear: every linear layer but the last."""
+
+
+def _one_or_several(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else given
 
 
 class TrainConfig(Settings):
@@ -301,7 +323,7 @@ class TrainConfig(Settings):
     """Steps between two entries of the log."""
     save_every: CountOrNone = 500
     """Steps between checkpoints; 0 writes none."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)] = ()
     """Where the log goes besides: tensorboard writes event files to the output folder's `runs`."""
     trainer: dict[Text, Any] | None = None
     """Other fields of `transformers.TrainingArguments`, such as `{optim: adamw_8bit, torch_empty_cache_steps: 50}`."""

@@ -72,7 +72,11 @@ def test_the_run_file_is_one_and_its_parts_fit(tmp_path: Path) -> None:
     whole, *parts = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL))
     assert [teacher.method for teacher in from_mapping(whole).teachers] == ["kl", "spelling"]
     made = from_mapping({**whole, **{name: part for each in parts for name, part in each.items()}})
-    assert [(source.weight, source.alpha) for source in made.data.sources] == [(1, None), (0.5, None), (1, 0)]
+    assert [(source.weight, source.alpha) for source in made.data.all_sources] == [
+        (1, None),
+        (0.5, None),
+        (1, 0),
+    ]
     with_trainer = made.model_copy(
         update={"train": made.train.model_copy(update={"device": "cpu", "report_to": ()})}
     )

@@ -181,7 +181,7 @@ def test_each_source_has_an_alpha_of_its_own(config, tiny, tmp_path: Path) -> No
 
 def test_processes_run_equally_many_batches(config, tiny) -> None:
     """One that has no rows of an alpha runs a row that does not count."""
-    rows = Rows(config().data.sources)
+    rows = Rows(config().data.all_sources)
     prepared = prepare(config(), rows, lambda _: None)
     mixture = Mixture((0.2, 0.9), lambda numbers: [0.2] * len(numbers))
     few = prepared.features[:3]
@@ -381,6 +381,10 @@ def test_fields_of_training_arguments_are_handed_on(config, tmp_path: Path) -> N
     ("trainer", "said"),
     [
         ({"learning_rate": 1e-3}, "'learning_rate'; give the run's own setting train.lr"),
+        (
+            {"eval_strategy": "epoch"},
+            "'eval_strategy'; give it without this field: a run has no rows to evaluate on",
+        ),
         ({"fp16": True}, "'fp16'; give it without this field: losses of distillation overflow"),
         ({"optimm": "sgd"}, "unknown field of TrainingArguments 'optimm'; did you mean optim?"),
         ({"optim": "adamm"}, "fields that transformers takes: "),

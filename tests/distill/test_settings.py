@@ -21,6 +21,43 @@ def test_defaults_are_without_fault() -> None:
     assert from_mapping(NEEDED).ce_weight == 1, "without a teacher there is nothing but cross-entropy"
 
 
+def test_data_is_a_path_or_settings_or_a_list() -> None:
+    paths = {"d": [("d", 1)], "e": [("d", 1), ("e", 2)]}
+    for data in ("d", {"path": "d"}, ["d"], {"sources": [{"path": "d"}]}):
+        assert [
+            (each.path, each.weight) for each in from_mapping(NEEDED | {"data": data}).data.all_sources
+        ] == paths["d"]
+    several = from_mapping(NEEDED | {"data": ["d", {"path": "e", "weight": 2}]}).data
+    assert [(each.path, each.weight) for each in several.all_sources] == paths["e"]
+    assert several.name == "d, e"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"path": "d", "wieght": 2}, "data.wieght is no setting, did you mean weight?"),
+        ({"max_length": 30}, "data: path is missing, or sources"),
+        ([], "data: path is missing, or sources"),
+        ({"path": "d", "sources": ["e"]}, "data.sources.0 is 'e': give a mapping"),
+        (
+            {"path": "d", "alpha": 1, "sources": [{"path": "e"}]},
+            "data: alpha, path beside sources: put it into each",
+        ),
+        ({"path": "d", "weight": 0}, "data.weight is 0: give a number above 0"),
+        ([{"path": "d", "alpha": 2}], "data.sources.0.alpha is 2: give a number of at most 1"),
+        ([{}], "data.sources.0.path is missing"),
+    ],
+)
+def test_faults_of_data(data: Any, said: str) -> None:
+    with pytest.raises(BadSettings) as caught:
+        from_mapping(NEEDED | {"data": data})
+    assert f"has a fault: {said}" in str(caught.value)
+
+
+def test_one_tracker_may_stand_alone() -> None:
+    assert from_mapping(NEEDED | {"train": {"report_to": "wandb"}}).train.report_to == ("wandb",)
+
+
 def test_all_faults_are_listed_at_once() -> None:
     wrong = {
         "student": "s",

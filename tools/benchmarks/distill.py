@@ -170,7 +170,7 @@ class Step:
                 "train": {"device": "cpu"},
             }
         )
-        prepared = prepare(config, Rows(config.data.sources), lambda _: None)
+        prepared = prepare(config, Rows(config.data.all_sources), lambda _: None)
         trainer = prepared.trainer(training_arguments(config, output))
         return cls(
             trainer,
