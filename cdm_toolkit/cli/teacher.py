@@ -33,6 +33,7 @@ def cache(
     quantised: Annotated[bool, _option("quantised", "--quantised")] = False,
     max_length: Annotated[int | None, _option("max_length")] = None,
     template: Annotated[str | None, _option("template")] = None,
+    learn: Annotated[str | None, _option("learn")] = None,
     batch_size: Annotated[int | None, _option("batch_size")] = None,
     device: Annotated[str | None, _option("device")] = None,
     teacher_dtype: Annotated[str | None, _option("teacher_dtype")] = None,

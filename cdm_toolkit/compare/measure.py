@@ -312,7 +312,9 @@ def _text(file: Path, row: Row, aligned: AlignedRow | None, spans: TokenSpans, s
         raise BadRow(file, row.number, problem, f"{_LEAVE_OUT}, or measure no divergence")
     first = first_scored(spans, row.completion_start)
     return _Text(
-        row=replace(aligned, label_from=max(side.shift + first, 1)),
+        row=replace(
+            aligned, turns=np.array([[max(side.shift + first, 1), len(aligned.student_ids)]], np.int32)
+        ),
         ended=side.eos is not None,
         text=spans.text_bytes,
         start=row.completion_start,

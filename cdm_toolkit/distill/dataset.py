@@ -61,8 +61,8 @@ AHEAD = 4
 """Batches for each process that are read before they are asked for."""
 
 
-Weights = Float[np.ndarray, " token"] | None
-"""Entropies along the part of a row that is aligned; None where nobody looks at them."""
+Weights = Float[np.ndarray, " time"] | None
+"""Entropies along the ids of a row; None where nobody looks at them."""
 _Batch = tuple[list[Row], dict[int, list[Weights]]]
 """Rows, and by side (0 is the student) the weights of each."""
 
@@ -119,8 +119,8 @@ def build_dataset(
     `max_length` is in tokens of any side, with those that stand around the text. Under template `none` each side
     gets its own bos (or eos) at the start, and its own eos at the end of what is not cut; a token is a label when
     it begins in the completion, and one that straddles the boundary is not. Under `chat` each side reads its own
-    rendering, up to the end of the last turn; labels are the last message and that end. Where both sides have an
-    end, these two are a group. Without teachers (`sft`) there are no groups.
+    rendering, up to the end of the last turn; labels are the turns that are learned, each with its end. Where both
+    sides have an end, these two are a group. Without teachers (`sft`) there are no groups.
 
     What comes out lies in the cache folder, named by all that goes in, and is read from there the next time;
     `workers` processes make it, where there are rows enough. Rows are read as they are needed; what a process that was
@@ -259,16 +259,9 @@ def _weights(rows: Sequence[Row], task: _Task, entropies: Entropies) -> dict[int
         tokenized = tokenize_rows(task.sides[side], [rows[nth] for nth in kept], task.template)
         sequences = [row.ids[: task.max_length] for row in tokenized]
         along = entropies.along(side, sequences, vocab=task.sides[side].view.vocab_size)
-        for nth, row, entropy in zip(kept, tokenized, along, strict=True):
-            found[side][nth] = _of_body(row, entropy)
+        for nth, entropy in zip(kept, along, strict=True):
+            found[side][nth] = entropy
     return found
-
-
-def _of_body(row: TokenizedRow, entropy: Float[np.ndarray, " time"]) -> Float[np.ndarray, " token"]:
-    """Take the entropies of what is aligned; tokens beyond the longest length, which no model reads, have the mean."""
-    inside = entropy[row.body_start : row.body_start + len(row.body)]
-    beyond = np.full(len(row.body) - len(inside), inside.mean() if len(inside) else 0.0)
-    return np.concatenate((inside, beyond)).astype(np.float32)
 
 
 def _in_processes(task: _Task, batches: Iterator[_Batch], workers: int) -> Iterator[pa.Table]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT = Format(
     "cdm-toolkit features",
-    4,
+    5,
     "remove the folder; the features are then made anew",
     code=(
         "batching.py",
@@ -46,14 +46,14 @@ def to_table(
     import pyarrow as pa
 
     none = AlignedTeacherRow(np.empty(0, np.int32), np.empty((0, 4), np.int32))
-    rows = [
-        features or AlignedRow(0, none.ids, 0, (none,) * teachers) for _outcome, features, _was_cut in made
-    ]
+    nothing = AlignedRow(0, none.ids, np.empty((0, 2), np.int32), (none,) * teachers)
+    rows = [features or nothing for _outcome, features, _was_cut in made]
     columns = {
         "row": pa.array(numbers, pa.int64()),
         "outcome": pa.array([outcome for outcome, *_ in made], pa.int8()),
         "cut": pa.array([was_cut for *_, was_cut in made], pa.bool_()),
-        "label_from": pa.array([row.label_from for row in rows], pa.int32()),
+        "labels": pa.array([row.labels for row in rows], pa.int32()),
+        "student_turns": _lists([row.turns.reshape(-1) for row in rows]),
         "student_ids": _lists([row.student_ids for row in rows]),
     }
     for nth in range(teachers):
@@ -107,8 +107,8 @@ class AlignedDataset(Sequence[AlignedRow]):
         self.outcome: Int8[np.ndarray, " read"] = table["outcome"].to_numpy()
         self.cut: Bool[np.ndarray, " read"] = table["cut"].to_numpy()
         self._index = np.flatnonzero(self.outcome == TRAINED)
-        self._row, self._label_from = table["row"].to_numpy(), table["label_from"].to_numpy()
-        self._student = _Lists(table["student_ids"])
+        self._row = table["row"].to_numpy()
+        self._student, self._turns = _Lists(table["student_ids"]), _Lists(table["student_turns"])
         count = sum(name.endswith("_groups") for name in table.column_names)
         self._teachers = [
             (_Lists(table[f"teacher_{nth}_ids"]), _Lists(table[f"teacher_{nth}_groups"]))
@@ -116,7 +116,7 @@ class AlignedDataset(Sequence[AlignedRow]):
         ]
         self.numbers: Int64[np.ndarray, " row"] = self._row[self._index]
         self.student_lengths = self._student.lengths()[self._index]
-        self.label_counts = self.student_lengths - self._label_from[self._index]
+        self.label_counts = table["labels"].to_numpy()[self._index]
         self.teacher_lengths = [ids.lengths()[self._index] for ids, _ in self._teachers]
         self.lengths = np.max([self.student_lengths, *self.teacher_lengths], axis=0)
 
@@ -134,7 +134,7 @@ class AlignedDataset(Sequence[AlignedRow]):
         return AlignedRow(
             row=int(self._row[index]),
             student_ids=self._student[index],
-            label_from=int(self._label_from[index]),
+            turns=self._turns[index].reshape(-1, 2),
             teachers=tuple(
                 AlignedTeacherRow(ids[index], groups[index].reshape(-1, 4)) for ids, groups in self._teachers
             ),

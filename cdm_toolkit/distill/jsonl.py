@@ -90,7 +90,7 @@ def data_file(path: str | Path) -> Path:
     return sample_path(name)
 
 
-def parse_messages(text: str) -> list[dict[str, str]]:
+def parse_messages(text: str) -> list[dict[str, Any]]:
     """Read a chat from JSON: a list of messages with role and content. Raises BadOption."""
     try:
         messages = json.loads(text)
@@ -103,7 +103,7 @@ def parse_messages(text: str) -> list[dict[str, str]]:
         raise BadOption("the chat", text, f"messages as JSON: {problem}; {fix}") from None
 
 
-def read_messages(path: str | Path) -> list[list[dict[str, str]]]:
+def read_messages(path: str | Path) -> list[list[dict[str, Any]]]:
     """Read the chats of a JSONL file whose rows have messages. Raises as `read_rows`."""
     chats = []
     for number, fields in read_objects(Path(path)):

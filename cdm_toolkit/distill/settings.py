@@ -21,6 +21,7 @@ from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_setti
 from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.hub.models import resolve_device, resolve_dtype
 from cdm_toolkit.kd.method import Method, find_method, methods
+from cdm_toolkit.kd.rows import Learn
 from cdm_toolkit.kd.settings import (
     DEFAULT_TOP_K,
     Fault,
@@ -204,6 +205,8 @@ class _Reading(Settings):
     columns: dict[Text, Text] | None = None
     """Where columns are named otherwise: `{prompt: ours, completion: theirs}`; columns that are not named are not
     read."""
+    learn: Learn = "all"
+    """all: each answer of the assistant in a chat. last: the last one alone. Calls of tools are read, never learned."""
     limit: Count | None = None
     """Read so many rows at most."""
     shuffle: bool = False

@@ -104,7 +104,7 @@ def _rows(source: SourceConfig, seed: int) -> Iterator[Row]:
                 raise RowFault(
                     problem, "give rows of one shape: a source for each, or `columns` that pick one"
                 )
-            yield row_of(number, fields, own)
+            yield row_of(number, fields, own, learn=source.learn)
         except RowFault as error:
             raise BadRow(place, at, *error.args) from None
     if shape is None:

@@ -37,7 +37,7 @@ from cdm_toolkit.hub.models import (
     resolve_device,
 )
 from cdm_toolkit.hub.tokenizers import load_tokenizer
-from cdm_toolkit.kd.rows import Row, rows_fingerprint
+from cdm_toolkit.kd.rows import Learn, Row, rows_fingerprint
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, top_k, values_at
 from cdm_toolkit.kd.tokenized_rows import (
     TemplateName,
@@ -77,6 +77,8 @@ class CacheSettings(Settings):
     """Tokens of a row; more are cut."""
     template: TemplateName = "none"
     """chat: rows are read through the model's chat template."""
+    learn: Learn = "all"
+    """Which answers of a chat the run learns: all, or the last."""
     batch_size: Count = 8
     """Rows that the model reads at once."""
     device: Text = "auto"
@@ -161,7 +163,8 @@ def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: 
     """
     began = time.perf_counter()
     _ = settings.torch_device  # a device that is not here is told before anything is read
-    rows = list(Rows((SourceConfig(path=settings.data, limit=settings.limit),)))
+    source = SourceConfig(path=settings.data, limit=settings.limit, learn=settings.learn)
+    rows = list(Rows((source,)))
     if not any(has_completion(row, settings.template) for row in rows):
         raise NothingToTrain(settings.data, f"{len(rows)} rows, all with an empty completion")
     loaded = load_tokenizer(settings.model)

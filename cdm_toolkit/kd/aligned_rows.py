@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64
 
 from cdm_toolkit.alignment.aligners import align
 from cdm_toolkit.errors import DoesNotSpell
-from cdm_toolkit.kd.tokenized_rows import TokenizedRow
+from cdm_toolkit.kd.tokenized_rows import Body, TokenizedRow, Turns
 
 Groups = Int32[np.ndarray, "_ 4"]
 """t0, t1, s0, s1 of each group: each teacher has as many as it has."""
@@ -31,7 +31,7 @@ class AlignedTeacherRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AlignedRow:
-    """One row of the student and all teachers; `student_ids[label_from:]` are the labels.
+    """One row of the student and all teachers; the student's ids in `turns` are the labels.
 
     `row` is its number in the data, from 1. There is one of `teachers` for each teacher, in order; one that could
     not be aligned has no groups.
@@ -39,12 +39,17 @@ class AlignedRow:
 
     row: int
     student_ids: Int32[np.ndarray, " time_s"]
-    label_from: int
+    turns: Turns
     teachers: tuple[AlignedTeacherRow, ...]
 
     @property
     def labels(self) -> int:
-        return len(self.student_ids) - self.label_from
+        return int((self.turns[:, 1] - self.turns[:, 0]).sum())
+
+    @property
+    def label_from(self) -> int:
+        """Index of the first label."""
+        return int(self.turns[0, 0])
 
     @property
     def length(self) -> int:
@@ -52,24 +57,45 @@ class AlignedRow:
         return max(len(self.student_ids), *(len(teacher.ids) for teacher in self.teachers), 0)
 
 
+Entropy = Float[np.ndarray, " _"] | None
+"""Entropies along the ids of a row, or along as many of them as a model reads."""
+
+
 def align_groups(
     t: TokenizedRow,
     s: TokenizedRow,
     aligner: str = "anchored",
-    entropy_t: Float[np.ndarray, " token_t"] | None = None,
-    entropy_s: Float[np.ndarray, " token_s"] | None = None,
+    entropy_t: Entropy = None,
+    entropy_s: Entropy = None,
 ) -> Groups:
-    """Align a row's two sides; gives the groups with tokens on both, as indices of ids.
+    """Align a row's two sides; gives the groups with tokens on both, as indices of ids. Ends are paired.
 
     No group where the bytes cannot be aligned: the row is then learned without this teacher.
     """
+    bodies = zip(t.bodies, s.bodies, strict=True)
+    return np.concatenate([_align_bodies(*both, aligner, entropy_t, entropy_s) for both in bodies])
+
+
+def _align_bodies(t: Body, s: Body, aligner: str, entropy_t: Entropy, entropy_s: Entropy) -> Groups:
+    weights = {"entropy_t": _of_body(t, entropy_t), "entropy_s": _of_body(s, entropy_s)}
     try:
-        alignment = align(t.body, s.body, aligner=aligner, entropy_t=entropy_t, entropy_s=entropy_s)
+        groups = align(t.spans, s.spans, aligner=aligner, **weights).groups
     except DoesNotSpell:
         return np.empty((0, 4), np.int32)
-    groups = alignment.groups
     groups = groups[(groups[:, 0] < groups[:, 1]) & (groups[:, 2] < groups[:, 3])]
-    return groups + np.array([t.body_start, t.body_start, s.body_start, s.body_start], np.int32)
+    groups = groups + np.array([t.start, t.start, s.start, s.start], np.int32)
+    if not len(groups) or t.end is None or s.end is None:
+        return groups
+    return np.vstack((groups, np.array([[t.end, t.end + 1, s.end, s.end + 1]], np.int32)))
+
+
+def _of_body(body: Body, entropy: Entropy) -> Entropy:
+    """Take the entropies of what is aligned; tokens beyond what a model reads have the mean."""
+    if entropy is None:
+        return None
+    inside = entropy[body.start : body.start + len(body.spans)]
+    beyond = np.full(len(body.spans) - len(inside), inside.mean() if len(inside) else 0.0)
+    return np.concatenate((inside, beyond)).astype(np.float32)
 
 
 def truncate_aligned(
@@ -93,10 +119,11 @@ def truncate_aligned(
         kept = [groups[(groups[:, 1] <= max_length) & (groups[:, 3] <= max_length)] for groups in kept]
         end_s = _last_shared(kept, otherwise=min(end_s, max_length))
         kept = [groups[groups[:, 3] <= end_s] for groups in kept]
+    turns = np.minimum(student.turns, end_s)
     made = AlignedRow(
         row=row,
         student_ids=student.ids[:end_s],
-        label_from=student.label_from,
+        turns=turns[turns[:, 0] < turns[:, 1]],
         teachers=tuple(
             _teacher(tokenized, groups, student, whole)
             for (tokenized, _), groups in zip(teachers, kept, strict=True)
@@ -115,14 +142,14 @@ def _last_shared(groups: Sequence[Groups], otherwise: int) -> int:
 def _teacher(
     tokenized: TokenizedRow, groups: Groups, student: TokenizedRow, whole: bool
 ) -> AlignedTeacherRow:
-    """Keep the groups of what is learned, and pair the ends where nothing was cut off."""
-    if not len(groups):
-        return AlignedTeacherRow(tokenized.ids[:1], groups)
-    ids = tokenized.ids if whole else tokenized.ids[: groups[-1, 1]]
-    groups = groups[(groups[:, 0] >= tokenized.label_from) & (groups[:, 2] >= student.label_from)]
-    if whole and tokenized.end is not None and student.end is not None:
-        end = [tokenized.end, tokenized.end + 1, student.end, student.end + 1]
-        groups = np.vstack((groups, np.array([end], np.int32)))
-    if not len(groups):
-        return AlignedTeacherRow(tokenized.ids[:1], groups)
-    return AlignedTeacherRow(ids, groups)
+    """Keep the groups of what is learned, within one turn on both sides."""
+    ids = tokenized.ids if whole or not len(groups) else tokenized.ids[: groups[-1, 1]]
+    turn_t, turn_s = (_turn_of(groups[:, at : at + 2], of.turns) for at, of in ((0, tokenized), (2, student)))
+    groups = groups[(turn_t >= 0) & (turn_t == turn_s)]
+    return AlignedTeacherRow(ids if len(groups) else tokenized.ids[:1], groups)
+
+
+def _turn_of(ranges: Int32[np.ndarray, "group 2"], turns: Turns) -> Int64[np.ndarray, " group"]:
+    """Tell in which turn each range of tokens lies; −1 for none."""
+    turn = np.searchsorted(turns[:, 0], ranges[:, 0], "right") - 1
+    return np.where(ranges[:, 1] <= turns[turn, 1], turn, -1)

@@ -15,6 +15,7 @@ from cdm_toolkit.batching import Padding, padded
 from cdm_toolkit.errors import BadOption
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
+from cdm_toolkit.kd.tokenized_rows import Turns
 
 PairId = tuple[str, str]
 """Fingerprints of a pair's tokenizers, teacher first."""
@@ -171,25 +172,23 @@ class Collator:
     def __call__(self, rows: Sequence[AlignedRow]) -> AlignedBatch:
         """Make a batch; every row has as many teachers as there are pairs."""
         student, starts = _inputs([row.student_ids for row in rows], self.student_pad, self.student_padding)
-        label_from = np.array([row.label_from for row in rows])
-        counts = np.array([row.labels for row in rows])
-        positions, label_row = _ranges(starts + label_from - 1, starts + label_from - 1 + counts)
-        first_label = np.cumsum(counts) - counts - label_from
+        layout = _Labels.of([row.turns for row in rows])
+        positions, turn = _ranges(
+            layout.first - 1 + starts[layout.row], layout.first - 1 + layout.counts + starts[layout.row]
+        )
         return AlignedBatch(
             rows=tuple(row.row for row in rows),
             student=student,
             labels=student["input_ids"].reshape(-1)[torch.from_numpy(positions + 1)],
             label_positions=_tensor(positions),
-            label_row=_tensor(label_row),
+            label_row=_tensor(layout.row[turn]),
             teachers=tuple(
-                self._teacher(nth, [row.teachers[nth] for row in rows], first_label)
+                self._teacher(nth, [row.teachers[nth] for row in rows], layout)
                 for nth in range(len(self.pairs))
             ),
         )
 
-    def _teacher(
-        self, nth: int, rows: Sequence[AlignedTeacherRow], first_label: np.ndarray
-    ) -> AlignedTeacherBatch:
+    def _teacher(self, nth: int, rows: Sequence[AlignedTeacherRow], labels: _Labels) -> AlignedTeacherBatch:
         counts = tuple(len(row.groups) for row in rows)
         inputs, starts = _inputs([row.ids for row in rows], self.teacher_pad, self.teacher_padding)
         groups = np.concatenate([row.groups for row in rows]).astype(np.int64)
@@ -198,8 +197,8 @@ class Collator:
         row_positions, token_group = _ranges(first_t - 1, end_t - 1)
         token_row = owner[token_group]
         positions = row_positions + starts[token_row]
-        student_rows = first_s + first_label[owner]
-        student_token_rows, student_token_group = _ranges(student_rows, end_s + first_label[owner])
+        student_rows = labels.index_of(owner, first_s)
+        student_token_rows, student_token_group = _ranges(student_rows, student_rows + end_s - first_s)
         return AlignedTeacherBatch(
             inputs=inputs,
             groups_per_row=counts,
@@ -215,6 +214,31 @@ class Collator:
             pair=self.pairs[nth],
             names=self.names[nth] if self.names else ("teacher", "student"),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Labels:
+    """The labels of a batch: of each turn its row, the index of its first token in that row, and their number."""
+
+    row: Int64[np.ndarray, " turn"]
+    first: Int64[np.ndarray, " turn"]
+    counts: Int64[np.ndarray, " turn"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Turns]) -> _Labels:
+        turns = np.concatenate(rows).astype(np.int64)
+        row = np.repeat(np.arange(len(rows)), [len(of_row) for of_row in rows])
+        return cls(row, turns[:, 0], turns[:, 1] - turns[:, 0])
+
+    def index_of(
+        self, row: Int64[np.ndarray, " token"], token: Int64[np.ndarray, " token"]
+    ) -> Int64[np.ndarray, " token"]:
+        """Give the index among the batch's labels of tokens that are labels, by row and index in the row."""
+        apart = 1 + max(self.first.max(initial=0), token.max(initial=0))
+        turn = np.searchsorted(self.row * apart + self.first, row * apart + token, "right") - 1
+        before = np.cumsum(self.counts) - self.counts
+        index: Int64[np.ndarray, " token"] = before[turn] + token - self.first[turn]
+        return index
 
 
 def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -78,8 +78,9 @@ def following_groups(batch: AlignedBatch, side: AlignedTeacherBatch) -> Bool[Ten
     last_t = side.group_first.sub(1).clamp(min=0)
     row_before = side.student_token_rows.index_select(0, last_s)
     before, here = (batch.label_row.index_select(0, rows) for rows in (row_before, side.student_rows))
-    at_t = (side.row_positions.index_select(0, each) for each in (last_t, side.group_first))
-    return (before == here) & (row_before + 1 == side.student_rows) & (next(at_t) + 1 == next(at_t))
+    end_s, first_s = (batch.label_positions.index_select(0, rows) for rows in (row_before, side.student_rows))
+    end_t, first_t = (side.row_positions.index_select(0, each) for each in (last_t, side.group_first))
+    return (before == here) & (end_s + 1 == first_s) & (end_t + 1 == first_t)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

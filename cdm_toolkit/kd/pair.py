@@ -17,7 +17,7 @@ from cdm_toolkit.kd.aligned_rows import AlignedRow, align_groups, truncate_align
 from cdm_toolkit.kd.batch import AlignedBatch, Collator, PairId
 from cdm_toolkit.kd.byte_lattice import END
 from cdm_toolkit.kd.chat_template import Messages, Piece, no_chat_template
-from cdm_toolkit.kd.rows import Row, RowFault, row_of
+from cdm_toolkit.kd.rows import Learn, Row, RowFault, row_of
 from cdm_toolkit.kd.tokenized_rows import (
     TemplateName,
     TokenizerSide,
@@ -186,10 +186,11 @@ class TokenizerPair:
         *,
         max_length: int = 512,
         template: TemplateName = "none",
+        learn: Learn = "all",
         aligner: str = "anchored",
     ) -> AlignedBatch:
         """Tokenize, align and pad rows: `kd.collate` for one pair."""
-        return collate([self], rows, max_length=max_length, template=template, aligner=aligner)
+        return collate([self], rows, max_length=max_length, template=template, learn=learn, aligner=aligner)
 
     # Tables
 
@@ -274,12 +275,14 @@ def collate(
     *,
     max_length: int = 512,
     template: TemplateName = "none",
+    learn: Learn = "all",
     aligner: str = "anchored",
 ) -> AlignedBatch:
     """Tokenize rows for the student and all teachers, align, cut and pad them.
 
     `rows` are mappings of the shapes that `kd.rows.FIELDS` names, such as prompt and completion; all of the completion
-    is learned. `max_length` is in tokens of any side; a longer row is cut at a boundary that all sides share.
+    is learned, and of a chat all answers of the assistant, or the last. `max_length` is in tokens of any side; a longer
+    row is cut at a boundary that all sides share.
     A row without a completion, or with none of it within `max_length`, is left out: `batch.rows` has the numbers
     of those that are in. All pairs have one student. Raises BadRow for a row without these fields,
     NothingToTrain where none is left.
@@ -289,7 +292,7 @@ def collate(
         raise BadOption(
             "rows", "a mapping of columns", "a list of rows: of a `datasets.Dataset` one by `select`"
         )
-    read = [row if isinstance(row, Row) else _row(number, row) for number, row in enumerate(rows, 1)]
+    read = [row if isinstance(row, Row) else _row(number, row, learn) for number, row in enumerate(rows, 1)]
     full = [row for row in read if has_completion(row, template)]
     sides = [student, *(pair.teacher for pair in pairs)]
     tokenized = [tokenize_rows(side, full, template) if full else [] for side in sides]
@@ -324,9 +327,9 @@ def _one_student(pairs: Sequence[TokenizerPair]) -> TokenizerSide:
     return next(iter(students.values()))
 
 
-def _row(number: int, fields: Any) -> Row:
+def _row(number: int, fields: Any, learn: Learn) -> Row:
     try:
-        return row_of(number, dict(fields) if isinstance(fields, Mapping) else fields)
+        return row_of(number, dict(fields) if isinstance(fields, Mapping) else fields, learn=learn)
     except RowFault as error:
         raise BadRow("the batch", number, *error.args) from None
 

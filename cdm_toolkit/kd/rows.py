@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 FIELDS = (
     "prompt and completion, question and answer, messages, conversations, instruction and output, or text"
 )
 
 
+Learn = Literal["all", "last"]
+"""Which of a chat's assistant turns are learned; one that calls a tool is read alone."""
+
+
 class Message(NamedTuple):
-    """One message of a chat."""
+    """One message of a chat; `more` has what only a template reads, such as tool_calls, by name."""
 
     role: str
     content: str
+    more: Mapping[str, Any] = {}
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the assistant says it, and calls no tool."""
+        return self.role == "assistant" and "tool_calls" not in self.more
+
+    def as_dict(self) -> dict[str, Any]:
+        """Write it as a template reads it."""
+        return {"role": self.role, "content": self.content, **self.more}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +47,34 @@ class Row:
     completion: str
     messages: tuple[Message, ...] = ()
     """Those of a row that has messages; the last is the completion."""
+    earlier: tuple[int, ...] = ()
+    """Indices of the messages before the last that are learned too."""
+    tools: Sequence[Mapping[str, Any]] = field(default=(), hash=False)
+    """What the assistant may call, as JSON schemas that templates read."""
 
     @property
-    def chat(self) -> list[dict[str, str]]:
+    def learned(self) -> tuple[int, ...]:
+        """Indices of the messages of `chat` that are learned."""
+        return *self.earlier, len(self.messages or (0, 1)) - 1
+
+    @property
+    def learned_pieces(self) -> list[tuple[int, int]]:
+        """Where what is learned is, as byte ranges `[start, end)` of `text`."""
+        if not self.messages:
+            return [(self.completion_start, len(self.text.encode()))]
+        lengths = [len(message.content.encode()) for message in self.messages]
+        starts = [sum(lengths[:nth]) + nth for nth in range(len(lengths))]
+        return [(starts[nth], starts[nth] + lengths[nth]) for nth in self.learned]
+
+    @property
+    def calls_tools(self) -> bool:
+        return any("tool_calls" in message.more for message in self.messages)
+
+    @property
+    def chat(self) -> list[dict[str, Any]]:
         """The row as messages; empty where it is a text without a prompt, which is no conversation."""
         if self.messages:
-            return [message._asdict() for message in self.messages]
+            return [one.as_dict() for one in self.messages]
         if not self.prompt:
             return []
         return [
@@ -60,26 +96,29 @@ class RowFault(Exception):
     """What is wrong with a row, and the fix."""
 
 
-def row_of(number: int, fields: Any, shape: tuple[str, ...] | None = None) -> Row:
+def row_of(number: int, fields: Any, shape: tuple[str, ...] | None = None, *, learn: Learn = "all") -> Row:
     """Make a row of a mapping, such as a line of a file. RowFault where a field is missing or no text.
 
-    `shape` is that of the fields, where it is known.
+    `shape` is that of the fields, where it is known. `learn` says which turns of a chat are learned.
     """
     names = shape or shape_of(fields)
-    return Row(number, *_READERS[names](fields, *names))
+    read = _READERS[names](fields, *names)
+    if not isinstance(read, list):
+        return Row(number, *read)
+    *earlier, last = (nth for nth, one in enumerate(read) if one.is_answer)
+    return Row(
+        number,
+        prompt="\n".join(one.content for one in read[:last]),
+        completion=read[last].content,
+        messages=tuple(read[: last + 1]),
+        earlier=tuple(earlier) if learn == "all" else (),
+        tools=_tools(fields.get("tools")),
+    )
 
 
-def chat_of(messages: Any) -> list[dict[str, str]]:
+def chat_of(messages: Any) -> list[dict[str, Any]]:
     """Check a list of messages, each with a role and a content. RowFault."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise RowFault("messages is not a list of objects", 'give [{"role": "user", "content": "…"}, …]')
-    if not messages:
-        raise RowFault("messages is empty", 'give [{"role": "user", "content": "…"}, …]')
-    for nth, message in enumerate(messages, 1):
-        for field in ("role", "content"):
-            if field not in message:
-                raise RowFault(f"message {nth} has no {field}", "give each message a role and a content")
-    return [{field: _string(message, field) for field in ("role", "content")} for message in messages]
+    return [one.as_dict() for one in _read_messages(messages)]
 
 
 def _string(fields: Mapping[str, Any], name: str) -> str:
@@ -106,8 +145,13 @@ ROLES: Mapping[str, str] = {
 }
 """Names of ShareGPT and its kin for the roles that chat templates know."""
 
-Parts = tuple[str, str, tuple[Message, ...]]
-"""Prompt, completion, and the messages of a chat."""
+MORE = ("name", "tool_calls", "tool_call_id")
+"""What a message may have beside its role and content."""
+CALL = "function_call"
+"""The role of a turn of ShareGPT that is a call of a tool, as JSON."""
+
+Read = tuple[str, str] | list[Message]
+"""Prompt and completion, or the messages of a chat."""
 
 
 def shape_of(fields: Any) -> tuple[str, ...]:
@@ -121,55 +165,120 @@ def shape_of(fields: Any) -> tuple[str, ...]:
     raise RowFault(f"it has {has}", f"give each row {FIELDS}, or name its columns with `columns`")
 
 
-def _pair(fields: Mapping[str, Any], prompt: str, completion: str) -> Parts:
+def _pair(fields: Mapping[str, Any], prompt: str, completion: str) -> Read:
     """Read two texts, or two lists of messages as TRL writes them: the prompt's, then the completion's."""
     both = fields[prompt], fields[completion]
     if all(isinstance(each, list) for each in both):
         return _chat([message for each in both for message in each])
-    return _string(fields, prompt), _string(fields, completion), ()
+    return _string(fields, prompt), _string(fields, completion)
 
 
-def _messages(fields: Mapping[str, Any], name: str) -> Parts:
+def _messages(fields: Mapping[str, Any], name: str) -> Read:
     return _chat(fields[name])
 
 
-def _chat(messages: Any) -> Parts:
-    """Join the contents with line feeds; the last message, the assistant's, is the completion."""
-    chat = chat_of(messages)
-    if chat[-1]["role"] != "assistant":
-        raise RowFault(
-            "the last message is not the assistant's", "end each conversation with the answer to learn"
-        )
-    *before, last = (message["content"] for message in chat)
-    return "\n".join(before), last, tuple(Message(**message) for message in chat)
+def _chat(messages: Any) -> list[Message]:
+    """Check messages, one of which is an answer of the assistant to learn."""
+    read = _read_messages(messages)
+    if not any(one.is_answer for one in read):
+        raise RowFault("no message is an answer of the assistant", "leave out conversations without one")
+    return read
 
 
-def _conversation(fields: Mapping[str, Any], name: str) -> Parts:
+def _read_messages(messages: Any) -> list[Message]:
+    return [_message(nth, one) for nth, one in enumerate(_mappings("messages", messages), 1)]
+
+
+def _mappings(name: str, given: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(given, list) or not all(isinstance(each, Mapping) for each in given):
+        raise RowFault(f"{name} is not a list of objects", f"give {_SHOWN[name]}")
+    if not given:
+        raise RowFault(f"{name} is empty", f"give {_SHOWN[name]}")
+    return given
+
+
+def _message(nth: int, given: Mapping[str, Any]) -> Message:
+    more = {name: _whole(given[name]) for name in MORE if given.get(name)}
+    if "tool_calls" in more:
+        more["tool_calls"] = _calls(nth, more["tool_calls"])
+        given = {**given, "content": given.get("content") or ""}
+    for field_name in ("role", "content"):
+        if field_name not in given:
+            raise RowFault(f"message {nth} has no {field_name}", "give each message a role and a content")
+    role = _string(given, "role")
+    return Message(ROLES.get(role, role), _string(given, "content"), more)
+
+
+def _calls(nth: int, calls: Any) -> list[dict[str, Any]]:
+    """Read calls of tools; arguments that are JSON in a string, as OpenAI's are, become an object for templates."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RowFault(f"tool_calls of message {nth} is not a list of objects", f"give {_CALL}")
+    return [_one_call(nth, call) for call in calls]
+
+
+def _one_call(nth: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowFault(f"a tool call of message {nth} names no function", f"give {_CALL}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _parsed(f"arguments of a tool call of message {nth}", arguments)
+    around = call if "function" in call else {}
+    return {"type": "function", **around, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(given: Any) -> list[dict[str, Any]]:
+    """Read the tools that a chat may call; they may be JSON in a string, as tables have them."""
+    tools = _parsed("tools", given) if isinstance(given, str) and given else given
+    return [dict(_whole(tool)) for tool in _mappings("tools", tools)] if tools else []
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RowFault(f"{name} is a string that is no JSON", "write JSON, or the object itself") from None
+
+
+def _whole(value: Any) -> Any:
+    """Leave out fields that are None: a table fills them in where other rows have such a field."""
+    if isinstance(value, Mapping):
+        return {name: _whole(each) for name, each in value.items() if each is not None}
+    return [_whole(each) for each in value] if isinstance(value, list) else value
+
+
+def _conversation(fields: Mapping[str, Any], name: str) -> Read:
     """Read the turns of ShareGPT, each with `from` and `value`."""
-    turns = fields[name]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise RowFault("conversations is not a list of objects", 'give [{"from": "human", "value": "…"}, …]')
-    renamed = [
-        {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-        if {"from", "value"} <= turn.keys()
-        else turn
-        for turn in turns
-    ]
-    return _chat(renamed)
+    return _chat([_turn(nth, turn) for nth, turn in enumerate(_mappings(name, fields[name]), 1)])
 
 
-def _instruction(fields: Mapping[str, Any], instruction: str, output: str) -> Parts:
+def _turn(nth: int, turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not {"from", "value"} <= turn.keys():
+        return turn
+    if turn["from"] != CALL:
+        return {"role": turn["from"], "content": turn["value"]}
+    calls = _parsed(f"turn {nth}, a {CALL},", _string(turn, "value"))
+    return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
+def _instruction(fields: Mapping[str, Any], instruction: str, output: str) -> Read:
     """Read Alpaca's row: its input, where there is one, stands below the instruction."""
     given = _string(fields, "input") if fields.get("input") else ""
     prompt = _string(fields, instruction)
-    return f"{prompt}\n\n{given}" if given else prompt, _string(fields, output), ()
+    return f"{prompt}\n\n{given}" if given else prompt, _string(fields, output)
 
 
-def _text(fields: Mapping[str, Any], text: str) -> Parts:
-    return "", _string(fields, text), ()
+def _text(fields: Mapping[str, Any], text: str) -> Read:
+    return "", _string(fields, text)
 
 
-_READERS: Mapping[tuple[str, ...], Callable[..., Parts]] = {
+_CALL = '{"function": {"name": "…", "arguments": {…}}}'
+_SHOWN = {
+    "messages": '[{"role": "user", "content": "…"}, …]',
+    "conversations": '[{"from": "human", "value": "…"}, …]',
+    "tools": '[{"type": "function", "function": {"name": "…", …}}, …]',
+}
+_READERS: Mapping[tuple[str, ...], Callable[..., Read]] = {
     ("prompt", "completion"): _pair,
     ("question", "answer"): _pair,
     ("messages",): _messages,
@@ -183,6 +292,8 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
     """Hash the contents of rows, and their numbers."""
     digest = hashlib.sha256()
     for row in rows:
-        content = [row.number, row.prompt, row.completion, *map(list, row.messages)]
+        messages = [[one.role, one.content, *([one.more] if one.more else ())] for one in row.messages]
+        others = [part for part in (row.earlier, row.tools) if part]
+        content = [row.number, row.prompt, row.completion, *messages, *others]
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()

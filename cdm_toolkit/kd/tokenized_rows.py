@@ -1,4 +1,4 @@
-"""One row in the tokens of one model: its ids, the labels among them, and the part that is aligned."""
+"""One row in the tokens of one model: its ids, the labels among them, and the parts that are aligned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from cdm_toolkit.alignment.segments import project
-from cdm_toolkit.errors import BadOption, UnknownName, UnsupportedTokenizer
+from cdm_toolkit.errors import BadOption, UnknownName
 from cdm_toolkit.kd.chat_template import ChatTemplate, Piece, Rendered, chat_template, no_chat_template
 from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.tokdiff.spans import TokenSpans
@@ -60,25 +60,48 @@ def tokenizer_side(tokenizer: Any, view: TokenizerView) -> TokenizerSide:
     return TokenizerSide(view, eos if bos is None else bos, eos, chat_template(tokenizer, view.name))
 
 
+Turns = Int32[np.ndarray, "_ 2"]
+"""What is learned of a row, as half-open ranges of its ids: one range a turn, in order."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Body:
+    """Tokens that are aligned: `ids[start:start + len(spans)]`, with their spans in a text that all sides share.
+
+    `end` is the index of the token that ends the text or the turn; None where there is none.
+    """
+
+    spans: TokenSpans
+    start: int
+    end: int | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedRow:
-    """A row in the tokens of one model.
+    """A row in the tokens of one model; on all sides it has equally many `turns` and `bodies`.
 
-    `body` are the tokens that are aligned, with their spans in a text that all sides share; they are
-    `ids[body_start:body_start + len(body)]`. `ids[label_from:]` are the labels. `end` is the index of the token
-    that ends the text or the turn, the last one; None where there is none.
+    A text has one body, of which its turns are parts; a chat has one for each of its turns.
     """
 
     ids: Int32[np.ndarray, " time"]
-    label_from: int
-    body: TokenSpans
-    body_start: int
-    end: int | None
+    turns: Turns
+    bodies: tuple[Body, ...]
+
+    @property
+    def label_from(self) -> int:
+        """Index of the first label."""
+        return int(self.turns[0, 0])
 
 
 def has_completion(row: Row, template: TemplateName) -> bool:
     """Say whether there is anything to learn; templates may strip blanks."""
-    return bool(row.completion.strip() if template == "chat" else row.completion)
+    if template == "none":
+        return any(start < end for start, end in row.learned_pieces)
+    return (
+        any(row.messages[nth].content.strip() for nth in row.learned)
+        if row.messages
+        else bool(row.completion.strip())
+    )
 
 
 def tokenize_rows(side: TokenizerSide, rows: Sequence[Row], template: TemplateName) -> list[TokenizedRow]:
@@ -87,62 +110,79 @@ def tokenize_rows(side: TokenizerSide, rows: Sequence[Row], template: TemplateNa
         raise UnknownName("template", template, get_args(TemplateName))
     if template == "chat":
         rendered = [_rendered(side, row) for row in rows]
-        spans = side.view.encode_batch([chat.text for chat in rendered])
-        return [_tokenize_chat(side, *each) for each in zip(rendered, spans, strict=True)]
+        spans = side.view.encode_batch([chat.text for _, chat in rendered])
+        return [_tokenize_chat(*each, of_row) for each, of_row in zip(rendered, spans, strict=True)]
+    for row in rows:
+        if row.calls_tools:
+            raise BadOption(
+                "template", "none", f"chat, since row {row.number} calls a tool, which only a template writes"
+            )
     spans = side.view.encode_batch([row.text for row in rows])
     return [_tokenize_text(side, *each) for each in zip(rows, spans, strict=True)]
 
 
 def _tokenize_text(side: TokenizerSide, row: Row, spans: TokenSpans) -> TokenizedRow:
-    """Frame a text; a token is a label when it begins in the completion, and has one before it."""
-    first = int(np.searchsorted(spans.start, row.completion_start))  # start never decreases
+    """Frame a text; a token is a label when it begins in what is learned, and has one before it."""
+    # start never decreases
+    turns = np.searchsorted(spans.start, np.array(row.learned_pieces)) + side.shift
     ids = side.framed(spans.ids, ended=True)
+    turns[-1, 1] = len(ids)
     return TokenizedRow(
         ids=ids,
-        label_from=max(side.shift + first, 1),
-        body=spans,
-        body_start=side.shift,
-        end=None if side.eos is None else len(ids) - 1,
+        turns=np.maximum(turns, 1).astype(np.int32),
+        bodies=(Body(spans, side.shift, None if side.eos is None else len(ids) - 1),),
     )
 
 
-def _rendered(side: TokenizerSide, row: Row) -> Rendered:
+def _rendered(side: TokenizerSide, row: Row) -> tuple[Row, Rendered]:
     if side.chat is None:
         raise no_chat_template(side.view.name)
     if not row.chat:
         raise BadOption("template", "chat", f"none, since row {row.number} is a text without a prompt")
-    return side.chat.render(row.chat, of=f"the messages of row {row.number}")
+    of = f"the messages of row {row.number}"
+    return row, side.chat.render_turns(row.chat, row.learned, tools=row.tools, of=of)
 
 
-def _tokenize_chat(side: TokenizerSide, rendered: Rendered, spans: TokenSpans) -> TokenizedRow:
-    """Find the last message's tokens in a rendering, which ends here with the end of its turn.
+def _tokenize_chat(row: Row, rendered: Rendered, spans: TokenSpans) -> TokenizedRow:
+    """Find the tokens of the learned turns in a rendering, which ends here with the end of the last."""
+    ends_turn = _end_of_the_last_turn(spans, rendered.contents[row.learned[-1]])
+    turns, bodies = [], []
+    for nth, turn_end in zip(row.learned, rendered.turn_ends, strict=True):
+        turn, body = _turn(spans, rendered.contents[nth], rendered.whole[nth], turn_end, ends_turn)
+        turns.append(turn)
+        bodies.append(body)
+    if bodies[-1].end is None:
+        turns[-1] = turns[-1][0], len(spans)
+    return TokenizedRow(spans.ids[: turns[-1][1]], np.array(turns, np.int32), tuple(bodies))
+
+
+def _turn(
+    spans: TokenSpans, content: Piece | None, whole: Piece | None, turn_end: int, ends_turn: int | None
+) -> tuple[tuple[int, int], Body]:
+    """Find one learned turn: its labels, and what of it is aligned. `ends_turn` is the id that ends turns.
 
     A token that reaches from the template into the message is a label where it has nothing but blanks of the
     template, as a model generates it; a line feed before the message is the prompt's.
     """
-    content, whole = rendered.contents[-1], rendered.whole[-1]
-    if content is None or whole is None:
-        raise UnsupportedTokenizer(
-            side.view.name, "its chat template leaves out the last message", "train with template none"
-        )
+    assert content
+    assert whole  # `render_turns` has found them
     first, body_from = (int(np.searchsorted(spans.end, offset, "right")) for offset in (whole[0], content[0]))
     after = int(np.searchsorted(spans.start, content[1]))
     if first < len(spans) and spans.text_bytes[spans.start[first] : whole[0]].strip(b" "):
         first += 1
-    end = _turn_end(spans, after)
-    return TokenizedRow(
-        ids=spans.ids[: len(spans) if end is None else end + 1],
-        label_from=max(first, 1),
-        body=_inside(spans, body_from, after, content),
-        body_start=body_from,
-        end=end,
-    )
+    first = max(first, 1)
+    ends = after + np.flatnonzero(spans.ids[after : np.searchsorted(spans.start, turn_end)] == ends_turn)
+    end = int(ends[0]) if len(ends) else None
+    body = Body(_inside(spans, body_from, after, content), body_from, end)
+    return (first, max(first, after if end is None else end + 1)), body
 
 
-def _turn_end(spans: TokenSpans, after: int) -> int | None:
-    """Find the token that ends the turn: the first special one of such a role, else the first special one."""
-    special = [after + i for i in np.flatnonzero(spans.special[after:]).tolist()]
-    ends = [i for i in special if END_ROLES & spans.view.special[int(spans.ids[i])].roles]
+def _end_of_the_last_turn(spans: TokenSpans, content: Piece | None) -> int | None:
+    """Find the id that ends the turn: the first special one of such a role, else the first special one."""
+    assert content
+    after = int(np.searchsorted(spans.start, content[1]))
+    special = spans.ids[after:][spans.special[after:]].tolist()
+    ends = [token for token in special if END_ROLES & spans.view.special[token].roles]
     return next(iter(ends or special), None)
 
 
@@ -181,7 +221,7 @@ def template_notes(
         for role, side in sides
         if side.chat is None
     ]
-    if student.chat is not None and tokenize_rows(student, [_PROBE], "chat")[0].end is None:
+    if student.chat is not None and tokenize_rows(student, [_PROBE], "chat")[0].bodies[-1].end is None:
         notes.append(
             f"the chat template of the student {student.view.name} ends no turn with a special token: "
             "it will not learn where to stop"

@@ -23,6 +23,7 @@ from cdm_toolkit.distill import dataset_store as store
 from cdm_toolkit.distill.dataset import RowCounts, build_dataset
 from cdm_toolkit.distill.dataset_store import AlignedDataset
 from cdm_toolkit.errors import BadArtifact, BadOption, UnsupportedTokenizer
+from cdm_toolkit.kd import aligned_rows
 from cdm_toolkit.kd.aligned_rows import AlignedRow
 from cdm_toolkit.kd.chat_template import ChatTemplate
 from cdm_toolkit.kd.rows import Message, Row
@@ -583,11 +584,11 @@ def test_rows_that_are_no_chat_are_refused_by_number(real_view) -> None:
         build_dataset([good], side(student.view), template="chat")
     rewrites = side(student.view, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
     with pytest.raises(
-        UnsupportedTokenizer, match="rewrites the content of message 1 of the messages of row 1"
+        UnsupportedTokenizer, match="rewrites the content of message 2 of the messages of row 1"
     ):
         build_dataset([good], rewrites, template="chat")
     drops = side(student.view, "{{ messages[0]['content'] }}")
-    with pytest.raises(UnsupportedTokenizer, match="leaves out the last message"):
+    with pytest.raises(UnsupportedTokenizer, match="leaves out message 2 of the messages of row 1"):
         build_dataset([good], drops, template="chat")
     _, counts = build_dataset([good, Row(2, "q", " \n")], student, template="chat")
     assert counts == RowCounts(read=2, trained=1, empty=1)
@@ -626,13 +627,13 @@ def test_entropies_are_of_what_the_models_read(
     real_view, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[np.ndarray, np.ndarray]] = []
-    align_groups = module.align_groups
+    align = aligned_rows.align
 
-    def seen(t: object, s: object, aligner: str, entropy_t: np.ndarray, entropy_s: np.ndarray) -> object:
+    def seen(t: object, s: object, *, entropy_t: np.ndarray, entropy_s: np.ndarray, **more: str) -> object:
         given.append((entropy_t, entropy_s))
-        return align_groups(t, s, aligner, entropy_t, entropy_s)
+        return align(t, s, entropy_t=entropy_t, entropy_s=entropy_s, **more)
 
-    monkeypatch.setattr(module, "align_groups", seen)
+    monkeypatch.setattr(aligned_rows, "align", seen)
     asked: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
     student, teacher = side(real_view("mistral")), side(real_view("smollm2"))
     teachers = [TeacherSide(teacher, "entropy-dtw"), TeacherSide(teacher, "bytes")]

@@ -14,7 +14,8 @@ import torch
 from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
 from cdm_toolkit.distill import write_teacher_cache as module
 from cdm_toolkit.distill.dataset import build_dataset
-from cdm_toolkit.distill.sources import read_rows
+from cdm_toolkit.distill.settings import SourceConfig
+from cdm_toolkit.distill.sources import Rows, read_rows
 from cdm_toolkit.distill.write_teacher_cache import CacheResult, CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain, TokenizerMismatch
 from cdm_toolkit.hub.models import load_model
@@ -302,6 +303,29 @@ def test_rows_of_every_kind(tiny, tmp_path: Path) -> None:
     assert len(cut.token_ids) == 8
     assert len(cut.token_logprobs) == 7 - cut.first
     assert result.tokens == sum(len(row.token_logprobs) for row in (text, cut))
+
+
+@pytest.mark.parametrize("learn", ["all", "last"])
+def test_all_turns_of_a_chat_are_in_a_cache(tiny, tmp_path: Path, learn: str) -> None:
+    chat = [message for row in read_rows(tiny.data)[:3] for message in row.chat]
+    rows_in(tmp_path / "chats.jsonl", [{"messages": chat}, {"messages": chat[:4]}])
+    sides, template = [], "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    for name in (tiny.student, tiny.teacher):
+        shutil.copytree(name, tmp_path / Path(name).name)
+        (tmp_path / Path(name).name / "chat_template.jinja").write_text(template)
+        sides.append(load_side(str(tmp_path / Path(name).name)))
+    data, model = str(tmp_path / "chats.jsonl"), str(tmp_path / Path(tiny.teacher).name)
+    make(tiny, tmp_path / "cache", data=data, model=model, template="chat", learn=learn, dtype="float32")
+    rows = list(Rows((SourceConfig(path=data, learn=learn),)))
+    features, _ = build_dataset(rows, sides[0], [TeacherSide(sides[1])], template="chat")
+    assert [len(row.turns) for row in features] == ([3, 2] if learn == "all" else [1, 1])
+    batch = Collator(PAIR)(features[:])
+    cache = open_cache(tmp_path / "cache", sides[1], rows, "chat")
+    request = SignalRequest(K - 3, token_logprobs=True)
+    expected = Local(load_model(tiny.teacher), vocab=cache.header.vocab).signal(batch, request)
+    found = Cached(cache).signal(batch, request)
+    assert torch.allclose(found.top.logprobs, expected.top.logprobs, atol=1e-5)
+    assert torch.allclose(found.token_logprobs, expected.token_logprobs, atol=1e-5)
 
 
 def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def aligned(row: int, n_s: int, label_from: int, n_t: int, groups: list[list[int
     """Make a row whose ids are 100 · row + position, teacher's 1,000 more."""
     ids_s, ids_t = 100 * row + np.arange(n_s), 1000 + 100 * row + np.arange(n_t)
     teacher = AlignedTeacherRow(ids_t.astype(np.int32), np.array(groups, np.int32).reshape(-1, 4))
-    return AlignedRow(row, ids_s.astype(np.int32), label_from, (teacher,))
+    turns = np.array([[label_from, n_s]], np.int32)
+    return AlignedRow(row, ids_s.astype(np.int32), turns, (teacher,))
 
 
 ROWS = [
@@ -107,7 +108,7 @@ def as_lists(teacher: AlignedTeacherBatch) -> dict[str, Any]:
 
 
 def test_each_teacher_is_laid_out_as_it_is_alone() -> None:
-    two = [AlignedRow(r.row, r.student_ids, r.label_from, r.teachers * 2) for r in ROWS]
+    two = [AlignedRow(r.row, r.student_ids, r.turns, r.teachers * 2) for r in ROWS]
     pairs, names = (("a", "s"), ("b", "s")), (("first", "student"), ("second", "student"))
     joined = Collator(pairs, names)(two)
     for nth, teacher in enumerate(joined.teachers):

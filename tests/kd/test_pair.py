@@ -211,7 +211,7 @@ def test_special_tokens_that_clash_are_refused(teacher: Side) -> None:
         ({"prompt": "p"}, "the batch, row 2: it has prompt; give each row prompt and completion,"),
         ({"text": 5}, "the batch, row 2: text is int, not a string; make text a string"),
         ("text", "the batch, row 2: it is not a JSON object"),
-        ({"messages": MESSAGES[:1]}, "the batch, row 2: the last message is not the assistant's"),
+        ({"messages": MESSAGES[:1]}, "the batch, row 2: no message is an answer of the assistant"),
     ],
 )
 def test_rows_that_cannot_be_read_are_named(two: TokenizerPair, row: Any, problem: str) -> None:
