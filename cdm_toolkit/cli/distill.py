@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -206,7 +205,6 @@ class _TrainingScreen:
         self._console = self._bar.console
         self._tasks: dict[str, Any] = {}
         self._last: StepLog | None = None
-        self._logged_at = time.monotonic()
         self._first_process = not int(os.environ.get("RANK", "0"))
         self._quiet = quiet or not self._first_process
 
@@ -222,21 +220,15 @@ class _TrainingScreen:
             self._tasks[progress.stage] = self._bar.add_task(
                 STAGES[progress.stage], total=progress.total, note=""
             )
-            if progress.stage == "train":
-                self._logged_at = time.monotonic()
             if progress.stage == "load" and self._first_process:
                 self._say_device()  # not before: a mistake of the user's is then one line
         task = self._tasks[progress.stage]
         self._bar.update(task, completed=progress.done, total=progress.total)
         if progress.log is not None and progress.log is not self._last:
             self._last = progress.log
-            now = time.monotonic()
-            speed = progress.log.tokens / max(now - self._logged_at, 1e-9)
-            self._logged_at = now
-            self._bar.update(task, note=f"{speed:,.0f} tokens/s")
+            self._bar.update(task, note=_speed(progress.log))
             if not self._quiet:
-                line = _log_line(progress.log, speed)
-                self._console.print(line, markup=False, soft_wrap=True, style="dim")
+                self._console.print(_log_line(progress.log), markup=False, soft_wrap=True, style="dim")
 
     def _say_device(self) -> None:
         from cdm_toolkit.cli import screen
@@ -255,13 +247,23 @@ STAGES = {
 }
 
 
-def _log_line(log: StepLog, speed: float) -> str:
+def _speed(log: StepLog) -> str:
+    return "" if log.tokens_per_second is None else f"{log.tokens_per_second:,.0f} tokens/s"
+
+
+def _log_line(log: StepLog) -> str:
     parts = [f"step {log.step:>5}", f"loss {log.loss:.4f}", f"CE {log.ce:.4f}"]
     for teacher in log.teachers:
         parts.append(f"{'KD' if len(log.teachers) == 1 else teacher.name} {teacher.kd:.4f}")
         if teacher.pairs:
             parts.append(f"matched mass {teacher.matched_mass:.1%}")
-    return "   ".join([*parts, f"lr {log.learning_rate:.1e}", f"{speed:,.0f} tokens/s"])
+    parts += [f"lr {log.learning_rate:.1e}", _speed(log)]
+    if log.padding is not None and log.seconds is not None:
+        parts.append(f"padding {log.padding:.0%}")
+        taken = asdict(log.seconds)
+        each = ", ".join(f"{part} {seconds:.2g}" for part, seconds in taken.items() if seconds)
+        parts.append(f"{sum(taken.values()):.2g} s a step: {each}")
+    return "   ".join(parts)
 
 
 def _print_result(result: RunResult, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from cdm_toolkit.distill.output_folder import last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler
+from cdm_toolkit.distill.step_times import StepTimes
 from cdm_toolkit.errors import BadOption, NotFinite, UnknownName
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch, Collator
@@ -62,11 +63,23 @@ class TeacherLog:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """Seconds of an optimizer step, of this process: waiting for rows, the teachers, the student's forward and backward
+    pass with the losses, and what updates its weights."""
+
+    data: float
+    teacher: float
+    student: float
+    optimizer: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepLog:
     """Means over the optimizer steps since the log before, up to `step`.
 
     `loss` is the objective, `ce` in nats a label. `tokens` are the student's, prompts included and padding
-    not: a sum.
+    not: a sum; `padding` is the share of the student's positions that hold none. What lies between steps, such as an
+    evaluation or a checkpoint, is in no `seconds`. Lines of earlier versions do not have the last three.
     """
 
     step: int
@@ -76,6 +89,9 @@ class StepLog:
     learning_rate: float
     grad_norm: float
     tokens: int
+    tokens_per_second: float | None = None
+    padding: float | None = None
+    seconds: StepSeconds | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,17 +186,15 @@ class DistillTrainer(Trainer):
             data_collator=_CollatorByAlpha(collator, mixture, arguments.world_size > 1),
             train_dataset=features,
             processing_class=tokenizer,
-            callbacks=[
-                _AfterStep(
-                    lambda done, of: on_step(done, of, self.history[-1] if self.history else None), stopping
-                )
-            ],
+            callbacks=[_AfterStep(self._tell, stopping)],
         )
         self.remove_callback(PrinterCallback)
         self.objectives, self.mixture, self.group_by_length = tuple(objectives), mixture, group_by_length
         self.history: list[StepLog] = []
+        self._on_step = on_step
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
+        self._times = StepTimes(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.epoch_sampler()
@@ -203,6 +217,7 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
     ) -> tuple[list[Inputs], Tensor]:
         """Take the batches of one optimizer step, and count its labels and groups over all processes."""
+        self._times.begin("data")
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.tensor(
             [_counts(part.batch) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
@@ -216,6 +231,13 @@ class DistillTrainer(Trainer):
         """Estimate what the student computes for a batch."""
         of_batch = super().floating_point_ops
         return sum(int(of_batch(dict(part.batch.student))) for part in inputs["parts"])
+
+    def training_step(self, *arguments: Any, **more: Any) -> Tensor:
+        """Run a batch forward and backward; what comes after the last one is the optimizer's."""
+        self._times.begin("student")
+        loss: Tensor = super().training_step(*arguments, **more)
+        self._times.begin("optimizer")
+        return loss
 
     def compute_loss(
         self,
@@ -241,9 +263,9 @@ class DistillTrainer(Trainer):
         if part.is_dummy:
             return 0 * loss
         logged = [part for kd in sums.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
-        self._sums += torch.stack(
-            [part.detach() for part in (sums.ce, *logged, batch.student["attention_mask"].sum(), *own)]
-        )
+        mask = batch.student["attention_mask"]
+        tokens, positions = mask.sum(), torch.full_like(mask[0, 0], mask.numel())
+        self._sums += torch.stack([part.detach() for part in (sums.ce, *logged, positions, tokens, *own)])
         # looked at where the host waits for the device anyway: when a line is logged or a checkpoint written
         self._unseen.append((self.state.global_step + 1, batch.rows, _finite(loss, sums, batch)))
         return loss
@@ -251,10 +273,12 @@ class DistillTrainer(Trainer):
     def loss_sums(self, model: nn.Module, batch: AlignedBatch) -> LossSums:
         """Run the teachers and the student, and the methods on their logits."""
         # the teachers first: their logits are gone before the student keeps anything
+        self._times.begin("teacher")
         inputs = [
             self._inputs(objective, batch, nth, side)
             for nth, (objective, side) in enumerate(zip(self.objectives, batch.teachers, strict=True))
         ]
+        self._times.begin("student")
         student = _unwrapped(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
             head = student.get_output_embeddings()
@@ -277,22 +301,36 @@ class DistillTrainer(Trainer):
             self._check_finite()
             entry = self._step_log(logs)
             self.history.append(entry)
-            logs |= {"ce": entry.ce, "tokens": entry.tokens}
+            said = asdict(entry)
+            logs |= {name: said[name] for name in ("ce", "tokens", "tokens_per_second", "padding")}
+            logs |= {f"seconds_{part}": taken for part, taken in said["seconds"].items()}
             for nth, teacher in enumerate(entry.teachers):
                 where = f"_{nth}" if nth else ""
                 logs |= {f"kd{where}": teacher.kd, f"matched_mass{where}": teacher.matched_mass}
+            self._tell()
         super().log(logs, start_time)
+
+    def _tell(self) -> None:
+        self._on_step(
+            self.state.global_step, self.state.max_steps, self.history[-1] if self.history else None
+        )
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **more: Any) -> None:
+        self._times.begin(None)
+        super()._maybe_log_save_evaluate(*arguments, **more)
 
     def _step_log(self, logs: dict[str, float]) -> StepLog:
         sums = self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums
         self._sums = self._no_sums()
         many = len(self.objectives)
         ce, *parts = sums.tolist()
-        tokens, labels, *groups = parts[3 * many :]
+        positions, tokens, labels, *groups = parts[3 * many :]
         teachers = []
         for nth, (objective, count) in enumerate(zip(self.objectives, groups, strict=True)):
             kd, mass, pairs = (part / max(count, 1) for part in parts[3 * nth : 3 * nth + 3])
             teachers.append(TeacherLog(objective.name, kd, mass, pairs, count / labels))
+        seconds, before = self._times.take(), self.history[-1].step if self.history else 0
+        steps = self.state.global_step - before
         return StepLog(
             step=self.state.global_step,
             loss=logs["loss"],
@@ -301,13 +339,16 @@ class DistillTrainer(Trainer):
             learning_rate=logs["learning_rate"],
             grad_norm=logs["grad_norm"],
             tokens=int(tokens),
+            tokens_per_second=tokens / sum(seconds.values()),
+            padding=1 - tokens / positions,
+            seconds=StepSeconds(**{part: taken / steps for part, taken in seconds.items()}),
         )
 
     def _no_sums(self) -> Tensor:
-        """Make the sums of ce, of kd, matched mass and pairs of each teacher, of tokens, labels and groups."""
+        """Make the sums of ce; of kd, matched mass and pairs of each teacher; of positions, tokens, labels, groups."""
         device = self.args.device
         kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        return torch.zeros(3 + 4 * len(self.objectives), device=device, dtype=kind)
+        return torch.zeros(4 + 4 * len(self.objectives), device=device, dtype=kind)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint of good weights only, and the checksums of its files when all are there."""
@@ -370,22 +411,29 @@ def _counts(batch: AlignedBatch) -> list[int]:
 def read_history(checkpoint: Path) -> list[StepLog]:
     """Read the lines that were logged up to a checkpoint."""
     lines = json.loads((checkpoint / HISTORY).read_text(encoding="utf-8"))
-    return [
-        StepLog(**line | {"teachers": tuple(TeacherLog(**teacher) for teacher in line["teachers"])})
-        for line in lines
-    ]
+    return [StepLog(**line | _records(line)) for line in lines]
+
+
+def _records(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the records in a line that was read from JSON."""
+    seconds = line.get("seconds")
+    return {
+        "teachers": tuple(TeacherLog(**teacher) for teacher in line["teachers"]),
+        "seconds": seconds and StepSeconds(**seconds),
+    }
 
 
 class _AfterStep(TrainerCallback):
-    def __init__(self, call: Callable[[int, int], None], stopping: Callable[[], bool]) -> None:
-        self.call, self.stopping = call, stopping
+    def __init__(self, tell: Callable[[], None], stopping: Callable[[], bool]) -> None:
+        self.tell, self.stopping = tell, stopping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.stopping() and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         # a checkpoint ends what a line sums up, so that a run which goes on from it logs the same lines
         control.should_log |= control.should_save or state.global_step == state.max_steps
-        self.call(state.global_step, state.max_steps)
+        if not control.should_log:  # else it is told with the line
+            self.tell()
 
 
 OWN_SETTINGS: Mapping[str, str] = {

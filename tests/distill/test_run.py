@@ -8,6 +8,8 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from cdm_toolkit.distill.prepare import Progress, prepare
 from cdm_toolkit.distill.run import RunResult, run
 from cdm_toolkit.distill.settings import DistillConfig, SourceConfig, from_mapping
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import Mixture, training_arguments
+from cdm_toolkit.distill.trainer import Mixture, StepLog, training_arguments
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,
@@ -74,9 +76,13 @@ def config(tiny, tmp_path: Path):
 
 
 def losses(result: RunResult) -> list[tuple[float, ...]]:
+    return losses_of(result.losses)
+
+
+def losses_of(lines: Sequence[StepLog]) -> list[tuple[float, ...]]:
     return [
         (log.step, log.loss, log.ce, *(teacher.kd for teacher in log.teachers), log.grad_norm)
-        for log in result.losses
+        for log in lines
     ]
 
 
@@ -115,6 +121,33 @@ def test_writes_a_student_that_loads_with_equal_logits(config, monkeypatch: pyte
     assert (facts["steps"], facts["rows"]["trained"], len(facts["losses"])) == (4, 24, 4)
     assert from_mapping(facts["config"]) == config(), "the provenance holds the run file"
     assert not list(result.output.glob(".*")), "nothing half-written stays"
+
+
+def test_a_line_has_the_padding_and_the_seconds_of_its_parts(config) -> None:
+    prepared = prepare(config(), Rows(config().data.all_sources), lambda _: None)
+    lengths = prepared.features.student_lengths
+    (whole,) = run(config(batch_size=24, max_steps=1)).losses
+    assert whole.tokens == lengths.sum()
+    assert whole.padding == pytest.approx(1 - lengths.sum() / (24 * lengths.max()))
+    result = run(config(max_steps=5, grad_accumulation=2, log_every=2), overwrite=True)
+    before = 0
+    for log in result.losses:
+        taken = asdict(log.seconds)
+        assert all(seconds > 0 for seconds in taken.values())
+        in_all, before = (log.step - before) * sum(taken.values()), log.step
+        assert log.tokens_per_second == pytest.approx(log.tokens / in_all)
+    alone = run(config({"teachers": []}, max_steps=1), overwrite=True)
+    assert alone.losses[0].seconds.teacher < alone.losses[0].seconds.student / 2, "nobody is asked"
+
+
+def test_lines_of_an_earlier_version_are_read(config, tmp_path: Path) -> None:
+    result = run(config(max_steps=2))
+    assert trainer_module.read_history(tmp_path / "out" / "checkpoint-2") == list(result.losses)
+    lines = json.loads((tmp_path / "out" / "checkpoint-2" / "history.json").read_text())
+    for line in lines:
+        del line["tokens_per_second"], line["padding"], line["seconds"]
+    (tmp_path / "history.json").write_text(json.dumps(lines))
+    assert losses_of(trainer_module.read_history(tmp_path)) == losses(result)
 
 
 def test_the_card_has_figures_and_the_run_file(config) -> None:
@@ -361,6 +394,7 @@ def test_event_files_have_the_parts_of_the_loss(config) -> None:
     reader.Reload()
     tags = reader.Tags()["scalars"]
     assert {"train/loss", "train/ce", "train/kd", "train/matched_mass"} <= set(tags)
+    assert {"train/padding", "train/tokens_per_second", "train/seconds_teacher"} <= set(tags)
     assert [event.value for event in reader.Scalars("train/kd")] == pytest.approx(
         [log.teachers[0].kd for log in result.losses]
     )

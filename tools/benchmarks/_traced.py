@@ -37,6 +37,7 @@ from transformers import (
 
 from benchmarks._live import Held, LiveBytes
 from cdm_toolkit import kd
+from cdm_toolkit.distill.step_times import StepTimes
 from cdm_toolkit.distill.trainer import DistillTrainer, TeacherObjective, WeightedBatch
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
@@ -103,6 +104,7 @@ class TrainerStep(DistillTrainer):
         )
         self._sums = self._no_sums()
         self._unseen = []
+        self._times = StepTimes(torch.device("cpu"))  # there are no events without a GPU
 
 
 @contextmanager
