@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,23 @@ install_import_hook(
     # a whole number is a float, as PEP 484 has it
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+def pytest_collectstart() -> None:
+    """Import what modules with shapes import: from within one, it is compiled anew, past its bytecode on disk."""
+    import numba  # noqa: F401
+    import torch  # noqa: F401
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep what is imported from the garbage collector: each run of a Trainer has it look through all."""
+    gc.disable()
+    found = yield
+    gc.freeze()
+    gc.enable()
+    return found
+
 
 settings.register_profile("cdm", deadline=None, derandomize=True)
 settings.load_profile("cdm")
