@@ -11,7 +11,6 @@ import builtins
 import json
 import os
 import random
-import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -116,6 +115,8 @@ def check(work: Mapping[str, Any], answers: int, calls: int, verdict: int) -> No
 
 def _where(error: BaseException, test: str) -> str:
     """Describe an exception, with the line of the test that raised it."""
+    import traceback  # slow to import, and most tests raise nothing
+
     frames = traceback.extract_tb(error.__traceback__)
     number = next((frame.lineno for frame in reversed(frames) if frame.filename == TEST), None)
     line = "" if number is None else f" at {test.splitlines()[number - 1].strip()}"

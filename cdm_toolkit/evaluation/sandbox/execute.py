@@ -35,13 +35,15 @@ END_SECONDS = 10.0
 LONGEST_VERDICT = 65536
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OPENBLAS_NUM_THREADS": "1"}
 """The environment of a sandbox process, which it clears after setup."""
-# Import the sandbox modules without running the __init__ of their parent packages.
+# Import the sandbox modules without running the __init__ of their parent packages. Their bytecode is kept, because they
+# are imported for each program; that of what is imported later is not.
 START = f"""
 import sys
 for name, folder in {PARENTS}.items():
     sys.modules[name] = type(sys)(name)
     sys.modules[name].__path__ = [folder]
 from {HERE}.inside import main
+sys.dont_write_bytecode = True
 main()
 """
 
@@ -137,7 +139,7 @@ class _SandboxProcess:
         self._end = _End(signal.SIGKILL, 0.0)
         self._process = subprocess.Popen(
             # -P and -S: only the standard library can be imported
-            [sys.executable, "-s", "-S", "-P", "-B", "-c", START],
+            [sys.executable, "-s", "-S", "-P", "-c", START],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

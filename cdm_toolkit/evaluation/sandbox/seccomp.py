@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
+import os
 import struct
 from collections.abc import Iterator, Mapping
 
@@ -178,7 +178,7 @@ PR_SET_SECCOMP, MODE_FILTER = 22, 2
 
 def install() -> None:
     """Install the filter in this process; PR_SET_NO_NEW_PRIVS must be set before."""
-    program = b"".join(struct.pack("=HBBI", *step) for step in steps(platform.machine()))
+    program = b"".join(struct.pack("=HBBI", *step) for step in steps(os.uname().machine))
     buffer = ctypes.create_string_buffer(program, len(program))
 
     class Filter(ctypes.Structure):
