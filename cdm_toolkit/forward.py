@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, padded
+from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, packed, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,3 +113,31 @@ def logits_at(
     with head.register_forward_pre_hook(take):
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits.squeeze(0)
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: nn.Module) -> bool:
+    """Tell whether a causal model reads sequences that lie end to end as it reads each by itself (`batching.packed`).
+
+    It is asked, with a few ids: what it predicts for packed sequences has to be nearer to what it predicts for each
+    alone than what it predicts for one long sequence is.
+    """
+    device = next(model.parameters()).device
+    sequences = [np.arange(3, 3 + length) for length in (8, 7, 6)]
+    ids, positions, starts = (torch.from_numpy(array).to(device) for array in packed(sequences, rows=1))
+    was_training = model.training
+    model.eval()
+
+    def logits(of: Tensor, **more: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=of, use_cache=False, **more).logits[0].float()
+        return found
+
+    try:
+        together, as_one = logits(ids, position_ids=positions), logits(ids)
+    except TypeError:  # it takes no positions
+        return False
+    alone = torch.cat(
+        [logits(ids[:, start : start + len(one)]) for start, one in zip(starts, sequences, strict=True)]
+    )
+    model.train(was_training)
+    return bool((together - alone).abs().max() < 0.5 * (as_one - alone).abs().max())

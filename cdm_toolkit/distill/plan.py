@@ -17,6 +17,7 @@ from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import training_arguments
 
 if TYPE_CHECKING:
+    from jaxtyping import Int64
     from torch import nn
 
     from cdm_toolkit.distill.settings import DistillConfig
@@ -76,15 +77,18 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))
         ce, teachers, looked_at = _look(prepared, trainer, on_progress)
-    epoch = np.array(list(trainer.epoch_sampler()))
-    rows_per_step, steps_an_epoch, steps = _steps(config, len(epoch), trainer.args.world_size)
+    epoch, batches = _epoch(trainer)
+    batches_per_step = config.train.grad_accumulation * trainer.args.world_size
+    steps_an_epoch = math.ceil(batches / batches_per_step)
     lengths, labels = prepared.features.student_lengths[epoch], prepared.features.label_counts[epoch]
     trained = [p for p in prepared.student.parameters() if p.requires_grad]
     return Plan(
         rows=prepared.counts,
-        steps=steps,
+        steps=config.train.max_steps or math.ceil(config.train.epochs * steps_an_epoch),
         steps_an_epoch=steps_an_epoch,
-        rows_per_step=rows_per_step,
+        rows_per_step=round(len(epoch) / batches * batches_per_step)
+        if config.train.batch_tokens
+        else config.train.batch_size * batches_per_step,
         tokens_an_epoch=int(lengths.sum()),
         labels_an_epoch=int(labels.sum()),
         parameters=sum(p.numel() for p in prepared.student.parameters()),
@@ -97,12 +101,13 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     )
 
 
-def _steps(config: DistillConfig, rows: int, processes: int) -> tuple[int, int, int]:
-    train = config.train
-    batches = math.ceil(rows / (train.batch_size * processes))
-    an_epoch = max(math.ceil(batches / train.grad_accumulation), 1)
-    steps = train.max_steps or math.ceil(train.epochs * an_epoch)
-    return train.batch_size * train.grad_accumulation * processes, an_epoch, steps
+def _epoch(trainer: DistillTrainer) -> tuple[Int64[np.ndarray, " _"], int]:
+    """Give the rows of the first epoch, and the number of batches that they make."""
+    if trainer.batch_tokens is not None:
+        batches = list(trainer.token_batch_sampler(trainer.batch_tokens))
+        return np.concatenate(batches), len(batches)
+    epoch = np.array(list(trainer.epoch_sampler()))
+    return epoch, math.ceil(len(epoch) / trainer.args.train_batch_size)
 
 
 def _look(
@@ -160,8 +165,10 @@ def _memory(prepared: Prepared) -> Iterator[tuple[str, int]]:
     wide = 2 if config.train.weights == "bfloat16" else 4
     yield "gradients", wide * trained
     yield "optimizer (AdamW)", 2 * wide * trained
-    longest = np.sort(prepared.features.student_lengths)[-config.train.batch_size :]
-    labels = np.sort(prepared.features.label_counts)[-config.train.batch_size :]
+    lengths, many = np.sort(prepared.features.student_lengths), config.train.batch_size
+    if config.train.batch_tokens:
+        many = max(1, config.train.batch_tokens // int(lengths[-1]))
+    longest, labels = lengths[-many:], np.sort(prepared.features.label_counts)[-many:]
     shape, tokens = student.config, int(longest.max()) * len(longest)
     kept = 1 if config.train.gradient_checkpointing else ACTIVATIONS
     yield "student activations", kept * mixed * tokens * shape.hidden_size * shape.num_hidden_layers

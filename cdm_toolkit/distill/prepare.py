@@ -16,6 +16,7 @@ from cdm_toolkit.distill.sampler import rows_of_epoch
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, Mixture, StepLog, TeacherObjective
 from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain
+from cdm_toolkit.forward import keeps_rows_apart
 from cdm_toolkit.hub.models import (
     check_positions,
     check_vocabulary,
@@ -24,7 +25,7 @@ from cdm_toolkit.hub.models import (
     model_folder,
 )
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
-from cdm_toolkit.kd.batch import Collator
+from cdm_toolkit.kd.batch import Collator, Packing
 from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import DEFAULT_TOP_K
@@ -88,6 +89,7 @@ class Prepared:
             objectives=self.objectives,
             mixture=self.mixture,
             group_by_length=self.config.train.group_by_length,
+            batch_tokens=self.config.train.batch_tokens,
             on_step=on_step,
             stopping=stopping,
         )
@@ -129,7 +131,9 @@ def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepa
         features=features,
         counts=counts,
         collator=Collator(
-            tuple(pair.fingerprints for pair in pairs), tuple((pair.name_t, pair.name_s) for pair in pairs)
+            tuple(pair.fingerprints for pair in pairs),
+            tuple((pair.name_t, pair.name_s) for pair in pairs),
+            packing=models.packing(),
         ),
         objectives=tuple(
             _objective(nth, pair, tokenizer, data)
@@ -231,6 +235,24 @@ class _Models:
         train = self.config.train
         attention = train.attn_implementation
         return load_model(name, device=train.torch_device, dtype=dtype, attn_implementation=attention)
+
+    def packing(self) -> Packing | None:
+        """Say how rows are packed, once each model has shown that it keeps them apart. BadOption where one does not."""
+        if not self.config.train.pack:
+            return None
+        attention = str(self.student.config._attn_implementation)
+        packing: Packing = "one" if "flash" in attention else "rows"  # one asks for attention of any length
+        models = [(self.config.student, self.student)]
+        models += [
+            (each.model, self.teacher(nth)) for nth, each in enumerate(self.config.teachers) if not each.cache
+        ]
+        for name, model in models:
+            if not keeps_rows_apart(model):
+                allowed = (
+                    f"false: {name} does not keep rows apart that lie end to end (attention {attention})"
+                )
+                raise BadOption("train.pack", True, allowed)
+        return packing
 
     def entropies(self, rows: int) -> ModelEntropies | None:
         """Weigh tokens by what the models predict before training, where a teacher asks for it."""

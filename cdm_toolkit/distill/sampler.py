@@ -1,4 +1,4 @@
-"""Sampler: the order in which rows are trained on."""
+"""Samplers: the order in which rows are trained on, and what is a batch."""
 
 from __future__ import annotations
 
@@ -96,3 +96,89 @@ class LengthGroupedSampler:
             weights=self.weights,
         )
         return iter(order.tolist())
+
+
+def token_batches(
+    order: Int64[np.ndarray, " _"],
+    lengths: Int64[np.ndarray, " row"],
+    *,
+    tokens: int,
+    packed: bool,
+    window: int,
+) -> list[list[int]]:
+    """Fill batches with rows of an order up to so many tokens; a longer row is a batch of its own.
+
+    `packed` rows cost their lengths. Padded ones cost that of the longest each, and are therefore sorted by length
+    first, `window` rows of the order at a time.
+
+    >>> lengths = np.array([1, 9, 1, 9, 1, 9])
+    >>> token_batches(np.arange(6), lengths, tokens=10, packed=True, window=6)
+    [[0, 1], [2, 3], [4, 5]]
+    >>> token_batches(np.arange(6), lengths, tokens=10, packed=False, window=6)
+    [[0, 2, 4], [1], [3], [5]]
+    """
+    if not packed:
+        windows = (order[first : first + window] for first in range(0, len(order), window))
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in windows])
+    made: list[list[int]] = []
+    cost = longest = 0
+    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        longest = max(longest, length)
+        cost = cost + length if packed else longest * (len(made[-1]) + 1 if made else 1)
+        if not made or cost > tokens:
+            made.append([])
+            cost = longest = length
+        made[-1].append(row)
+    return made
+
+
+def evened(batches: list[list[int]], count: int) -> list[list[int]]:
+    """Split the batches of the most rows, or join those of the fewest, until there are `count`.
+
+    >>> evened([[1, 2, 3], [4], [5]], 4), evened([[1, 2, 3], [4], [5]], 2)
+    ([[4], [5], [1], [2, 3]], [[4, 5], [1, 2, 3]])
+    """
+    made = sorted(batches, key=len)
+    while len(made) < count and len(made[-1]) > 1:
+        most = made.pop()
+        made += [most[: len(most) // 2], most[len(most) // 2 :]]
+        made.sort(key=len)
+    while len(made) > max(count, 1):
+        made = sorted([made[0] + made[1], *made[2:]], key=len)
+    return made
+
+
+class TokenBatchSampler:
+    """Batches of about so many tokens of the longest side, padding included; equally many in every epoch."""
+
+    def __init__(
+        self,
+        lengths: Int64[np.ndarray, " row"],
+        *,
+        tokens: int,
+        packed: bool,
+        batches_per_step: int,
+        seed: int,
+        epoch: Callable[[], int],
+        weights: Float64[np.ndarray, " row"] | None = None,
+    ) -> None:
+        self.lengths, self.tokens, self.packed = lengths, tokens, packed
+        self.seed, self.epoch, self.weights = seed, epoch, weights
+        first = self._filled(np.random.default_rng((seed, 0)))
+        self.count = max(len(first) // batches_per_step, 1) * batches_per_step
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng((self.seed, self.epoch()))
+        batches = evened(self._filled(generator), self.count)
+        return iter([batches[nth] for nth in generator.permutation(len(batches))])
+
+    def _filled(self, generator: np.random.Generator) -> list[list[int]]:
+        rows = (
+            np.arange(len(self.lengths)) if self.weights is None else rows_of_epoch(self.weights, generator)
+        )
+        window = WINDOW * max(1, self.tokens // max(1, int(self.lengths.mean())))
+        order = rows[generator.permutation(len(rows))]
+        return token_batches(order, self.lengths, tokens=self.tokens, packed=self.packed, window=window)

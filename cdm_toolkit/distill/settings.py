@@ -294,6 +294,10 @@ class TrainConfig(Settings):
     """Optimizer steps; goes before epochs."""
     batch_size: Count = 8
     """Rows per batch and device."""
+    batch_tokens: Count | None = None
+    """About so many tokens in a batch, padding included, on the side that has the most, in place of `batch_size`."""
+    pack: bool = False
+    """Lay the rows of a batch end to end in place of padding them; positions and attention restart at each row."""
     grad_accumulation: Count = 1
     """Batches per optimizer step."""
     weight_decay: NotNegative = 0.0

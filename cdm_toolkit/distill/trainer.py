@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 import torch
 from jaxtyping import Float64
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cdm_toolkit.distill.output_folder import last_checkpoint, seal_checkpoint
-from cdm_toolkit.distill.sampler import LengthGroupedSampler
+from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.step_times import StepTimes
 from cdm_toolkit.errors import BadOption, NotFinite, UnknownName
 from cdm_toolkit.forward import logits_at
@@ -173,6 +174,7 @@ class DistillTrainer(Trainer):
         objectives: Sequence[TeacherObjective],
         mixture: Mixture,
         group_by_length: bool = True,
+        batch_tokens: int | None = None,
         on_step: Callable[[int, int, StepLog | None], None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -190,11 +192,41 @@ class DistillTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.objectives, self.mixture, self.group_by_length = tuple(objectives), mixture, group_by_length
+        self.batch_tokens, self.packing = batch_tokens, collator.packing
         self.history: list[StepLog] = []
         self._on_step = on_step
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
         self._times = StepTimes(self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Load batches of rows, or batches of tokens."""
+        loader: DataLoader[Any]
+        if self.batch_tokens is None:
+            loader = super().get_train_dataloader()
+            return loader
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.token_batch_sampler(self.batch_tokens),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def token_batch_sampler(self, tokens: int) -> TokenBatchSampler:
+        """Make the sampler of batches of so many tokens, of the epoch that the run is in."""
+        arguments = self.args
+        return TokenBatchSampler(
+            self.train_dataset.lengths,
+            tokens=tokens,
+            packed=self.packing is not None,
+            batches_per_step=arguments.gradient_accumulation_steps * arguments.world_size,
+            seed=arguments.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+            weights=self.mixture.weights,
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.epoch_sampler()
@@ -256,16 +288,15 @@ class DistillTrainer(Trainer):
         """Give the part of the step's loss that a batch is (`weighted_loss`); `counts` are those of the step."""
         batch = part.batch
         sums = self.loss_sums(model, batch)
-        own = torch.tensor(_counts(batch), device=sums.ce.device)
-        labels, *groups = (own if counts is None else counts).unbind()
+        positions = batch.student["input_ids"].numel()
+        own = torch.tensor([positions, batch.tokens, *_counts(batch)], device=sums.ce.device)
+        labels, *groups = (own[2:] if counts is None else counts).unbind()
         weights = [objective.weight for objective in self.objectives]
         loss = weighted_loss(sums, alpha=part.alpha, weights=weights, labels=labels, groups=groups)
         if part.is_dummy:
             return 0 * loss
         logged = [part for kd in sums.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
-        mask = batch.student["attention_mask"]
-        tokens, positions = mask.sum(), torch.full_like(mask[0, 0], mask.numel())
-        self._sums += torch.stack([part.detach() for part in (sums.ce, *logged, positions, tokens, *own)])
+        self._sums += torch.stack([part.detach() for part in (sums.ce, *logged, *own)])
         # looked at where the host waits for the device anyway: when a line is logged or a checkpoint written
         self._unseen.append((self.state.global_step + 1, batch.rows, _finite(loss, sums, batch)))
         return loss

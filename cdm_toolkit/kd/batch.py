@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from cdm_toolkit.batching import Padding, padded
+from cdm_toolkit.batching import Padding, packed, padded
 from cdm_toolkit.errors import BadOption
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow
 from cdm_toolkit.kd.tokenized_rows import Turns
 
+Packing = Literal["rows", "one"]
 PairId = tuple[str, str]
 """Fingerprints of a pair's tokenizers, teacher first."""
 Moved = TypeVar("Moved", "AlignedBatch", "AlignedTeacherBatch")
@@ -31,6 +32,8 @@ class AlignedTeacherBatch:
     """
 
     inputs: Mapping[str, Tensor]
+    tokens: int
+    """Those of the rows, without padding."""
     groups_per_row: tuple[int, ...]
     tokens_per_row: tuple[int, ...]
     token_positions: Int64[Tensor, " token_t"]
@@ -73,13 +76,15 @@ class AlignedTeacherBatch:
 class AlignedBatch:
     """Rows of one student and its teachers, padded and aligned.
 
-    `student` holds the keyword arguments of the student's model. `labels` are all tokens to learn, one flat list
-    over the rows; `label_positions` are the flat positions (through batch × time) whose logits predict them, and
-    `label_row` the row of each in the batch. `rows` are the rows' numbers in the data, from 1.
+    `student` holds the keyword arguments of the student's model; `tokens` counts what it reads, without padding.
+    `labels` are all tokens to learn, one flat list over the rows; `label_positions` are the flat positions (through
+    batch × time) whose logits predict them, and `label_row` the row of each in the batch. `rows` are the rows' numbers
+    in the data, from 1.
     """
 
     rows: tuple[int, ...]
     student: Mapping[str, Tensor]
+    tokens: int
     labels: Int64[Tensor, " label"]
     label_positions: Int64[Tensor, " label"]
     label_row: Int64[Tensor, " label"]
@@ -157,9 +162,11 @@ def _part_moved(part: Any, move: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pad all sides of aligned rows, and lay out where logits are read.
+    """Pad or pack all sides of aligned rows, and lay out where logits are read.
 
-    `pairs` and `names` are those of the pairs that the rows were aligned by, for methods to check.
+    `pairs` and `names` are those of the pairs that the rows were aligned by, for methods to check. With `packing` the
+    rows of a batch lie end to end in a few `rows`, or in `one` row, which attention of variable
+    length asks for; what models read then has positions that restart at each row, in place of a mask.
     """
 
     pairs: tuple[PairId, ...] = ()
@@ -168,10 +175,12 @@ class Collator:
     teacher_pad: int = 0
     student_padding: Padding = "right"
     teacher_padding: Padding = "right"
+    packing: Packing | None = None
 
     def __call__(self, rows: Sequence[AlignedRow]) -> AlignedBatch:
         """Make a batch; every row has as many teachers as there are pairs."""
-        student, starts = _inputs([row.student_ids for row in rows], self.student_pad, self.student_padding)
+        ids = [row.student_ids for row in rows]
+        student, starts = _inputs(ids, self.student_pad, self.student_padding, self.packing)
         layout = _Labels.of([row.turns for row in rows])
         positions, turn = _ranges(
             layout.first - 1 + starts[layout.row], layout.first - 1 + layout.counts + starts[layout.row]
@@ -179,6 +188,7 @@ class Collator:
         return AlignedBatch(
             rows=tuple(row.row for row in rows),
             student=student,
+            tokens=sum(map(len, ids)),
             labels=student["input_ids"].reshape(-1)[torch.from_numpy(positions + 1)],
             label_positions=_tensor(positions),
             label_row=_tensor(layout.row[turn]),
@@ -190,7 +200,8 @@ class Collator:
 
     def _teacher(self, nth: int, rows: Sequence[AlignedTeacherRow], labels: _Labels) -> AlignedTeacherBatch:
         counts = tuple(len(row.groups) for row in rows)
-        inputs, starts = _inputs([row.ids for row in rows], self.teacher_pad, self.teacher_padding)
+        ids = [row.ids for row in rows]
+        inputs, starts = _inputs(ids, self.teacher_pad, self.teacher_padding, self.packing)
         groups = np.concatenate([row.groups for row in rows]).astype(np.int64)
         owner = np.repeat(np.arange(len(rows)), counts)  # the row of each group
         first_t, end_t, first_s, end_s = groups.T
@@ -201,6 +212,7 @@ class Collator:
         student_token_rows, student_token_group = _ranges(student_rows, student_rows + end_s - first_s)
         return AlignedTeacherBatch(
             inputs=inputs,
+            tokens=sum(map(len, ids)),
             groups_per_row=counts,
             tokens_per_row=tuple(np.bincount(token_row, minlength=len(rows)).tolist()),
             token_positions=_tensor(positions),
@@ -249,9 +261,12 @@ def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _inputs(
-    sequences: Sequence[np.ndarray], pad: int, padding: Padding
+    sequences: Sequence[np.ndarray], pad: int, padding: Padding, packing: Packing | None
 ) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Lay out what a model reads; gives also where each sequence begins. position_ids are for left padding."""
+    """Lay out what a model reads, and tell where each sequence begins. Left padding and packing have position_ids."""
+    if packing is not None:
+        ids, positions, starts = packed(sequences, pad, rows=1 if packing == "one" else None)
+        return {"input_ids": _tensor(ids), "position_ids": _tensor(positions)}, starts
     ids, mask, starts = padded(sequences, pad, padding)
     arrays = {"input_ids": ids, "attention_mask": mask}
     if padding == "left":

@@ -188,9 +188,18 @@ class TokenizerPair:
         template: TemplateName = "none",
         learn: Learn = "all",
         aligner: str = "anchored",
+        pack: bool = False,
     ) -> AlignedBatch:
         """Tokenize, align and pad rows: `kd.collate` for one pair."""
-        return collate([self], rows, max_length=max_length, template=template, learn=learn, aligner=aligner)
+        return collate(
+            [self],
+            rows,
+            max_length=max_length,
+            template=template,
+            learn=learn,
+            aligner=aligner,
+            pack=pack,
+        )
 
     # Tables
 
@@ -277,12 +286,14 @@ def collate(
     template: TemplateName = "none",
     learn: Learn = "all",
     aligner: str = "anchored",
+    pack: bool = False,
 ) -> AlignedBatch:
     """Tokenize rows for the student and all teachers, align, cut and pad them.
 
     `rows` are mappings of the shapes that `kd.rows.FIELDS` names, such as prompt and completion; all of the completion
     is learned, and of a chat all answers of the assistant, or the last. `max_length` is in tokens of any side; a longer
-    row is cut at a boundary that all sides share.
+    row is cut at a boundary that all sides share. With `pack` rows lie end to end in place of padding, and positions
+    restart at each: models whose attention restarts with them (`forward.keeps_rows_apart`) give the same losses.
     A row without a completion, or with none of it within `max_length`, is left out: `batch.rows` has the numbers
     of those that are in. All pairs have one student. Raises BadRow for a row without these fields,
     NothingToTrain where none is left.
@@ -304,7 +315,9 @@ def collate(
     if not made:
         raise NothingToTrain("the batch", _left_out(len(read), len(full), max_length))
     return Collator(
-        tuple(pair.fingerprints for pair in pairs), tuple((pair.name_t, pair.name_s) for pair in pairs)
+        tuple(pair.fingerprints for pair in pairs),
+        tuple((pair.name_t, pair.name_s) for pair in pairs),
+        packing="rows" if pack else None,
     )(made)
 
 

@@ -188,6 +188,70 @@ def test_accumulation_and_batches_agree(config, tmp_path: Path) -> None:
             assert two[-1] == pytest.approx(one[-1], abs=1e-4)
 
 
+def test_packed_rows_train_as_padded_ones(config, tmp_path: Path) -> None:
+    padded, packed = (
+        run(config({"output": str(tmp_path / str(pack))}, pack=pack, group_by_length=False))
+        for pack in (False, True)
+    )
+    for one, two in zip(losses(padded), losses(packed), strict=True):
+        assert two[:-1] == pytest.approx(one[:-1], abs=1e-5)
+        assert two[-1] == pytest.approx(one[-1], abs=1e-4)
+    assert [log.tokens for log in packed.losses] == [log.tokens for log in padded.losses]
+    assert all(two.padding < one.padding for one, two in zip(padded.losses, packed.losses, strict=True))
+
+
+def test_a_model_that_does_not_keep_rows_apart_is_not_packed(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdm_toolkit.distill.prepare.keeps_rows_apart", lambda _: False)
+    with pytest.raises(
+        BadOption, match=r"`train.pack` is True.*does not keep rows apart.*\(attention sdpa\)"
+    ):
+        run(config(pack=True))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_batches_of_tokens_have_each_row_once_an_epoch(
+    config, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool
+) -> None:
+    seen: list[tuple[tuple[int, ...], int]] = []
+    real = trainer_module.DistillTrainer.loss_sums
+
+    def watched(self: Any, model: Any, batch: Any) -> Any:
+        seen.append((batch.rows, batch.student["input_ids"].numel()))
+        return real(self, model, batch)
+
+    monkeypatch.setattr(trainer_module.DistillTrainer, "loss_sums", watched)
+    chosen = config(max_steps=None, epochs=2, batch_tokens=120, pack=pack)
+    result = run(chosen)
+    an_epoch = result.steps // 2
+    for epoch in (seen[:an_epoch], seen[an_epoch:]):
+        assert sorted(row for rows, _ in epoch for row in rows) == list(range(1, 25))
+    assert seen[:an_epoch] != seen[an_epoch:]
+    assert max(len(rows) for rows, _ in seen) > min(len(rows) for rows, _ in seen)
+    assert all(positions <= 120 * 1.2 for _, positions in seen)
+    planned = plan(chosen)
+    assert (planned.steps, planned.steps_an_epoch) == (result.steps, an_epoch)
+
+
+def test_batches_of_tokens_go_on_where_they_were(config, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": None,
+        "epochs": 2,
+        "batch_tokens": 120,
+        "pack": True,
+        "save_every": 2,
+    }
+    whole = run(config({"output": str(tmp_path / "whole")}, **settings))
+
+    def after_three(progress: Progress) -> None:
+        if progress.stage == "train" and progress.done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(config({"output": str(tmp_path / "part")}, **settings), on_progress=after_three)
+    rest = run(config({"output": str(tmp_path / "part")}, **settings), resume=True)
+    assert losses(rest) == losses(whole)
+
+
 def test_each_source_has_an_alpha_of_its_own(config, tiny, tmp_path: Path) -> None:
     """The loss of a step over rows of both is linear in the alphas, and with one alpha is that without sources."""
     lines = Path(tiny.data).read_text().splitlines(keepends=True)

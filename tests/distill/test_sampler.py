@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdm_toolkit.distill.sampler import LengthGroupedSampler, epoch_order
+from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler, epoch_order
 
 
 @given(
@@ -44,6 +44,46 @@ def test_weights_are_how_often_a_row_comes(weights: list[float], epoch: int) -> 
             counts[given == weight].sum()
             == round(weight % 1 * (given == weight).sum()) + int(weight) * (given == weight).sum()
         )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batches_per_step", [1, 3])
+def test_batches_of_tokens(packed: bool, batches_per_step: int) -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(5, 60, 700)
+    at = [0]
+    sampler = TokenBatchSampler(
+        lengths, tokens=400, packed=packed, batches_per_step=batches_per_step, seed=3, epoch=lambda: at[0]
+    )
+    epochs = []
+    for epoch in range(4):
+        at[0] = epoch
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert len(batches) % batches_per_step == 0
+        assert sorted(row for batch in batches for row in batch) == list(range(700))
+        cost = [lengths[b].sum() if packed else lengths[b].max() * len(b) for b in map(np.array, batches)]
+        assert np.mean(cost) > 0.85 * 400
+        assert np.mean(np.array(cost) > 400) < 0.03
+        assert list(sampler) == batches
+        epochs.append(batches)
+    assert epochs[0] != epochs[1]
+
+
+def test_weights_count_in_batches_of_tokens() -> None:
+    weights = np.array([2.0, 0.5] * 50)
+    sampler = TokenBatchSampler(
+        np.full(100, 10),
+        tokens=100,
+        packed=True,
+        batches_per_step=1,
+        seed=0,
+        epoch=lambda: 1,
+        weights=weights,
+    )
+    counts = np.bincount([row for batch in sampler for row in batch], minlength=100)
+    assert (counts[::2] == 2).all()
+    assert counts[1::2].sum() == 25
 
 
 def test_depends_on_seed_and_epoch_alone() -> None:
