@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", help="a model in place of a fresh one with Mistral's tokenizer")
     parser.add_argument("--size", default="10m", help="parameters of the fresh student (%(default)s)")
     parser.add_argument("--rows", type=int, default=64, help="how many are read (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a padded batch (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of a padded batch (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="how often all rows are timed (%(default)s)")
 
 
