@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -72,4 +73,5 @@ def _fail(message: str) -> int:
 
 def entry() -> None:
     """Entry point of the installed `cdm` script."""
+    gc.set_threshold(50_000, 50, 1000)  # imports make half a million objects, none of them garbage
     sys.exit(main())

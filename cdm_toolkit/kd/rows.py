@@ -24,6 +24,9 @@ class Message(NamedTuple):
     content: str
     more: Mapping[str, Any] = {}
 
+    def __hash__(self) -> int:
+        return hash((self.role, self.content))
+
     @property
     def is_answer(self) -> bool:
         """Whether the assistant says it, and calls no tool."""

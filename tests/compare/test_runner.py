@@ -541,13 +541,13 @@ def test_a_study_that_runs_is_not_changed_by_one_that_grows(
 
 @pytest.mark.slow
 def test_a_failing_cell_does_not_stop_the_others(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
-    study = make("methods={sft: {}, kl: {method: kl}, exact: {method: exact, top_k: 20}}", "default=exact")
+    study = make("methods={kl: {method: kl}, exact: {method: exact, top_k: 20}}", "default=exact")
     folder = claimed(study, tmp_path / "out")
     (failure,) = run_study(study, folder)
     assert failure.cell.method == "kl"
     assert failure.why.startswith("the method of ")
     assert "give one for different tokenizers" in failure.why
-    assert [folder.read_cell(study, cell) is not None for cell in grid(study)] == [True, False, True]
+    assert [folder.read_cell(study, cell) is not None for cell in grid(study)] == [False, True]
 
 
 def started(folder: StudyFolder, *words: str) -> subprocess.Popen[str]:

@@ -79,7 +79,7 @@ def test_numbers_count_lines_from_1(rows_file: Path) -> None:
         ('{"text": "\\ud800"}', "lone surrogate \\ud800"),
         ('{"messages": "hi"}', "not a list of objects"),
         ('{"messages": []}', "messages is empty"),
-        ('{"messages": [{"role": "user", "content": "q"}]}', "not the assistant's"),
+        ('{"messages": [{"role": "user", "content": "q"}]}', "no message is an answer of the assistant"),
         ('{"messages": [{"role": "assistant"}]}', "message 1 has no content"),
         ("[" * 100_000, "nested too deeply"),
     ],

@@ -181,7 +181,10 @@ def full_batch(sizes: Sizes) -> AlignedBatch:
     """Make a batch in which each token but the first of a row is a label, and a group of one token a side."""
     at = np.arange(1, sizes.length, dtype=np.int32)
     teacher = AlignedTeacherRow(np.zeros(sizes.length, np.int32), np.stack((at, at + 1, at, at + 1), axis=1))
-    rows = [AlignedRow(row, np.zeros(sizes.length, np.int32), 1, (teacher,)) for row in range(sizes.batch)]
+    turns = np.array([[1, sizes.length]], np.int32)
+    rows = [
+        AlignedRow(row, np.zeros(sizes.length, np.int32), turns, (teacher,)) for row in range(sizes.batch)
+    ]
     return Collator((("t", "s"),))(rows)
 
 
