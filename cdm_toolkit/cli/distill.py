@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +15,11 @@ from cdm_toolkit.cli import completion, options
 from cdm_toolkit.cli.settings_options import run_option
 
 if TYPE_CHECKING:
+    from cdm_toolkit.distill.logs import EvalLog, StepLog, TeacherLog
     from cdm_toolkit.distill.plan import Plan
     from cdm_toolkit.distill.prepare import Progress
     from cdm_toolkit.distill.run import RunResult
     from cdm_toolkit.distill.settings import DistillConfig
-    from cdm_toolkit.distill.trainer import StepLog
 
 _RUN, _KD, _TRAIN = "The run", "Distillation (of the first teacher)", "Training"
 SETTINGS: Mapping[str, str] = {
@@ -27,6 +27,7 @@ SETTINGS: Mapping[str, str] = {
     "teacher": "teachers.0.model",
     "teacher_cache": "teachers.0.cache",
     "data": "data.path",
+    "held_out": "eval.path",
     "output": "output",
     "preset": "preset",
     "method": "teachers.0.method",
@@ -58,6 +59,7 @@ def distill(
     ] = None,
     teacher_cache: Annotated[Path | None, run_option("teachers.0.cache", _RUN, "--teacher-cache")] = None,
     data: Annotated[Path | None, run_option("data.path", _RUN, "--data")] = None,
+    held_out: Annotated[Path | None, run_option("eval.path", _RUN, "--eval")] = None,
     output: Annotated[Path | None, run_option("output", _RUN, "--output", "-o")] = None,
     preset: Annotated[
         str | None, typer.Option(help="paper: the settings of arXiv 2502.11104.", rich_help_panel=_RUN)
@@ -143,8 +145,9 @@ def _config(
     content: dict[str, Any] = {}
     if run_file is not None:
         content = read_yaml(find_run_file(run_file))
-    if isinstance(content.get("data"), str):
-        content["data"] = {"path": content["data"]}
+    for name in ("data", "eval"):
+        if isinstance(content.get(name), str):
+            content[name] = {"path": content[name]}
     given = {name: value for name, value in said.items() if value is not None}
     of_teacher = [name for name in given if name.startswith("teachers.")]
     if without_teachers:
@@ -181,7 +184,8 @@ class DistillCommand(TyperCommand):
 def _in_options(fault: str) -> str:
     """Name the option that sets what a fault is about, to somebody who has no run file."""
     setting, _, rest = fault.partition(" ")
-    options = {setting: name for name, setting in SETTINGS.items()} | {"data": "data"}
+    options = {setting: name for name, setting in SETTINGS.items()}
+    options |= {"data": "data", "eval.path": "eval"}
     if setting in options:
         return f"--{options[setting].replace('_', '-')} {rest}"
     return fault.removeprefix("teachers.0: ")
@@ -230,6 +234,10 @@ class _TrainingScreen:
             if not self._quiet:
                 self._console.print(_log_line(progress.log), markup=False, soft_wrap=True, style="dim")
 
+        if progress.evaluation is not None and not self._quiet:
+            line = _evaluation_line(progress.evaluation)
+            self._console.print(line, markup=False, soft_wrap=True, style="bold")
+
     def _say_device(self) -> None:
         from cdm_toolkit.cli import screen
 
@@ -243,6 +251,7 @@ STAGES = {
     "neighbours": "near tokens",
     "look": "looking at rows",
     "train": "training",
+    "evaluate": "evaluating",
     "save": "saving",
 }
 
@@ -252,11 +261,7 @@ def _speed(log: StepLog) -> str:
 
 
 def _log_line(log: StepLog) -> str:
-    parts = [f"step {log.step:>5}", f"loss {log.loss:.4f}", f"CE {log.ce:.4f}"]
-    for teacher in log.teachers:
-        parts.append(f"{'KD' if len(log.teachers) == 1 else teacher.name} {teacher.kd:.4f}")
-        if teacher.pairs:
-            parts.append(f"matched mass {teacher.matched_mass:.1%}")
+    parts = [f"step {log.step:>5}", f"loss {log.loss:.4f}", f"CE {log.ce:.4f}", *_of_teachers(log.teachers)]
     parts += [f"lr {log.learning_rate:.1e}", _speed(log)]
     if log.padding is not None and log.seconds is not None:
         parts.append(f"padding {log.padding:.0%}")
@@ -264,6 +269,21 @@ def _log_line(log: StepLog) -> str:
         each = ", ".join(f"{part} {seconds:.2g}" for part, seconds in taken.items() if seconds)
         parts.append(f"{sum(taken.values()):.2g} s a step: {each}")
     return "   ".join(parts)
+
+
+def _evaluation_line(log: EvalLog) -> str:
+    parts = [f"step {log.step:>5}", "held-out rows:"]
+    if log.loss is not None:
+        parts.append(f"loss {log.loss:.4f}")
+    parts += [f"CE {log.ce:.4f}", *_of_teachers(log.teachers), f"bits per byte {log.bits_per_byte:.4f}"]
+    return "   ".join([*parts, f"{log.seconds:.2g} s", *(["the best so far"] if log.is_best else [])])
+
+
+def _of_teachers(teachers: Sequence[TeacherLog]) -> Iterator[str]:
+    for teacher in teachers:
+        yield f"{'KD' if len(teachers) == 1 else teacher.name} {teacher.kd:.4f}"
+        if teacher.pairs:
+            yield f"matched mass {teacher.matched_mass:.1%}"
 
 
 def _print_result(result: RunResult, as_json: bool) -> None:
@@ -286,6 +306,12 @@ def _print_result(result: RunResult, as_json: bool) -> None:
         if after.pairs:
             shown.add_row(f"matched mass{of}", f"{after.matched_mass:.1%}")
         shown.add_row(f"aligned share{of}", f"{after.aligned_share:.1%} of the student's labels")
+    if result.best is not None:
+        begun, best = result.evaluations[0], result.best
+        stopped = f"; stopped early at {result.steps:,}" if result.stopped_early else ""
+        shown.add_row("weights", f"of step {best.step:,}, the best on held-out rows{stopped}")
+        shown.add_row("held-out CE, nats a token", f"{begun.ce:.4f} → {best.ce:.4f}")
+        shown.add_row("held-out bits per byte", f"{begun.bits_per_byte:.4f} → {best.bits_per_byte:.4f}")
     shown.add_row("time", f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s in training")
     screen.out().print(shown, markup=False)
 
@@ -308,6 +334,8 @@ def _print_plan(config: DistillConfig, planned: Plan, as_json: bool) -> None:
     shown.add_row(
         "tokens", f"{planned.tokens_an_epoch:,} an epoch, {planned.labels_an_epoch:,} of them trained on"
     )
+    if planned.evaluations:
+        shown.add_row("evaluations", f"{planned.evaluations:,}, of {planned.held_out:,} held-out rows")
     shown.add_row("CE, nats a token", f"{planned.ce:.4f} on {planned.looked_at} rows")
     for teacher in planned.teachers:
         parts = [f"{teacher.method}, weight {teacher.weight:g}", f"KD {teacher.kd:.4f}"]

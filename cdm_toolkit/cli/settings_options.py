@@ -23,6 +23,7 @@ RECORDS_OF_A_RUN: Mapping[str, str] = {
     "teachers.0": "TeacherConfig",
     "train": "TrainConfig",
     "train.lora": "LoraConfig",
+    "eval": "EvalConfig",
 }
 """Which record of `RUN` stands where in a run file."""
 

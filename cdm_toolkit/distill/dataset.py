@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
@@ -82,7 +82,7 @@ class Entropies(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """What became of the rows. `read` = `trained` + `empty` + `too_long`."""
+    """What became of the rows. `read` = `trained` + `held_out` + `empty` + `too_long`."""
 
     read: int = 0
     trained: int = 0
@@ -95,9 +95,13 @@ class RowCounts:
     """Left out: nothing of the completion is within max_length."""
     unaligned_with: tuple[int, ...] = ()
     """Trained, but without this teacher: one number for each, where there are several."""
+    held_out: int = 0
+    """Left out: evaluated on instead."""
 
     def __str__(self) -> str:
         names = [field.name for field in fields(self) if field.name != "unaligned_with"]
+        if not self.held_out:
+            names.remove("held_out")
         counts = ", ".join(f"{getattr(self, name)} {name.replace('_', ' ')}" for name in names)
         each = ", ".join(map(str, self.unaligned_with))
         return f"{counts} (unaligned with each teacher: {each})" if each else counts
@@ -137,16 +141,19 @@ def build_dataset(
         folder, lambda: _make(folder, rows, task, weighed, workers=workers, on_row=on_row)
     )
     on_row(len(rows))
-    return features, _counts(features, len(teachers))
+    return features, count_rows(features, np.ones(len(features), bool))
 
 
-def _counts(features: AlignedDataset, teachers: int) -> RowCounts:
+def count_rows(features: AlignedDataset, trained: Bool[np.ndarray, " row"]) -> RowCounts:
+    """Count what became of the rows, of which those are held out that are not `trained`."""
     became = np.bincount(features.outcome, minlength=3).tolist()
-    without = features.without_groups()
+    without = features.without_groups()[:, trained]
+    teachers = len(without)
     return RowCounts(
         read=len(features.outcome),
-        trained=became[TRAINED],
-        cut=int(features.cut[features.outcome == TRAINED].sum()),
+        trained=int(trained.sum()),
+        held_out=int((~trained).sum()),
+        cut=int(features.cut[features.outcome == TRAINED][trained].sum()),
         unaligned=int(without.all(axis=0).sum()) if teachers else 0,
         empty=became[EMPTY],
         too_long=became[TOO_LONG],

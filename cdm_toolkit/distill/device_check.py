@@ -19,9 +19,9 @@ from cdm_toolkit.artifacts.provenance import installed_version
 from cdm_toolkit.errors import CdmError, Interrupted, NotFinite
 
 if TYPE_CHECKING:
+    from cdm_toolkit.distill.logs import StepLog
     from cdm_toolkit.distill.prepare import Progress
     from cdm_toolkit.distill.settings import DistillConfig
-    from cdm_toolkit.distill.trainer import StepLog
     from cdm_toolkit.hub.tiny_models import TinyPair
 
 STEPS, ROWS_PER_STEP = 3, 4

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
+    from cdm_toolkit.distill.logs import EvalLog, StepLog
     from cdm_toolkit.distill.settings import DistillConfig
-    from cdm_toolkit.distill.trainer import StepLog
 
 
-def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[str, Any]) -> str:
+def model_card(
+    config: DistillConfig, losses: Sequence[StepLog], evaluations: Sequence[EvalLog], facts: Mapping[str, Any]
+) -> str:
     """Write a model card in Markdown, with the hub's metadata on top and the run file that repeats the run."""
     first, last = losses[0], losses[-1]
     teachers = ", ".join(f"{teacher.model} ({teacher.method})" for teacher in config.teachers)
@@ -27,6 +29,8 @@ def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[
     for before, after in zip(first.teachers, last.teachers, strict=True):
         figures.append((f"KD on {after.name}", f"{before.kd:.4f} → {after.kd:.4f}"))
         figures.append((f"matched mass of {after.name}", f"{after.matched_mass:.1%}"))
+    if evaluations:
+        figures += _heldout(evaluations)
     data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.all_sources)
     lines = [
         "---",
@@ -43,8 +47,9 @@ def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in figures),
         "",
-        "Losses are means over the last logged steps of training data, not a measure of quality. `provenance.json` has"
-        " versions, fingerprints and every logged step. The run file that repeats the run:",
+        "Losses are means over the last logged steps of training data, not a measure of quality"
+        + ("; held-out rows were not trained on, and chose the weights. " if evaluations else ". ")
+        + "`provenance.json` has versions, fingerprints and every logged step. The run file that repeats the run:",
         "",
         "```yaml",
         yaml.safe_dump(
@@ -54,3 +59,13 @@ def model_card(config: DistillConfig, losses: Sequence[StepLog], facts: Mapping[
         "",
     ]
     return "\n".join(lines)
+
+
+def _heldout(evaluations: Sequence[EvalLog]) -> list[tuple[str, str]]:
+    """Say how the weights do on the held-out rows, against the first evaluation."""
+    first, best = evaluations[0], next(log for log in reversed(evaluations) if log.is_best)
+    return [
+        ("weights", f"of step {best.step:,}, the best of {len(evaluations)} evaluations"),
+        ("held-out CE, nats a token", f"{first.ce:.4f} → {best.ce:.4f}"),
+        ("held-out bits per byte", f"{first.bits_per_byte:.4f} → {best.bits_per_byte:.4f}"),
+    ]

@@ -28,9 +28,9 @@ def seal_checkpoint(checkpoint: Path) -> None:
     write_json(checkpoint / SEAL, FORMAT.header(provenance(), files=sums_of(checkpoint, files)))
 
 
-def check_seal(checkpoint: Path) -> None:
+def check_seal(checkpoint: Path, fix: str = "") -> None:
     """See that each file of a checkpoint is as it was written. Raises BadArtifact with the first that is not."""
-    fix = f"remove {checkpoint} and resume from the one before, or start the run without `resume`"
+    fix = fix or f"remove {checkpoint} and resume from the one before, or start the run without `resume`"
     found = FORMAT.read(checkpoint / SEAL, fix)
     try:
         sums = {name: FileSum(**file) for name, file in found["files"].items()}

@@ -65,6 +65,9 @@ class Plan:
     """Nats per label over the rows that were measured."""
     teachers: tuple[TeacherPlan, ...]
     warnings: tuple[str, ...]
+    held_out: int = 0
+    """Rows that are evaluated."""
+    evaluations: int = 0
 
 
 def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> Plan:
@@ -80,11 +83,12 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     epoch, batches = _epoch(trainer)
     batches_per_step = config.train.grad_accumulation * trainer.args.world_size
     steps_an_epoch = math.ceil(batches / batches_per_step)
+    steps = config.train.max_steps or math.ceil(config.train.epochs * steps_an_epoch)
     lengths, labels = prepared.features.student_lengths[epoch], prepared.features.label_counts[epoch]
     trained = [p for p in prepared.student.parameters() if p.requires_grad]
     return Plan(
         rows=prepared.counts,
-        steps=config.train.max_steps or math.ceil(config.train.epochs * steps_an_epoch),
+        steps=steps,
         steps_an_epoch=steps_an_epoch,
         rows_per_step=round(len(epoch) / batches * batches_per_step)
         if config.train.batch_tokens
@@ -98,6 +102,8 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
         ce=ce,
         teachers=teachers,
         warnings=(*prepared.warnings, *_low(teachers)),
+        held_out=len(prepared.heldout.features) if prepared.heldout else 0,
+        evaluations=math.ceil(steps / config.eval.every) if config.eval else 0,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cdm_toolkit.artifacts.maps import load_or_build_neighbours
-from cdm_toolkit.distill.dataset import RowCounts, build_dataset
+from cdm_toolkit.distill.dataset import RowCounts, build_dataset, count_rows
+from cdm_toolkit.distill.heldout import SomeRows, Spelled, TextKeys, chosen_share
+from cdm_toolkit.distill.logs import EvalLog, StepLog
 from cdm_toolkit.distill.model_entropies import ModelEntropies
 from cdm_toolkit.distill.sampler import rows_of_epoch
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import DistillTrainer, Mixture, StepLog, TeacherObjective
-from cdm_toolkit.errors import BadOption, MissingExtra, NothingToTrain
+from cdm_toolkit.distill.trainer import DistillTrainer, Heldout, Mixture, TeacherObjective
+from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, NothingToTrain
 from cdm_toolkit.forward import keeps_rows_apart
 from cdm_toolkit.hub.models import (
     check_positions,
@@ -29,16 +32,16 @@ from cdm_toolkit.kd.batch import Collator, Packing
 from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import DEFAULT_TOP_K
-from cdm_toolkit.kd.tokenized_rows import TeacherSide, template_notes, tokenizer_side
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, template_notes, tokenizer_side
 from cdm_toolkit.teachers.cached import Cached, check_rows, open_cache
 from cdm_toolkit.teachers.local import Local
 
 if TYPE_CHECKING:
-    from jaxtyping import Int64
+    from jaxtyping import Bool, Int64
     from transformers import PreTrainedModel, TrainingArguments
 
     from cdm_toolkit.distill.dataset_store import AlignedDataset
-    from cdm_toolkit.distill.settings import DistillConfig, TeacherConfig
+    from cdm_toolkit.distill.settings import DistillConfig, EvalConfig, TeacherConfig
 
 
 PAPERS_OWN = {"positions", "max_edit_distance", "match_digits", "exact_always"}
@@ -47,12 +50,16 @@ PAPERS_OWN = {"positions", "max_edit_distance", "match_digits", "exact_always"}
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a stage is: load, entropies, align, neighbours, look, train, save. `log` is the latest of training."""
+    """How far a stage is: load, entropies, align, neighbours, look, train, evaluate, save.
+
+    `log` is the latest of training, `evaluation` what an evaluation has found when it is done.
+    """
 
     stage: str
     done: int
     total: int
     log: StepLog | None = None
+    evaluation: EvalLog | None = None
 
 
 OnProgress = Callable[[Progress], None]
@@ -66,11 +73,12 @@ class Prepared:
     student: PreTrainedModel
     student_tokenizer: Loaded
     teacher_tokenizers: tuple[Loaded, ...]
-    features: AlignedDataset
+    features: AlignedDataset | SomeRows
     counts: RowCounts
     collator: Collator
     objectives: tuple[TeacherObjective, ...]
     mixture: Mixture
+    heldout: Heldout | None
     warnings: tuple[str, ...]
 
     def trainer(
@@ -78,6 +86,7 @@ class Prepared:
         arguments: TrainingArguments,
         *,
         on_step: Callable[[int, int, StepLog | None], None] = lambda *_: None,
+        on_evaluation: Callable[[int, int, EvalLog | None], None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> DistillTrainer:
         return DistillTrainer(
@@ -88,15 +97,21 @@ class Prepared:
             self.student_tokenizer.tokenizer,
             objectives=self.objectives,
             mixture=self.mixture,
+            heldout=self.heldout,
             group_by_length=self.config.train.group_by_length,
             batch_tokens=self.config.train.batch_tokens,
             on_step=on_step,
+            on_evaluation=on_evaluation,
             stopping=stopping,
         )
 
 
 def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepared:
-    """Tokenize, align and load. Raises the errors of models and tokenizers, NothingToTrain, BadOption."""
+    """Tokenize, align and load.
+
+    Raises the errors of models and tokenizers, NothingToTrain, BadOption, BadRow for a held-out row that is trained on.
+    """
+    others = _other_rows(config, rows)
     student_tokenizer = load_tokenizer(config.student)
     tokenizers = tuple(load_tokenizer(teacher.model) for teacher in config.teachers)
     pairs = tuple(_pair(tokenizer, student_tokenizer, config, on_progress) for tokenizer in tokenizers)
@@ -108,21 +123,38 @@ def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepa
         TeacherSide(pair.teacher, teacher.aligner)
         for pair, teacher in zip(pairs, config.teachers, strict=True)
     ]
-    features, counts = build_dataset(
-        rows,
-        student_side,
-        sides,
-        max_length=config.data.max_length,
-        template=config.data.template,
-        workers=config.data.workers,
-        entropies=models.entropies(len(rows)),
-        on_row=lambda done: on_progress(Progress("align", done, len(rows))),
-    )
-    if not len(features):
+
+    def built(rows: Rows) -> tuple[AlignedDataset, RowCounts]:
+        return build_dataset(
+            rows,
+            student_side,
+            sides,
+            max_length=config.data.max_length,
+            template=config.data.template,
+            workers=config.data.workers,
+            entropies=models.entropies(len(rows)),
+            on_row=lambda done: on_progress(Progress("align", done, len(rows))),
+        )
+
+    every, counts = built(rows)
+    if not len(every):
         raise NothingToTrain(config.data.name, str(counts))
+    features: AlignedDataset | SomeRows = every
+    heldout, read, notes = None, [every], []
+    if others is not None:
+        found, of_others = built(others)
+        if not len(found):
+            fix = "raise `max_length`, or check the fields of its rows"
+            raise FileProblem(others.sources[0].path, f"none of its rows can be evaluated: {of_others}", fix)
+        heldout = _heldout(config, others, found, student_side)
+        read, notes = [every, found], [f"held-out rows: {note}" for note in _of_rows(of_others)]
+    elif config.eval is not None:
+        chosen = _share(config.eval, rows, every)
+        features, counts = SomeRows(every, np.flatnonzero(~chosen)), count_rows(every, ~chosen)
+        heldout = _heldout(config, rows, SomeRows(every, np.flatnonzero(chosen)), student_side)
     student = models.student
-    _check(student, config.student, student_tokenizer, features.student_lengths)
-    data = _Data(rows, features, models)
+    _check(student, config.student, student_tokenizer, [each.student_lengths for each in read])
+    data = _Data(rows, read, models)
     return Prepared(
         config=config,
         student=_adapted(student, config),
@@ -140,31 +172,75 @@ def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepa
             for nth, (pair, tokenizer) in enumerate(zip(pairs, tokenizers, strict=True))
         ),
         mixture=_mixture(config, rows, features),
+        heldout=heldout,
         warnings=(
             *_warnings(config, counts, pairs),
+            *notes,
             *template_notes(student_side, sides, config.data.template),
         ),
     )
 
 
-def _mixture(config: DistillConfig, rows: Rows, features: AlignedDataset) -> Mixture:
-    """Tell the weights and alphas of the rows' sources by the rows. BadOption where no row is left for an epoch."""
-    sources = config.data.all_sources
-    alphas = [config.alpha if source.alpha is None else source.alpha for source in sources]
-    weights = np.array([source.weight for source in sources])[rows.source_of(features.numbers)]
+def _other_rows(config: DistillConfig, rows: Rows) -> Rows | None:
+    """Give the rows to evaluate on where they are not of the data. BadRow for one that is trained on."""
+    if config.eval is None or config.eval.share is not None:
+        return None
+    others = Rows(config.eval.all_sources, config.train.seed)
+    TextKeys.of(others).refuse_in(TextKeys.of(rows), (config.eval.name, config.data.name))
+    return others
+
+
+def _share(settings: EvalConfig, rows: Rows, features: AlignedDataset) -> Bool[np.ndarray, " row"]:
+    """Choose the rows of the data that are held out. BadOption where those are none, or all."""
+    assert settings.share is not None
+    chosen = chosen_share(TextKeys.of(rows).at(features.numbers), settings.share, settings.limit)
+    if not chosen.any():
+        raise BadOption("eval.share", settings.share, f"more: it has none of {len(features)} rows")
+    if chosen.all():
+        raise BadOption("eval.share", settings.share, "less: no row is left to train on")
+    return chosen
+
+
+def _heldout(
+    config: DistillConfig, rows: Rows, features: AlignedDataset | SomeRows, side: TokenizerSide
+) -> Heldout:
+    """Put together what an evaluation needs of held-out rows, which are the `features` of some of `rows`."""
+    assert config.eval is not None
+    digest, groups = hashlib.sha256(), np.zeros(len(config.teachers), np.int64)
+    for row in features:
+        digest.update(row.student_ids.tobytes())
+        groups += np.array([len(teacher.groups) for teacher in row.teachers], np.int64)
+    return Heldout(
+        features=features,
+        mixture=_alphas(config, rows),
+        spelled=Spelled.of(side, rows, features, config.data.template),
+        counts=(int(features.label_counts.sum()), *groups.tolist()),
+        asked=tuple(config.eval.share is not None or teacher.cache is None for teacher in config.teachers),
+        fingerprint=digest.hexdigest(),
+        settings=config.eval,
+    )
+
+
+def _alphas(config: DistillConfig, rows: Rows) -> Mixture:
+    """Tell the alphas of rows by their sources; each row comes once."""
+    alphas = [config.alpha if source.alpha is None else source.alpha for source in rows.sources]
     if len(set(alphas)) == 1 or not config.teachers:
-        mixture = Mixture.of_one(alphas[0] if config.teachers else 1.0)
-    else:
-        of_source = np.array(alphas)
-        mixture = Mixture(
-            tuple(sorted(set(alphas))),
-            lambda numbers: of_source[rows.source_of(np.array(numbers))].tolist(),
-        )
+        return Mixture.of_one(alphas[0] if config.teachers else 1.0)
+    of_source = np.array(alphas)
+    return Mixture(
+        tuple(sorted(set(alphas))),
+        lambda numbers: of_source[rows.source_of(np.array(numbers))].tolist(),
+    )
+
+
+def _mixture(config: DistillConfig, rows: Rows, features: AlignedDataset | SomeRows) -> Mixture:
+    """Tell the weights and alphas of the rows' sources by the rows. BadOption where no row is left for an epoch."""
+    weights = np.array([source.weight for source in rows.sources])[rows.source_of(features.numbers)]
     if (weights == 1).all():
-        return mixture
+        return _alphas(config, rows)
     if not len(rows_of_epoch(weights, np.random.default_rng(0))):
         raise BadOption("weight", weights.max(), "more: an epoch has no row")
-    return replace(mixture, weights=weights)
+    return replace(_alphas(config, rows), weights=weights)
 
 
 def _pair(teacher: Loaded, student: Loaded, config: DistillConfig, on_progress: OnProgress) -> TokenizerPair:
@@ -178,10 +254,13 @@ def _pair(teacher: Loaded, student: Loaded, config: DistillConfig, on_progress: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Data:
-    """What teachers are asked about, and the models that are there to ask."""
+    """What teachers are asked about, and the models that are there to ask.
+
+    `read` are the features of the rows, and those of other rows that are held out, where there are any.
+    """
 
     rows: Rows
-    features: AlignedDataset
+    read: Sequence[AlignedDataset]
     models: _Models
 
 
@@ -196,12 +275,12 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
     teacher: Teacher
     if config.cache is not None:
         cache = open_cache(config.cache, pair.teacher, data.rows, run.data.template)
-        check_rows(cache, data.features, nth)
+        check_rows(cache, data.read[0], nth)
         if kind.reads_top_k() and options.get("top_k") is None:
             options["top_k"] = min(DEFAULT_TOP_K, cache.k, pair.vocab_t, pair.vocab_s)
         teacher = Cached(cache)
     else:
-        teacher = Local(_teacher(data.models, nth, tokenizer, data.features), vocab=pair.vocab_t)
+        teacher = Local(_teacher(data.models, nth, tokenizer, data.read), vocab=pair.vocab_t)
     method: Method[Any, Any] = kind(pair, **options).to(device)
     if isinstance(teacher, Cached):
         teacher.check(method.signal_request)
@@ -287,16 +366,19 @@ def _check_method(teacher: TeacherConfig, pair: TokenizerPair) -> None:
     method.check_top_k(pair, teacher.method_options.get("top_k"))
 
 
-def _check(model: PreTrainedModel, name: str, tokenizer: Loaded, lengths: Int64[np.ndarray, " row"]) -> None:
+def _check(
+    model: PreTrainedModel, name: str, tokenizer: Loaded, lengths: Sequence[Int64[np.ndarray, " row"]]
+) -> None:
     """See that a model has a row for each id, and a position for each token."""
     check_vocabulary(model, name, tokenizer.view.vocab_size)
-    check_positions(model, name, int(lengths.max()), option="max_length")
+    check_positions(model, name, int(np.concatenate(lengths).max()), option="max_length")
 
 
-def _teacher(models: _Models, nth: int, tokenizer: Loaded, features: AlignedDataset) -> PreTrainedModel:
+def _teacher(models: _Models, nth: int, tokenizer: Loaded, read: Sequence[AlignedDataset]) -> PreTrainedModel:
     """Load a teacher that can read its side of the rows."""
     model = models.teacher(nth)
-    _check(model, models.config.teachers[nth].model, tokenizer, features.teacher_lengths[nth])
+    lengths = [features.teacher_lengths[nth] for features in read]
+    _check(model, models.config.teachers[nth].model, tokenizer, lengths)
     return model
 
 
@@ -347,6 +429,10 @@ def _warnings(config: DistillConfig, counts: RowCounts, pairs: tuple[TokenizerPa
                 "method cdm is the paper's (arXiv 2502.11104); the toolkit's mapping by spelling, which earlier "
                 "versions called cdm, is method spelling"
             )
+    yield from _of_rows(counts)
+
+
+def _of_rows(counts: RowCounts) -> Iterator[str]:
     if counts.unaligned:
         yield f"{counts.unaligned} of {counts.trained} rows could not be aligned; they train by CE alone"
     if counts.cut:

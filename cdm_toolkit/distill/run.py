@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from cdm_toolkit.artifacts.atomic import atomic_folder
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.distill.dataset import RowCounts
+from cdm_toolkit.distill.logs import EvalLog, StepLog
 from cdm_toolkit.distill.model_card import model_card
 from cdm_toolkit.distill.output_folder import claim_output, last_checkpoint, remove_run
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.settings import DistillConfig
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import DistillTrainer, StepLog, read_history, training_arguments
+from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.errors import BadOption, FileProblem, Interrupted
 from cdm_toolkit.hub.models import model_folder_to_fill, save_model
 
@@ -44,6 +45,11 @@ class RunResult:
     """In training, since this process began."""
     seconds: float
     warnings: tuple[str, ...]
+    evaluations: tuple[EvalLog, ...] = ()
+    """Of the held-out rows, where there are any."""
+    best: EvalLog | None = None
+    """The evaluation of the weights that were written; None without held-out rows: they are then the last ones."""
+    stopped_early: bool = False
 
 
 def run(
@@ -110,18 +116,22 @@ def _run(
         trainer = prepared.trainer(
             arguments,
             on_step=lambda done, total, log: on_progress(Progress("train", done, total, log)),
+            on_evaluation=lambda done, total, found: on_progress(
+                Progress("evaluate", done, total, evaluation=found)
+            ),
             stopping=stopping,
         )
         if checkpoint:
-            trainer.history = read_history(checkpoint)
+            trainer.read_logs(checkpoint)
         before = len(trainer.history)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         ended = time.perf_counter()
     steps, planned = trainer.state.global_step, trainer.state.max_steps
-    if steps < planned:
+    if steps < planned and not trainer.stopped_early:
         kept = f"step {steps} of {planned} is kept in {last_checkpoint(output)}"
         raise Interrupted("the run", kept, go_on)
+    trainer.load_best()
     result = RunResult(
         output=output,
         steps=steps,
@@ -131,6 +141,9 @@ def _run(
         tokens_per_second=sum(log.tokens for log in trainer.history[before:]) / (ended - started),
         seconds=ended - began,
         warnings=prepared.warnings,
+        evaluations=tuple(trainer.evaluations),
+        best=trainer.best,
+        stopped_early=trainer.stopped_early,
     )
     on_progress(Progress("save", 0, 1))
     _write(trainer, prepared, result)
@@ -188,7 +201,8 @@ def _write(trainer: DistillTrainer, prepared: Prepared, result: RunResult) -> No
         (folder / "provenance.json").write_text(
             json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8"
         )
-        (folder / "README.md").write_text(model_card(prepared.config, result.losses, facts), "utf-8")
+        card = model_card(prepared.config, result.losses, result.evaluations, facts)
+        (folder / "README.md").write_text(card, "utf-8")
 
 
 def _provenance(prepared: Prepared, result: RunResult) -> dict[str, Any]:
@@ -204,6 +218,8 @@ def _provenance(prepared: Prepared, result: RunResult) -> dict[str, Any]:
         "config": config.model_dump(mode="json", exclude_unset=True),
         "rows": asdict(result.rows),
         "losses": [asdict(log) for log in result.losses],
+        "evaluations": [asdict(log) for log in result.evaluations],
+        "step_of_weights": result.best.step if result.best else result.steps,
         "warnings": list(result.warnings),
         **figures,
     }

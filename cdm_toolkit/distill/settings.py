@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -224,8 +224,8 @@ class SourceConfig(_Reading):
     """A file, a pattern or a data set on the hub, as `data.path`."""
 
 
-class DataConfig(_Reading):
-    """The rows to train on: one source, or several `sources`."""
+class _Rows(_Reading):
+    """Rows of one source, or of several `sources`."""
 
     path: Text | None = None
     """A file (JSONL, JSON, CSV, parquet, arrow), a pattern such as `data/*.parquet`, or a data set on the hub such
@@ -233,20 +233,12 @@ class DataConfig(_Reading):
     and answer, messages, conversations, instruction and output, or text."""
     sources: tuple[SourceConfig, ...] = ()
     """Several in place of `path`, each with what is said of it."""
-    max_length: Annotated[int, Field(ge=4)] = 512
-    """Tokens of a row on any side; more are cut at a shared boundary."""
-    template: TemplateName = "none"
-    """chat: each side reads a row through its own chat template."""
-    workers: Count = 1
-    """Processes that tokenize and align."""
 
     @model_validator(mode="after")
-    def _has_one_or_several(self) -> DataConfig:
+    def _is_one_or_several(self) -> Self:
         beside = self.model_fields_set & SourceConfig.model_fields.keys()
         if self.sources and beside:
             raise ValueError(f"{', '.join(sorted(beside))} beside sources: put it into each of them")
-        if not self.sources and self.path is None:
-            raise ValueError("path is missing, or sources")
         return self
 
     @property
@@ -260,6 +252,50 @@ class DataConfig(_Reading):
     def name(self) -> str:
         """Name the sources for messages."""
         return ", ".join(source.path for source in self.all_sources)
+
+
+class DataConfig(_Rows):
+    """The rows to train on: one source, or several `sources`."""
+
+    max_length: Annotated[int, Field(ge=4)] = 512
+    """Tokens of a row on any side; more are cut at a shared boundary."""
+    template: TemplateName = "none"
+    """chat: each side reads a row through its own chat template."""
+    workers: Count = 1
+    """Processes that tokenize and align."""
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> DataConfig:
+        if not self.all_sources:
+            raise ValueError("path is missing, or sources")
+        return self
+
+
+class EvalConfig(_Rows):
+    """The rows to evaluate on while the student trains, which are not trained on: one source, several `sources`, or a
+    `share` of the data."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of the data's rows, in place of others; `limit` goes with it. They are chosen by their text, so that the choice
+    stays when rows are added, and rows of one text stay together."""
+    every: Count = 100
+    """Steps between two evaluations; there is one at the end too. The best so far is kept as a checkpoint, and its
+    weights are written as the student."""
+    patience: Count | None = None
+    """Stop after so many evaluations without a better one; never unless it is set."""
+    metric: Literal["loss", "ce", "bits_per_byte"] = "loss"
+    """What the best has least of: the objective (loss), CE, or bits per byte."""
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> EvalConfig:
+        beside = self.model_fields_set & (_Rows.model_fields.keys() - {"limit"})
+        if self.share is not None and beside:
+            raise ValueError(f"{', '.join(sorted(beside))} beside share: that is of the data's own rows")
+        if self.share is None and not self.all_sources:
+            raise ValueError("path is missing, or sources, or a share of the data")
+        if any(source.weight != 1 for source in self.all_sources):
+            raise ValueError("weight is of no use: each row is evaluated once")
+        return self
 
 
 class LoraConfig(Settings):
@@ -361,6 +397,18 @@ class DistillConfig(Settings):
     """Weight of cross-entropy; KD has the rest. Ignored without a teacher."""
     train: TrainConfig = TrainConfig()
     """How it is trained."""
+    eval: EvalConfig | None = None
+    """What it is evaluated on while it trains; nothing unless it is set."""
+
+    @model_validator(mode="after")
+    def _teachers_know_the_rows(self) -> DistillConfig:
+        cached = [teacher.model for teacher in self.teachers if teacher.cache is not None]
+        if self.eval is not None and self.eval.share is None and self.eval.metric == "loss" and cached:
+            raise ValueError(
+                f"eval.metric is loss, which has the KD of {cached[0]}, whose cache has none of these rows: "
+                "give ce or bits_per_byte, or a share of the data in place of other rows"
+            )
+        return self
 
     @property
     def ce_weight(self) -> float:
@@ -391,16 +439,21 @@ def from_mapping(settings: Mapping[str, Any], *, source: str = "the run") -> Dis
     """Make a config of a run file's content. Raises BadSettings with all faults at once.
 
     Beside the record's own names it takes `preset`, whose settings go under the given ones, and a path or a list of
-    sources in place of `data`'s record.
+    sources in place of the records `data` and `eval`.
     """
     given = dict(settings)
     preset = given.pop("preset", None)
-    data = given.get("data")
-    if isinstance(data, str):
-        given["data"] = {"path": data}
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        given["data"] = {"sources": [{"path": one} if isinstance(one, str) else one for one in data]}
+    given |= {name: _as_record(given[name]) for name in ("data", "eval") if name in given}
     return make(DistillConfig, _over_preset(given, preset) if preset is not None else given, source=source)
+
+
+def _as_record(rows: Any) -> Any:
+    """Make the record of rows of which the path is given, or a list of sources."""
+    if isinstance(rows, str):
+        return {"path": rows}
+    if isinstance(rows, Sequence):
+        return {"sources": [{"path": one} if isinstance(one, str) else one for one in rows]}
+    return rows
 
 
 def from_file(path: Path, assignments: Sequence[str] = ()) -> DistillConfig:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
-from cdm_toolkit.distill.output_folder import last_checkpoint, seal_checkpoint
+from cdm_toolkit.distill.logs import (
+    EvalLog,
+    StepLog,
+    StepSeconds,
+    TeacherLog,
+    read_evaluations,
+    read_history,
+    write_logs,
+)
+from cdm_toolkit.distill.output_folder import check_seal, last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.step_times import StepTimes
 from cdm_toolkit.errors import BadOption, NotFinite, UnknownName
@@ -30,12 +43,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cdm_toolkit.distill.dataset_store import AlignedDataset
-    from cdm_toolkit.distill.settings import DistillConfig
+    from cdm_toolkit.distill.heldout import SomeRows, Spelled
+    from cdm_toolkit.distill.settings import DistillConfig, EvalConfig
     from cdm_toolkit.kd.aligned_rows import AlignedRow
 
 
-HISTORY = "history.json"
-"""The lines that were logged, in a checkpoint."""
+LOST = "start the run without `resume`, or go on without `eval`: these are its best weights so far"
+"""What to do where the checkpoint of the best evaluation is damaged or gone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,53 +60,6 @@ class TeacherObjective:
     teacher: Teacher
     method: Method[Any, Any]
     weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherLog:
-    """Means over the groups of one teacher since the log before.
-
-    `kd` in nats a group (a distance of probabilities under `uld`); `matched_mass` is the teacher's probability
-    on ids that have a match, `pairs` their number at a group, `aligned_share` the groups for each label.
-    """
-
-    name: str
-    kd: float
-    matched_mass: float
-    pairs: float
-    aligned_share: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepSeconds:
-    """Seconds of an optimizer step, of this process: waiting for rows, the teachers, the student's forward and backward
-    pass with the losses, and what updates its weights."""
-
-    data: float
-    teacher: float
-    student: float
-    optimizer: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepLog:
-    """Means over the optimizer steps since the log before, up to `step`.
-
-    `loss` is the objective, `ce` in nats a label. `tokens` are the student's, prompts included and padding
-    not: a sum; `padding` is the share of the student's positions that hold none. What lies between steps, such as an
-    evaluation or a checkpoint, is in no `seconds`. Lines of earlier versions do not have the last three.
-    """
-
-    step: int
-    loss: float
-    ce: float
-    teachers: tuple[TeacherLog, ...]
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    tokens_per_second: float | None = None
-    padding: float | None = None
-    seconds: StepSeconds | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +103,27 @@ class Mixture:
         return cls((alpha,), lambda numbers: [alpha] * len(numbers))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Heldout:
+    """Rows to evaluate on, and what is made of the evaluations."""
+
+    features: AlignedDataset | SomeRows
+    mixture: Mixture
+    spelled: Spelled
+    counts: tuple[int, ...]
+    """Labels, and groups of each teacher, of all rows."""
+    asked: tuple[bool, ...]
+    """Which teachers know the rows."""
+    fingerprint: str
+    """Of the rows."""
+    settings: EvalConfig
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Part the rows, those of like length together."""
+        order = np.argsort(self.features.lengths, kind="stable").tolist()
+        return [order[first : first + size] for first in range(0, len(order), size)]
+
+
 @dataclass(frozen=True, slots=True)
 class _CollatorByAlpha:
     """Collate rows, those of each alpha by themselves.
@@ -162,23 +150,27 @@ class DistillTrainer(Trainer):
     """Train a student on the signals of its teachers; everything else is the Trainer's."""
 
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
         self,
         student: nn.Module,
         arguments: TrainingArguments,
-        features: AlignedDataset,
+        features: AlignedDataset | SomeRows,
         collator: Collator,
         tokenizer: Any,
         *,
         objectives: Sequence[TeacherObjective],
         mixture: Mixture,
+        heldout: Heldout | None = None,
         group_by_length: bool = True,
         batch_tokens: int | None = None,
         on_step: Callable[[int, int, StepLog | None], None] = lambda *_: None,
+        on_evaluation: Callable[[int, int, EvalLog | None], None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Give `on_step` the steps done and to do after each, and the latest log.
+        """Give `on_step` the steps done and to do after each, and the latest log; `on_evaluation` the same for batches
+        of held-out rows, and what came out at the end.
 
         When `stopping` gives True, the run ends after the step at hand, with a checkpoint.
         """
@@ -187,6 +179,7 @@ class DistillTrainer(Trainer):
             args=arguments,
             data_collator=_CollatorByAlpha(collator, mixture, arguments.world_size > 1),
             train_dataset=features,
+            eval_dataset=heldout and heldout.features,
             processing_class=tokenizer,
             callbacks=[_AfterStep(self._tell, stopping)],
         )
@@ -194,7 +187,8 @@ class DistillTrainer(Trainer):
         self.objectives, self.mixture, self.group_by_length = tuple(objectives), mixture, group_by_length
         self.batch_tokens, self.packing = batch_tokens, collator.packing
         self.history: list[StepLog] = []
-        self._on_step = on_step
+        self.heldout, self.evaluations = heldout, list[EvalLog]()
+        self._collator, self._on_step, self._on_evaluation = collator, on_step, on_evaluation
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
         self._times = StepTimes(self.args.device)
@@ -301,12 +295,14 @@ class DistillTrainer(Trainer):
         self._unseen.append((self.state.global_step + 1, batch.rows, _finite(loss, sums, batch)))
         return loss
 
-    def loss_sums(self, model: nn.Module, batch: AlignedBatch) -> LossSums:
-        """Run the teachers and the student, and the methods on their logits."""
+    def loss_sums(
+        self, model: nn.Module, batch: AlignedBatch, asked: Sequence[bool] | None = None
+    ) -> LossSums:
+        """Run the teachers, all or those that are `asked`, and the student, and the methods on their logits."""
         # the teachers first: their logits are gone before the student keeps anything
         self._times.begin("teacher")
         inputs = [
-            self._inputs(objective, batch, nth, side)
+            self._inputs(objective, batch, nth, side) if asked is None or asked[nth] else None
             for nth, (objective, side) in enumerate(zip(self.objectives, batch.teachers, strict=True))
         ]
         self._times.begin("student")
@@ -381,16 +377,141 @@ class DistillTrainer(Trainer):
         kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         return torch.zeros(4 + 4 * len(self.objectives), device=device, dtype=kind)
 
+    # Evaluation
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Evaluate the student as it is, log that, and stop the run where `patience` is at its end."""
+        entry = self.evaluation()
+        self.evaluations.append(entry)
+        self._on_evaluation(1, 1, entry)
+        said = asdict(entry)
+        metrics = {f"eval_{name}": said[name] for name in ("ce", "bits_per_byte", "seconds")}
+        if entry.loss is not None:
+            metrics["eval_loss"] = entry.loss
+        for nth, teacher in enumerate(entry.teachers):
+            where = f"_{nth}" if nth else ""
+            metrics |= {f"eval_kd{where}": teacher.kd, f"eval_matched_mass{where}": teacher.matched_mass}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_training_stop |= self.stopped_early
+        return metrics
+
+    def evaluation(self) -> EvalLog:
+        """Compute the objective over the held-out rows as if they were one step, without a trace in training."""
+        assert self.heldout is not None
+        began, model = perf_counter(), self.model_wrapped
+        with _as_it_was(model, self.args.device):
+            sums = self._heldout_sums(model, self.heldout).tolist()
+        self._times.begin(None)
+        self._times.take()
+        return self._eval_log(self.heldout, sums, perf_counter() - began)
+
+    def _heldout_sums(self, model: nn.Module, heldout: Heldout) -> Tensor:
+        """Sum up loss, ce, nats of what spells the text, and kd, matched mass and pairs of each teacher."""
+        sums = self._no_sums()[: 3 + 3 * len(self.objectives)]
+        labels, *groups = heldout.counts
+        weights = [objective.weight for objective in self.objectives]
+        batches, processes = heldout.batches(self.args.eval_batch_size), self.args.world_size
+        collate = _CollatorByAlpha(self._collator, heldout.mixture, processes > 1)
+        for first in range(0, len(batches), processes):
+            nth = first + self.args.process_index
+            # each process runs as many batches as the others: what is too many does not count
+            rows = [heldout.features[row] for row in batches[min(nth, len(batches) - 1)]]
+            for part in collate(rows)["parts"]:
+                batch = part.batch.to(self.args.device)
+                found = self.loss_sums(model, batch, heldout.asked)
+                if part.is_dummy or nth >= len(batches):
+                    continue
+                loss = weighted_loss(found, alpha=part.alpha, weights=weights, labels=labels, groups=groups)
+                spells = torch.from_numpy(heldout.spelled.at(batch.rows)).to(found.ce.device)
+                nats = -(found.label_logprobs * spells).sum()
+                each = [value for kd in found.kd for value in (kd.kd, kd.matched_mass, kd.pairs)]
+                sums += torch.stack([value.detach() for value in (loss, found.ce, nats, *each)])
+            self._on_evaluation(min(first + processes, len(batches)), len(batches), None)
+        return self.accelerator.reduce(sums, "sum") if processes > 1 else sums
+
+    def _eval_log(self, heldout: Heldout, sums: list[float], seconds: float) -> EvalLog:
+        loss, ce, nats, *parts = sums
+        if not math.isfinite(loss):
+            raise NotFinite("the loss of the held-out rows", self.state.global_step, self._last_good())
+        labels, *groups = heldout.counts
+        teachers = []
+        for nth, (objective, count) in enumerate(zip(self.objectives, groups, strict=True)):
+            if heldout.asked[nth]:
+                kd, mass, pairs = (part / max(count, 1) for part in parts[3 * nth : 3 * nth + 3])
+                teachers.append(TeacherLog(objective.name, kd, mass, pairs, count / labels))
+        made = EvalLog(
+            step=self.state.global_step,
+            loss=loss if all(heldout.asked) else None,
+            ce=ce / labels,
+            bits_per_byte=nats / math.log(2) / max(heldout.spelled.bytes, 1),
+            teachers=tuple(teachers),
+            is_best=True,
+            seconds=seconds,
+        )
+        metric = heldout.settings.metric
+        better = self.best is None or getattr(made, metric) < getattr(self.best, metric)
+        return replace(made, is_best=better)
+
+    @property
+    def best(self) -> EvalLog | None:
+        """Give the best evaluation so far, None before the first."""
+        return next((log for log in reversed(self.evaluations) if log.is_best), None)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Say whether as many evaluations as the run has patience for were not better than one before."""
+        patience = self.heldout.settings.patience if self.heldout else None
+        if patience is None:
+            return False
+        last = self.evaluations[-patience:]
+        return len(last) == patience and not any(log.is_best for log in last)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Have the best weights written to a checkpoint; a run that stops early has those that it needs."""
+        if self.stopped_early:
+            self.control.should_save = False
+        self.control.should_save |= self.evaluations[-1].is_best
+        return self.evaluations[-1].is_best
+
+    def load_best(self) -> None:
+        """Load the weights of the best evaluation, where there was one. Raises BadArtifact for a damaged checkpoint."""
+        if self.best is not None and self.best.step != self.state.global_step:
+            checkpoint = self._checkpoint(self.best.step)
+            check_seal(checkpoint, LOST)
+            self.state.best_model_checkpoint = str(checkpoint)
+            self._load_best_model()
+
+    # Checkpoints
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+
+    def read_logs(self, checkpoint: Path) -> None:
+        """Take what was logged up to a checkpoint. BadArtifact where that of the best evaluation is not there."""
+        self.history = read_history(checkpoint)
+        if self.heldout is not None:
+            self.evaluations = read_evaluations(checkpoint, self.heldout.fingerprint)
+        if self.best is not None:
+            check_seal(self._checkpoint(self.best.step), LOST)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint of good weights only, and the checksums of its files when all are there."""
         self._check_finite()
-        super()._save_checkpoint(model, trial)
+        # older ones go when this one is whole: the best may be among them
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.args.should_save:
-            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            lines = json.dumps([asdict(log) for log in self.history], indent=1)
-            (checkpoint / HISTORY).write_text(lines + "\n", encoding="utf-8")
+            checkpoint = self._checkpoint(self.state.global_step)
+            rows = self.heldout.fingerprint if self.heldout else None
+            write_logs(checkpoint, self.history, self.evaluations, rows)
             seal_checkpoint(checkpoint)
+            best = None if self.best is None else str(self._checkpoint(self.best.step))
+            rotate_checkpoints(str(checkpoint.parent), limit, best, use_mtime=True)
 
     def _check_finite(self) -> None:
         """Stop the run where a loss since the last look was not finite."""
@@ -406,12 +527,14 @@ class DistillTrainer(Trainer):
                 raise self._not_finite(step, bad or rows)
 
     def _not_finite(self, step: int, rows: Sequence[int]) -> NotFinite:
+        named = f"row {rows[0]}" if len(rows) == 1 else f"rows {', '.join(map(str, rows))}"
+        return NotFinite(f"the loss of {named}", step, self._last_good())
+
+    def _last_good(self) -> str:
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
-        kept = (
+        return (
             f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was due before it"
         )
-        named = f"row {rows[0]}" if len(rows) == 1 else f"rows {', '.join(map(str, rows))}"
-        return NotFinite(f"the loss of {named}", step, kept)
 
 
 def _unwrapped(student: Any) -> Any:
@@ -439,19 +562,18 @@ def _counts(batch: AlignedBatch) -> list[int]:
     return [len(batch.labels), *(side.groups for side in batch.teachers)]
 
 
-def read_history(checkpoint: Path) -> list[StepLog]:
-    """Read the lines that were logged up to a checkpoint."""
-    lines = json.loads((checkpoint / HISTORY).read_text(encoding="utf-8"))
-    return [StepLog(**line | _records(line)) for line in lines]
-
-
-def _records(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the records in a line that was read from JSON."""
-    seconds = line.get("seconds")
-    return {
-        "teachers": tuple(TeacherLog(**teacher) for teacher in line["teachers"]),
-        "seconds": seconds and StepSeconds(**seconds),
-    }
+@contextmanager
+def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a model without gradients and dropout, and leave it and all random numbers as they were."""
+    training, of_python, of_numpy = model.training, random.getstate(), np.random.get_state()
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        model.train(training)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 class _AfterStep(TrainerCallback):
@@ -462,7 +584,9 @@ class _AfterStep(TrainerCallback):
         if self.stopping() and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         # a checkpoint ends what a line sums up, so that a run which goes on from it logs the same lines
-        control.should_log |= control.should_save or state.global_step == state.max_steps
+        # (and so does an evaluation, after which one may be due)
+        control.should_log |= control.should_save or control.should_evaluate
+        control.should_log |= state.global_step == state.max_steps
         if not control.should_log:  # else it is told with the line
             self.tell()
 
@@ -488,15 +612,18 @@ OWN_SETTINGS: Mapping[str, str] = {
     "logging_strategy": "train.log_every",
     "logging_steps": "train.log_every",
     "report_to": "train.report_to",
+    "eval_strategy": "eval.every",
+    "eval_steps": "eval.every",
+    "metric_for_best_model": "eval.metric",
 }
 """Fields of TrainingArguments that are settings of a run under another name."""
 NOT_OURS: Mapping[str, str] = {
     "fp16": "losses of distillation overflow in it: train.dtype has bfloat16",
     "label_smoothing_factor": "the loss is this toolkit's own, from alpha and the methods",
     "train_sampling_strategy": "rows are ordered by train.group_by_length and the weights of their sources",
-    "eval_strategy": "a run has no rows to evaluate on",
-    "eval_on_start": "a run has no rows to evaluate on",
-    "load_best_model_at_end": "a run has no rows to evaluate on",
+    "eval_on_start": "the best evaluation is that of a checkpoint, of which there is none before the first step",
+    "load_best_model_at_end": "with `eval` the best is written as the student anyway",
+    "greater_is_better": "the best has the least",
     "push_to_hub": "the student is written at the end: upload the output folder",
     "remove_unused_columns": "batches are this toolkit's own",
     "ddp_find_unused_parameters": "all parameters are used",
@@ -540,6 +667,14 @@ def training_arguments(config: DistillConfig, output: Path) -> TrainingArguments
         "remove_unused_columns": False,
         "dataloader_pin_memory": train.torch_device == "cuda",
     }
+    if config.eval is not None:
+        own |= {
+            "eval_strategy": "steps",
+            "eval_steps": config.eval.every,
+            "per_device_eval_batch_size": train.batch_size,
+            "metric_for_best_model": config.eval.metric,
+            "greater_is_better": False,
+        }
     others = _others(train.trainer or {})
     for package in train.report_to:
         if find_spec(package) is None:

@@ -168,9 +168,58 @@ def lines(answer: str) -> list[tuple[float, ...]]:
     ]
 
 
+def evaluations(answer: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(answer)["evaluations"]
+    return [{name: value for name, value in log.items() if name != "seconds"} for log in found]
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    """Write five rows that are none of the data."""
+    rows = [{"prompt": f"What is {a} - 3?", "completion": f"{a} - 3 = {a - 3}."} for a in range(30, 35)]
+    file = tmp_path / "held.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_held_out_rows_on_the_screen(cdm, run_file: Path, held_out: Path) -> None:
+    run = ("distill", run_file, "--eval", held_out, "--max-steps", 3)
+    answer = cdm(*run, "--set", "eval.every=2")
+    assert answer.status == 0, answer.err
+    assert answer.err.count("held-out rows:") == 2
+    assert "the best so far" in answer.err
+    assert "of step 3, the best on held-out rows" in answer.out
+    assert "held-out bits per byte" in answer.out
+    assert "2, of 5 held-out rows" in cdm(*run, "--set", "eval.every=2", "--dry-run").out
+    content = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump(content | {"eval": str(held_out)}))
+    assert "1, of 5 held-out rows" in cdm("distill", run_file, "--set", "eval.every=6", "--dry-run").out
+
+
+def test_faults_of_held_out_rows_are_one_line(cdm, run_file: Path, models: dict[str, Any]) -> None:
+    def said(*options: str) -> str:
+        answer = cdm("distill", run_file, *options)
+        assert (answer.status, answer.out) == (2, "")
+        (line,) = answer.err.strip().splitlines()
+        return str(line)
+
+    data = models["data"]["path"]
+    assert said("--eval", data).startswith(
+        f"cdm: error: {data}, row 1: it is trained on, as row 1 of {data}, and so are 23 more; take them out of one"
+    )
+    assert "eval: path is missing, or sources, or a share of the data" in said("--set", "eval.patience=3")
+    assert "eval.share is 2: give a number below 1" in said("--set", "eval.share=2")
+    plain = cdm(
+        "distill", "--student", "s", "--teacher", "t", "--data", "d", "-o", "o", "--set", "eval.every=0"
+    )
+    assert "eval.every is 0: give a number of at least 1" in plain.err
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(models, run_file: Path, tmp_path: Path) -> None:
-    """kill -9 in mid-run, twice: the losses and the weights of an unbroken run."""
+    """kill -9 in mid-run, twice: the losses, the evaluations and the weights of an unbroken run."""
+    content = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump(content | {"eval": {"share": 0.2, "every": 3}}))
     whole, _ = finished(
         started("cdm_toolkit.cli", "distill", str(run_file), "-o", "whole", "--json", tmp_path=tmp_path)
     )
@@ -185,13 +234,18 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(models, run_file: Path, tmp_
     assert not (tmp_path / "out" / "config.json").exists()
     resumed, _ = finished(started(*command, "--resume", tmp_path=tmp_path))
     assert lines(resumed) == lines(whole)
+    assert evaluations(resumed) == evaluations(whole)
+    assert [log["step"] for log in evaluations(whole)] == [3, 6]
+    assert json.loads(resumed)["best"]["step"] == json.loads(whole)["best"]["step"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(models, run_file: Path, tmp_path: Path) -> None:
-    """On a CPU accelerate starts one process a launch, and gloo joins them."""
+def test_two_processes_have_the_losses_of_one(models, run_file: Path, held_out: Path, tmp_path: Path) -> None:
+    """On a CPU accelerate starts one process a launch, and gloo joins them. Each evaluates two of three batches."""
+    content = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump(content | {"eval": {"path": str(held_out), "every": 3}}))
     alone, _ = finished(
         started("cdm_toolkit.cli", "distill", str(run_file), "-o", "alone", "--json", tmp_path=tmp_path)
     )
@@ -210,6 +264,12 @@ def test_two_processes_have_the_losses_of_one(models, run_file: Path, tmp_path: 
     for one, two in zip(lines(alone), lines(first), strict=True):
         assert two[:4] == pytest.approx(one[:4], abs=1e-5)
         assert two[4] == pytest.approx(one[4], abs=1e-4)
+    assert len(evaluations(first)) == 2
+    for apart, together in zip(evaluations(alone), evaluations(first), strict=True):
+        for name in ("step", "loss", "ce", "bits_per_byte"):
+            assert together[name] == pytest.approx(apart[name], abs=1e-4)
+        kd = [log["teachers"][0]["kd"] for log in (apart, together)]
+        assert kd[0] == pytest.approx(kd[1], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -6,8 +6,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 
 WORDS = ["the", "a", "cat", "dog", "sits", "on", "mat", "runs", "over", "hill", "then", "it", "sleeps", "in"]
 
@@ -49,3 +52,30 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
 def rows_file(tmp_path: Path) -> Path:
     """Name a file to write rows to."""
     return tmp_path / "rows.jsonl"
+
+
+def merged(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """Lay a mapping over another, mapping by mapping."""
+    inner = {
+        name: merged(one[name], value)
+        for name, value in two.items()
+        if isinstance(value, dict) and name in one
+    }
+    return one | two | inner
+
+
+@pytest.fixture
+def config(tiny, tmp_path: Path):
+    """Give the function that makes a config of a short run."""
+
+    def make(settings: dict[str, Any] | None = None, **train: Any) -> DistillConfig:
+        chosen: dict[str, Any] = {
+            "student": tiny.student,
+            "data": {"path": tiny.data},
+            "output": str(tmp_path / "out"),
+            "teachers": [{"model": tiny.teacher, "top_k": 40}],
+            "train": {"batch_size": 4, "max_steps": 4, "lr": 3e-3, "log_every": 1, "device": "cpu"} | train,
+        }
+        return from_mapping(merged(chosen, settings or {}))
+
+    return make

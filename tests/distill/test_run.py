@@ -20,13 +20,14 @@ from safetensors import safe_open
 
 from cdm_toolkit.distill import run as run_module
 from cdm_toolkit.distill import trainer as trainer_module
+from cdm_toolkit.distill.logs import StepLog, read_history
 from cdm_toolkit.distill.output_folder import last_checkpoint
 from cdm_toolkit.distill.plan import plan
 from cdm_toolkit.distill.prepare import Progress, prepare
 from cdm_toolkit.distill.run import RunResult, run
-from cdm_toolkit.distill.settings import DistillConfig, SourceConfig, from_mapping
+from cdm_toolkit.distill.settings import SourceConfig, from_mapping
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import Mixture, StepLog, training_arguments
+from cdm_toolkit.distill.trainer import Mixture, training_arguments
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,
@@ -46,33 +47,6 @@ from cdm_toolkit.teachers import Local
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tiny) -> None:
     """Keep the tables of tiny tokenizers out of the user's cache."""
     monkeypatch.setenv("CDM_CACHE", str(Path(tiny.data).parent / "cache"))
-
-
-def merged(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """Lay a mapping over another, mapping by mapping."""
-    inner = {
-        name: merged(one[name], value)
-        for name, value in two.items()
-        if isinstance(value, dict) and name in one
-    }
-    return one | two | inner
-
-
-@pytest.fixture
-def config(tiny, tmp_path: Path):
-    """Give the function that makes a config of a short run."""
-
-    def make(settings: dict[str, Any] | None = None, **train: Any) -> DistillConfig:
-        chosen: dict[str, Any] = {
-            "student": tiny.student,
-            "data": {"path": tiny.data},
-            "output": str(tmp_path / "out"),
-            "teachers": [{"model": tiny.teacher, "top_k": 40}],
-            "train": {"batch_size": 4, "max_steps": 4, "lr": 3e-3, "log_every": 1, "device": "cpu"} | train,
-        }
-        return from_mapping(merged(chosen, settings or {}))
-
-    return make
 
 
 def losses(result: RunResult) -> list[tuple[float, ...]]:
@@ -142,12 +116,12 @@ def test_a_line_has_the_padding_and_the_seconds_of_its_parts(config) -> None:
 
 def test_lines_of_an_earlier_version_are_read(config, tmp_path: Path) -> None:
     result = run(config(max_steps=2))
-    assert trainer_module.read_history(tmp_path / "out" / "checkpoint-2") == list(result.losses)
+    assert read_history(tmp_path / "out" / "checkpoint-2") == list(result.losses)
     lines = json.loads((tmp_path / "out" / "checkpoint-2" / "history.json").read_text())
     for line in lines:
         del line["tokens_per_second"], line["padding"], line["seconds"]
     (tmp_path / "history.json").write_text(json.dumps(lines))
-    assert losses_of(trainer_module.read_history(tmp_path)) == losses(result)
+    assert losses_of(read_history(tmp_path)) == losses(result)
 
 
 def test_the_card_has_figures_and_the_run_file(config) -> None:
@@ -481,7 +455,7 @@ def test_fields_of_training_arguments_are_handed_on(config, tmp_path: Path) -> N
         ({"learning_rate": 1e-3}, "'learning_rate'; give the run's own setting train.lr"),
         (
             {"eval_strategy": "epoch"},
-            "'eval_strategy'; give it without this field: a run has no rows to evaluate on",
+            "'eval_strategy'; give the run's own setting eval.every",
         ),
         ({"fp16": True}, "'fp16'; give it without this field: losses of distillation overflow"),
         ({"optimm": "sgd"}, "unknown field of TrainingArguments 'optimm'; did you mean optim?"),
