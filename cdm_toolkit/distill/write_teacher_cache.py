@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,7 +25,7 @@ from cdm_toolkit.artifacts.teacher_cache import (
     shard_name,
 )
 from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
-from cdm_toolkit.distill.settings import Count, SourceConfig, Text
+from cdm_toolkit.distill.settings import Count, SourceConfig, Text, from_file
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
 from cdm_toolkit.forward import ForwardBatch, logits_by_batch
@@ -64,7 +65,8 @@ class CacheSettings(Settings):
     model: Text
     """The teacher: an alias, a folder or a hub id."""
     data: Text
-    """The rows of the run: a file, a pattern, or a data set on the hub, as in a run file's `data`."""
+    """The rows of the run: a file, a pattern, a data set on the hub, or the run file itself (`.yaml`), whose sources,
+    template and max_length are taken."""
     output: Text
     """Folder to write, or to go on with."""
     k: Annotated[int, Field(ge=0)] = 100
@@ -163,8 +165,8 @@ def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: 
     """
     began = time.perf_counter()
     _ = settings.torch_device  # a device that is not here is told before anything is read
-    source = SourceConfig(path=settings.data, limit=settings.limit, learn=settings.learn)
-    rows = list(Rows((source,)))
+    settings, sources = _sources(settings)
+    rows = list(islice(Rows(sources), settings.limit))
     if not any(has_completion(row, settings.template) for row in rows):
         raise NothingToTrain(settings.data, f"{len(rows)} rows, all with an empty completion")
     loaded = load_tokenizer(settings.model)
@@ -175,6 +177,16 @@ def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: 
     part, parts = settings.part
     work.do(range(part - 1, header.shards, parts))
     return work.result(time.perf_counter() - began)
+
+
+def _sources(settings: CacheSettings) -> tuple[CacheSettings, tuple[SourceConfig, ...]]:
+    """Find the sources, in a run file where one is given; what it says of rows holds unless the settings say it."""
+    if Path(settings.data).suffix not in (".yaml", ".yml"):
+        return settings, (SourceConfig(path=settings.data, limit=settings.limit, learn=settings.learn),)
+    data = from_file(Path(settings.data)).data
+    said = {"template": data.template, "max_length": data.max_length}
+    own = {name: value for name, value in said.items() if name not in settings.model_fields_set}
+    return settings.model_copy(update=own), data.all_sources
 
 
 def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -> CacheHeader:

@@ -328,6 +328,20 @@ def test_all_turns_of_a_chat_are_in_a_cache(tiny, tmp_path: Path, learn: str) ->
     assert torch.allclose(found.token_logprobs, expected.token_logprobs, atol=1e-5)
 
 
+def test_the_sources_of_a_run_file_are_cached(tiny, tmp_path: Path) -> None:
+    more = rows_in(tmp_path / "more.jsonl", [{"text": "the cat sits on the hill"}])
+    sources = [{"path": tiny.data, "limit": 5}, {"path": more, "alpha": 0.0}]
+    run_file = {"student": tiny.student, "data": {"sources": sources, "max_length": 9}, "output": "out"}
+    (tmp_path / "run.yaml").write_text(json.dumps(run_file))  # JSON is YAML
+    result = make(tiny, tmp_path / "cache", data=str(tmp_path / "run.yaml"))
+    assert (result.rows, result.header.max_length, result.header.template) == (6, 9, "none")
+    rows = list(Rows(tuple(SourceConfig(**source) for source in sources)))
+    cache = open_cache(tmp_path / "cache", load_side(tiny.teacher), rows, "none")
+    assert cache.row(6).first == 0
+    longer = make(tiny, tmp_path / "longer", data=str(tmp_path / "run.yaml"), max_length=20, limit=2)
+    assert (longer.rows, longer.header.max_length) == (2, 20)
+
+
 def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny.teacher, tmp_path / "teacher")
     template = "{% for m in messages %}<|begin|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
