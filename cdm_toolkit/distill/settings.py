@@ -275,6 +275,8 @@ class EvalConfig(_Rows):
     """The rows to evaluate on while the student trains, which are not trained on: one source, several `sources`, or a
     `share` of the data."""
 
+    path: Text | None = None
+    """Rows that are held out of training, to evaluate the student on while it trains: as `data.path`."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of the data's rows, in place of others; `limit` goes with it. They are chosen by their text, so that the choice
     stays when rows are added, and rows of one text stay together."""
