@@ -91,10 +91,9 @@ def compare(
     from cdm_toolkit.tokdiff.diff import diff
 
     a, b = _two_tokenizers((first, second), (t1, t2))
+    texts = read_corpus(corpus) if corpus else None
     found = diff(load_view(a), load_view(b))
-    measured = (
-        run_report(a, b, read_corpus(corpus), aligner="anchored", workers=workers).total if corpus else None
-    )
+    measured = run_report(a, b, texts, aligner="anchored", workers=workers).total if texts else None
     if as_json:
         screen.print_json(_diff_record(found, measured))
         return
