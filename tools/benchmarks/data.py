@@ -45,6 +45,9 @@ print(json.dumps({
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="(%(default)s)")
+    parser.add_argument(
+        "--short", action="store_true", help="rows of one sum, in place of the sample's word problems"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that align (%(default)s)")
     parser.add_argument(
         "--killed", type=int, default=20_000, help="rows of the step that is killed (%(default)s)"
@@ -54,8 +57,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        found = {rows: _built(folder, rows, options.workers) for rows in sorted(options.rows)}
-        resumed = _killed(folder, options.killed, options.workers)
+        sample = None if options.short else SAMPLE
+        found = {rows: _built(folder, sample, rows, options.workers) for rows in sorted(options.rows)}
+        resumed = _killed(folder, sample, options.killed, options.workers)
     first, last = (found[rows] for rows in (min(found), max(found)))
     lines = [
         line
@@ -74,22 +78,24 @@ def run(options: argparse.Namespace) -> Report:
         ),
         Line("rows made twice or never after kill -9", resumed, unit="", at_most=0),
     ]
-    facts = {"tokenizers": "smollm2 and mistral", "workers": options.workers}
+    kind = "sums" if options.short else "word problems of the sample with other numbers"
+    facts = {"tokenizers": "smollm2 and mistral", "workers": options.workers, "rows": kind}
     return Report(
-        "tools/bench data (rows of the sample with other numbers, JSONL; their reading is part of it)",
+        "tools/bench data (JSONL; its reading is part of it)",
         facts,
         lines,
     )
 
 
-def _written(path: Path, rows: int) -> Path:
-    """Write the sample's rows over and over, with numbers of their own."""
-    sample = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+def _written(path: Path, sample: Path | None, rows: int) -> Path:
+    """Write a sample's rows over and over, with numbers of their own, or sums."""
+    texts = [json.loads(line) for line in sample.read_text(encoding="utf-8").splitlines()] if sample else []
     generator = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for nth in range(rows):
-            row = sample[nth % len(sample)]
-            answer = f"{row['answer']} ({generator.randrange(10**6)})"
+            number = generator.randrange(10**6)
+            row = texts[nth % len(texts)] if texts else {"question": f"What is {nth} + {number}?"}
+            answer = f"{row['answer']} ({number})" if texts else f"It is {nth + number}."
             file.write(json.dumps({"prompt": row["question"], "completion": answer}) + "\n")
     return path
 
@@ -105,16 +111,16 @@ def _started(folder: Path, data: Path, workers: int) -> subprocess.Popen[str]:
     )
 
 
-def _built(folder: Path, rows: int, workers: int) -> dict[str, Any]:
-    process = _started(folder, _written(folder / f"{rows}.jsonl", rows), workers)
+def _built(folder: Path, sample: Path | None, rows: int, workers: int) -> dict[str, Any]:
+    process = _started(folder, _written(folder / f"{rows}.jsonl", sample, rows), workers)
     said, _ = process.communicate()
     made: dict[str, Any] = json.loads(said)
     return made
 
 
-def _killed(folder: Path, rows: int, workers: int) -> int:
+def _killed(folder: Path, sample: Path | None, rows: int, workers: int) -> int:
     """Kill a step when its second part is there, let another go on, and count the rows that are not there once."""
-    data = _written(folder / "killed.jsonl", rows)
+    data = _written(folder / "killed.jsonl", sample, rows)
     process = _started(folder, data, workers)
     features = folder / "cache" / "features"
     while process.poll() is None and not [*features.glob(".making-*/part-00001.arrow")]:
