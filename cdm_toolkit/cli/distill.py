@@ -266,7 +266,7 @@ def _log_line(log: StepLog) -> str:
     if log.padding is not None and log.seconds is not None:
         parts.append(f"padding {log.padding:.0%}")
         taken = asdict(log.seconds)
-        each = ", ".join(f"{part} {seconds:.2g}" for part, seconds in taken.items() if seconds)
+        each = ", ".join(f"{part} {seconds:.2g}" for part, seconds in taken.items() if seconds >= 5e-4)
         parts.append(f"{sum(taken.values()):.2g} s a step: {each}")
     return "   ".join(parts)
 
