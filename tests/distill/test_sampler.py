@@ -70,6 +70,17 @@ def test_batches_of_tokens(packed: bool, batches_per_step: int) -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_processes_share_batches_of_tokens() -> None:
+    """As accelerate hands them out: equally many to each, and no row twice."""
+    from accelerate.data_loader import BatchSamplerShard
+
+    lengths = np.random.default_rng(1).integers(5, 60, 301)
+    sampler = TokenBatchSampler(lengths, tokens=200, packed=True, batches_per_step=3, seed=0, epoch=lambda: 0)
+    shards = [list(BatchSamplerShard(sampler, 3, process)) for process in range(3)]  # type: ignore[arg-type]
+    assert len({len(shard) for shard in shards}) == 1
+    assert sorted(row for shard in shards for batch in shard for row in batch) == list(range(301))
+
+
 def test_weights_count_in_batches_of_tokens() -> None:
     weights = np.array([2.0, 0.5] * 50)
     sampler = TokenBatchSampler(
