@@ -1,4 +1,4 @@
-"""`cdm recipes`: run files shipped with the package."""
+"""`cdm recipes`: run files, and files for accelerate launch, that come with the package."""
 
 from __future__ import annotations
 
@@ -45,17 +45,22 @@ def show(name: Name) -> None:
 @app.command()
 def copy(
     name: Name,
-    to: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
+    to: Annotated[
+        Path | None,
+        typer.Argument(help="File to write.", show_default="run.yaml, for accelerate its own name"),
+    ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Copy a recipe to a run file for cdm distill.
+    """Copy a recipe to a run file for cdm distill, or to a file for accelerate launch.
 
     Example: cdm recipes copy small/cdm run.yaml
     """
     from cdm_toolkit.distill.recipes import find_recipe
 
     recipe = find_recipe(name)
+    to = to or Path("run.yaml" if recipe.is_run else recipe.path.name)
     if to.exists() and not overwrite:
         raise FileProblem(to, "it exists", "--overwrite replaces it, or name another file")
     write_whole(to, recipe.path.read_bytes())
-    screen.line(f"{to}: edit it, then run it with: cdm distill {to}")
+    launched = f"accelerate launch --config_file {to} -m cdm_toolkit.cli distill run.yaml"
+    screen.line(f"{to}: edit it, then run it with: {f'cdm distill {to}' if recipe.is_run else launched}")

@@ -16,6 +16,7 @@ from cdm_toolkit.distill.heldout import SomeRows, Spelled, TextKeys, chosen_shar
 from cdm_toolkit.distill.logs import EvalLog, StepLog
 from cdm_toolkit.distill.model_entropies import ModelEntropies
 from cdm_toolkit.distill.sampler import rows_of_epoch
+from cdm_toolkit.distill.sharding import device_to_load_on
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, Heldout, Mixture, TeacherObjective
 from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, NothingToTrain
@@ -38,6 +39,7 @@ from cdm_toolkit.teachers.local import Local
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64
+    from torch import Tensor
     from transformers import PreTrainedModel, TrainingArguments
 
     from cdm_toolkit.distill.dataset_store import AlignedDataset
@@ -104,6 +106,14 @@ class Prepared:
             on_evaluation=on_evaluation,
             stopping=stopping,
         )
+
+    def student_again(self, weights: dict[str, Tensor]) -> Any:
+        """Load the student once more, whole, on the CPU, with its adapters and these weights."""
+        train = self.config.train
+        model = load_model(self.config.student, device=device_to_load_on("cpu"), dtype=train.weights)
+        student = _adapted(model, self.config)
+        student.load_state_dict(weights)
+        return student
 
 
 def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepared:
@@ -313,7 +323,8 @@ class _Models:
     def _load(self, name: str, dtype: str) -> PreTrainedModel:
         train = self.config.train
         attention = train.attn_implementation
-        return load_model(name, device=train.torch_device, dtype=dtype, attn_implementation=attention)
+        device = device_to_load_on(train.torch_device)
+        return load_model(name, device=device, dtype=dtype, attn_implementation=attention)
 
     def packing(self) -> Packing | None:
         """Say how rows are packed, once each model has shown that it keeps them apart. BadOption where one does not."""

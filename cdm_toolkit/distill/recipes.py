@@ -1,4 +1,4 @@
-"""Run files that come with the package: to run as they are, or to copy and edit."""
+"""Run files that come with the package, and files for `accelerate launch`: to use as they are, or to copy and edit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from cdm_toolkit.errors import UnknownName
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A run file with its summary, which is its first comment."""
+    """A run file, or a file for `accelerate launch`, with its summary, which is its first comment."""
 
     name: str
     path: Path
     summary: str
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run file."""
+        return not self.name.startswith("accelerate/")
 
 
 def list_recipes() -> list[Recipe]:
@@ -31,9 +36,9 @@ def list_recipes() -> list[Recipe]:
     ]
 
 
-def find_recipe(name: str) -> Recipe:
-    """Find a recipe by its name. Raises UnknownName."""
-    found = {recipe.name: recipe for recipe in list_recipes()}
+def find_recipe(name: str, *, to_run: bool = False) -> Recipe:
+    """Find a recipe by its name, among all or among run files. Raises UnknownName."""
+    found = {recipe.name: recipe for recipe in list_recipes() if recipe.is_run or not to_run}
     if name not in found:
         raise UnknownName("recipe", name, list(found))
     return found[name]
@@ -41,4 +46,4 @@ def find_recipe(name: str) -> Recipe:
 
 def find_run_file(name: str) -> Path:
     """Find a run file by its path, or a recipe by its name. Raises FileProblem or UnknownName."""
-    return given_file(name) or find_recipe(name).path
+    return given_file(name) or find_recipe(name, to_run=True).path

@@ -22,6 +22,7 @@ from cdm_toolkit.distill.model_card import model_card
 from cdm_toolkit.distill.output_folder import claim_output, last_checkpoint, remove_run
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.settings import DistillConfig
+from cdm_toolkit.distill.sharding import check_launch, is_sharded
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.errors import BadOption, FileProblem, Interrupted
@@ -68,7 +69,7 @@ def run(
     errors of settings, data and models, NothingToTrain, NotFinite.
     """
     began = time.perf_counter()
-    _ = config.train.torch_device  # a device that is not here is told before anything is read
+    check_launch(config.train.torch_device)  # a device that is not here is told before anything is read
     output = Path(config.output)
     arguments = training_arguments(config, output)
     rows = Rows(config.data.all_sources, config.train.seed)
@@ -185,12 +186,14 @@ def _told_to_stop() -> Iterator[Callable[[], bool]]:
 
 def _write(trainer: DistillTrainer, prepared: Prepared, result: RunResult) -> None:
     """Write the student, its tokenizer, its card and the provenance; adapters are merged, and kept beside."""
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # gathers them where they are in shards
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, also where it is in shards
     if not trainer.args.should_save:
         return
     student: Any = trainer.accelerator.unwrap_model(trainer.model)
     facts = _provenance(prepared, result)
     if prepared.config.train.lora is not None:
+        if is_sharded():  # what is in shards cannot be merged
+            student = prepared.student_again(weights)
         with atomic_folder(result.output / "adapter", overwrite=True) as folder:
             student.save_pretrained(folder)
     with model_folder_to_fill(result.output) as folder:

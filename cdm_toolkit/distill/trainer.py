@@ -30,6 +30,7 @@ from cdm_toolkit.distill.logs import (
 )
 from cdm_toolkit.distill.output_folder import check_seal, last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
+from cdm_toolkit.distill.sharding import shard_frozen
 from cdm_toolkit.distill.step_times import StepTimes
 from cdm_toolkit.errors import BadOption, NotFinite, UnknownName
 from cdm_toolkit.forward import logits_at
@@ -38,6 +39,7 @@ from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.objective import weighted_loss
 from cdm_toolkit.kd.types import LossSums
+from cdm_toolkit.teachers.local import Local
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -185,6 +187,7 @@ class DistillTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.objectives, self.mixture, self.group_by_length = tuple(objectives), mixture, group_by_length
+        self._sharded_teachers = self._shard_teachers()
         self.batch_tokens, self.packing = batch_tokens, collator.packing
         self.history: list[StepLog] = []
         self.heldout, self.evaluations = heldout, list[EvalLog]()
@@ -312,11 +315,23 @@ class DistillTrainer(Trainer):
             logits = logits_at(model, head, batch.label_positions, **batch.student)
         return loss_sums(logits, batch.labels, inputs)
 
+    def _shard_teachers(self) -> dict[int, Local]:
+        """Put the teachers that are in memory in shards where the student is; give them by their numbers."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return {}
+        teachers = [each.teacher for each in self.objectives]
+        found = {nth: teacher for nth, teacher in enumerate(teachers) if isinstance(teacher, Local)}
+        for teacher in found.values():
+            shard_frozen(teacher.model)
+        return found
+
     def _inputs(
         self, objective: TeacherObjective, batch: AlignedBatch, nth: int, side: AlignedTeacherBatch
     ) -> LossInputs | None:
         """Ask a teacher; None where the batch has no group for it."""
         if side.empty:
+            if nth in self._sharded_teachers:
+                self._sharded_teachers[nth].join()
             return None
         method = objective.method
         signal = objective.teacher.signal(batch.of_teacher(nth), method.signal_request)
@@ -627,6 +642,9 @@ NOT_OURS: Mapping[str, str] = {
     "push_to_hub": "the student is written at the end: upload the output folder",
     "remove_unused_columns": "batches are this toolkit's own",
     "ddp_find_unused_parameters": "all parameters are used",
+    "fsdp": "`accelerate launch` shards, by its own file",
+    "fsdp_config": "`accelerate launch` shards, by its own file",
+    "deepspeed": "`accelerate launch` shards, by its own file",
     "resume_from_checkpoint": "a run is gone on with by `resume`",
 }
 """Fields that a run cannot have, and why."""

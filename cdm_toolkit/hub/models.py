@@ -337,6 +337,9 @@ def save_model(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if weights is not None:  # what is tied comes twice from shards
+        tied = model.all_tied_weights_keys
+        weights = {name: weight for name, weight in weights.items() if tied.get(name) not in weights}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.tokenizer.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from cdm_toolkit.kd.batch import AlignedBatch
@@ -21,3 +22,9 @@ class Local:
         """Run the model over the batch, and reduce its logits to the top k that the request asks for."""
         (side,) = batch.teachers
         return teacher_signal(self.model, side, request, vocab=self.vocab)
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Run the model on one token where other processes ask it: one in shards runs in all of them or in none."""
+        device = next(self.model.parameters()).device
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)

@@ -136,7 +136,20 @@ def test_recipes_are_listed_shown_and_copied(cdm, tmp_path: Path) -> None:
     assert "did you mean small/cdm?" in cdm("recipes", "show", "small/cmd").err
 
 
-@pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
+def test_a_file_for_accelerate_is_copied_and_is_no_run(
+    cdm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copied = cdm("recipes", "copy", "accelerate/fsdp2")
+    line = "accelerate launch --config_file fsdp2.yaml -m cdm_toolkit.cli distill run.yaml"
+    assert line in copied.out.replace("\n", " ")
+    assert line in (tmp_path / "fsdp2.yaml").read_text()
+    assert "unknown recipe" in cdm("distill", "accelerate/fsdp2").err
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in list_recipes() if recipe.is_run], ids=lambda recipe: recipe.name
+)
 def test_each_recipe_is_without_fault(recipe) -> None:
     config = from_file(recipe.path)
     assert recipe.summary
