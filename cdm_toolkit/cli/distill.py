@@ -312,6 +312,8 @@ def _print_result(result: RunResult, as_json: bool) -> None:
         shown.add_row("weights", f"of step {best.step:,}, the best on held-out rows{stopped}")
         shown.add_row("held-out CE, nats a token", f"{begun.ce:.4f} → {best.ce:.4f}")
         shown.add_row("held-out bits per byte", f"{begun.bits_per_byte:.4f} → {best.bits_per_byte:.4f}")
+    if result.uploaded:
+        shown.add_row("uploaded", result.uploaded)
     shown.add_row("time", f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s in training")
     screen.out().print(shown, markup=False)
 

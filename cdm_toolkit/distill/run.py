@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
 from cdm_toolkit.errors import BadOption, FileProblem, Interrupted
 from cdm_toolkit.hub.models import model_folder_to_fill, save_model
+from cdm_toolkit.hub.upload import check_login, upload
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -51,6 +52,8 @@ class RunResult:
     best: EvalLog | None = None
     """The evaluation of the weights that were written; None without held-out rows: they are then the last ones."""
     stopped_early: bool = False
+    uploaded: str | None = None
+    """Address on the hub, where `train.trainer` has push_to_hub."""
 
 
 def run(
@@ -72,6 +75,8 @@ def run(
     check_launch(config.train.torch_device)  # a device that is not here is told before anything is read
     output = Path(config.output)
     arguments = training_arguments(config, output)
+    if config.train.hub_repository:
+        check_login()
     rows = Rows(config.data.all_sources, config.train.seed)
     len(rows)  # rows that are not as they must be are told before the output is touched
     made = not output.exists()
@@ -148,6 +153,10 @@ def _run(
     )
     on_progress(Progress("save", 0, 1))
     _write(trainer, prepared, result)
+    repository = config.train.hub_repository
+    if repository and trainer.args.should_save:
+        private = (config.train.trainer or {}).get("hub_private_repo")
+        result = replace(result, uploaded=upload(output, repository, private=private))
     on_progress(Progress("save", 1, 1))
     return result
 

@@ -379,6 +379,12 @@ class TrainConfig(Settings):
         return resolve_dtype(self.dtype, self.torch_device)
 
     @property
+    def hub_repository(self) -> str | None:
+        """Name the repository on the hub that the student goes to at the end, where `trainer` asks for that."""
+        trainer = self.trainer or {}
+        return trainer.get("hub_model_id") if trainer.get("push_to_hub") else None
+
+    @property
     def torch_device(self) -> str:
         """Name the device that `device` stands for on this machine. BadOption for one that is not here."""
         return str(resolve_device(self.device))

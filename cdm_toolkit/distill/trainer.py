@@ -639,7 +639,9 @@ NOT_OURS: Mapping[str, str] = {
     "eval_on_start": "the best evaluation is that of a checkpoint, of which there is none before the first step",
     "load_best_model_at_end": "with `eval` the best is written as the student anyway",
     "greater_is_better": "the best has the least",
-    "push_to_hub": "the student is written at the end: upload the output folder",
+    "hub_token": "it would be in the student's provenance: log in, or set HF_TOKEN",
+    "hub_strategy": "the student is uploaded once, when it is written",
+    "hub_always_push": "the student is uploaded once, when it is written",
     "remove_unused_columns": "batches are this toolkit's own",
     "ddp_find_unused_parameters": "all parameters are used",
     "fsdp": "`accelerate launch` shards, by its own file",
@@ -694,6 +696,8 @@ def training_arguments(config: DistillConfig, output: Path) -> TrainingArguments
             "greater_is_better": False,
         }
     others = _others(train.trainer or {})
+    if others.pop("push_to_hub", False) and train.hub_repository is None:
+        raise BadOption("train.trainer.hub_model_id", None, "the repository to upload to, such as me/student")
     for package in train.report_to:
         if find_spec(package) is None:
             raise BadOption(

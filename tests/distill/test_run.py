@@ -470,6 +470,26 @@ def test_fields_that_a_run_cannot_have(config, trainer: dict[str, Any], said: st
     assert not (tmp_path / "out").exists()
 
 
+def test_the_student_is_uploaded_when_it_is_written(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, ...]] = []
+
+    def uploaded(folder: Path, repository: str, *, private: bool | None) -> str:
+        assert (folder / "model.safetensors").exists()
+        done.append((repository, str(private)))
+        return f"there/{repository}"
+
+    monkeypatch.setattr(run_module, "check_login", lambda: done.append(("login",)))
+    monkeypatch.setattr(run_module, "upload", uploaded)
+    trainer: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/student", "hub_private_repo": True}
+    result = run(config(max_steps=1, trainer=trainer))
+    assert result.uploaded == "there/me/student"
+    assert done == [("login",), ("me/student", "True")]
+    with pytest.raises(BadOption, match=r"hub_model_id` is None; give the repository to upload to"):
+        run(config({"output": str(tmp_path / "b")}, trainer={"push_to_hub": True}))
+
+
 def test_a_tracker_that_is_not_there(config) -> None:
     with pytest.raises(BadOption, match="'trackio'; give one that is installed, or run: pip install trackio"):
         run(config(report_to=["trackio"]))

@@ -5,6 +5,7 @@ Small files are served by the hub itself; weights are redirected to another host
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -130,6 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
     cut: int | None = None
 
     def do_GET(self) -> None:
+        if self.path == "/api/whoami-v2" and self.headers["Authorization"]:
+            self.answer(200, {}, b'{"name": "me", "type": "user"}')
+            return
         if re.match("/api/(?!models/|datasets/)", self.path):  # what huggingface_hub asks of its own accord
             self.answer(404)
             return
@@ -149,9 +153,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
-        """Answer which of some paths a repository has."""
+        """Answer which of some paths a repository has, or take a commit."""
         body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
-        self.hub.asked.append(Asked(self.command, self.path, None, self.headers["Authorization"]))
+        asked = Asked(self.command, self.path, None, self.headers["Authorization"])
+        self.hub.asked.append(asked)
+        if fault := self.hub.fault(asked):
+            self.answer(fault.status or 500)
+            return
+        if (taken := self.take(unquote(self.path), body)) is not None:
+            self.answer(200, {}, json.dumps(taken).encode(), always=True)
+            return
         match = re.fullmatch("/api/(datasets/.+?)/paths-info/(.+)", unquote(self.path))
         if match is None or (found := self.repository(*match.groups())) is None:
             self.answer(404)
@@ -160,6 +171,28 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
         page = [_entry(path, files[path]) for path in asked if path in files]
         self.answer(200, {}, json.dumps(page).encode(), always=True)
+
+    def take(self, path: str, body: str) -> dict[str, Any] | None:
+        """Make a repository, or a commit in it whose files come in one piece; None where something else is asked."""
+        if path == "/api/validate-yaml":
+            return {}
+        if path == "/api/repos/create":
+            made = json.loads(body)
+            name = f"{made.get('organization') or 'me'}/{made['name']}"
+            self.hub.repositories.setdefault(name, Repository())
+            return {"url": f"{self.hub.endpoint}/{name}"}
+        if match := re.fullmatch("/api/models/(.+?)/preupload/main", path):
+            files = [file["path"] for file in json.loads(body)["files"]]
+            return {
+                "files": [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            }
+        if match := re.fullmatch("/api/models/(.+?)/commit/main", path):
+            lines = [json.loads(line) for line in body.splitlines()]
+            values = [line["value"] for line in lines if line["key"] == "file"]
+            files = {value["path"]: base64.b64decode(value["content"]) for value in values}
+            sha = self.hub.add(match[1], files)
+            return {"commitOid": sha, "commitUrl": f"{self.hub.endpoint}/{match[1]}/commit/{sha}"}
+        return None
 
     def route(self, url: Any) -> None:
         match re.split("/(api/models|api(?=/datasets)|cdn|resolve)(?:/|$)", url.path):
