@@ -50,18 +50,19 @@ def align_some(teacher: Any, student: Any, **more: Any) -> Any:
     return align(teacher, student, **more)
 
 
-AcceleratorState.__init__ = init_in_shards
-run.check_launch = lambda device: None
-trainer.shard_frozen = shard_and_tell
-aligned_rows.align = align_some
+if __name__ == "__main__":
+    AcceleratorState.__init__ = init_in_shards
+    run.check_launch = lambda device: None
+    trainer.shard_frozen = shard_and_tell
+    aligned_rows.align = align_some
 
-status = main(sys.argv[1:])
-if status == 0 and torch.distributed.is_initialized():
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        shutil.copytree(OUTPUT, "whole")
-        shutil.rmtree(max(OUTPUT.glob("checkpoint-*")))
-        (OUTPUT / "model.safetensors").unlink()
-    torch.distributed.barrier()
-    status = main([*sys.argv[1:], "--resume"])
-sys.exit(status)
+    status = main(sys.argv[1:])
+    if status == 0 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(OUTPUT, "whole")
+            shutil.rmtree(max(OUTPUT.glob("checkpoint-*")))
+            (OUTPUT / "model.safetensors").unlink()
+        torch.distributed.barrier()
+        status = main([*sys.argv[1:], "--resume"])
+    sys.exit(status)
