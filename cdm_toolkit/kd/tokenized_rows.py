@@ -95,13 +95,8 @@ class TokenizedRow:
 
 def has_completion(row: Row, template: TemplateName) -> bool:
     """Say whether there is anything to learn; templates may strip blanks."""
-    if template == "none":
-        return any(start < end for start, end in row.learned_pieces)
-    return (
-        any(row.messages[nth].content.strip() for nth in row.learned)
-        if row.messages
-        else bool(row.completion.strip())
-    )
+    learned = [row.messages[nth].content for nth in row.learned] if row.messages else [row.completion]
+    return any(text.strip() if template == "chat" else text for text in learned)
 
 
 def tokenize_rows(side: TokenizerSide, rows: Sequence[Row], template: TemplateName) -> list[TokenizedRow]:

@@ -15,6 +15,8 @@ from cdm_toolkit.errors import CdmError
 from cdm_toolkit.evaluation.all_tokenizations import text_likelihood
 from cdm_toolkit.evaluation.evaluate import Subject, load_subject, start_token
 
+ROUNDING = 1e-4
+"""Bits that two sums over float32 logits of other batches may differ by."""
 REAL = (
     "Natalia sold clips to 48 of her friends in April.",
     "Return a copy of the string s with the leading whitespace removed.",
@@ -63,7 +65,7 @@ def test_equals_brute_force(subject: Subject, text: str) -> None:
 def test_a_floor_leaves_the_own_tokenization(subject: Subject) -> None:
     text = "Ada buys 3 pens."
     found = text_likelihood(subject, text, floor=0.9)
-    assert found.bits <= found.own_bits
+    assert found.bits <= found.own_bits + ROUNDING
     assert found.dropped > 0.5
 
 
