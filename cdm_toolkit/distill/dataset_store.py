@@ -90,7 +90,22 @@ class _Lists:
         return lengths
 
 
-class AlignedDataset(Sequence[AlignedRow]):
+class LazyRows(Sequence[AlignedRow]):
+    """Rows of which each is made when it is asked for, and a slice is a list."""
+
+    def row(self, nth: int) -> AlignedRow:
+        """Make one row."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, nth: int) -> AlignedRow: ...
+    @overload
+    def __getitem__(self, nth: slice) -> list[AlignedRow]: ...
+    def __getitem__(self, nth: int | slice) -> AlignedRow | list[AlignedRow]:
+        return [self.row(i) for i in range(len(self))[nth]] if isinstance(nth, slice) else self.row(nth)
+
+
+class AlignedDataset(LazyRows):
     """The rows of a folder that are trained on, each made when it is asked for; arrays are read-only views."""
 
     lengths: Int64[np.ndarray, " row"]
@@ -123,13 +138,7 @@ class AlignedDataset(Sequence[AlignedRow]):
     def __len__(self) -> int:
         return len(self._index)
 
-    @overload
-    def __getitem__(self, nth: int) -> AlignedRow: ...
-    @overload
-    def __getitem__(self, nth: slice) -> list[AlignedRow]: ...
-    def __getitem__(self, nth: int | slice) -> AlignedRow | list[AlignedRow]:
-        if isinstance(nth, slice):
-            return [self[i] for i in range(*nth.indices(len(self)))]
+    def row(self, nth: int) -> AlignedRow:
         index = self._index[nth]
         return AlignedRow(
             row=int(self._row[index]),

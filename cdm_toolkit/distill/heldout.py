@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
+from cdm_toolkit.distill.dataset_store import LazyRows
 from cdm_toolkit.errors import BadRow
 from cdm_toolkit.kd.tokenized_rows import TemplateName, TokenizedRow, TokenizerSide, tokenize_rows
 
@@ -80,7 +81,7 @@ def chosen_share(
     return chosen
 
 
-class SomeRows(Sequence["AlignedRow"]):
+class SomeRows(LazyRows):
     """Some of the rows of a data set, with what is known of them."""
 
     def __init__(self, dataset: AlignedDataset, index: Int64[np.ndarray, " row"]) -> None:
@@ -91,14 +92,8 @@ class SomeRows(Sequence["AlignedRow"]):
     def __len__(self) -> int:
         return len(self._at)
 
-    @overload
-    def __getitem__(self, nth: int) -> AlignedRow: ...
-    @overload
-    def __getitem__(self, nth: slice) -> list[AlignedRow]: ...
-    def __getitem__(self, nth: int | slice) -> AlignedRow | list[AlignedRow]:
-        if isinstance(nth, slice):
-            return [self.dataset[int(index)] for index in self._at[nth]]
-        return self.dataset[int(self._at[nth])]
+    def row(self, nth: int) -> AlignedRow:
+        return self.dataset.row(int(self._at[nth]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

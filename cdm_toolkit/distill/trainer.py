@@ -346,9 +346,7 @@ class DistillTrainer(Trainer):
             said = asdict(entry)
             logs |= {name: said[name] for name in ("ce", "tokens", "tokens_per_second", "padding")}
             logs |= {f"seconds_{part}": taken for part, taken in said["seconds"].items()}
-            for nth, teacher in enumerate(entry.teachers):
-                where = f"_{nth}" if nth else ""
-                logs |= {f"kd{where}": teacher.kd, f"matched_mass{where}": teacher.matched_mass}
+            logs |= _by_teacher(entry.teachers)
             self._tell()
         super().log(logs, start_time)
 
@@ -367,17 +365,13 @@ class DistillTrainer(Trainer):
         many = len(self.objectives)
         ce, *parts = sums.tolist()
         positions, tokens, labels, *groups = parts[3 * many :]
-        teachers = []
-        for nth, (objective, count) in enumerate(zip(self.objectives, groups, strict=True)):
-            kd, mass, pairs = (part / max(count, 1) for part in parts[3 * nth : 3 * nth + 3])
-            teachers.append(TeacherLog(objective.name, kd, mass, pairs, count / labels))
         seconds, before = self._times.take(), self.history[-1].step if self.history else 0
         steps = self.state.global_step - before
         return StepLog(
             step=self.state.global_step,
             loss=logs["loss"],
             ce=ce / labels,
-            teachers=tuple(teachers),
+            teachers=tuple(self._teacher_logs(parts, groups, labels)),
             learning_rate=logs["learning_rate"],
             grad_norm=logs["grad_norm"],
             tokens=int(tokens),
@@ -385,6 +379,14 @@ class DistillTrainer(Trainer):
             padding=1 - tokens / positions,
             seconds=StepSeconds(**{part: taken / steps for part, taken in seconds.items()}),
         )
+
+    def _teacher_logs(
+        self, parts: Sequence[float], groups: Sequence[float], labels: float
+    ) -> Iterator[TeacherLog]:
+        """Take the mean of kd, matched mass and pairs over each teacher's groups, whose sums `parts` begins with."""
+        for nth, (objective, count) in enumerate(zip(self.objectives, groups, strict=True)):
+            kd, mass, pairs = (part / max(count, 1) for part in parts[3 * nth : 3 * nth + 3])
+            yield TeacherLog(objective.name, kd, mass, pairs, count / labels)
 
     def _no_sums(self) -> Tensor:
         """Make the sums of ce; of kd, matched mass and pairs of each teacher; of positions, tokens, labels, groups."""
@@ -403,9 +405,7 @@ class DistillTrainer(Trainer):
         metrics = {f"eval_{name}": said[name] for name in ("ce", "bits_per_byte", "seconds")}
         if entry.loss is not None:
             metrics["eval_loss"] = entry.loss
-        for nth, teacher in enumerate(entry.teachers):
-            where = f"_{nth}" if nth else ""
-            metrics |= {f"eval_kd{where}": teacher.kd, f"eval_matched_mass{where}": teacher.matched_mass}
+        metrics |= {f"eval_{name}": value for name, value in _by_teacher(entry.teachers).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control.should_training_stop |= self.stopped_early
@@ -450,17 +450,13 @@ class DistillTrainer(Trainer):
         if not math.isfinite(loss):
             raise NotFinite("the loss of the held-out rows", self.state.global_step, self._last_good())
         labels, *groups = heldout.counts
-        teachers = []
-        for nth, (objective, count) in enumerate(zip(self.objectives, groups, strict=True)):
-            if heldout.asked[nth]:
-                kd, mass, pairs = (part / max(count, 1) for part in parts[3 * nth : 3 * nth + 3])
-                teachers.append(TeacherLog(objective.name, kd, mass, pairs, count / labels))
+        teachers = self._teacher_logs(parts, groups, labels)
         made = EvalLog(
             step=self.state.global_step,
             loss=loss if all(heldout.asked) else None,
             ce=ce / labels,
             bits_per_byte=nats / math.log(2) / max(heldout.spelled.bytes, 1),
-            teachers=tuple(teachers),
+            teachers=tuple(log for log, asked in zip(teachers, heldout.asked, strict=True) if asked),
             is_best=True,
             seconds=seconds,
         )
@@ -570,6 +566,15 @@ def _finite(loss: Tensor, sums: LossSums, batch: AlignedBatch) -> Tensor:
     of_rows = torch.zeros(len(batch.rows), dtype=torch.int32, device=bad.device)
     of_rows = of_rows.index_add(0, batch.label_row, bad)
     return torch.cat((torch.isfinite(loss.detach()).unsqueeze(0), of_rows == 0))
+
+
+def _by_teacher(teachers: Sequence[TeacherLog]) -> dict[str, float]:
+    """Name what is logged of each teacher, by its number from the second on."""
+    return {
+        f"{name}_{nth}" if nth else name: getattr(teacher, name)
+        for nth, teacher in enumerate(teachers)
+        for name in ("kd", "matched_mass")
+    }
 
 
 def _counts(batch: AlignedBatch) -> list[int]:
