@@ -17,15 +17,15 @@ import typer
 Names = Callable[[], list[tuple[str, str]]]
 PACKAGE = Path(__file__).parents[1]
 RUN = "distill/settings.py"
-RECORDS_OF_A_RUN: Mapping[str, str] = {
-    "": "DistillConfig",
-    "data": "DataConfig",
-    "teachers.0": "TeacherConfig",
-    "train": "TrainConfig",
-    "train.lora": "LoraConfig",
-    "eval": "EvalConfig",
+RECORDS_OF_A_RUN: Mapping[str, tuple[str, str]] = {
+    "": (RUN, "DistillConfig"),
+    "data": (RUN, "DataConfig"),
+    "teachers.0": ("distill/teacher_settings.py", "TeacherConfig"),
+    "train": (RUN, "TrainConfig"),
+    "train.lora": (RUN, "LoraConfig"),
+    "eval": (RUN, "EvalConfig"),
 }
-"""Which record of `RUN` stands where in a run file."""
+"""Which record stands where in a run file, and the source that has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def run_option(setting: str, panel: str, *flags: str, names: Names | None = None
     `names` are what the shell completes.
     """
     where, _, name = setting.rpartition(".")
-    return _option(fields_of(RUN, RECORDS_OF_A_RUN[where])[name], flags, panel, names)
+    return _option(fields_of(*RECORDS_OF_A_RUN[where])[name], flags, panel, names)
 
 
 def record_option(source: str, record: str, name: str, *flags: str, names: Names | None = None) -> Any:
@@ -71,7 +71,7 @@ def setting_named(flag: str) -> str | None:
     """Find the run's setting that a flag such as `--save-every` would be of; None where there is none."""
     name = flag.lstrip("-").replace("-", "_")
     for where, record in RECORDS_OF_A_RUN.items():
-        if name in fields_of(RUN, record):
+        if name in fields_of(*record):
             return f"{where}.{name}" if where else name
     if any(name in fields for file in (PACKAGE / "kd").glob("*.py") for fields in _settings_in(file)):
         return f"teachers.0.{name}"

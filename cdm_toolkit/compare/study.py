@@ -10,22 +10,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
+from cdm_toolkit.artifacts.settings import (
+    Count,
+    CountOrNone,
+    Settings,
+    Share,
+    Text,
+    make,
+    read_yaml,
+    with_settings,
+)
 from cdm_toolkit.artifacts.shipped import given_file, shipped_folder
 from cdm_toolkit.compare.types import RINGS, Cell, Ring
 from cdm_toolkit.distill.settings import (
     PRESETS,
-    Count,
-    CountOrNone,
     DataConfig,
     DistillConfig,
-    Share,
     SourceConfig,
-    TeacherConfig,
-    Text,
     TrainConfig,
     from_mapping,
 )
+from cdm_toolkit.distill.teacher_settings import TeacherConfig
 from cdm_toolkit.errors import BadOption, BadSettings, UnknownName
 from cdm_toolkit.kd.settings import Fault, Faults
 

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from cdm_toolkit.distill.dataset_store import AlignedDataset
-    from cdm_toolkit.distill.settings import DistillConfig, EvalConfig, TeacherConfig
+    from cdm_toolkit.distill.settings import DistillConfig, EvalConfig
+    from cdm_toolkit.distill.teacher_settings import TeacherConfig
 
 
 PAPERS_OWN = {"positions", "max_edit_distance", "match_digits", "exact_always"}
@@ -123,7 +124,7 @@ def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepa
     """
     others = _other_rows(config, rows)
     student_tokenizer = load_tokenizer(config.student)
-    tokenizers = tuple(load_tokenizer(teacher.model) for teacher in config.teachers)
+    tokenizers = tuple(load_tokenizer(teacher.tokenizer_name) for teacher in config.teachers)
     pairs = tuple(_pair(tokenizer, student_tokenizer, config, on_progress) for tokenizer in tokenizers)
     for teacher, pair in zip(config.teachers, pairs, strict=True):
         _check_method(teacher, pair)
@@ -225,7 +226,7 @@ def _heldout(
         mixture=_alphas(config, rows),
         spelled=Spelled.of(side, rows, features, config.data.template),
         counts=(int(features.label_counts.sum()), *groups.tolist()),
-        asked=tuple(config.eval.share is not None or teacher.cache is None for teacher in config.teachers),
+        asked=tuple(config.eval.share is not None or teacher.kind != "cached" for teacher in config.teachers),
         fingerprint=digest.hexdigest(),
         settings=config.eval,
     )
@@ -283,7 +284,8 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
     config, device = run.teachers[nth], run.train.torch_device
     options, kind = config.method_options, config.method_class
     teacher: Teacher
-    if config.cache is not None:
+    if config.kind == "cached":
+        assert config.cache is not None
         cache = open_cache(config.cache, pair.teacher, data.rows, run.data.template)
         check_rows(cache, data.read[0], nth)
         if kind.reads_top_k() and options.get("top_k") is None:
@@ -304,7 +306,7 @@ class _Models:
         self.config, self.on_progress = config, on_progress
         self._student: PreTrainedModel | None = None
         self._teachers: dict[int, PreTrainedModel] = {}
-        self._many = 1 + sum(teacher.cache is None for teacher in config.teachers)
+        self._many = 1 + sum(teacher.kind == "local" for teacher in config.teachers)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -334,7 +336,9 @@ class _Models:
         packing: Packing = "one" if "flash" in attention else "rows"  # one asks for attention of any length
         models = [(self.config.student, self.student)]
         models += [
-            (each.model, self.teacher(nth)) for nth, each in enumerate(self.config.teachers) if not each.cache
+            (each.model, self.teacher(nth))
+            for nth, each in enumerate(self.config.teachers)
+            if each.kind == "local"
         ]
         for name, model in models:
             if not keeps_rows_apart(model):

@@ -2,197 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails
+from pydantic import BeforeValidator, Field, model_validator
 
-from cdm_toolkit.alignment.aligners import AlignerName
-from cdm_toolkit.artifacts.settings import Settings, make, read_yaml, with_settings
+from cdm_toolkit.artifacts.settings import (
+    Count,
+    CountOrNone,
+    NotNegative,
+    Positive,
+    Settings,
+    Share,
+    Text,
+    make,
+    one_or_several,
+    read_yaml,
+    with_settings,
+)
+from cdm_toolkit.distill.teacher_settings import ACROSS_TOKENIZERS, TeacherConfig
 from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.hub.models import resolve_device, resolve_dtype
-from cdm_toolkit.kd.method import Method, find_method, methods
+from cdm_toolkit.kd.method import find_method
 from cdm_toolkit.kd.rows import Learn
-from cdm_toolkit.kd.settings import (
-    DEFAULT_TOP_K,
-    Fault,
-    Faults,
-    MethodSettings,
-    checked,
-    fields_of,
-    unknown_setting,
-)
+from cdm_toolkit.kd.settings import fields_of
 from cdm_toolkit.kd.tokenized_rows import TemplateName
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-
-DEFAULT_METHOD = "spelling"
-"""The method of a teacher that names none."""
-ACROSS_TOKENIZERS = ("aligner", "entropy")
-"""Settings of a teacher that a method for one tokenizer has no use for."""
-
-
-class TeacherConfig(Settings):
-    """A teacher, the method that distills it, and the method's own settings.
-
-    Beside the fields here it takes those of the method's `Settings`; one that the method does not have is a fault.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    model: Text
-    """The model to learn from: an alias, a folder or a hub id."""
-    method: Text = DEFAULT_METHOD
-    """What is learned from the teacher: the name of a method of `kd`."""
-    weight: Positive = 1.0
-    """Of this teacher's KD among all."""
-    cache: Text | None = None
-    """Folder of cached log-probabilities, in place of the model in memory."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights of the model in memory."""
-    aligner: AlignerName = "anchored"
-    """anchored and bytes: exact groups by bytes. entropy-dtw, dtw: least cost of edit distances."""
-    entropy: Literal["uniform", "models"] = "uniform"
-    """Weights of tokens in entropy-dtw: uniform, or models: the entropies of both models' predictions before
-    training (a pass of each over the data)."""
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _fits_the_method(cls, given: Any, handler: ModelWrapValidatorHandler[TeacherConfig]) -> TeacherConfig:
-        """Check the method's settings, also where a field has a fault: all are listed at once."""
-        if not isinstance(given, Mapping):
-            return handler(given)
-        settings, faults = _method_settings(given)
-        try:
-            made = handler({**given, **settings})
-        except ValidationError as error:
-            raise _with_faults(error, faults) from None
-        if faults:
-            raise Faults(faults)
-        return made
-
-    @property
-    def method_class(self) -> type[Method[Any, Any]]:
-        return find_method(self.method)
-
-    @property
-    def method_options(self) -> dict[str, Any]:
-        """Give the method's settings that are set."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @property
-    def method_settings(self) -> MethodSettings:
-        """Give the method's settings, defaults included."""
-        return self.method_class.Settings(**self.method_options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Give all that decides what is taught, defaults included, in values that JSON has."""
-        settings = self.method_settings
-        found = {field.name: getattr(settings, field.name) for field in fields_of(type(settings))}
-        if "top_k" in found:
-            found["top_k"] = found["top_k"] or DEFAULT_TOP_K
-        across = (
-            {}
-            if self.method_class.same_tokenizer
-            else {name: getattr(self, name) for name in ACROSS_TOKENIZERS}
-        )
-        return {"method": self.method} | across | found
-
-
-def _method_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """Give a teacher's method by its name and the method's settings as they are kept, and what is wrong."""
-    name = given.get("method", DEFAULT_METHOD)
-    options = {name: value for name, value in given.items() if name not in TeacherConfig.model_fields}
-    if not isinstance(name, str):
-        return {}, []
-    try:
-        method = find_method(name)
-    except UnknownName as error:
-        return {}, [Fault("method", f"is {name!r}: {error.fix}"), *_faults_anywhere(options)]
-    values, others = checked(method.Settings, options)
-    faults = [*_old_names(options), *_useless(method, given)]
-    named = {fault.name for fault in faults}
-    faults += [_in_context(fault, method) for fault in others if fault.name not in named]
-    return values | ({"method": method.name} if "method" in given else {}), faults
-
-
-def _faults_anywhere(options: Mapping[str, Any]) -> list[Fault]:
-    """Check settings of a method that nobody knows as the first method has them that has one of the name."""
-    kinds = list(methods().values())
-    owners = {name: next((kind for kind in kinds if name in _setting_names(kind)), None) for name in options}
-    return [
-        fault
-        for name, owner in owners.items()
-        if owner is not None
-        for fault in checked(owner.Settings, {name: options[name]})[1]
-    ]
-
-
-def _useless(method: type[Method[Any, Any]], given: Mapping[str, Any]) -> Iterator[Fault]:
-    """Find settings of a teacher that do not go with its method or with one another."""
-    if method.same_tokenizer:
-        for name in ACROSS_TOKENIZERS:
-            if name in given:
-                yield Fault(name, f"is of no use to {method.name}, which is for one tokenizer")
-        return
-    if given.get("cache") and given.get("positions") == "mean":
-        yield Fault(
-            "cache", "has no whole logits, which positions mean needs: leave it out, or take boundary"
-        )
-    aligner = given.get("aligner", TeacherConfig.model_fields["aligner"].default)
-    if given.get("entropy") == "models" and aligner != "entropy-dtw":
-        yield Fault("entropy", f"models is of no use to aligner {aligner}, only to entropy-dtw")
-
-
-def _with_faults(error: ValidationError, faults: list[Fault]) -> ValidationError:
-    """Add faults to those that pydantic has found."""
-    lines = [
-        InitErrorDetails(type=line["type"], loc=line["loc"], input=line["input"], ctx=line.get("ctx", {}))
-        for line in error.errors(include_url=False)
-    ]
-    if faults:
-        lines.append(InitErrorDetails(type="value_error", loc=(), input=None, ctx={"error": Faults(faults)}))
-    return ValidationError.from_exception_data(error.title, lines)
-
-
-def _old_names(options: Mapping[str, Any]) -> list[Fault]:
-    """Name the method that `mapping` chose before `cdm` and `spelling` were two methods."""
-    mapping = options.get("mapping")
-    if mapping is None:
-        return []
-    wanted = "cdm" if mapping == "near" else "spelling"
-    return [Fault("mapping", f"is gone: give method {wanted}, which is what mapping {mapping} was")]
-
-
-def _in_context(fault: Fault, method: type[Method[Any, Any]]) -> Fault:
-    """Say of an unknown setting whether other methods have it, or which of all settings is meant."""
-    own = [field.name for field in fields_of(method.Settings)]
-    if fault.name in own:
-        return fault
-    if any(fault.name in _setting_names(other) for other in methods().values()):
-        return Fault(fault.name, f"is of no use to {method.name}: it has {', '.join(own)}")
-    return Fault(fault.name, unknown_setting(fault.name, [*own, *TeacherConfig.model_fields]))
-
-
-def _setting_names(method: type[Method[Any, Any]]) -> set[str]:
-    return {field.name for field in fields_of(method.Settings)}
 
 
 class _Reading(Settings):
@@ -235,7 +73,7 @@ class _Rows(_Reading):
     """Several in place of `path`, each with what is said of it."""
 
     @model_validator(mode="after")
-    def _is_one_or_several(self) -> Self:
+    def _isone_or_several(self) -> Self:
         beside = self.model_fields_set & SourceConfig.model_fields.keys()
         if self.sources and beside:
             raise ValueError(f"{', '.join(sorted(beside))} beside sources: put it into each of them")
@@ -313,10 +151,6 @@ class LoraConfig(Settings):
     """Names of the modules that get adapters; all-linear: every linear layer but the last."""
 
 
-def _one_or_several(given: Any) -> Any:
-    return (given,) if isinstance(given, str) else given
-
-
 class TrainConfig(Settings):
     """How the student is trained; most are `transformers.TrainingArguments` under shorter names."""
 
@@ -368,7 +202,7 @@ class TrainConfig(Settings):
     """Steps between two entries of the log."""
     save_every: CountOrNone = 500
     """Steps between checkpoints; 0 writes none."""
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)] = ()
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(one_or_several)] = ()
     """Where the log goes besides: tensorboard writes event files to the output folder's `runs`."""
     trainer: dict[Text, Any] | None = None
     """Other fields of `transformers.TrainingArguments`, such as `{optim: adamw_8bit, torch_empty_cache_steps: 50}`."""
@@ -410,7 +244,7 @@ class DistillConfig(Settings):
 
     @model_validator(mode="after")
     def _teachers_know_the_rows(self) -> DistillConfig:
-        cached = [teacher.model for teacher in self.teachers if teacher.cache is not None]
+        cached = [teacher.model for teacher in self.teachers if teacher.kind == "cached"]
         if self.eval is not None and self.eval.share is None and self.eval.metric == "loss" and cached:
             raise ValueError(
                 f"eval.metric is loss, which has the KD of {cached[0]}, whose cache has none of these rows: "

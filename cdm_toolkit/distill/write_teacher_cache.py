@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.artifacts.settings import Settings
+from cdm_toolkit.artifacts.settings import Count, Settings, Text
 from cdm_toolkit.artifacts.teacher_cache import (
     CachedRow,
     CacheWriter,
@@ -25,7 +25,7 @@ from cdm_toolkit.artifacts.teacher_cache import (
     shard_name,
 )
 from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
-from cdm_toolkit.distill.settings import Count, SourceConfig, Text, from_file
+from cdm_toolkit.distill.settings import SourceConfig, from_file
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
 from cdm_toolkit.forward import ForwardBatch, logits_by_batch

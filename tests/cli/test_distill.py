@@ -57,7 +57,8 @@ def run_file(models: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def test_the_help_has_the_defaults_of_a_run() -> None:
-    from cdm_toolkit.distill.settings import DataConfig, DistillConfig, TeacherConfig
+    from cdm_toolkit.distill.settings import DataConfig, DistillConfig
+    from cdm_toolkit.distill.teacher_settings import TeacherConfig
 
     config = DistillConfig(
         student="-", data=DataConfig(path="-"), output="-", teachers=(TeacherConfig(model="-"),)

@@ -6,12 +6,12 @@ import pytest
 
 from cdm_toolkit.artifacts.settings import Settings
 from cdm_toolkit.cli.distill import SETTINGS
-from cdm_toolkit.cli.settings_options import RECORDS_OF_A_RUN, RUN, fields_of, setting_named
+from cdm_toolkit.cli.settings_options import RECORDS_OF_A_RUN, fields_of, setting_named
 from cdm_toolkit.distill import settings as of_runs
 from cdm_toolkit.distill.write_teacher_cache import CacheSettings
 
 RECORDS = [
-    *((RUN, name, getattr(of_runs, name)) for name in RECORDS_OF_A_RUN.values()),
+    *((source, name, getattr(of_runs, name)) for source, name in RECORDS_OF_A_RUN.values()),
     ("distill/write_teacher_cache.py", "CacheSettings", CacheSettings),
 ]
 
@@ -30,7 +30,7 @@ def test_each_option_of_a_run_is_explained() -> None:
     for setting in SETTINGS.values():
         if setting != "preset":
             where, _, name = setting.rpartition(".")
-            assert fields_of(RUN, RECORDS_OF_A_RUN[where])[name].help, setting
+            assert fields_of(*RECORDS_OF_A_RUN[where])[name].help, setting
 
 
 @pytest.mark.parametrize(

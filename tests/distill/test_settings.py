@@ -137,6 +137,40 @@ def test_an_option_that_a_method_does_not_look_at_is_a_fault(teacher: dict[str, 
         from_mapping(NEEDED | {"teachers": [{"model": "t"} | teacher]})
 
 
+@pytest.mark.parametrize(
+    ("teacher", "kind"),
+    [
+        ({}, "local"),
+        ({"cache": "c"}, "cached"),
+        ({"url": "http://localhost:8000"}, "served"),
+        ({"url": ["http://a:1", "https://b"], "cache": "c"}, "served"),
+    ],
+)
+def test_the_kind_of_a_teacher_need_not_be_said(teacher: dict[str, Any], kind: str) -> None:
+    (made,) = from_mapping(NEEDED | {"teachers": [{"model": "t"} | teacher]}).teachers
+    assert made.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ({"kind": "cached"}, "cache is missing: a teacher of kind cached needs it"),
+        ({"kind": "served"}, "url is missing"),
+        ({"kind": "local", "cache": "c"}, "cache is of no use to a teacher of kind local"),
+        ({"cache": "c", "dtype": "float16"}, "dtype is of no use to a teacher of kind cached"),
+        ({"engine": "vllm", "in_flight": 2}, "engine is of no use .*in_flight is of no use .* kind local"),
+        ({"url": "http://host:8000/v1"}, "has a path too many: give http://host:8000"),
+        ({"url": "host:8000"}, "is no address of a server: give one such as http://localhost:8000"),
+        ({"url": "http://me:secret@host"}, "a password in it: api_key_env names the variable"),
+        ({"url": "http://host", "api_key": "s"}, "api_key has no place in a file: api_key_env names the var"),
+        ({"url": "http://host", "method": "cdm", "positions": "mean"}, "url has no whole logits"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_kind_are_faults(teacher: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadSettings, match=reason):
+        from_mapping(NEEDED | {"teachers": [{"model": "t"} | teacher]})
+
+
 def test_the_preset_goes_under_what_is_given() -> None:
     config = from_mapping(
         NEEDED
