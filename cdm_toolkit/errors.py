@@ -204,6 +204,17 @@ class DoesNotSpell(CdmError):
         )
 
 
+# Teachers behind a server
+
+
+class ServerProblem(CdmError):
+    """A server does not do what a teacher has to."""
+
+    def __init__(self, url: str, problem: str, fix: str) -> None:
+        self.url, self.problem = url, problem
+        super().__init__(f"the server {url} {problem}", fix=fix)
+
+
 # Training and evaluation
 
 

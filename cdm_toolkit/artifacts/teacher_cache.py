@@ -85,6 +85,12 @@ def _pack_row(header: CacheHeader, row: CachedRow) -> dict[str, np.ndarray]:
     }
 
 
+def pack_rows(header: CacheHeader, rows: Sequence[CachedRow]) -> bytes:
+    """Write rows as a safetensors file."""
+    packed = [_pack_row(header, row) for row in rows]
+    return save({name: np.concatenate([row[name] for row in packed]) for name in packed[0]})
+
+
 def shard_name(index: int) -> str:
     """Return the name of a shard; names count from 1: `--shard 3/30` of a cache of 30 makes shard-00003.
 
@@ -132,8 +138,7 @@ class CacheWriter:
     def write(self, index: int, rows: Sequence[CachedRow], *, device: str | None = None) -> ShardNote:
         """Write a shard and then its note, each atomically. FileProblem where they cannot be written."""
         self._remove_leftovers(index)
-        packed = [_pack_row(self.header, row) for row in rows]
-        content = save({name: np.concatenate([row[name] for row in packed]) for name in packed[0]})
+        content = pack_rows(self.header, rows)
         note = ShardNote(
             digest=self.header.digest,
             sha256=hashlib.sha256(content).hexdigest(),
@@ -191,7 +196,7 @@ def _make_again(folder: Path, header: CacheHeader, index: int) -> str:
     return f"make it with `{header.call(folder, f'{index + 1}/{header.shards}')}`"
 
 
-class _Shard:
+class Shard:
     """One memory-mapped shard; rows are read on demand."""
 
     def __init__(self, path: Path, header: CacheHeader) -> None:
@@ -292,6 +297,11 @@ class TeacherCache:
         return self.header.k
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a position has all ids, in their own order, not the likeliest."""
+        return self.header.encoding == "whole"
+
+    @property
     def positions(self) -> int:
         """Number of cached positions, one for each predicted token."""
         return sum(note.positions for note in self.notes)
@@ -321,16 +331,16 @@ class TeacherCache:
             check_content(self.folder, self.header, index, self.notes[index])
             self._verified.add(index)
 
-    def _opened(self, index: int) -> _Shard:
+    def _opened(self, index: int) -> Shard:
         self._check(index)
         path = _data_file(self.folder, index)
         try:
-            return _Shard(path, self.header)
+            return Shard(path, self.header)
         except (SafetensorError, KeyError) as error:
             fix = _make_again(self.folder, self.header, index)
             raise BadArtifact(path, f"it is no shard of a cache ({error})", fix) from None
 
-    def _locate(self, number: int) -> tuple[_Shard, int]:
+    def _locate(self, number: int) -> tuple[Shard, int]:
         index = bisect_right(self._first_rows, number) - 1
         shard = self._shard(index) if index >= 0 else None
         if shard is None or (at := shard.find(number)) is None:

@@ -50,6 +50,8 @@ class CacheHeader(BaseModel):
     quantised: bool
     max_length: int
     rows_per_shard: int
+    probe: tuple[float, ...] | None = None
+    """Log-probabilities of the tokens of a known text, by which a served model is known again."""
     provenance: dict[str, Any]
 
     @property

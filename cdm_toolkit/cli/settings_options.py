@@ -131,7 +131,7 @@ def _default(value: ast.expr | None, constants: Mapping[str, Any]) -> str | None
     match value:
         case ast.Name(id=name):
             return str(constants[name]) if name in constants else None
-        case ast.Constant(value=None | False) | None:
+        case ast.Constant(value=None | False) | ast.Tuple(elts=[]) | None:
             return None
         case ast.Constant(value=True):
             return "on"

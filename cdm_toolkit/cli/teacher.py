@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _RECORD = ("distill/write_teacher_cache.py", "CacheSettings")
 _option = functools.partial(record_option, *_RECORD)
+_server_option = functools.partial(record_option, "distill/teacher_settings.py", "TeacherConfig")
 
 app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's log-probabilities.")
 
@@ -100,6 +101,77 @@ def info(
         return
     shards = ("shards", f"{len(found.notes)}, all as they were written")
     screen.print_table(None, ("what", "figure"), [*_facts(found.header), *_size_lines(sizes), shards])
+
+
+@app.command()
+def check(
+    url: Annotated[list[str], _server_option("url", "--url")],
+    model: Annotated[str, typer.Option("--model", help="The name that the server has for it.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="An alias, a folder or a hub id; the model's unless given."),
+    ] = None,
+    engine: Annotated[str | None, _server_option("engine")] = None,
+    api_key_env: Annotated[str | None, _server_option("api_key_env")] = None,
+    in_flight: Annotated[int | None, _server_option("in_flight")] = None,
+    timeout: Annotated[float | None, _server_option("timeout")] = None,
+    k: Annotated[int, typer.Option("-k", "--top-k", help="Candidates to ask for at each token.")] = 100,
+    texts: Annotated[int, typer.Option("--texts", help="Texts of the package's own to score.", min=1)] = 32,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="A model in memory to compare with: an alias, a folder or a hub id."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """See whether a server can be a teacher: its tokenizer, the candidates that it gives, its speed.
+
+    Example: cdm teacher check --url http://localhost:8000 --model smollm2
+    """
+    from dataclasses import asdict
+
+    from cdm_toolkit.artifacts.settings import make
+    from cdm_toolkit.distill.served_teacher import server_settings
+    from cdm_toolkit.distill.sources import read_rows
+    from cdm_toolkit.distill.teacher_settings import TeacherConfig
+    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.hub.tokenizers import load_tokenizer
+    from cdm_toolkit.kd.tokenized_rows import tokenizer_side
+    from cdm_toolkit.teachers.check_server import check_servers
+
+    optional = {"engine": engine, "api_key_env": api_key_env, "in_flight": in_flight, "timeout": timeout}
+    said: dict[str, Any] = {"kind": "served", "url": url, "model": model, "tokenizer": tokenizer}
+    said |= {name: value for name, value in optional.items() if value is not None}
+    config = make(TeacherConfig, said, source="the command line")
+    loaded = load_tokenizer(config.tokenizer_name)
+    side = tokenizer_side(loaded.tokenizer, loaded.view)
+    rows = read_rows("sample:train")[:texts]
+    with screen.counted("asking the server") as progress:
+        found = check_servers(
+            server_settings(config),
+            side,
+            [f"{row.prompt} {row.completion}" for row in rows],
+            k=k,
+            model=None if against is None else load_model(against),
+            on_text=lambda done: progress(done, len(rows)),
+        )
+    for note in found.notes:
+        screen.warn(note)
+    if as_json:
+        screen.print_json(asdict(found) | {"tokens_per_second": found.tokens_per_second})
+        return
+    lines = [
+        ("tokenizer", f"{loaded.view.name}, as the server has it"),
+        ("candidates", f"{found.k} at each token"),
+        ("likelihood", f"{found.bits_per_byte:.2f} bits per byte of an English text"),
+        ("speed", f"{found.tokens_per_second:,.0f} tokens/s ({found.texts} texts, {found.tokens:,} tokens)"),
+        ("received", f"{found.bytes_per_token:,.0f} bytes a token"),
+    ]
+    if (agreement := found.agreement) is not None:
+        apart = f"{agreement.mean:.2g} nats a token apart in the mean, {agreement.largest:.2g} at most"
+        lines.append(
+            (f"against {against}", f"{apart}; the likeliest token is the same at {agreement.same_best:.1%}")
+        )
+    screen.print_table(None, ("what", "figure"), lines)
 
 
 def _facts(header: CacheHeader) -> list[tuple[str, str]]:

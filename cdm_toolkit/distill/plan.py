@@ -76,8 +76,9 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     Raises what `run` raises before its first step.
     """
     _ = config.train.torch_device  # a device that is not here is told before anything is read
-    prepared = prepare(config, Rows(config.data.all_sources, config.train.seed), on_progress)
-    with tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
+    rows = Rows(config.data.all_sources, config.train.seed)
+    prepared = prepare(config, rows, on_progress, keep_answers=False)
+    with prepared.opened, tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))
         ce, teachers, looked_at = _look(prepared, trainer, on_progress)
     epoch, batches = _epoch(trainer)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from cdm_toolkit.distill.heldout import SomeRows, Spelled, TextKeys, chosen_shar
 from cdm_toolkit.distill.logs import EvalLog, StepLog
 from cdm_toolkit.distill.model_entropies import ModelEntropies
 from cdm_toolkit.distill.sampler import rows_of_epoch
+from cdm_toolkit.distill.served_teacher import AnswersOf, connected, served
 from cdm_toolkit.distill.sharding import device_to_load_on
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, Heldout, Mixture, TeacherObjective
@@ -36,6 +39,7 @@ from cdm_toolkit.kd.settings import DEFAULT_TOP_K
 from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, template_notes, tokenizer_side
 from cdm_toolkit.teachers.cached import Cached, check_rows, open_cache
 from cdm_toolkit.teachers.local import Local
+from cdm_toolkit.teachers.served import Connection, Served
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int64
@@ -73,6 +77,7 @@ class Prepared:
     """A run before its first step."""
 
     config: DistillConfig
+    rows: Rows
     student: PreTrainedModel
     student_tokenizer: Loaded
     teacher_tokenizers: tuple[Loaded, ...]
@@ -83,6 +88,27 @@ class Prepared:
     mixture: Mixture
     heldout: Heldout | None
     warnings: tuple[str, ...]
+    opened: ExitStack
+    """Connections to servers."""
+
+    @property
+    def served(self) -> tuple[Served, ...]:
+        """Give the teachers behind servers, as they are asked about rows to train on."""
+        return tuple(each.teacher for each in self.objectives if isinstance(each.teacher, Served))
+
+    def close(self) -> None:
+        """Write what servers have answered, and close the connections to them."""
+        self.opened.close()
+
+    def finish_answers(self) -> None:
+        """Make teacher caches of the answers of servers, where all that the run trains on is there."""
+        numbers: list[int] = []
+        for nth, objective in enumerate(self.objectives):
+            teacher = objective.teacher
+            if isinstance(teacher, Served) and teacher.cache is not None:
+                numbers = numbers or [row.number for row in self.rows]
+                needed = [row.row for row in self.features if len(row.teachers[nth].groups)]
+                teacher.cache.finish(numbers, needed)
 
     def trainer(
         self,
@@ -92,6 +118,8 @@ class Prepared:
         on_evaluation: Callable[[int, int, EvalLog | None], None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> DistillTrainer:
+        for teacher in self.served:
+            teacher.stopping = stopping
         return DistillTrainer(
             self.student,
             arguments,
@@ -117,17 +145,31 @@ class Prepared:
         return student
 
 
-def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepared:
-    """Tokenize, align and load.
+def prepare(
+    config: DistillConfig, rows: Rows, on_progress: OnProgress, *, keep_answers: bool = True
+) -> Prepared:
+    """Tokenize, align and load. Without `keep_answers` what servers answer is not written anywhere.
 
-    Raises the errors of models and tokenizers, NothingToTrain, BadOption, BadRow for a held-out row that is trained on.
+    Raises the errors of models, tokenizers and servers, NothingToTrain, BadOption, BadRow for a held-out row that is
+    trained on.
     """
+    with ExitStack() as opened:
+        return _prepared(config, rows, on_progress, keep_answers, opened)
+
+
+def _prepared(
+    config: DistillConfig, rows: Rows, on_progress: OnProgress, keep_answers: bool, opened: ExitStack
+) -> Prepared:
     others = _other_rows(config, rows)
     student_tokenizer = load_tokenizer(config.student)
     tokenizers = tuple(load_tokenizer(teacher.tokenizer_name) for teacher in config.teachers)
     pairs = tuple(_pair(tokenizer, student_tokenizer, config, on_progress) for tokenizer in tokenizers)
-    for teacher, pair in zip(config.teachers, pairs, strict=True):
+    connections: dict[int, Connection] = {}
+    for nth, (teacher, pair) in enumerate(zip(config.teachers, pairs, strict=True)):
         _check_method(teacher, pair)
+        if teacher.kind == "served":
+            connections[nth] = connected(teacher, pair)
+            opened.callback(connections[nth].client.close)
     models = _Models(config, on_progress)
     student_side = tokenizer_side(student_tokenizer.tokenizer, student_tokenizer.view)
     sides = [
@@ -165,9 +207,18 @@ def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepa
         heldout = _heldout(config, rows, SomeRows(every, np.flatnonzero(chosen)), student_side)
     student = models.student
     _check(student, config.student, student_tokenizer, [each.student_lengths for each in read])
-    data = _Data(rows, read, models)
+    data = _Data(rows, others, read, models, connections, keep_answers)
+    objectives = tuple(
+        _objective(nth, pair, tokenizer, data)
+        for nth, (pair, tokenizer) in enumerate(zip(pairs, tokenizers, strict=True))
+    )
+    for each in objectives:
+        for asked in {each.teacher, each.heldout}:
+            if isinstance(asked, Served) and asked.cache is not None:
+                opened.callback(asked.cache.flush)
     return Prepared(
         config=config,
+        rows=rows,
         student=_adapted(student, config),
         student_tokenizer=student_tokenizer,
         teacher_tokenizers=tokenizers,
@@ -178,17 +229,16 @@ def prepare(config: DistillConfig, rows: Rows, on_progress: OnProgress) -> Prepa
             tuple((pair.name_t, pair.name_s) for pair in pairs),
             packing=models.packing(),
         ),
-        objectives=tuple(
-            _objective(nth, pair, tokenizer, data)
-            for nth, (pair, tokenizer) in enumerate(zip(pairs, tokenizers, strict=True))
-        ),
+        objectives=objectives,
         mixture=_mixture(config, rows, features),
         heldout=heldout,
         warnings=(
             *_warnings(config, counts, pairs),
             *notes,
             *template_notes(student_side, sides, config.data.template),
+            *(note for connection in connections.values() for note in connection.notes),
         ),
+        opened=opened.pop_all(),
     )
 
 
@@ -226,7 +276,6 @@ def _heldout(
         mixture=_alphas(config, rows),
         spelled=Spelled.of(side, rows, features, config.data.template),
         counts=(int(features.label_counts.sum()), *groups.tolist()),
-        asked=tuple(config.eval.share is not None or teacher.kind != "cached" for teacher in config.teachers),
         fingerprint=digest.hexdigest(),
         settings=config.eval,
     )
@@ -265,14 +314,18 @@ def _pair(teacher: Loaded, student: Loaded, config: DistillConfig, on_progress: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Data:
-    """What teachers are asked about, and the models that are there to ask.
+    """What teachers are asked about, and the models and connections that are there to ask.
 
-    `read` are the features of the rows, and those of other rows that are held out, where there are any.
+    `others` are rows that are held out, where they are not of the data; `read` are the features of the rows, and those
+    of the others.
     """
 
     rows: Rows
+    others: Rows | None
     read: Sequence[AlignedDataset]
     models: _Models
+    connections: Mapping[int, Connection]
+    keep_answers: bool
 
 
 def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) -> TeacherObjective:
@@ -284,19 +337,45 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
     config, device = run.teachers[nth], run.train.torch_device
     options, kind = config.method_options, config.method_class
     teacher: Teacher
+    heldout: Teacher | None
     if config.kind == "cached":
         assert config.cache is not None
         cache = open_cache(config.cache, pair.teacher, data.rows, run.data.template)
         check_rows(cache, data.read[0], nth)
-        if kind.reads_top_k() and options.get("top_k") is None:
-            options["top_k"] = min(DEFAULT_TOP_K, cache.k, pair.vocab_t, pair.vocab_s)
+        _at_most(options, kind, pair, cache.k)
         teacher = Cached(cache)
+        heldout = teacher if data.others is None else None  # a cache has no others
+    elif config.kind == "served":
+        connection = data.connections[nth]
+        _at_most(options, kind, pair, connection.k)
+        teacher = served(config, connection, pair.teacher, run.data, _answers(nth, data))
+        heldout = teacher
+        if data.others is not None:
+            heldout = served(config, connection, pair.teacher, run.data, _answers(nth, data, data.others))
     else:
-        teacher = Local(_teacher(data.models, nth, tokenizer, data.read), vocab=pair.vocab_t)
+        teacher = heldout = Local(_teacher(data.models, nth, tokenizer, data.read), vocab=pair.vocab_t)
     method: Method[Any, Any] = kind(pair, **options).to(device)
-    if isinstance(teacher, Cached):
+    if not isinstance(teacher, Local):
         teacher.check(method.signal_request)
-    return TeacherObjective(config.model, teacher, method, config.weight)
+    return TeacherObjective(config.model, teacher, method, config.weight, heldout)
+
+
+def _at_most(options: dict[str, Any], kind: type[Method[Any, Any]], pair: TokenizerPair, k: int) -> None:
+    """Take as many candidates as a teacher has, where the method asks for no number of them."""
+    if kind.reads_top_k() and options.get("top_k") is None:
+        options["top_k"] = min(DEFAULT_TOP_K, k, pair.vocab_t, pair.vocab_s)
+
+
+def _answers(nth: int, data: _Data, others: Rows | None = None) -> AnswersOf | None:
+    """Say where the answers of the `nth` teacher are kept: about the data's rows, or about others that are held out."""
+    if not data.keep_answers:
+        return None
+    run = data.models.config
+    folder = Path(run.teachers[nth].cache or Path(run.output) / f"answers-of-teacher-{nth}")
+    if others is None:
+        return AnswersOf(folder, data.rows, run.data.name)
+    assert run.eval is not None
+    return AnswersOf(folder / "held-out", others, run.eval.name)
 
 
 class _Models:

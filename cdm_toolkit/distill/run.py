@@ -25,9 +25,10 @@ from cdm_toolkit.distill.settings import DistillConfig
 from cdm_toolkit.distill.sharding import check_launch, is_sharded
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
-from cdm_toolkit.errors import BadOption, FileProblem, Interrupted
+from cdm_toolkit.errors import BadOption, FileProblem, Interrupted, ServerProblem
 from cdm_toolkit.hub.models import model_folder_to_fill, save_model
 from cdm_toolkit.hub.upload import check_login, upload
+from cdm_toolkit.teachers.served import Stopped
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -115,7 +116,20 @@ def _run(
     set_seed(config.train.seed)
     with _main_process_first(config):  # what the first finds in no cache, the others find there
         prepared = prepare(config, rows, on_progress)
-    output = Path(config.output)
+    with prepared.opened:
+        return _trained(prepared, arguments, checkpoint, overwrite, go_on, on_progress, began)
+
+
+def _trained(
+    prepared: Prepared,
+    arguments: TrainingArguments,
+    checkpoint: Path | None,
+    overwrite: bool,
+    go_on: str,
+    on_progress: OnProgress,
+    began: float,
+) -> RunResult:
+    config, output = prepared.config, Path(prepared.config.output)
     if overwrite and arguments.should_save:
         remove_run(output)
     with _told_to_stop() as stopping:
@@ -131,7 +145,12 @@ def _run(
             trainer.read_logs(checkpoint)
         before = len(trainer.history)
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Stopped:
+            trainer.save_now()
+        except ServerProblem as error:
+            raise _kept(error, trainer, output) from None
         ended = time.perf_counter()
     steps, planned = trainer.state.global_step, trainer.state.max_steps
     if steps < planned and not trainer.stopped_early:
@@ -152,6 +171,8 @@ def _run(
         stopped_early=trainer.stopped_early,
     )
     on_progress(Progress("save", 0, 1))
+    if trainer.args.should_save:
+        prepared.finish_answers()
     _write(trainer, prepared, result)
     repository = config.train.hub_repository
     if repository and trainer.args.should_save:
@@ -159,6 +180,16 @@ def _run(
         result = replace(result, uploaded=upload(output, repository, private=private))
     on_progress(Progress("save", 1, 1))
     return result
+
+
+def _kept(error: ServerProblem, trainer: DistillTrainer, output: Path) -> ServerProblem:
+    """Write a checkpoint where a server has failed, and say so in the error."""
+    trainer.save_now()
+    checkpoint = last_checkpoint(output)
+    if checkpoint is None:
+        return error
+    fix = error.fix if "resume" in error.fix else f"{error.fix}, then go on with `resume`"
+    return ServerProblem(error.url, error.problem, f"{fix} ({checkpoint} has what is done)")
 
 
 def _main_process_first(config: DistillConfig) -> AbstractContextManager[None]:

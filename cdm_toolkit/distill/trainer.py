@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -28,18 +30,19 @@ from cdm_toolkit.distill.logs import (
     read_history,
     write_logs,
 )
-from cdm_toolkit.distill.output_folder import check_seal, last_checkpoint, seal_checkpoint
+from cdm_toolkit.distill.output_folder import SEAL, check_seal, last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.sharding import shard_frozen
 from cdm_toolkit.distill.step_times import StepTimes
 from cdm_toolkit.errors import BadOption, NotFinite, UnknownName
 from cdm_toolkit.forward import logits_at
-from cdm_toolkit.kd.batch import AlignedBatch, AlignedTeacherBatch, Collator
+from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.objective import weighted_loss
 from cdm_toolkit.kd.types import LossSums
 from cdm_toolkit.teachers.local import Local
+from cdm_toolkit.teachers.served import Served
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,15 +56,22 @@ if TYPE_CHECKING:
 LOST = "start the run without `resume`, or go on without `eval`: these are its best weights so far"
 """What to do where the checkpoint of the best evaluation is damaged or gone."""
 
+MOST_AHEAD = 64
+"""Batches that are made ahead of the step, at most, for teachers behind a server."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherObjective:
-    """One teacher's part of the objective: where its signal comes from, the method on it, and its weight."""
+    """One teacher's part of the objective: where its signal comes from, the method on it, and its weight.
+
+    `heldout` is who is asked about held-out rows, None where nobody knows them.
+    """
 
     name: str
     teacher: Teacher
     method: Method[Any, Any]
     weight: float = 1.0
+    heldout: Teacher | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,8 +124,6 @@ class Heldout:
     spelled: Spelled
     counts: tuple[int, ...]
     """Labels, and groups of each teacher, of all rows."""
-    asked: tuple[bool, ...]
-    """Which teachers know the rows."""
     fingerprint: str
     """Of the rows."""
     settings: EvalConfig
@@ -195,6 +203,8 @@ class DistillTrainer(Trainer):
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
         self._times = StepTimes(self.args.device)
+        self._epoch: Iterator[Inputs] | None = None
+        self._batches: Iterator[Inputs] = iter(())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of rows, or batches of tokens."""
@@ -247,7 +257,13 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[Inputs], Tensor]:
         """Take the batches of one optimizer step, and count its labels and groups over all processes."""
         self._times.begin("data")
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if epoch_iterator is not self._epoch:
+            self._epoch = epoch_iterator
+            steps = self.state.max_steps - self.state.global_step
+            last = steps * self.args.gradient_accumulation_steps  # of what the run still reads
+            teachers = [each.teacher for each in self.objectives]
+            self._batches = _asked_ahead(islice(epoch_iterator, last), teachers)
+        batches, _ = super().get_batch_samples(self._batches, num_batches, device)
         counts = torch.tensor(
             [_counts(part.batch) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
             device=device,
@@ -299,14 +315,16 @@ class DistillTrainer(Trainer):
         return loss
 
     def loss_sums(
-        self, model: nn.Module, batch: AlignedBatch, asked: Sequence[bool] | None = None
+        self, model: nn.Module, batch: AlignedBatch, teachers: Sequence[Teacher | None] | None = None
     ) -> LossSums:
-        """Run the teachers, all or those that are `asked`, and the student, and the methods on their logits."""
+        """Run the teachers, those of the objectives unless given, and the student, and the methods on their logits."""
         # the teachers first: their logits are gone before the student keeps anything
         self._times.begin("teacher")
+        if teachers is None:
+            teachers = [objective.teacher for objective in self.objectives]
         inputs = [
-            self._inputs(objective, batch, nth, side) if asked is None or asked[nth] else None
-            for nth, (objective, side) in enumerate(zip(self.objectives, batch.teachers, strict=True))
+            None if teacher is None else self._inputs(teacher, batch, nth)
+            for nth, teacher in enumerate(teachers)
         ]
         self._times.begin("student")
         student = _unwrapped(self.accelerator.unwrap_model(model))
@@ -325,16 +343,15 @@ class DistillTrainer(Trainer):
             shard_frozen(teacher.model)
         return found
 
-    def _inputs(
-        self, objective: TeacherObjective, batch: AlignedBatch, nth: int, side: AlignedTeacherBatch
-    ) -> LossInputs | None:
-        """Ask a teacher; None where the batch has no group for it."""
+    def _inputs(self, teacher: Teacher, batch: AlignedBatch, nth: int) -> LossInputs | None:
+        """Ask the `nth` teacher; None where the batch has no group for it."""
+        side = batch.teachers[nth]
         if side.empty:
             if nth in self._sharded_teachers:
                 self._sharded_teachers[nth].join()
             return None
-        method = objective.method
-        signal = objective.teacher.signal(batch.of_teacher(nth), method.signal_request)
+        method = self.objectives[nth].method
+        signal = teacher.signal(batch.of_teacher(nth), method.signal_request)
         return LossInputs.of(method, signal, batch, side)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -428,13 +445,14 @@ class DistillTrainer(Trainer):
         weights = [objective.weight for objective in self.objectives]
         batches, processes = heldout.batches(self.args.eval_batch_size), self.args.world_size
         collate = _CollatorByAlpha(self._collator, heldout.mixture, processes > 1)
-        for first in range(0, len(batches), processes):
-            nth = first + self.args.process_index
-            # each process runs as many batches as the others: what is too many does not count
-            rows = [heldout.features[row] for row in batches[min(nth, len(batches) - 1)]]
-            for part in collate(rows)["parts"]:
+        teachers = [objective.heldout for objective in self.objectives]
+        mine = [first + self.args.process_index for first in range(0, len(batches), processes)]
+        # each process runs as many batches as the others: what is too many does not count
+        rows = ([heldout.features[row] for row in batches[min(nth, len(batches) - 1)]] for nth in mine)
+        for nth, inputs in zip(mine, _asked_ahead(map(collate, rows), teachers), strict=True):
+            for part in inputs["parts"]:
                 batch = part.batch.to(self.args.device)
-                found = self.loss_sums(model, batch, heldout.asked)
+                found = self.loss_sums(model, batch, teachers)
                 if part.is_dummy or nth >= len(batches):
                     continue
                 loss = weighted_loss(found, alpha=part.alpha, weights=weights, labels=labels, groups=groups)
@@ -442,7 +460,7 @@ class DistillTrainer(Trainer):
                 nats = -(found.label_logprobs * spells).sum()
                 each = [value for kd in found.kd for value in (kd.kd, kd.matched_mass, kd.pairs)]
                 sums += torch.stack([value.detach() for value in (loss, found.ce, nats, *each)])
-            self._on_evaluation(min(first + processes, len(batches)), len(batches), None)
+            self._on_evaluation(min(nth - nth % processes + processes, len(batches)), len(batches), None)
         return self.accelerator.reduce(sums, "sum") if processes > 1 else sums
 
     def _eval_log(self, heldout: Heldout, sums: list[float], seconds: float) -> EvalLog:
@@ -451,12 +469,13 @@ class DistillTrainer(Trainer):
             raise NotFinite("the loss of the held-out rows", self.state.global_step, self._last_good())
         labels, *groups = heldout.counts
         teachers = self._teacher_logs(parts, groups, labels)
+        asked = [objective.heldout is not None for objective in self.objectives]
         made = EvalLog(
             step=self.state.global_step,
-            loss=loss if all(heldout.asked) else None,
+            loss=loss if all(asked) else None,
             ce=ce / labels,
             bits_per_byte=nats / math.log(2) / max(heldout.spelled.bytes, 1),
-            teachers=tuple(log for log, asked in zip(teachers, heldout.asked, strict=True) if asked),
+            teachers=tuple(log for log, is_asked in zip(teachers, asked, strict=True) if is_asked),
             is_best=True,
             seconds=seconds,
         )
@@ -524,6 +543,16 @@ class DistillTrainer(Trainer):
             best = None if self.best is None else str(self._checkpoint(self.best.step))
             rotate_checkpoints(str(checkpoint.parent), limit, best, use_mtime=True)
 
+    def save_now(self) -> None:
+        """Write a checkpoint of the last whole step, where one process trains and there is none yet.
+
+        Several processes would have to stop at the same step.
+        """
+        step = self.state.global_step
+        if step and self.args.world_size == 1 and not (self._checkpoint(step) / SEAL).is_file():
+            self.model.zero_grad()
+            self._save_checkpoint(self.model, None)
+
     def _check_finite(self) -> None:
         """Stop the run where a loss since the last look was not finite."""
         if not self._unseen:
@@ -546,6 +575,26 @@ class DistillTrainer(Trainer):
         return (
             f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was due before it"
         )
+
+
+def _asked_ahead(batches: Iterator[Inputs], teachers: Sequence[Teacher | None]) -> Iterator[Inputs]:
+    """Give batches, while teachers behind a server are asked about those that follow."""
+    served = [(nth, teacher) for nth, teacher in enumerate(teachers) if isinstance(teacher, Served)]
+    ahead: deque[Inputs] = deque()
+    while True:
+        while served and len(ahead) < MOST_AHEAD and all(teacher.has_room for _, teacher in served):
+            if (following := next(batches, None)) is None:
+                break
+            for part in following["parts"]:
+                for nth, teacher in served:
+                    if not part.batch.teachers[nth].empty:
+                        teacher.prefetch(part.batch.of_teacher(nth))
+            ahead.append(following)
+        if not ahead and (following := next(batches, None)) is not None:
+            ahead.append(following)
+        if not ahead:
+            return
+        yield ahead.popleft()
 
 
 def _unwrapped(student: Any) -> Any:

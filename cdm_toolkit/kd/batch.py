@@ -32,8 +32,8 @@ class AlignedTeacherBatch:
     """
 
     inputs: Mapping[str, Tensor]
-    tokens: int
-    """Those of the rows, without padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each row, without padding."""
     groups_per_row: tuple[int, ...]
     tokens_per_row: tuple[int, ...]
     token_positions: Int64[Tensor, " token_t"]
@@ -52,6 +52,11 @@ class AlignedTeacherBatch:
     student_token_group: Int64[Tensor, " token_s"]
     pair: PairId = ("", "")
     names: tuple[str, str] = ("teacher", "student")
+
+    @property
+    def tokens(self) -> int:
+        """Count those of the rows, without padding."""
+        return sum(self.lengths)
 
     @property
     def groups(self) -> int:
@@ -212,7 +217,7 @@ class Collator:
         student_token_rows, student_token_group = _ranges(student_rows, student_rows + end_s - first_s)
         return AlignedTeacherBatch(
             inputs=inputs,
-            tokens=sum(map(len, ids)),
+            lengths=tuple(map(len, ids)),
             groups_per_row=counts,
             tokens_per_row=tuple(np.bincount(token_row, minlength=len(rows)).tolist()),
             token_positions=_tensor(positions),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -56,10 +57,30 @@ def check_rows(cache: TeacherCache, rows: Sequence[AlignedRow], nth: int) -> Non
             raise BadArtifact(cache.folder, problem, "make another cache of this data with `write_cache`")
 
 
+@runtime_checkable
+class CachedRows(Protocol):
+    """Rows that a teacher has scored: a cache, or answers of a server."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they are, for messages."""
+
+    @property
+    def k(self) -> int:
+        """Candidates at a position."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all ids, in their own order."""
+
+    def row(self, number: int) -> CachedRow:
+        """Give a row by its number in the data. BadArtifact where it is not there."""
+
+
 class Cached:
     """Log-probabilities that `write_cache` has stored, in place of a model."""
 
-    def __init__(self, cache: TeacherCache) -> None:
+    def __init__(self, cache: CachedRows) -> None:
         self.cache = cache
 
     def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
@@ -133,7 +154,7 @@ class Cached:
             raise BadArtifact(self.cache.folder, f"{problem}, and {next_ids[differs[0]]} in the batch", fix)
 
     def _top(self, row: CachedRow, at: Int[np.ndarray, " group"], k: int) -> tuple[Tensor, Tensor]:
-        if self.cache.header.encoding == "whole":
+        if self.cache.is_whole:
             best = torch.from_numpy(row.logprobs[at]).topk(k, dim=-1)
             return best.indices, best.values
         ids, logprobs = row.ids[at, :k], row.logprobs[at, :k]

@@ -1,0 +1,122 @@
+"""Teacher cache that is filled while it is used: rows come one by one, in any order, from several processes.
+
+What is not yet a shard of the cache lies in parts, `part-….safetensors`, each written whole. When all rows of a shard
+are there it is written as `TeacherCache` reads it; a cache that has all rows is one as `write_cache` makes it.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+
+from cdm_toolkit.artifacts.atomic import write_whole
+from cdm_toolkit.artifacts.teacher_cache import CachedRow, CacheWriter, Shard, pack_rows, shard_name
+from cdm_toolkit.artifacts.teacher_header import CacheHeader
+
+ROWS_IN_MEMORY = 64
+"""Rows that are lost at most when a process is killed."""
+
+
+class ReadThroughCache:
+    """Rows of a teacher cache that are there so far."""
+
+    def __init__(self, folder: Path, header: CacheHeader) -> None:
+        """Open or begin a cache. BadArtifact where the folder holds another, FileProblem where it cannot be used."""
+        self.folder, self.header = folder, header
+        self._writer = CacheWriter(folder, header)
+        self._fresh: dict[int, CachedRow] = {}
+        self._where: dict[int, tuple[Shard, int]] = {}
+        self._known: set[Path] = set()
+        self._looked_at = 0
+        self._lock = threading.Lock()
+        self._look()
+
+    def __len__(self) -> int:
+        return len(self._where.keys() | self._fresh.keys())
+
+    @property
+    def size(self) -> int:
+        """Size of all files in bytes."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    def row(self, number: int) -> CachedRow | None:
+        """Give a row, also one that another process has written; None where it is not there."""
+        with self._lock:
+            if (fresh := self._fresh.get(number)) is not None:
+                return fresh
+            if number not in self._where:
+                self._look()
+            found = self._where.get(number)
+        return found and found[0].row(found[1])
+
+    def put(self, row: CachedRow) -> None:
+        """Keep a row. FileProblem where it cannot be written."""
+        with self._lock:
+            self._fresh[row.number] = row
+        if len(self._fresh) >= ROWS_IN_MEMORY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is in memory."""
+        with self._lock:
+            rows = [self._fresh[number] for number in sorted(self._fresh)]
+            if not rows:
+                return
+            path = self.folder / f"part-{uuid.uuid4().hex}.safetensors"
+            write_whole(path, pack_rows(self.header, rows))
+            self._fresh.clear()
+            self._add(path)
+
+    def finish(self, numbers: Sequence[int], needed: Collection[int]) -> bool:
+        """Make shards of the parts where every `needed` row is there, out of the `numbers` of all rows of the data.
+
+        Rows that nobody needs are empty in them. Gives whether they were made.
+        """
+        self.flush()
+        self._look()
+        if not self._where.keys() >= set(needed):
+            return False
+        for index in range(self.header.shards):
+            if self._writer.state(index) != "whole":
+                size = self.header.rows_per_shard
+                of_shard = numbers[index * size : (index + 1) * size]
+                self._writer.write(index, [self.row(number) or self._empty(number) for number in of_shard])
+        self._where.clear()
+        for path in self.folder.glob("part-*.safetensors"):
+            path.unlink(missing_ok=True)
+        self._known.clear()
+        self._look()
+        return True
+
+    def _empty(self, number: int) -> CachedRow:
+        none = np.empty((0, self.header.k), np.float32)
+        return CachedRow(number, np.empty(0, np.int32), 0, none.astype(np.int32), none, none.sum(1))
+
+    def _look(self) -> None:
+        """Find the rows of files that are not known yet."""
+        changed = self.folder.stat().st_mtime_ns
+        if changed == self._looked_at:
+            return
+        self._looked_at = changed
+        for index in range(self.header.shards):
+            path = self.folder / f"{shard_name(index)}.safetensors"
+            if path not in self._known and self._writer.state(index) == "whole":
+                self._add(path)
+        for path in self.folder.glob("part-*.safetensors"):
+            if path not in self._known:
+                self._add(path)
+
+    def _add(self, path: Path) -> None:
+        try:
+            shard = Shard(path, self.header)
+        except (SafetensorError, KeyError, OSError):
+            path.unlink(missing_ok=True)  # its rows are asked for again
+            return
+        self._known.add(path)
+        for at, number in enumerate(shard.numbers.tolist()):
+            self._where[number] = (shard, at)

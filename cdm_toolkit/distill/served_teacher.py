@@ -1,0 +1,126 @@
+"""A run's teacher behind a server: connected before a model is loaded, its answers kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
+from cdm_toolkit.artifacts.provenance import provenance
+from cdm_toolkit.artifacts.read_through_cache import ReadThroughCache
+from cdm_toolkit.artifacts.teacher_cache import read_header
+from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, CacheHeader
+from cdm_toolkit.errors import BadArtifact
+from cdm_toolkit.kd.settings import DEFAULT_TOP_K
+from cdm_toolkit.kd.tokenized_rows import template_fingerprint
+from cdm_toolkit.teachers.scoring_client import SAME_MODEL, ServerSettings
+from cdm_toolkit.teachers.served import Connection, Served, connect
+
+if TYPE_CHECKING:
+    from cdm_toolkit.distill.settings import DataConfig
+    from cdm_toolkit.distill.sources import Rows
+    from cdm_toolkit.distill.teacher_settings import TeacherConfig
+    from cdm_toolkit.kd.pair import TokenizerPair
+    from cdm_toolkit.kd.tokenized_rows import TokenizerSide
+
+ROWS_PER_SHARD = 256
+
+
+def server_settings(config: TeacherConfig) -> ServerSettings:
+    """Take what a teacher's settings say of its servers."""
+    return ServerSettings(
+        urls=config.url,
+        model=config.model,
+        engine=config.engine,
+        api_key_env=config.api_key_env,
+        in_flight=config.in_flight,
+        timeout=config.timeout,
+        patience=config.patience,
+    )
+
+
+def connected(config: TeacherConfig, pair: TokenizerPair) -> Connection:
+    """Connect to the servers of a teacher. Raises as `teachers.served.connect`."""
+    method, k = config.method_class, 1
+    wanted = config.method_options.get("top_k")
+    if method.reads_top_k():
+        k = wanted or min(DEFAULT_TOP_K, pair.vocab_t, pair.vocab_s)
+    return connect(server_settings(config), pair.teacher, k=k, at_most=wanted is None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AnswersOf:
+    """Rows whose answers are kept, and the folder for them."""
+
+    folder: Path
+    rows: Rows
+    data: str
+    """What the rows are called."""
+
+
+def served(
+    config: TeacherConfig,
+    connection: Connection,
+    side: TokenizerSide,
+    data: DataConfig,
+    answers: AnswersOf | None,
+) -> Served:
+    """Make the teacher of a run; without `answers` nothing is kept. BadArtifact for a cache of other answers."""
+    cache = None
+    if answers is not None:
+        header = _header(config, connection, side, data, answers)
+        _check_there(answers.folder, header, connection, is_own=config.cache is None)
+        cache = ReadThroughCache(answers.folder, header)
+    return Served(connection.client, k=connection.k, cache=cache)
+
+
+def _header(
+    config: TeacherConfig, connection: Connection, side: TokenizerSide, data: DataConfig, answers: AnswersOf
+) -> CacheHeader:
+    named = {"tokenizer": side.view.fingerprint, "data": answers.rows.fingerprint}
+    return CacheHeader(
+        code=code_fingerprint(*FORMAT.code),
+        model=config.model,
+        # of the weights nothing is known: the probe tells one model from another
+        model_fingerprint=hashlib.sha256(f"served {config.model}".encode()).hexdigest(),
+        teacher_dtype="served",
+        tokenizer=side.view.name,
+        tokenizer_fingerprint=side.view.fingerprint,
+        vocab=side.view.vocab_size,
+        data=answers.data,
+        data_fingerprint=answers.rows.fingerprint,
+        rows=len(answers.rows),
+        limit=None,
+        template=data.template,
+        template_fingerprint=template_fingerprint(side, data.template),
+        k=connection.k,
+        dtype="float32",  # as the servers' own: a row is the same when it comes from here
+        quantised=False,
+        max_length=data.max_length,
+        rows_per_shard=ROWS_PER_SHARD,
+        probe=connection.probe,
+        provenance=dict(provenance(fingerprints=named)),
+    )
+
+
+def _check_there(folder: Path, header: CacheHeader, connection: Connection, *, is_own: bool) -> None:
+    """See that answers that are there are this model's, for these rows; those of an earlier run of the same output
+    folder are removed where they are not (`is_own`). BadArtifact."""
+    if not (folder / HEADER_FILE).is_file():
+        return
+    there = read_header(folder)
+    differences = there.differences(header)
+    probe = there.probe or ()
+    apart = [abs(a - b) for a, b in zip(probe, connection.probe, strict=False)]
+    if len(probe) != len(connection.probe) or sum(apart) > SAME_MODEL * len(apart):
+        differences.append(f"its answers are of another {header.model} than is served now")
+    if differences and is_own:
+        shutil.rmtree(folder)
+    elif differences:
+        problem = f"it holds other answers: {'; '.join(differences)}"
+        raise BadArtifact(
+            folder, problem, "give another folder as `cache`, or serve the model that they are of"
+        )
