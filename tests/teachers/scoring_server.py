@@ -7,7 +7,7 @@ of a real vLLM. t is a position of the prompt, from 0.
 
 vLLM, POST /v1/completions
   prompt            ids, texts, or lists of these: one choice for each. `model` may be left out.
-  max_tokens        at least 1 ("max_tokens must be at least 1"), but for 0 with `echo`, where it generates one anyway.
+  max_tokens        at least 1, but for 0 with `echo`, where it generates one and does not show it.
   prompt_logprobs   k. choices[i].prompt_logprobs[0] is null. At t ≥ 1 {"id": {logprob, rank, decoded_token}}: first the
                     token that stands at t, wherever it ranks, then the k likeliest, in order; k entries where it is one
                     of them, else k + 1. 0 gives the token alone, −1 the vocabulary. All positions, always: no range of
@@ -16,13 +16,13 @@ vLLM, POST /v1/completions
                     penalties do not touch them. −inf is −9999.0. NaN is no JSON: HTTP 400.
   ids               of all columns of the model, so also those past the end of the tokenizer's vocabulary.
   errors            {"error": {"message", "type", "param", "code"}}. 400 BadRequestError for k above --max-logprobs (20,
-                    −1 no cap), a prompt as long as the context or longer, an id outside the vocabulary; 400 "Bad
-                    Request" for what is not of the form, `stream` with prompt_logprobs too; 404 NotFoundError for
-                    another model; 401 {"error": "Unauthorized"} for paths under /v1 without the key.
-  beam search       gives no prompt log-probabilities (null).
+                    −1 no cap), an id outside the vocabulary, a prompt longer than the context, what is not of the form,
+                    `stream` with prompt_logprobs; a prompt as long as the context is told that max_tokens is 0. 404
+                    NotFoundError for another model; 401 {"error": "Unauthorized"} for paths under /v1 without the key.
+  use_beam_search   gives no prompt log-probabilities (null).
   others            GET /v1/models (id, root, max_model_len), /version, /health (empty); POST /tokenize ({prompt,
                     add_special_tokens} → {tokens, count, max_model_len, token_strs}), /detokenize ({tokens} →
-                    {prompt}).
+                    {prompt}). A connection is closed after 5 idle seconds (so SGLang's).
 
 SGLang, POST /generate
   input_ids         one prompt, or a list of them: one answer, or a list. There is no `model` in it.
@@ -228,6 +228,8 @@ class ScoringServer:
             }
             pages |= {"/model_info": info, "/get_model_info": info}
             pages["/server_info"] = {"version": VERSION["sglang"], "max_total_num_tokens": 1 << 16}
+        if path == SCORING[self.engine]:
+            raise Refused(405, {"detail": "Method Not Allowed"})
         if path not in pages:
             raise Refused(404, {"detail": "Not Found"})
         return pages[path]
@@ -257,51 +259,70 @@ class ScoringServer:
     # vLLM
 
     def _completions(self, body: Any) -> Any:
-        if body.get("model", self.name) != self.name:
-            says = f"The model `{body['model']}` does not exist. Valid aliases: {self.name}."
-            raise _vllm_error(says, "model", "NotFoundError", 404)
+        if (model := body.get("model")) not in (None, self.name):
+            says = f"The model `{model}` does not exist. Valid aliases: {self.name}."
+            raise _vllm_error(says, "model", status=404)
+        if body.get("prompt") in (None, ""):
+            raise _vllm_error("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
         k = body.get("prompt_logprobs")
-        if k is not None and (not isinstance(k, int) or k < -1 or (body.get("stream") and k)):
+        if k is not None and not isinstance(k, int):
+            raise _vllm_error("`prompt_logprobs` must be an integer.", "prompt_logprobs", k)
+        if k and body.get("stream"):
             says = "`prompt_logprobs` are not available when `stream=True`."
-            if not isinstance(k, int) or k < -1:
-                says = "`prompt_logprobs` must be a positive value or -1."
-            raise _vllm_error(f"1 validation error:\n  Value error, {says}", "prompt_logprobs", "Bad Request")
-        prompts = _prompts(body, self.tokenizer)
-        for ids in prompts:
-            self._check_vllm(ids, body, k)
-        choices = []
-        for index, ids in enumerate(prompts):
-            logprobs = self._logprobs(ids)
-            following = int(logprobs[-1].argmax())
-            choice = {"index": index, "text": self._text(following), "logprobs": None}
-            choice |= {"finish_reason": "length", "stop_reason": None, "token_ids": None}
-            beams = k is None or body.get("use_beam_search")
-            choice["prompt_logprobs"] = None if beams else self._prompt_logprobs(ids, logprobs, int(k or 0))
-            choices.append(choice | {"prompt_token_ids": ids if body.get("return_token_ids") else None})
-        count = sum(map(len, prompts))
-        usage = {"prompt_tokens": count, "total_tokens": count + 1, "completion_tokens": 1}
-        answer = {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": self.name}
-        try:
-            return json.dumps(answer | {"choices": choices, "usage": usage}, allow_nan=False).encode()
-        except ValueError as error:
-            raise _vllm_error(str(error), None) from None
-
-    def _check_vllm(self, ids: Sequence[int], body: Any, k: int | None) -> None:
-        length, context = len(ids), self.max_model_len
-        if self.vocab is not None and ids and max(ids) >= self.vocab:
-            raise _vllm_error(f"Token id {max(ids)} is out of vocabulary", "prompt")
-        if length > context - body.get("max_tokens", 16):
-            says = f"This model's maximum context length is {context} tokens. However, you requested"
-            says += (
-                f" {body.get('max_tokens', 16)} output tokens and your prompt contains {length} input tokens"
-            )
-            raise _vllm_error(says, "input_tokens")
-        if body.get("max_tokens", 16) < 1 and not body.get("echo"):
-            raise _vllm_error(f"max_tokens must be at least 1, got {body['max_tokens']}.", "max_tokens")
-        if self.max_logprobs != -1 and k and (k if k > 0 else self.vocab or 1 << 30) > self.max_logprobs:
-            asked = k if k > 0 else self.vocab
-            says = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs}"
             raise _vllm_error(says, "prompt_logprobs")
+        if k is not None and k < -1:
+            raise _vllm_error("`prompt_logprobs` must be a positive value or -1.", "prompt_logprobs", k)
+        prompts = _prompts(body, self.tokenizer)
+        if not prompts or not all(prompts):
+            raise _vllm_error("You must pass at least one prompt")
+        for ids in prompts:
+            self._check_vllm(ids, body, k or 0)
+        answer = {
+            "id": "cmpl-0",
+            "object": "text_completion",
+            "created": 0,
+            "model": self.name,
+            "choices": [self._choice(index, ids, body, k) for index, ids in enumerate(prompts)],
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": len(prompts)},
+        }
+        try:
+            return json.dumps(answer, allow_nan=False).encode()
+        except ValueError as error:
+            raise _vllm_error(str(error)) from None
+
+    def _choice(self, index: int, ids: list[int], body: Any, k: int | None) -> dict[str, Any]:
+        logprobs = self._logprobs(ids)
+        following = int(logprobs[-1].argmax())
+        echoed = "" if self.tokenizer is None or not body.get("echo") else self.tokenizer.decode(ids)
+        with_ids, beams = body.get("return_token_ids"), body.get("use_beam_search")
+        return {
+            "index": index,
+            "text": echoed + ("" if body.get("max_tokens") == 0 else self._text(following) or ""),
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": [following] if with_ids else None,
+            "prompt_logprobs": None if k is None or beams else self._prompt_logprobs(ids, logprobs, k),
+            "prompt_token_ids": ids if with_ids else None,
+        }
+
+    def _check_vllm(self, ids: Sequence[int], body: Any, k: int) -> None:
+        length, context, new = len(ids), self.max_model_len, body.get("max_tokens", 16)
+        if length > context:
+            count = f"at least {length}" if length == context + 1 else length
+            says = f"This model's maximum context length is {context} tokens. However, your prompt contains {count}"
+            says += " input tokens, which exceeds this limit even without any output tokens. Please reduce the length"
+            raise _vllm_error(f"{says} of the input prompt.", "input_tokens", length)
+        if self.vocab is not None and max(ids) >= self.vocab:
+            raise _vllm_error(f"Token id {max(ids)} is out of vocabulary")
+        if (new := min(new, context - length)) < 1 and not body.get("echo"):
+            raise _vllm_error(f"max_tokens must be at least 1, got {new}.", "max_tokens", new)
+        asked = (self.vocab or 1 << 30) if k == -1 else k
+        if asked > self.max_logprobs != -1:
+            says = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs}"
+            raise _vllm_error(says, "prompt_logprobs", asked)
 
     def _prompt_logprobs(self, ids: Sequence[int], logprobs: torch.Tensor, k: int) -> list[Any]:
         count = logprobs.shape[1] if k == -1 else k
@@ -415,8 +436,11 @@ def _prompts(body: Any, tokenizer: Any = None) -> list[list[int]]:
     return [tokenizer.encode(one) if isinstance(one, str) else list(one) for one in each]
 
 
-def _vllm_error(message: str, param: str | None, kind: str = "BadRequestError", status: int = 400) -> Refused:
-    return Refused(status, {"error": {"message": message, "type": kind, "param": param, "code": status}})
+def _vllm_error(says: str, param: str | None = None, value: Any = None, *, status: int = 400) -> Refused:
+    if param not in (None, "model"):
+        says += f" (parameter={param}{'' if value is None else f', value={value}'})"
+    kind = "NotFoundError" if status == 404 else "BadRequestError"
+    return Refused(status, {"error": {"message": says, "type": kind, "param": param, "code": status}})
 
 
 def _flat(values: torch.Tensor, ids: torch.Tensor, as_base64: bool) -> dict[str, Any]:

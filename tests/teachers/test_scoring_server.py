@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, IncompleteRead, RemoteDisconnected
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scoring_server import SCORING, Engine, ScoringServer
 
+from cdm_toolkit.errors import SourceNotFound
+from cdm_toolkit.hub.models import load_model
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+REAL = json.loads((Path(__file__).parents[1] / "data/vllm_answers.json").read_text(encoding="utf-8"))[
+    "answers"
+]
 VOCAB = 11
 
 
@@ -98,6 +106,49 @@ def test_sglang_gives_positions_from_a_start_the_first_without_a_score(start: in
         assert told.tolist() == best.reshape(-1).tolist()
 
 
+@pytest.fixture(scope="module")
+def smollm2() -> Iterator[ScoringServer]:
+    try:
+        model = load_model("smollm2")
+    except SourceNotFound as error:
+        pytest.skip(str(error))
+    tokenizer = load_tokenizer("smollm2").tokenizer
+    with ScoringServer(model, vocab=model.config.vocab_size, max_logprobs=128, tokenizer=tokenizer) as server:
+        yield server
+
+
+@pytest.mark.parametrize("real", REAL, ids=lambda real: real["name"])
+def test_answers_as_a_real_vllm(smollm2: ScoringServer, real: dict[str, Any]) -> None:
+    body = real["body"]
+    if body and isinstance(body.get("prompt"), dict):
+        body = body | {"prompt": [body["prompt"]["id"]] * body["prompt"]["times"]}
+    status, answer = ask(smollm2, real["path"], body)
+    assert status == real["status"]
+    if "choices" not in real["answer"]:
+        known = ("created", "root", "permission")
+        assert without(answer, *known) == without(real["answer"], *known)
+        return
+    choices = real["answer"]["choices"][: 1 if body.get("use_beam_search") else None]
+    for here, there in zip(answer["choices"], choices, strict=True):
+        assert here["finish_reason"] == there["finish_reason"]
+        assert here["prompt_token_ids"] == there["prompt_token_ids"]
+        positions = zip(here["prompt_logprobs"] or [], there["prompt_logprobs"] or [], strict=True)
+        for mine, others in positions:
+            assert (mine is None) == (others is None)
+            assert list(mine or ()) == list(others or ())
+            for id_, entry in (others or {}).items():
+                assert without(mine[id_], "logprob", "rank") == without(entry, "logprob", "rank")
+                assert mine[id_]["logprob"] == pytest.approx(entry["logprob"], abs=1e-4)
+                assert mine[id_]["rank"] == pytest.approx(entry["rank"], rel=1e-3)
+
+
+def without(value: Any, *names: str) -> Any:
+    """Leave out names, on all levels."""
+    if isinstance(value, dict):
+        return {name: without(each, *names) for name, each in value.items() if name not in names}
+    return [without(each, *names) for each in value] if isinstance(value, list) else value
+
+
 def test_vllm_refuses() -> None:
     with ScoringServer(logprobs, vocab=VOCAB, max_logprobs=5, max_model_len=8, api_key="key") as server:
         key = {"Authorization": "Bearer key"}
@@ -107,8 +158,9 @@ def test_vllm_refuses() -> None:
             ({"prompt_logprobs": 6}, 400, "prompt_logprobs"),
             ({"prompt_logprobs": -1}, 400, "prompt_logprobs"),
             ({"model": "other"}, 404, "model"),
-            ({"prompt": [1, VOCAB]}, 400, "prompt"),
-            ({"prompt": [1] * 8}, 400, "input_tokens"),
+            ({"prompt": [1, VOCAB]}, 400, None),
+            ({"prompt": [1] * 9}, 400, "input_tokens"),
+            ({"prompt": [1] * 8}, 400, "max_tokens"),
             ({"max_tokens": 0}, 400, "max_tokens"),
         ):
             got, answer = ask(server, path, body | more, **key)
