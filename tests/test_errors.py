@@ -87,6 +87,12 @@ EXAMPLES: list[tuple[str, CdmError]] = [
     ("align show", errors.DoesNotSpell("llama3", 12, "'foo'", b"bar")),
     (
         "distill",
+        errors.ServerProblem(
+            "http://host:8000", "cannot be reached (connection refused)", "start it, or check `url`"
+        ),
+    ),
+    (
+        "distill",
         errors.BadSettings(
             "run.yaml", ["train.lr is -1: give a number above 0", "methd is no setting, did you mean method?"]
         ),

@@ -262,7 +262,7 @@ class DistillTrainer(Trainer):
             steps = self.state.max_steps - self.state.global_step
             last = steps * self.args.gradient_accumulation_steps  # of what the run still reads
             teachers = [each.teacher for each in self.objectives]
-            self._batches = _asked_ahead(islice(epoch_iterator, last), teachers)
+            self._batches = asked_ahead(islice(epoch_iterator, last), teachers)
         batches, _ = super().get_batch_samples(self._batches, num_batches, device)
         counts = torch.tensor(
             [_counts(part.batch) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
@@ -449,7 +449,7 @@ class DistillTrainer(Trainer):
         mine = [first + self.args.process_index for first in range(0, len(batches), processes)]
         # each process runs as many batches as the others: what is too many does not count
         rows = ([heldout.features[row] for row in batches[min(nth, len(batches) - 1)]] for nth in mine)
-        for nth, inputs in zip(mine, _asked_ahead(map(collate, rows), teachers), strict=True):
+        for nth, inputs in zip(mine, asked_ahead(map(collate, rows), teachers), strict=True):
             for part in inputs["parts"]:
                 batch = part.batch.to(self.args.device)
                 found = self.loss_sums(model, batch, teachers)
@@ -577,7 +577,7 @@ class DistillTrainer(Trainer):
         )
 
 
-def _asked_ahead(batches: Iterator[Inputs], teachers: Sequence[Teacher | None]) -> Iterator[Inputs]:
+def asked_ahead(batches: Iterator[Inputs], teachers: Sequence[Teacher | None]) -> Iterator[Inputs]:
     """Give batches, while teachers behind a server are asked about those that follow."""
     served = [(nth, teacher) for nth, teacher in enumerate(teachers) if isinstance(teacher, Served)]
     ahead: deque[Inputs] = deque()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ..teachers.scoring_server import ScoringServer
+
 ROWS = 12
 
 
@@ -176,3 +178,25 @@ def test_a_killed_process_is_gone_on_with(cdm, words: list[str], tmp_path: Path)
     assert cdm("teacher", "info", folder).status == 0
     assert all(path.stat().st_mtime_ns == kept[path] for path in finished)
     assert not list(folder.glob(".*"))
+
+
+def test_a_server_is_checked(cdm, teacher: str) -> None:
+    from cdm_toolkit.hub.models import load_model
+    from cdm_toolkit.hub.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(teacher).tokenizer
+    with ScoringServer(load_model(teacher), name="big", tokenizer=tokenizer, max_logprobs=20) as server:
+        words = ["teacher", "check", "--url", server.url, "--model", "big", "--tokenizer", teacher, "--texts", 4]
+        made = cdm(*words, "--against", teacher, "--json")
+        assert made.status == 0, made.err
+        said = json.loads(made.out)
+        assert (said["k"], said["texts"], said["retries"]) == (20, 4, 0)
+        assert said["agreement"]["largest"] < 1e-4
+        assert said["agreement"]["same_best"] == 1
+        assert said["tokens_per_second"] == said["tokens"] / said["seconds"]
+        assert "gives 20 candidates" in made.err
+        shown = cdm(*words)
+        assert "20 at each token" in shown.out
+        refused(cdm(*words[:4], "--model", "other", "--tokenizer", teacher), "no model 'other'")
+    refused(cdm(*words), "cannot be reached (connection refused)", "--url")
+    refused(cdm("teacher", "check", "--url", f"{server.url}/v1", "--model", "big"), "a path too many")
