@@ -1,18 +1,17 @@
 """Teacher cache that is filled while it is used: rows come one by one, in any order, from several processes.
 
-What is not yet a shard of the cache lies in parts, `part-….safetensors`, each written whole. When all rows of a shard
+What is not yet a shard of the cache lies in parts, each written whole and named by its sha256. When all rows of a shard
 are there it is written as `TeacherCache` reads it; a cache that has all rows is one as `write_cache` makes it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
-import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 
 from cdm_toolkit.artifacts.atomic import write_whole
 from cdm_toolkit.artifacts.teacher_cache import CachedRow, CacheWriter, Shard, pack_rows, shard_name
@@ -35,14 +34,6 @@ class ReadThroughCache:
         self._looked_at = 0
         self._lock = threading.Lock()
         self._look()
-
-    def __len__(self) -> int:
-        return len(self._where.keys() | self._fresh.keys())
-
-    @property
-    def size(self) -> int:
-        """Size of all files in bytes."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
     def row(self, number: int) -> CachedRow | None:
         """Give a row, also one that another process has written; None where it is not there."""
@@ -67,8 +58,9 @@ class ReadThroughCache:
             rows = [self._fresh[number] for number in sorted(self._fresh)]
             if not rows:
                 return
-            path = self.folder / f"part-{uuid.uuid4().hex}.safetensors"
-            write_whole(path, pack_rows(self.header, rows))
+            content = pack_rows(self.header, rows)
+            path = self.folder / f"part-{_digest(content)}.safetensors"
+            write_whole(path, content)
             self._fresh.clear()
             self._add(path)
 
@@ -108,15 +100,15 @@ class ReadThroughCache:
             if path not in self._known and self._writer.state(index) == "whole":
                 self._add(path)
         for path in self.folder.glob("part-*.safetensors"):
-            if path not in self._known:
+            if path not in self._known and path.stem == f"part-{_digest(path.read_bytes())}":
                 self._add(path)
 
     def _add(self, path: Path) -> None:
-        try:
-            shard = Shard(path, self.header)
-        except (SafetensorError, KeyError, OSError):
-            path.unlink(missing_ok=True)  # its rows are asked for again
-            return
         self._known.add(path)
+        shard = Shard(path, self.header)
         for at, number in enumerate(shard.numbers.tolist()):
             self._where[number] = (shard, at)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]

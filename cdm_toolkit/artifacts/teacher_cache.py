@@ -119,10 +119,10 @@ class CacheWriter:
                 raise FileProblem(folder, "it is not empty, and holds no teacher cache", fix)
             write_json(folder / HEADER_FILE, header.model_dump())
         elif differences := read_header(folder).differences(header):
-            if any(folder.glob("shard-*")):
+            if any(folder.glob("*.safetensors")):
                 problem = f"it holds another cache: {'; '.join(differences)}"
                 raise BadArtifact(folder, problem, "give another `output`, or the settings of the one there")
-            # no shard was made of the one that is there
+            # no row was written of the one that is there
             write_json(folder / HEADER_FILE, header.model_dump())
 
     def state(self, index: int) -> Literal["missing", "whole", "damaged"]:

@@ -186,7 +186,18 @@ def test_a_server_is_checked(cdm, teacher: str) -> None:
 
     tokenizer = load_tokenizer(teacher).tokenizer
     with ScoringServer(load_model(teacher), name="big", tokenizer=tokenizer, max_logprobs=20) as server:
-        words = ["teacher", "check", "--url", server.url, "--model", "big", "--tokenizer", teacher, "--texts", 4]
+        words = [
+            "teacher",
+            "check",
+            "--url",
+            server.url,
+            "--model",
+            "big",
+            "--tokenizer",
+            teacher,
+            "--texts",
+            4,
+        ]
         made = cdm(*words, "--against", teacher, "--json")
         assert made.status == 0, made.err
         said = json.loads(made.out)
