@@ -114,6 +114,8 @@ class TeacherConfig(Settings):
             raise _with_faults(error, faults) from None
         if faults:
             raise Faults(faults)
+        if "kind" not in given:  # a copy with other settings may be of another
+            made.__pydantic_fields_set__.discard("kind")
         return made
 
     @property

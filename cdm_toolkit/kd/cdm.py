@@ -10,12 +10,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import bucket_kl, kd_sums
+from cdm_toolkit.kd.divergences import bucket_divergence, kd_sums
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
+    Divergence,
     MethodSettings,
     Positions,
+    beta_setting,
+    divergence_setting,
     positions_setting,
     rest_bucket_setting,
     setting,
@@ -36,6 +39,8 @@ class CDMSettings(MethodSettings):
     top_k: int | None = top_k_setting()
     positions: Positions = positions_setting()
     rest_bucket: bool = rest_bucket_setting()
+    divergence: Divergence = divergence_setting()
+    beta: float = beta_setting()
     max_edit_distance: float = setting(
         0.3, "Ids are near with an edit distance below this share of their joint length.", above=0, below=1
     )
@@ -93,12 +98,14 @@ class CDM(Method[CDMSettings, Pairs]):
     ) -> Comparison:
         teacher, mask = signal.top.logprobs, request.state.mask
         student = logprobs.view_as(teacher)
-        divergence = bucket_kl(
+        divergence = bucket_divergence(
             teacher,
             student,
             mask,
             temperature=self.settings.temperature,
             rest_bucket=self.settings.rest_bucket,
+            divergence=self.settings.divergence,
+            beta=self.settings.beta,
         )
         ids = torch.where(mask, request.state.student_ids, NO_MATCH)
         return Comparison(request.rows.view_as(ids).select(1, 0), ids, teacher, student, divergence)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from cdm_toolkit.kd.settings import Divergence
 from cdm_toolkit.kd.types import KDSums
 from cdm_toolkit.vocab_map.contextual import matched_mass
 
@@ -77,26 +78,33 @@ def generalised_jsd(
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
-def bucket_kl(
+def bucket_divergence(
     teacher_logprobs: Float[Tensor, "group pairs"],
     student_logprobs: Float[Tensor, "group pairs"],
     mask: Bool[Tensor, "group pairs"],
     *,
     temperature: float = 1.0,
     rest_bucket: bool = True,
+    divergence: Divergence = "kl",
+    beta: float = 0.5,
 ) -> Float[Tensor, " group"]:
-    """Give T² KL(teacher ‖ student) over matched pairs, in nats (Hinton et al., arXiv 1503.02531, section 2).
+    """Give T² D(teacher, student) over matched pairs, in nats (Hinton et al., arXiv 1503.02531, section 2).
 
-    0 where the two agree, and where there is no pair. Without the rest bucket a single pair is a distribution
-    over one outcome: also 0, whatever the two models think.
+    D is KL(teacher ‖ student), KL(student ‖ teacher) or the generalised JSD with `beta` (arXiv 2306.13649). 0 where the
+    two agree, and where there is no pair. Without the rest bucket a single pair is a distribution over one outcome:
+    also 0, whatever the two models think.
 
     >>> p = torch.tensor([[0.7, 0.2]]).log(); both = torch.ones(1, 2, dtype=torch.bool)
-    >>> bucket_kl(p, p, both).tolist()
+    >>> bucket_divergence(p, p, both).tolist()
     [0.0]
     """
     teacher = outcomes(teacher_logprobs, mask, temperature=temperature, rest_bucket=rest_bucket)
     student = outcomes(student_logprobs, mask, temperature=temperature, rest_bucket=rest_bucket)
-    return temperature**2 * kl(teacher, student)
+    if divergence == "jsd":
+        apart = generalised_jsd(teacher, student, beta)
+    else:
+        apart = kl(teacher, student) if divergence == "kl" else kl(student, teacher)
+    return temperature**2 * apart
 
 
 def kd_sums(

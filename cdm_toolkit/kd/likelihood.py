@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, first_and_count, group_sums, kd_sums
+from cdm_toolkit.kd.divergences import NOTHING, bucket_divergence, first_and_count, group_sums, kd_sums
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
@@ -169,7 +169,7 @@ class Likelihood(Method[LikelihoodSettings, CoveredOutcomes]):
     ) -> Comparison:
         teacher = request.state.teacher
         student = logprobs.view_as(teacher.logprobs)
-        divergence = bucket_kl(
+        divergence = bucket_divergence(
             teacher.logprobs,
             student,
             teacher.ids >= 0,

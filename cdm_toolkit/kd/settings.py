@@ -119,7 +119,14 @@ def beta_setting() -> Any:
     return setting(0.5, about, above=0, below=1)
 
 
+def divergence_setting() -> Any:
+    """Declare `divergence: Divergence`."""
+    about = "kl: KL(teacher ‖ student). reverse-kl: KL(student ‖ teacher), usual on samples of the student. jsd: the "
+    return setting("kl", f"{about}generalised JSD, with `beta`.")
+
+
 Positions = Literal["boundary", "mean"]
+Divergence = Literal["kl", "reverse-kl", "jsd"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

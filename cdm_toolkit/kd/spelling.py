@@ -16,12 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import NOTHING, bucket_kl, first_and_count, kd_sums
+from cdm_toolkit.kd.divergences import NOTHING, bucket_divergence, first_and_count, kd_sums
 from cdm_toolkit.kd.joint import joint_outcomes
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
+    Divergence,
     MethodSettings,
+    beta_setting,
+    divergence_setting,
     rest_bucket_setting,
     setting,
     temperature_setting,
@@ -56,6 +59,8 @@ class SpellingSettings(MethodSettings):
     temperature: float = temperature_setting()
     top_k: int | None = top_k_setting()
     rest_bucket: bool = rest_bucket_setting()
+    divergence: Divergence = divergence_setting()
+    beta: float = beta_setting()
     both_directions: bool = setting(
         True, "Count a student candidate that spells several teacher tokens for the one it begins with."
     )
@@ -198,12 +203,14 @@ class Spelling(Method[SpellingSettings, SpelledOutcomes]):
             more = logprobs.narrow(0, teacher.ids.numel(), longer.ids.numel()).view(longer.ids.shape)
             at_boundary, inside = own.split([groups, len(own) - groups])
             own = torch.cat((longer.added_to(at_boundary, more), inside))
-        divergence = bucket_kl(
+        divergence = bucket_divergence(
             teacher.logprobs,
             own,
             teacher.ids >= 0,
             temperature=self.settings.temperature,
             rest_bucket=self.settings.rest_bucket,
+            divergence=self.settings.divergence,
+            beta=self.settings.beta,
         )
         rows = request.rows.narrow(0, 0, teacher.ids.numel()).view_as(teacher.ids).select(1, 0)
         return Comparison(rows, teacher.ids, teacher.logprobs, own, request.state.weight * divergence)

@@ -9,12 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import bucket_kl, kd_sums
+from cdm_toolkit.kd.divergences import bucket_divergence, kd_sums
 from cdm_toolkit.kd.method import Method, as_buffer
 from cdm_toolkit.kd.pair import TokenizerPair
 from cdm_toolkit.kd.settings import (
+    Divergence,
     MethodSettings,
     Positions,
+    beta_setting,
+    divergence_setting,
     positions_setting,
     rest_bucket_setting,
     temperature_setting,
@@ -32,6 +35,8 @@ class StaticMapSettings(MethodSettings):
     top_k: int | None = top_k_setting()
     positions: Positions = positions_setting()
     rest_bucket: bool = rest_bucket_setting()
+    divergence: Divergence = divergence_setting()
+    beta: float = beta_setting()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,12 +80,14 @@ class StaticMap(Method[StaticMapSettings, Outcomes]):
     ) -> Comparison:
         teacher = request.state.teacher
         student = logprobs.view_as(teacher.logprobs)
-        divergence = bucket_kl(
+        divergence = bucket_divergence(
             teacher.logprobs,
             student,
             teacher.ids >= 0,
             temperature=self.settings.temperature,
             rest_bucket=self.settings.rest_bucket,
+            divergence=self.settings.divergence,
+            beta=self.settings.beta,
         )
         rows = request.rows.view_as(teacher.ids).select(1, 0)
         return Comparison(rows, teacher.ids, teacher.logprobs, student, divergence)

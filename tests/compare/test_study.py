@@ -123,7 +123,7 @@ def test_its_own_file_reads_back_the_same(file: Path) -> None:
         ("methods.spelling.topk=3", "methods.spelling.topk is no setting, did you mean top_k?"),
         ("methods.spelling.top_k=0", "methods.spelling.top_k is 0: give a number of at least 1"),
         ("methods.spelling.method=spellin", "did you mean spelling?"),
-        ("methods.spelling.beta=0.4", "methods.spelling.beta is of no use to spelling"),
+        ("methods.spelling.tau=0.4", "methods.spelling.tau is of no use to spelling"),
         ("methods.spelling.lr=1", "methods.spelling: lr: the cells of a study share data and steps"),
         ("methods.spelling.max_steps=1", "the cells of a study share"),
         ("methods.spelling.student=gpt2", "the cells of a study share"),
@@ -172,7 +172,7 @@ def test_a_fault_is_told(file: Path, assignment: str, said: str) -> None:
 
 def test_all_faults_are_told_at_once(file: Path) -> None:
     message = faults(
-        file, "sedes=[1]", "methods.spelling.beta=0.4", "methods.cdm.lr=1", "steps=0", "run.lr=-1"
+        file, "sedes=[1]", "methods.spelling.tau=0.4", "methods.cdm.lr=1", "steps=0", "run.lr=-1"
     )
     assert "has 5 faults" in message
     message = faults(file, "default=spel", "run.seed=1", "inside.x={path: y}", "curves={sft: [0.2]}")

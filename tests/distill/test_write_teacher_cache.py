@@ -21,7 +21,7 @@ from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain, T
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.batch import Collator
-from cdm_toolkit.kd.divergences import bucket_kl
+from cdm_toolkit.kd.divergences import bucket_divergence
 from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, tokenizer_side
 from cdm_toolkit.kd.types import SignalRequest
 from cdm_toolkit.teachers import Cached, Local
@@ -140,7 +140,9 @@ def test_equals_the_teacher_in_memory(
             len(found.top.ids), vocab, generator=torch.Generator().manual_seed(0)
         ).log_softmax(-1)
         losses = [
-            bucket_kl(top.logprobs, student.gather(1, top.ids), torch.ones_like(top.ids, dtype=torch.bool))
+            bucket_divergence(
+                top.logprobs, student.gather(1, top.ids), torch.ones_like(top.ids, dtype=torch.bool)
+            )
             for top in (found.top, expected.top)
         ]
         assert torch.allclose(*losses, atol=1e-5)
@@ -398,7 +400,9 @@ def test_sizes_that_do_not_fit(tiny, tmp_path: Path) -> None:
 def relative_change(exact: np.ndarray, near: np.ndarray, student: np.ndarray) -> float:
     """Give by how much the mean KL over the same candidates and the rest changes."""
     mask = torch.ones(exact.shape, dtype=torch.bool)
-    kl = [bucket_kl(torch.from_numpy(p), torch.from_numpy(student), mask).mean() for p in (exact, near)]
+    kl = [
+        bucket_divergence(torch.from_numpy(p), torch.from_numpy(student), mask).mean() for p in (exact, near)
+    ]
     return float(kl[1] / kl[0] - 1)
 
 

@@ -227,6 +227,7 @@ def method_of(world: World, name: str) -> Method[Any, Any]:
         "intra_group": world.intra_group,
         "both_directions": world.both_directions,
         "joint": world.joint,
+        "divergence": world.divergence,
     }
     known = {field.name for field in fields_of(kind.Settings)}
     method = kind(WorldPair(world), **{setting: wanted[setting] for setting in known & wanted.keys()})
@@ -257,6 +258,7 @@ def draw(
     intra_group: bool = True,
     joint: bool = True,
     both_directions: bool = True,
+    divergence: str = "kl",
     sizes: tuple[int, int] = (9, 12),
 ) -> Case:
     """Draw logits of both models, and groups of one to three tokens."""

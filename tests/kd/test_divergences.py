@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdm_toolkit.kd.divergences import bucket_kl
+from cdm_toolkit.kd.divergences import bucket_divergence
+from cdm_toolkit.kd.settings import Divergence
 
 TEMPERATURES = st.floats(0.3, 4.0)
+Twin = Callable[[Sequence[float], Sequence[float]], float]
 
 
-def bucket_kl_twin(
-    teacher: np.ndarray, student: np.ndarray, mask: np.ndarray, temperature: float, rest: bool
+def bucket_twin(
+    teacher: np.ndarray, student: np.ndarray, mask: np.ndarray, temperature: float, rest: bool, twin: Twin
 ) -> float:
     """One position: sum up the rest, apply the temperature, renormalise, compare."""
     sides = []
@@ -26,7 +29,19 @@ def bucket_kl_twin(
             masses.append(max(1 - sum(masses), -math.expm1(-1e-6)))
         powers = [mass ** (1 / temperature) for mass in masses]
         sides.append([power / sum(powers) for power in powers])
-    return temperature**2 * sum(p * math.log(p / q) for p, q in zip(*sides, strict=True))
+    return temperature**2 * twin(*sides)
+
+
+def kl_twin(p: Sequence[float], q: Sequence[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def jsd_twin(p: Sequence[float], q: Sequence[float]) -> float:
+    mixture = [0.3 * a + 0.7 * b for a, b in zip(p, q, strict=True)]
+    return 0.3 * kl_twin(p, mixture) + 0.7 * kl_twin(q, mixture)
+
+
+TWINS = {"kl": kl_twin, "reverse-kl": lambda p, q: kl_twin(q, p), "jsd": jsd_twin}
 
 
 @st.composite
@@ -41,32 +56,36 @@ def positions(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return sides[0][None], sides[1][None], mask[None]
 
 
-@given(positions(), TEMPERATURES, st.booleans())
+KINDS = st.sampled_from(sorted(TWINS))
+
+
+@given(positions(), TEMPERATURES, st.booleans(), KINDS)
 @settings(max_examples=200, deadline=None)
 def test_equals_twin(
-    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor], temperature: float, rest: bool
+    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor], temperature: float, rest: bool, kind: Divergence
 ) -> None:
     teacher, student, mask = drawn
-    found = bucket_kl(teacher, student, mask, temperature=temperature, rest_bucket=rest)
+    options = {"temperature": temperature, "rest_bucket": rest, "divergence": kind, "beta": 0.3}
+    found = bucket_divergence(teacher, student, mask, **options)
     arrays = (teacher[0].numpy(), student[0].numpy(), mask[0].numpy())
-    assert found.item() == pytest.approx(bucket_kl_twin(*arrays, temperature, rest), abs=1e-9)
+    assert found.item() == pytest.approx(bucket_twin(*arrays, temperature, rest, TWINS[kind]), abs=1e-9)
 
 
-@given(positions(), TEMPERATURES, st.booleans())
+@given(positions(), TEMPERATURES, st.booleans(), KINDS)
 @settings(max_examples=100, deadline=None)
 def test_is_a_divergence(
-    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor], temperature: float, rest: bool
+    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor], temperature: float, rest: bool, kind: Divergence
 ) -> None:
     teacher, student, mask = drawn
-    options = {"temperature": temperature, "rest_bucket": rest}
-    assert bucket_kl(teacher, teacher, mask, **options).item() == 0
-    assert bucket_kl(teacher, student, mask, **options).item() >= -1e-12
+    options = {"temperature": temperature, "rest_bucket": rest, "divergence": kind}
+    assert bucket_divergence(teacher, teacher, mask, **options).item() == pytest.approx(0, abs=1e-12)
+    assert bucket_divergence(teacher, student, mask, **options).item() >= -1e-12
 
 
 @pytest.mark.parametrize("rest", [True, False])
 def test_no_pair_gives_nothing(rest: bool) -> None:
     teacher, student = torch.tensor([[0.9, 0.05]]).log(), torch.tensor([[0.1, 0.2]]).log().requires_grad_()
-    divergence = bucket_kl(teacher, student, torch.zeros(1, 2, dtype=torch.bool), rest_bucket=rest)
+    divergence = bucket_divergence(teacher, student, torch.zeros(1, 2, dtype=torch.bool), rest_bucket=rest)
     divergence.sum().backward()
     assert divergence.item() == 0
     assert torch.equal(student.grad, torch.zeros(1, 2))
@@ -75,28 +94,34 @@ def test_no_pair_gives_nothing(rest: bool) -> None:
 def test_one_pair_needs_the_rest_to_teach() -> None:
     teacher, student = torch.tensor([[0.9]]).log(), torch.tensor([[0.1]]).log()
     mask = torch.ones(1, 1, dtype=torch.bool)
-    assert bucket_kl(teacher, student, mask, rest_bucket=False).item() == 0
+    assert bucket_divergence(teacher, student, mask, rest_bucket=False).item() == 0
     expected = 0.9 * math.log(0.9 / 0.1) + 0.1 * math.log(0.1 / 0.9)
-    assert bucket_kl(teacher, student, mask, rest_bucket=True).item() == pytest.approx(expected, rel=1e-5)
+    assert bucket_divergence(teacher, student, mask, rest_bucket=True).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_certainty_is_finite() -> None:
     certain = torch.zeros(1, 1, requires_grad=True)  # probability 1: no rest
     mask = torch.ones(1, 1, dtype=torch.bool)
     for teacher in (torch.zeros(1, 1), torch.tensor([[0.5]]).log()):
-        divergence = bucket_kl(teacher, certain, mask, temperature=0.5).sum()
+        divergence = bucket_divergence(teacher, certain, mask, temperature=0.5).sum()
         (gradient,) = torch.autograd.grad(divergence, certain)
         assert torch.isfinite(divergence)
         assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("rest", [True, False])
-def test_gradient_is_that_of_finite_differences(rest: bool) -> None:
+@pytest.mark.parametrize("kind", sorted(TWINS))
+def test_gradient_is_that_of_finite_differences(rest: bool, kind: Divergence) -> None:
     generator = torch.Generator().manual_seed(1)
     teacher = torch.randn(4, 6, generator=generator, dtype=torch.float64).log_softmax(-1)[:, :5]
     student = torch.randn(4, 6, generator=generator, dtype=torch.float64).log_softmax(-1)[:, :5]
     mask = torch.rand(4, 5, generator=generator) < 0.7
     student = student.contiguous().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda q: bucket_kl(teacher, q, mask, temperature=0.8, rest_bucket=rest), student
+        lambda q: bucket_divergence(
+            teacher, q, mask, temperature=0.8, rest_bucket=rest, divergence=kind, beta=0.3
+        ),
+        student,
     )

@@ -58,6 +58,7 @@ def test_each_method_has_a_twin() -> None:
     intra_group=st.booleans(),
     joint=st.booleans(),
     both_directions=st.booleans(),
+    divergence=st.sampled_from(["kl", "reverse-kl", "jsd"]),
 )
 @settings(max_examples=60)
 def test_equals_twin(name: str, seed: int, **options: object) -> None:

@@ -67,6 +67,7 @@ class World:
     first_t: Sequence[int] = ()
     """The first byte of each id; 256 for one without bytes."""
     first_s: Sequence[int] = ()
+    divergence: str = "kl"
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -117,13 +118,19 @@ def matched(group: Group, world: World) -> tuple[float, int]:
     return sum(with_partner), len(with_partner)
 
 
-def bucket_kl(p: Sequence[float], q: Sequence[float], world: World, rest: bool) -> float:
-    return world.temperature**2 * kl(heated(p, world.temperature, rest), heated(q, world.temperature, rest))
+def bucket(p: Sequence[float], q: Sequence[float], world: World, divergence: str = "kl") -> float:
+    teacher, student = (heated(masses, world.temperature, world.rest) for masses in (p, q))
+    apart = {
+        "kl": lambda: kl(teacher, student),
+        "reverse-kl": lambda: kl(student, teacher),
+        "jsd": lambda: jsd(teacher, student, world.beta),
+    }
+    return world.temperature**2 * apart[divergence]()
 
 
 def static_map_twin(group: Group, world: World) -> tuple[float, float, int]:
     masses = by_partner(group, world)
-    kd = bucket_kl(list(masses.values()), [group.student[i] for i in masses], world, world.rest)
+    kd = bucket(list(masses.values()), [group.student[i] for i in masses], world, world.divergence)
     return kd, *matched(group, world)
 
 
@@ -159,7 +166,7 @@ def spelling_twin(group: Group, world: World) -> tuple[float, float, int]:
                 nearest = next((j for j in prefixes(i, world) if j in masses), None)
                 if i not in masses and nearest is not None:
                     q[nearest] += student[i]
-        kd += weight * bucket_kl(list(masses.values()), list(q.values()), world, world.rest)
+        kd += weight * bucket(list(masses.values()), list(q.values()), world, world.divergence)
     spelled = [mass for teacher_id, mass in candidates.items() if world.ways[teacher_id]]
     return kd, sum(spelled), len(spelled)
 
@@ -214,7 +221,7 @@ def likelihood_twin(group: Group, world: World) -> tuple[float, float, int]:
             break
         masses, total = covers(group, place, world)
         p = [mass / total for mass in masses.values()]
-        kd += bucket_kl(p, [float(student[i]) for i in masses], world, world.rest)
+        kd += bucket(p, [float(student[i]) for i in masses], world)
     spelled = [mass for teacher_id, mass in group.teacher.items() if world.ways[teacher_id]]
     return kd, sum(spelled), len(spelled)
 
