@@ -196,7 +196,8 @@ class Quantised(Settings):
             raise BadOption(
                 "polynomial_terms", list(self._terms), f"terms that are finite at {self._tail} ranks"
             )
-        return (tail @ torch.linalg.pinv(basis).T).to(dtype)
+        coefficients: Tensor = tail @ torch.linalg.pinv(basis).T
+        return coefficients.to(dtype)
 
 
 class LegacyPolynomial(Settings):

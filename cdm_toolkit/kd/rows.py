@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from jaxtyping import Int32
+
 FIELDS = (
     "prompt and completion, question and answer, messages, conversations, instruction and output, or text"
 )
@@ -37,6 +40,26 @@ class Message(NamedTuple):
         return {"role": self.role, "content": self.content, **self.more}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GivenIds:
+    """A row as one model has read or written it: ids that are kept as they are, never encoded anew.
+
+    `tokenizer` is the fingerprint of the tokenizer that they are of, `turns` are the ids that are learned, as half-open
+    ranges in order. `pieces` are the byte ranges of the row's text that other sides learn; without any these are the
+    completion, or the learned messages.
+    """
+
+    tokenizer: str
+    ids: Int32[np.ndarray, " time"]
+    turns: Int32[np.ndarray, "turn 2"]
+    pieces: tuple[tuple[int, int], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Write it as a row's field `given`, which `row_of` reads."""
+        lists = {"ids": self.ids.tolist(), "turns": self.turns.tolist(), "pieces": [*map(list, self.pieces)]}
+        return {"tokenizer": self.tokenizer, **lists}
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A prompt, which is not trained on, and a completion, which is; `number` counts from 1 in the file.
@@ -54,6 +77,14 @@ class Row:
     """Indices of the messages before the last that are learned too."""
     tools: Sequence[Mapping[str, Any]] = field(default=(), hash=False)
     """What the assistant may call, as JSON schemas that templates read."""
+    given: GivenIds | None = None
+    """Where the row's ids on one side are given: the other sides encode its text."""
+    ended: bool = True
+    """Whether the text has an end to learn: false where it was cut."""
+
+    def given_to(self, tokenizer: str) -> GivenIds | None:
+        """Give the ids of the side that has the tokenizer of this fingerprint, where they are given."""
+        return self.given if self.given is not None and self.given.tokenizer == tokenizer else None
 
     @property
     def learned(self) -> tuple[int, ...]:
@@ -63,6 +94,8 @@ class Row:
     @property
     def learned_pieces(self) -> list[tuple[int, int]]:
         """Where what is learned is, as byte ranges `[start, end)` of `text`."""
+        if self.given is not None and self.given.pieces:
+            return list(self.given.pieces)
         if not self.messages:
             return [(self.completion_start, len(self.text.encode()))]
         lengths = [len(message.content.encode()) for message in self.messages]
@@ -106,8 +139,9 @@ def row_of(number: int, fields: Any, shape: tuple[str, ...] | None = None, *, le
     """
     names = shape or shape_of(fields)
     read = _READERS[names](fields, *names)
+    given, ended = _given(fields.get("given")), _ended(fields.get("ended"))
     if not isinstance(read, list):
-        return Row(number, *read)
+        return Row(number, *read, given=given, ended=ended)
     *earlier, last = (nth for nth, one in enumerate(read) if one.is_answer)
     return Row(
         number,
@@ -116,6 +150,8 @@ def row_of(number: int, fields: Any, shape: tuple[str, ...] | None = None, *, le
         messages=tuple(read[: last + 1]),
         earlier=tuple(earlier) if learn == "all" else (),
         tools=_tools(fields.get("tools")),
+        given=given,
+        ended=ended,
     )
 
 
@@ -236,6 +272,27 @@ def _tools(given: Any) -> list[dict[str, Any]]:
     return [dict(_whole(tool)) for tool in _mappings("tools", tools)] if tools else []
 
 
+def _given(found: Any) -> GivenIds | None:
+    """Read the ids of one side, as `GivenIds.as_dict` writes them."""
+    if found is None:
+        return None
+    try:
+        return GivenIds(
+            str(found["tokenizer"]),
+            np.array(found["ids"], np.int32).reshape(-1),
+            np.array(found["turns"], np.int32).reshape(-1, 2),
+            tuple((int(first), int(end)) for first, end in found.get("pieces") or ()),
+        )
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        raise RowFault("given is no record of ids", f"give {_SHOWN['given']}, or leave it out") from None
+
+
+def _ended(found: Any) -> bool:
+    if found not in (None, True, False):
+        raise RowFault(f"ended is {found!r}", "give true, or false where the text was cut")
+    return found is not False
+
+
 def _parsed(name: str, text: str) -> Any:
     try:
         return json.loads(text)
@@ -279,6 +336,7 @@ _CALL = '{"function": {"name": "…", "arguments": {…}}}'
 _SHOWN = {
     "messages": '[{"role": "user", "content": "…"}, …]',
     "conversations": '[{"from": "human", "value": "…"}, …]',
+    "given": '{"tokenizer": "(fingerprint)", "ids": […], "turns": [[first, end], …]}',
     "tools": '[{"type": "function", "function": {"name": "…", …}}, …]',
 }
 _READERS: Mapping[tuple[str, ...], Callable[..., Read]] = {
@@ -294,9 +352,12 @@ _READERS: Mapping[tuple[str, ...], Callable[..., Read]] = {
 def rows_fingerprint(rows: Iterable[Row]) -> str:
     """Hash the contents of rows, and their numbers."""
     digest = hashlib.sha256()
+    others: list[Any]
     for row in rows:
         messages = [[one.role, one.content, *([one.more] if one.more else ())] for one in row.messages]
         others = [part for part in (row.earlier, row.tools) if part]
+        others += [row.given.as_dict()] if row.given is not None else []
+        others += [] if row.ended else ["cut"]
         content = [row.number, row.prompt, row.completion, *messages, *others]
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()

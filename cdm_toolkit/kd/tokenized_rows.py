@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from cdm_toolkit.alignment.segments import project
 from cdm_toolkit.errors import BadOption, UnknownName
 from cdm_toolkit.kd.chat_template import ChatTemplate, Piece, Rendered, chat_template, no_chat_template
-from cdm_toolkit.kd.rows import Row
+from cdm_toolkit.kd.rows import GivenIds, Row
 from cdm_toolkit.tokdiff.spans import TokenSpans
 from cdm_toolkit.tokdiff.view import TokenizerView
 
@@ -100,9 +100,23 @@ def has_completion(row: Row, template: TemplateName) -> bool:
 
 
 def tokenize_rows(side: TokenizerSide, rows: Sequence[Row], template: TemplateName) -> list[TokenizedRow]:
-    """Tokenize rows that have a completion. Raises UnknownName, under `chat` UnsupportedTokenizer and BadOption."""
+    """Tokenize rows that have a completion; where the ids of this side are given, they are taken.
+
+    Raises UnknownName, under `chat` UnsupportedTokenizer and BadOption, DoesNotSpell for given ids of another text.
+    """
     if template not in get_args(TemplateName):
         raise UnknownName("template", template, get_args(TemplateName))
+    encoded = [row for row in rows if row.given_to(side.view.fingerprint) is None]
+    tokenized = iter(_encode_rows(side, encoded, template) if encoded else ())
+    return [
+        next(tokenized)
+        if (given := row.given_to(side.view.fingerprint)) is None
+        else _take_given(side, row, given, template)
+        for row in rows
+    ]
+
+
+def _encode_rows(side: TokenizerSide, rows: Sequence[Row], template: TemplateName) -> list[TokenizedRow]:
     if template == "chat":
         rendered = [_rendered(side, row) for row in rows]
         spans = side.view.encode_batch([chat.text for _, chat in rendered])
@@ -118,15 +132,39 @@ def tokenize_rows(side: TokenizerSide, rows: Sequence[Row], template: TemplateNa
 
 def _tokenize_text(side: TokenizerSide, row: Row, spans: TokenSpans) -> TokenizedRow:
     """Frame a text; a token is a label when it begins in what is learned, and has one before it."""
+    pieces = np.array(row.learned_pieces)
     # start never decreases
-    turns = np.searchsorted(spans.start, np.array(row.learned_pieces)) + side.shift
-    ids = side.framed(spans.ids, ended=True)
-    turns[-1, 1] = len(ids)
+    turns = np.searchsorted(spans.start, pieces) + side.shift
+    ids = side.framed(spans.ids, ended=row.ended)
+    if pieces[-1, 1] == len(spans.text_bytes):
+        turns[-1, 1] = len(ids)
+    ends = row.ended and side.eos is not None
     return TokenizedRow(
         ids=ids,
         turns=np.maximum(turns, 1).astype(np.int32),
-        bodies=(Body(spans, side.shift, None if side.eos is None else len(ids) - 1),),
+        bodies=(Body(spans, side.shift, len(ids) - 1 if ends else None),),
     )
+
+
+def _take_given(side: TokenizerSide, row: Row, given: GivenIds, template: TemplateName) -> TokenizedRow:
+    """Find what is aligned among given ids: the text, or the learned messages of a chat."""
+    texts, ranges = [row.text], [(0, len(given.ids))]
+    if template == "chat":
+        texts = [row.chat[nth]["content"] for nth in row.learned]
+        ranges = [(first, end) for first, end in given.turns.tolist()]
+    bodies = [_given_body(side.view, given.ids, *one) for one in zip(ranges, texts, strict=True)]
+    return TokenizedRow(given.ids, given.turns, tuple(bodies))
+
+
+def _given_body(
+    view: TokenizerView, ids: Int32[np.ndarray, " time"], within: tuple[int, int], text: str
+) -> Body:
+    """Place the ids in `within` that spell the text; special tokens around them do not, one after them may end it."""
+    first, last = within
+    spelling = first + np.flatnonzero(~view.is_special[ids[first:last]])
+    begin, after = (int(spelling[0]), int(spelling[-1]) + 1) if len(spelling) else (first, first)
+    ends = after < last and bool(END_ROLES & view.special[int(ids[after])].roles)
+    return Body(view.spans_of(text, ids[begin:after].tolist()), begin, after if ends else None)
 
 
 def _rendered(side: TokenizerSide, row: Row) -> tuple[Row, Rendered]:
@@ -148,6 +186,10 @@ def _tokenize_chat(row: Row, rendered: Rendered, spans: TokenSpans) -> Tokenized
         bodies.append(body)
     if bodies[-1].end is None:
         turns[-1] = turns[-1][0], len(spans)
+    if not row.ended:
+        last = bodies[-1]
+        bodies[-1] = replace(last, end=None)
+        turns[-1] = turns[-1][0], last.start + len(last.spans)
     return TokenizedRow(spans.ids[: turns[-1][1]], np.array(turns, np.int32), tuple(bodies))
 
 

@@ -17,7 +17,7 @@ from unicodedata import category
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from cdm_toolkit.errors import DoesNotSpell
+from cdm_toolkit.errors import DoesNotSpell, UnknownTokenId
 from cdm_toolkit.tokdiff.vocabulary import Vocabulary
 
 Positions = Int64[np.ndarray, " time"]
@@ -82,6 +82,21 @@ def span_ids(view: Vocabulary, text_bytes: bytes, ids: list[int]) -> TokenSpans 
         if found is not None:
             return _record(view, text_bytes, ids, found)
     return None
+
+
+def spell_ids(view: Vocabulary, ids: Int32[np.ndarray, " time"]) -> TokenSpans:
+    """Place ids in the text that they spell; special tokens have no bytes of it. UnknownTokenId.
+
+    The text may begin or end within a character, as ids do that were cut.
+    """
+    outside = ids[(ids < 0) | (ids >= view.vocab_size)]
+    if len(outside):
+        raise UnknownTokenId(view.name, int(outside[0]), view.vocab_size)
+    pieces = _pieces(view, ids.tolist(), view.is_special[ids].tolist())
+    text_bytes = b"".join(pieces).removeprefix(view.scheme.dummy_prefix)
+    placed = _running_sum(view, pieces, text_bytes)
+    assert placed is not None
+    return _record(view, text_bytes, ids.tolist(), placed)
 
 
 def _outer(special: list[bool]) -> list[bool]:
