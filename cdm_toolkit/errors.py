@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
 
 def _named(option: str) -> str:
@@ -19,6 +20,7 @@ def _named(option: str) -> str:
     return f"`{option}`" if re.fullmatch(r"[a-z]\w*(\.\w+)*", option) else option
 
 
+Error = TypeVar("Error", bound="CdmError")
 MANY = 60
 """Names that are more are not all listed."""
 
@@ -42,7 +44,7 @@ class CdmError(Exception):
         return _remade, (type(self), self.what, self.got, self.fix)
 
 
-def _remade(kind: type[CdmError], what: str, got: str, fix: str) -> CdmError:
+def _remade(kind: type[Error], what: str, got: str, fix: str) -> Error:
     error = kind.__new__(kind)
     CdmError.__init__(error, what, got=got, fix=fix)
     return error
@@ -169,6 +171,16 @@ class TokenizerMismatch(CdmError):
             f"{what} was built for {built_for[0]} ({built_for[1][:8]}…) as {side}",
             got=f"the {side} given is {given[0]} ({given[1][:8]}…)",
             fix=fix,
+        )
+
+    @classmethod
+    def by_size(cls, what: str, holds: str, tokenizer: str, ids: int) -> TokenizerMismatch:
+        """Say it of something that does not name its tokenizer, but has ids of another number."""
+        return _remade(
+            cls,
+            f"{what} holds {holds}",
+            f"the tokenizer {tokenizer} has {ids:,} ids",
+            "give the tokenizer of the model that made it as `tokenizer`",
         )
 
 

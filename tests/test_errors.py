@@ -80,6 +80,10 @@ EXAMPLES: list[tuple[str, CdmError]] = [
         ),
     ),
     (
+        "teacher convert",
+        errors.TokenizerMismatch.by_size("teacher-set", "a vocabulary of 151,936", "smollm2", 49152),
+    ),
+    (
         "align show",
         errors.BadText("has a lone surrogate at character 3 (U+D800)", "save it as UTF-8 without surrogates"),
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -319,6 +319,11 @@ class TeacherCache:
         """Read only the token ids of a row."""
         shard, at = self._locate(number)
         return shard.token_ids(at)
+
+    def numbers(self) -> Iterator[int]:
+        """Give the numbers of all rows, in order."""
+        for index in range(len(self.notes)):
+            yield from self._shard(index).numbers.tolist()
 
     def verify(self, on_shard: Callable[[int], None] = lambda _done: None) -> None:
         """Check the sha256 of every shard. BadArtifact for the first that differs from its note."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +12,12 @@ import typer
 
 from cdm_toolkit.cli import completion, options, screen
 from cdm_toolkit.cli.settings_options import given, record_option
-from cdm_toolkit.errors import Interrupted
+from cdm_toolkit.errors import BadOption, Interrupted, TwoWays
 
 if TYPE_CHECKING:
     from cdm_toolkit.artifacts.teacher_header import CacheHeader
     from cdm_toolkit.distill.write_teacher_cache import CacheProgress, CacheResult
+    from cdm_toolkit.integrations.distillkit_convert import Converted
 
 _RECORD = ("distill/write_teacher_cache.py", "CacheSettings")
 _option = functools.partial(record_option, *_RECORD)
@@ -172,6 +175,97 @@ def check(
             (f"against {against}", f"{apart}; the likeliest token is the same at {agreement.same_best:.1%}")
         )
     screen.print_table(None, ("what", "figure"), lines)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="A set of DistillKit's (a folder, files, an id on the hub), or a teacher cache."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Of a set: the tokenizer that its ids are of: an alias, a folder or a hub id."),
+    ] = None,
+    compression: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file that says how a set is compressed, or is to be: its compression_config.yaml."
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a set on the hub; train unless given.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of a set on the hub, where it has several.")] = None,
+    k: Annotated[
+        int | None, typer.Option("-k", "--top-k", min=1, help="Candidates of a set that is written.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a cache that is written: float32, or float16.")
+    ] = None,
+    quantised: Annotated[
+        bool, typer.Option("--quantised", help="Write a cache with a few bits a number.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a set of DistillKit's as a teacher cache, with the rows to train on beside it; or a cache as a set.
+
+    Example: cdm teacher convert teacher-set --tokenizer qwen2 -o cached
+    """
+    from cdm_toolkit.artifacts.teacher_header import HEADER_FILE
+
+    of_sets: dict[str, Any] = {"tokenizer": tokenizer, "split": split, "config": config, "dtype": dtype}
+    of_sets["quantised"] = quantised or None
+    with screen.counted("converting") as progress:
+        if (Path(source) / HEADER_FILE).is_file():
+            _refuse(of_sets, "the source is a cache, which is written as a set")
+            from cdm_toolkit.artifacts.teacher_cache import TeacherCache
+            from cdm_toolkit.integrations.distillkit_convert import set_from_cache
+
+            cache = TeacherCache.open(source)
+            made = set_from_cache(cache, output, compression=compression, k=k, on_progress=progress)
+        else:
+            _refuse({"k": k}, "the source is a set, all of whose candidates are kept")
+            made = _cache_of_set(source, output, compression, of_sets, progress)
+    if as_json:
+        screen.print_json({**asdict(made), "folder": str(made.folder)})
+        return
+    sizes = {**_sizes(made.rows, made.positions, made.size)}
+    rows = [("written", str(made.folder)), *_size_lines(sizes), ("candidates", f"{made.k} a token")]
+    screen.print_table(None, ("what", "figure"), rows)
+
+
+def _cache_of_set(
+    source: str,
+    output: Path,
+    compression: Path | None,
+    said: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> Converted:
+    from cdm_toolkit.integrations.distillkit import SetFiles
+    from cdm_toolkit.integrations.distillkit_convert import cache_from_set
+
+    if said["tokenizer"] is None:
+        raise BadOption("tokenizer", None, "that of the model that the set is of: ids are all that it holds")
+    if said["dtype"] not in (None, "float16", "float32"):
+        raise BadOption("dtype", said["dtype"], "float32 or float16")
+    if said["quantised"] and said["dtype"]:
+        raise TwoWays("dtype", "quantised")
+    file = None if compression is None else str(compression)
+    return cache_from_set(
+        SetFiles(source, said["split"] or "train", said["config"], file),
+        output,
+        tokenizer=said["tokenizer"],
+        dtype=said["dtype"] or "float32",
+        quantised=bool(said["quantised"]),
+        on_progress=progress,
+    )
+
+
+def _refuse(said: dict[str, Any], why: str) -> None:
+    """Refuse options that are for the other direction."""
+    for name, value in said.items():
+        if value is not None:
+            raise BadOption(name, value, f"none: {why}")
 
 
 def _facts(header: CacheHeader) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     Raises what `run` raises before its first step.
     """
     _ = config.train.torch_device  # a device that is not here is told before anything is read
-    rows = Rows(config.data.all_sources, config.train.seed)
+    rows = Rows(config.sources, config.train.seed)
     prepared = prepare(config, rows, on_progress, keep_answers=False)
     with prepared.opened, tempfile.TemporaryDirectory(prefix="cdm-plan-") as folder:
         trainer = prepared.trainer(training_arguments(config, Path(folder)))

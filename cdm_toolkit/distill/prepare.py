@@ -32,6 +32,7 @@ from cdm_toolkit.hub.models import (
     model_folder,
 )
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
+from cdm_toolkit.integrations.distillkit import DistillKitSet, SetFiles
 from cdm_toolkit.kd.batch import Collator, Packing
 from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.pair import TokenizerPair
@@ -345,6 +346,13 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
         _at_most(options, kind, pair, cache.k)
         teacher = Cached(cache)
         heldout = teacher if data.others is None else None  # a cache has no others
+    elif config.kind == "distillkit":
+        (source,) = run.sources
+        files = SetFiles(source.path, source.split, source.config, config.compression)
+        found = DistillKitSet(files, pair.teacher.view)
+        _at_most(options, kind, pair, found.k)
+        teacher = Cached(found)
+        heldout = teacher if data.others is None else None
     elif config.kind == "served":
         connection = data.connections[nth]
         _at_most(options, kind, pair, connection.k)

@@ -78,7 +78,7 @@ def run(
     arguments = training_arguments(config, output)
     if config.train.hub_repository:
         check_login()
-    rows = Rows(config.data.all_sources, config.train.seed)
+    rows = Rows(config.sources, config.train.seed)
     len(rows)  # rows that are not as they must be are told before the output is touched
     made = not output.exists()
     with _main_process_first(config):

@@ -40,6 +40,9 @@ class _Reading(Settings):
     """Of the data set on the hub, where it has several."""
     split: Text = "train"
     """Of the data set on the hub."""
+    tokenizer: Text | None = None
+    """Of rows that are token ids (`input_ids`), as a set of DistillKit has them: the tokenizer that made the ids; a
+    teacher of kind distillkit tells it."""
     columns: dict[Text, Text] | None = None
     """Where columns are named otherwise: `{prompt: ours, completion: theirs}`; columns that are not named are not
     read."""
@@ -53,6 +56,12 @@ class _Reading(Settings):
     """How often an epoch has each row: 2 twice, 0.5 half of the rows, chosen anew in each epoch."""
     alpha: Share | None = None
     """Weight of cross-entropy for these rows, in place of the run's: 0 leaves a text to the teachers alone."""
+
+    @model_validator(mode="after")
+    def _ids_have_their_names(self) -> Self:
+        if self.tokenizer is not None and self.columns is not None:
+            raise ValueError("columns is of no use to rows that are token ids")
+        return self
 
 
 class SourceConfig(_Reading):
@@ -244,13 +253,41 @@ class DistillConfig(Settings):
 
     @model_validator(mode="after")
     def _teachers_know_the_rows(self) -> DistillConfig:
-        cached = [teacher.model for teacher in self.teachers if teacher.kind == "cached"]
+        cached = [teacher.model for teacher in self.teachers if teacher.kind in ("cached", "distillkit")]
         if self.eval is not None and self.eval.share is None and self.eval.metric == "loss" and cached:
             raise ValueError(
-                f"eval.metric is loss, which has the KD of {cached[0]}, whose cache has none of these rows: "
+                f"eval.metric is loss, which has the KD of {cached[0]}, which knows none of these rows: "
                 "give ce or bits_per_byte, or a share of the data in place of other rows"
             )
         return self
+
+    @model_validator(mode="after")
+    def _set_is_the_data(self) -> DistillConfig:
+        names = [teacher.tokenizer_name for teacher in self.teachers if teacher.kind == "distillkit"]
+        if not names:
+            return self
+        if len(names) > 1:
+            raise ValueError("teachers has several of kind distillkit: the rows are the set of one")
+        if len(self.data.all_sources) != 1:
+            raise ValueError(
+                "data has several sources: with a teacher of kind distillkit it is one set alone"
+            )
+        if self.data.all_sources[0].columns is not None:
+            raise ValueError("data.columns is of no use to a set of DistillKit's")
+        if self.data.tokenizer not in (None, names[0]):
+            raise ValueError(
+                f"data.tokenizer is {self.data.tokenizer}, and that of the set's teacher {names[0]}"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """Give the sources of the data; a set of DistillKit's is read with the tokenizer of its teacher."""
+        names = [teacher.tokenizer_name for teacher in self.teachers if teacher.kind == "distillkit"]
+        if not names:
+            return self.data.all_sources
+        (source,) = self.data.all_sources
+        return (source.model_copy(update={"tokenizer": names[0]}),)
 
     @property
     def ce_weight(self) -> float:

@@ -17,6 +17,8 @@ from cdm_toolkit.distill.jsonl import data_file
 from cdm_toolkit.distill.settings import SourceConfig
 from cdm_toolkit.distill.tables import Numbered, read_hub, read_records
 from cdm_toolkit.errors import BadRow, FileProblem
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.integrations.distillkit import IdRows, SetFiles
 from cdm_toolkit.kd.rows import FIELDS, Row, RowFault, row_of, rows_fingerprint, shape_of
 
 if TYPE_CHECKING:
@@ -93,6 +95,9 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def _rows(source: SourceConfig, seed: int) -> Iterator[Row]:
     """Read one source; its rows are numbered through its files."""
+    if source.tokenizer is not None:
+        yield from _id_rows(source, source.tokenizer, seed)
+        return
     shape: tuple[str, ...] | None = None
     for place, at, number, record in _chosen(source, seed):
         try:
@@ -109,6 +114,20 @@ def _rows(source: SourceConfig, seed: int) -> Iterator[Row]:
             raise BadRow(place, at, *error.args) from None
     if shape is None:
         raise FileProblem(source.path, "it has no rows", f"give data whose rows have {FIELDS}")
+
+
+def _id_rows(source: SourceConfig, tokenizer: str, seed: int) -> Iterator[Row]:
+    """Read the texts of a set of token ids."""
+    files = SetFiles(source.path, source.split, source.config)
+    rows = IdRows(source.path, files.table(), load_tokenizer(tokenizer).view, source.learn)
+    if not len(rows):
+        raise FileProblem(source.path, "it has no rows", "give a set of token ids that spell texts")
+    numbers = np.arange(1, len(rows) + 1)
+    if source.limit is not None and source.shuffle:
+        numbers = 1 + np.random.default_rng(seed).permutation(len(rows))
+    wanted = np.zeros(len(rows) + 1, bool)
+    wanted[numbers[: source.limit]] = True
+    yield from (row for row in rows if wanted[row.number])
 
 
 def _named(record: Any, columns: Mapping[str, str] | None) -> Any:

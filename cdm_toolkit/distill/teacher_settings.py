@@ -37,6 +37,7 @@ ACROSS_TOKENIZERS = ("aligner", "entropy")
 OF_A_KIND: Mapping[str, tuple[str, ...]] = {
     "local": ("dtype",),
     "cached": ("cache",),
+    "distillkit": ("compression",),
     "served": ("url", "engine", "api_key_env", "in_flight", "timeout", "patience", "cache"),
 }
 """Settings that only teachers of some kinds have a use for."""
@@ -65,9 +66,10 @@ class TeacherConfig(Settings):
 
     model_config = ConfigDict(extra="allow")
 
-    kind: Literal["local", "cached", "served"] = "local"
+    kind: Literal["local", "cached", "served", "distillkit"] = "local"
     """Where its signal comes from. local: the model in memory. cached: log-probabilities of a `cache`. served: a model
-    behind a `url`. Without it the other settings tell."""
+    behind a `url`. distillkit: log-probabilities that are in the rows, which are a set of DistillKit's. Without it the
+    other settings tell."""
     model: Text
     """The model to learn from: an alias, a folder or a hub id; of a served one the name that its server has for it."""
     tokenizer: Text | None = None
@@ -79,6 +81,9 @@ class TeacherConfig(Settings):
     cache: Text | None = None
     """Folder of cached log-probabilities, in place of the model in memory; of a served one, where its answers are kept
     (in the output folder unless given)."""
+    compression: Text | None = None
+    """Of kind distillkit: the file that says how the set is compressed, where no compression_config.yaml is beside it;
+    a run file of DistillKit that reads the set will do."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights of the model in memory."""
     url: Annotated[tuple[Server, ...], BeforeValidator(one_or_several)] = ()
@@ -213,6 +218,10 @@ def _useless(method: type[Method[Any, Any]], given: Mapping[str, Any]) -> Iterat
             yield Fault(
                 name, "has no whole logits, which positions mean needs: leave it out, or take boundary"
             )
+    if given.get("kind") == "distillkit" and given.get("positions") == "mean":
+        yield Fault(
+            "positions", "mean needs whole logits, which a set of DistillKit's has not: take boundary"
+        )
     aligner = given.get("aligner", TeacherConfig.model_fields["aligner"].default)
     if given.get("entropy") == "models" and aligner != "entropy-dtw":
         yield Fault("entropy", f"models is of no use to aligner {aligner}, only to entropy-dtw")

@@ -183,10 +183,11 @@ def _sources(settings: CacheSettings) -> tuple[CacheSettings, tuple[SourceConfig
     """Find the sources, in a run file where one is given; what it says of rows holds unless the settings say it."""
     if Path(settings.data).suffix not in (".yaml", ".yml"):
         return settings, (SourceConfig(path=settings.data, limit=settings.limit, learn=settings.learn),)
-    data = from_file(Path(settings.data)).data
+    run = from_file(Path(settings.data))
+    data = run.data
     said = {"template": data.template, "max_length": data.max_length}
     own = {name: value for name, value in said.items() if name not in settings.model_fields_set}
-    return settings.model_copy(update=own), data.all_sources
+    return settings.model_copy(update=own), run.sources
 
 
 def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -> CacheHeader:

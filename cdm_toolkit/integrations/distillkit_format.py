@@ -118,7 +118,7 @@ class Quantised(Settings):
 
     def decode(self, columns: Columns) -> Candidates:
         logprobs, ids = (
-            _sized(name, columns[name], size)
+            _sized(name, columns[name], size).astype(np.uint8)
             for name, size in zip(self.columns, (self._logprob_bytes, self._id_bytes), strict=True)
         )
         return unpack(ids, self.k, id_bits(self.d)), self._logprobs(logprobs)

@@ -15,7 +15,7 @@ from cdm_toolkit.alignment.segments import project
 from cdm_toolkit.errors import BadOption, UnknownName
 from cdm_toolkit.kd.chat_template import ChatTemplate, Piece, Rendered, chat_template, no_chat_template
 from cdm_toolkit.kd.rows import GivenIds, Row
-from cdm_toolkit.tokdiff.spans import TokenSpans
+from cdm_toolkit.tokdiff.spans import TokenSpans, does_not_spell, spell_ids
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 TemplateName = Literal["none", "chat"]
@@ -148,9 +148,11 @@ def _tokenize_text(side: TokenizerSide, row: Row, spans: TokenSpans) -> Tokenize
 
 def _take_given(side: TokenizerSide, row: Row, given: GivenIds, template: TemplateName) -> TokenizedRow:
     """Find what is aligned among given ids: the text, or the learned messages of a chat."""
+    if row.messages and template == "none":
+        raise BadOption("template", "none", f"chat: row {row.number} is a chat, as a template wrote it")
     texts, ranges = [row.text], [(0, len(given.ids))]
     if template == "chat":
-        texts = [row.chat[nth]["content"] for nth in row.learned]
+        texts = [row.chat[nth]["content"].strip() for nth in row.learned]
         ranges = [(first, end) for first, end in given.turns.tolist()]
     bodies = [_given_body(side.view, given.ids, *one) for one in zip(ranges, texts, strict=True)]
     return TokenizedRow(given.ids, given.turns, tuple(bodies))
@@ -159,12 +161,23 @@ def _take_given(side: TokenizerSide, row: Row, given: GivenIds, template: Templa
 def _given_body(
     view: TokenizerView, ids: Int32[np.ndarray, " time"], within: tuple[int, int], text: str
 ) -> Body:
-    """Place the ids in `within` that spell the text; special tokens around them do not, one after them may end it."""
+    """Place the ids in `within` in the text that they spell, up to blanks around it; a special token may end it."""
     first, last = within
     spelling = first + np.flatnonzero(~view.is_special[ids[first:last]])
     begin, after = (int(spelling[0]), int(spelling[-1]) + 1) if len(spelling) else (first, first)
     ends = after < last and bool(END_ROLES & view.special[int(ids[after])].roles)
-    return Body(view.spans_of(text, ids[begin:after].tolist()), begin, after if ends else None)
+    spans, wanted = spell_ids(view, ids[begin:after]), text.encode()
+    at = len(spans.text_bytes) - len(spans.text_bytes.lstrip()) if spans.text_bytes != wanted else 0
+    piece = at, at + len(wanted)
+    if spans.text_bytes[slice(*piece)] != wanted or spans.text_bytes[piece[1] :].strip():
+        raise does_not_spell(view, wanted, spans.ids.tolist())
+    inside = slice(
+        *(int(np.searchsorted(*each)) for each in ((spans.end, at, "right"), (spans.start, piece[1])))
+    )
+    if len(spans.text_bytes) > len(wanted):
+        spans = _inside(spans, inside.start, inside.stop, piece)
+        begin += inside.start
+    return Body(spans, begin, after if ends else None)
 
 
 def _rendered(side: TokenizerSide, row: Row) -> tuple[Row, Rendered]:

@@ -123,10 +123,9 @@ class Cached:
         if request.mean_logits:
             raise BadOption("positions", "mean", "boundary: a cache has no whole logits to average")
         if request.top_k > self.cache.k:
-            allowed = (
-                f"at most {self.cache.k}: {self.cache.folder} has no more; or make another cache with "
-                f"k {request.top_k}"
-            )
+            allowed = f"at most {self.cache.k}: {self.cache.folder} has no more"
+            if isinstance(self.cache, TeacherCache):
+                allowed += f"; or make another cache with k {request.top_k}"
             raise BadOption("top_k", request.top_k, allowed)
 
     def _offsets(self, row: CachedRow, positions: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:

@@ -157,6 +157,50 @@ def test_no_space_left(cdm, words: list[str], monkeypatch: pytest.MonkeyPatch) -
     assert cdm(*words).status == 0
 
 
+def test_a_cache_becomes_a_set_of_distillkits_and_a_cache_again(
+    cdm, words: list[str], teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    assert cdm(*words, "--dtype", "float32", "-k", 20).status == 0
+    cached, made, back = (str(tmp_path / name) for name in ("cached", "set", "back"))
+    answer = cdm("teacher", "convert", cached, "-o", made, "--json")
+    assert answer.status == 0, answer.err
+    said = json.loads(answer.out)
+    assert (said["rows"], said["k"], said["folder"]) == (ROWS, 20, made)
+    assert sorted(path.name for path in Path(made).iterdir()) == ["compression_config.yaml", "data_0.parquet"]
+    answer = cdm("teacher", "convert", made, "--tokenizer", teacher, "-o", back)
+    assert answer.status == 0, answer.err
+    assert cdm("teacher", "info", back).status == 0
+    rows = [json.loads(line) for line in (tmp_path / "back" / "rows.jsonl").read_text().splitlines()]
+    assert rows[3]["text"] == "3 + 3?\nIt is 6."
+
+
+def test_what_cannot_be_converted(cdm, words: list[str], teacher: str, tmp_path: Path) -> None:
+    assert cdm(*words, "-k", 20).status == 0
+    cached, made = str(tmp_path / "cached"), str(tmp_path / "set")
+    convert = ["teacher", "convert", cached, "-o", made]
+    refused(cdm(*convert, "--tokenizer", teacher), "--tokenizer is", "the source is a cache")
+    refused(cdm(*convert, "-k", 21), "--top-k is 21; give at most 20")
+    refused(
+        cdm("teacher", "convert", tmp_path / "none", "-o", made),
+        "--tokenizer is None; give that of the model",
+    )
+    none = ["teacher", "convert", str(tmp_path / "none"), "-o", made, "--tokenizer", teacher]
+    refused(cdm(*none), "there is no such set")
+    refused(cdm(*none, "-k", 5), "the source is a set")
+    refused(cdm(*none, "--quantised", "--dtype", "float16"), "--dtype and --quantised do not go together")
+    assert cdm(*convert).status == 0
+    Path(made, "compression_config.yaml").write_text(
+        "d: 49152\nk: 20\nexact_k: 20\nresidual_bins: []\nzip: 1\n"
+    )
+    of_set = ["teacher", "convert", made, "-o", str(tmp_path / "back"), "--tokenizer", teacher]
+    refused(cdm(*of_set), "compression_config.yaml has a fault: zip is no setting")
+    Path(made, "compression_config.yaml").unlink()
+    refused(cdm(*of_set), "there is no such file", "--compression")
+
+
 @pytest.mark.slow
 def test_a_killed_process_is_gone_on_with(cdm, words: list[str], tmp_path: Path) -> None:
     """SIGKILL after the first shard; the same command finishes, and keeps what was there."""
