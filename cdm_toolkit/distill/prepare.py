@@ -171,6 +171,9 @@ def _prepared(
         if teacher.kind == "served":
             connections[nth] = connected(teacher, pair)
             opened.callback(connections[nth].client.close)
+    sets = {
+        nth: _set(config, pairs[nth]) for nth, each in enumerate(config.teachers) if each.kind == "distillkit"
+    }
     models = _Models(config, on_progress)
     student_side = tokenizer_side(student_tokenizer.tokenizer, student_tokenizer.view)
     sides = [
@@ -208,7 +211,7 @@ def _prepared(
         heldout = _heldout(config, rows, SomeRows(every, np.flatnonzero(chosen)), student_side)
     student = models.student
     _check(student, config.student, student_tokenizer, [each.student_lengths for each in read])
-    data = _Data(rows, others, read, models, connections, keep_answers)
+    data = _Data(rows, others, read, models, connections, sets, keep_answers)
     objectives = tuple(
         _objective(nth, pair, tokenizer, data)
         for nth, (pair, tokenizer) in enumerate(zip(pairs, tokenizers, strict=True))
@@ -238,6 +241,7 @@ def _prepared(
             *notes,
             *template_notes(student_side, sides, config.data.template),
             *(note for connection in connections.values() for note in connection.notes),
+            *_of_candidates(objectives),
         ),
         opened=opened.pop_all(),
     )
@@ -326,6 +330,7 @@ class _Data:
     read: Sequence[AlignedDataset]
     models: _Models
     connections: Mapping[int, Connection]
+    sets: Mapping[int, DistillKitSet]
     keep_answers: bool
 
 
@@ -347,11 +352,8 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
         teacher = Cached(cache)
         heldout = teacher if data.others is None else None  # a cache has no others
     elif config.kind == "distillkit":
-        (source,) = run.sources
-        files = SetFiles(source.path, source.split, source.config, config.compression)
-        found = DistillKitSet(files, pair.teacher.view)
-        _at_most(options, kind, pair, found.k)
-        teacher = Cached(found)
+        _at_most(options, kind, pair, data.sets[nth].k)
+        teacher = Cached(data.sets[nth])
         heldout = teacher if data.others is None else None
     elif config.kind == "served":
         connection = data.connections[nth]
@@ -366,6 +368,28 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
     if not isinstance(teacher, Local):
         teacher.check(method.signal_request)
     return TeacherObjective(config.model, teacher, method, config.weight, heldout)
+
+
+def _set(run: DistillConfig, pair: TokenizerPair) -> DistillKitSet:
+    """Open the set that the rows are, and look at its first row: what does not fit is told before all are read."""
+    (source,) = run.sources
+    (teacher,) = (each for each in run.teachers if each.kind == "distillkit")
+    files = SetFiles(source.path, source.split, source.config, teacher.compression)
+    found = DistillKitSet(files, pair.teacher.view)
+    found.row(1)
+    return found
+
+
+def _of_candidates(objectives: Sequence[TeacherObjective]) -> Iterator[str]:
+    """Say how often a method meets tokens whose log-probability a set does not have."""
+    for each in objectives:
+        stored = each.teacher.cache if isinstance(each.teacher, Cached) else None
+        if isinstance(stored, DistillKitSet) and each.method.signal_request.token_logprobs:
+            share, rows = stored.unknown_share()
+            yield (
+                f"{share:.1%} of the tokens in the first {rows} rows of {stored.folder} are none of its {stored.k} "
+                "candidates: their log-probability is taken to be the most that these leave"
+            )
 
 
 def _at_most(options: dict[str, Any], kind: type[Method[Any, Any]], pair: TokenizerPair, k: int) -> None:

@@ -303,10 +303,17 @@ class DistillKitSet:
         """Look up the candidates of a text. BadArtifact where there is none of this number, or it cannot be read."""
         return self._row(number)
 
+    def unknown_share(self) -> tuple[float, int]:
+        """Give the share of tokens that are no candidates where they stand, in so many of the first texts."""
+        rows = [self.row(number) for number in range(1, min(len(self.rows), RECORDS) + 1)]
+        following = [row.token_ids[row.first + 1 :, None] for row in rows]
+        known = [(row.ids == ids).any(-1) for row, ids in zip(rows, following, strict=True)]
+        return 1 - float(np.concatenate(known).mean()), len(rows)
+
     def _looked_up(self, number: int) -> CachedRow:
         if not 1 <= number <= len(self.rows):
-            fix = "give the set itself as `data.path`"
-            raise BadArtifact(self.folder, f"it has no row {number}, but {len(self.rows):,} others", fix)
+            problem = f"it has no row {number}, but {len(self.rows):,} with texts"
+            raise BadArtifact(self.folder, problem, "give a set of token ids that spell texts as `data.path`")
         record, begin, end = self.rows.texts[number - 1].tolist()
         table = self.rows.table[record]
         ids = _values(table.column(IDS).combine_chunks()).astype(np.int32)

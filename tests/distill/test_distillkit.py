@@ -119,6 +119,7 @@ def test_a_share_is_held_out_and_a_plan_is_made(config, tiny, folder: Path) -> N
     settings = settings_of_set(tiny, folder) | {"eval": {"share": 0.3, "every": 2}}
     found = plan(config(settings))
     assert found.held_out > 0
+    assert any("of the tokens in the first 24 rows" in warning for warning in found.warnings)
     assert found.teachers[0].name == "big"
 
 
