@@ -65,7 +65,7 @@ class SetFiles:
     def table(self) -> Any:
         """Open it as a `datasets.Dataset` with columns of Arrow. FileProblem, MissingExtra."""
         place = Path(self.path).expanduser()
-        with _datasets() as datasets:
+        with _datasets(self.path) as datasets:
             if place.is_dir() and (found := _saved(place, self.split)):
                 return datasets.load_from_disk(str(found)).with_format("arrow")
             if files := _parquet_files(place):
@@ -120,8 +120,8 @@ def _natural(file: Path) -> list[Any]:
 
 
 @contextmanager
-def _datasets() -> Iterator[Any]:
-    """Give the library, with its bars off; what it raises becomes FileProblem."""
+def _datasets(path: str) -> Iterator[Any]:
+    """Give the library, with its bars off; what it raises about a path becomes FileProblem."""
     try:
         import datasets
     except ImportError:
@@ -135,7 +135,7 @@ def _datasets() -> Iterator[Any]:
     except Exception as error:  # of datasets, pyarrow, huggingface_hub and the HTTP library below them
         said = " ".join(str(error).split())[:200]
         fix = "check its name, its `split` and the network, or give files"
-        raise FileProblem("the set", f"it cannot be opened ({type(error).__name__}: {said})", fix) from None
+        raise FileProblem(path, f"it cannot be opened ({type(error).__name__}: {said})", fix) from None
     finally:
         if bars:
             datasets.enable_progress_bars()

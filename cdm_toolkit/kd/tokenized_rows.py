@@ -152,6 +152,7 @@ def _take_given(side: TokenizerSide, row: Row, given: GivenIds, template: Templa
         raise BadOption("template", "none", f"chat: row {row.number} is a chat, as a template wrote it")
     texts, ranges = [row.text], [(0, len(given.ids))]
     if template == "chat":
+        _check_chat(row)
         texts = [row.chat[nth]["content"].strip() for nth in row.learned]
         ranges = [(first, end) for first, end in given.turns.tolist()]
     bodies = [_given_body(side.view, given.ids, *one) for one in zip(ranges, texts, strict=True)]
@@ -180,11 +181,15 @@ def _given_body(
     return Body(spans, begin, after if ends else None)
 
 
+def _check_chat(row: Row) -> None:
+    if not row.chat:
+        raise BadOption("template", "chat", f"none, since row {row.number} is a text without a prompt")
+
+
 def _rendered(side: TokenizerSide, row: Row) -> tuple[Row, Rendered]:
     if side.chat is None:
         raise no_chat_template(side.view.name)
-    if not row.chat:
-        raise BadOption("template", "chat", f"none, since row {row.number} is a text without a prompt")
+    _check_chat(row)
     of = f"the messages of row {row.number}"
     return row, side.chat.render_turns(row.chat, row.learned, tools=row.tools, of=of)
 

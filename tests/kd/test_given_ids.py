@@ -9,11 +9,11 @@ from functools import cache
 import numpy as np
 import pytest
 
-from cdm_toolkit.errors import DoesNotSpell, SourceNotFound, UnknownTokenId
+from cdm_toolkit.errors import BadOption, DoesNotSpell, SourceNotFound, UnknownTokenId
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd import TokenizerPair
 from cdm_toolkit.kd.aligned_rows import align_groups, truncate_aligned
-from cdm_toolkit.kd.given_ids import row_of_ids
+from cdm_toolkit.kd.given_ids import row_of_chat_ids, row_of_ids
 from cdm_toolkit.kd.rows import GivenIds, Row, RowFault, row_of, rows_fingerprint
 from cdm_toolkit.kd.tokenized_rows import TokenizedRow, TokenizerSide, tokenize_rows, tokenizer_side
 
@@ -189,6 +189,20 @@ def test_an_answer_that_a_student_has_sampled_keeps_its_ids() -> None:
     assert groups[-1].tolist() == [t.bodies[0].end, t.bodies[0].end + 1, len(ids) - 1, len(ids)]
     cut = replace(row, ended=False)
     assert tokenize_rows(teacher, [cut], "chat")[0].bodies[0].end is None
+
+
+def test_a_template_that_does_not_suit_the_ids_is_refused() -> None:
+    given = side("smollm2")
+    row = row_of_ids(1, given.view, given.view.encode("One two").ids)
+    with pytest.raises(BadOption, match="give none, since row 1 is a text without a prompt"):
+        tokenize_rows(given, [row], "chat")
+    if given.chat is None:
+        pytest.skip("no chat template here")
+    chat = given.chat.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]).text
+    found = row_of_chat_ids(1, given.view, given.view.encode(chat).ids)
+    assert found is not None
+    with pytest.raises(BadOption, match="give chat: row 1 is a chat, as a template wrote it"):
+        tokenized(given, found)
 
 
 def test_ids_of_another_text_are_refused() -> None:
