@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -61,8 +62,7 @@ def text_rows(path: str, *, rows: int | None = None, split: Split = "train") -> 
     none, FileProblem where this Python lacks such files, and as `read_rows`.
     """
     if path.startswith("python:"):
-        pieces = islice(_pieces_of(path, split), rows)
-        read = [Row(number, "", piece) for number, piece in enumerate(pieces, 1)]
+        read = [Row(number, "", piece) for number, piece in enumerate(_pieces_of(path, split)[:rows], 1)]
     elif split != "train":
         raise BadOption("split", split, f"it with one of {', '.join(KINDS)}: {path} is read as it is")
     else:
@@ -73,8 +73,9 @@ def text_rows(path: str, *, rows: int | None = None, split: Split = "train") -> 
     return read
 
 
-def _pieces_of(path: str, split: Split) -> Iterator[str]:
-    """Go round the documents of a split, a piece of each at a time; no piece comes twice."""
+@cache
+def _pieces_of(path: str, split: Split) -> tuple[str, ...]:
+    """Take pieces of a split's documents in rounds, one of each at a time; no piece comes twice."""
     if path not in KINDS:
         raise UnknownName("kind of text", path, tuple(KINDS))
     parts: dict[Split, list[Document]] = {"train": [], "heldout": []}
@@ -82,16 +83,9 @@ def _pieces_of(path: str, split: Split) -> Iterator[str]:
         parts["heldout" if _is_held_out(document) else "train"].append(document)
     elsewhere = parts["train"] if split == "heldout" else []
     passed = {part for document in elsewhere for text in document.texts() for part in _long_paragraphs(text)}
-    seen: set[str] = set()
-    turns = [_shuffled(document) for document in parts[split]]
-    while turns:
-        for pieces in tuple(turns):
-            piece = next(pieces, None)
-            if piece is None:
-                turns.remove(pieces)
-            elif piece not in seen and passed.isdisjoint(_long_paragraphs(piece)):
-                seen.add(piece)
-                yield piece
+    rounds = chain.from_iterable(zip_longest(*map(_shuffled, parts[split])))
+    pieces = dict.fromkeys(piece for piece in rounds if piece is not None)
+    return tuple(piece for piece in pieces if passed.isdisjoint(_long_paragraphs(piece)))
 
 
 def _hash(text: str) -> bytes:
@@ -142,12 +136,15 @@ def cut_at_blank_lines(text: str, *, least: int = LEAST, most: int = MOST) -> It
 def _sources() -> list[tuple[str, Path]]:
     """Find the standard library's files that a person would read, by the name within it."""
     folder = Path(sysconfig.get_path("stdlib"))
-    names = (file.relative_to(folder) for file in sorted(folder.rglob("*.py")))
-    found = [
-        (name.as_posix(), folder / name)
-        for name in names
-        if _LEFT_OUT.isdisjoint(name.parts) and not re.match(r"_sysconfigdata|config-", str(name))
-    ]
+    found = list[tuple[str, Path]]()
+    for inner, folders, files in os.walk(folder):
+        folders[:] = set(folders) - _LEFT_OUT
+        names = (Path(inner, file).relative_to(folder) for file in files if file.endswith(".py"))
+        found += [
+            (name.as_posix(), folder / name)
+            for name in names
+            if not re.match(r"_sysconfigdata|config-", str(name))
+        ]
     if not found:
         fix = "take another kind of text, or a Python with them"
         raise FileProblem(folder, "it has no Python sources", fix)

@@ -173,5 +173,6 @@ def test_a_python_without_its_files(
     kind: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
+    corpora._pieces_of.cache_clear()
     with pytest.raises(FileProblem, match=words):
         text_rows(kind, rows=1)
