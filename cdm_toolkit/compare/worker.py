@@ -6,18 +6,21 @@ failure is one line at the end of standard error, with exit status 2.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
 
-from cdm_toolkit.compare.runner import run_cell
-from cdm_toolkit.compare.study import StudyConfig
-from cdm_toolkit.compare.study_folder import StudyFolder
 from cdm_toolkit.errors import CdmError
 
 
 def main() -> int:
     """Run the cell that the command line names; gives the exit status."""
+    gc.set_threshold(50_000, 50, 1000)  # imports make half a million objects, none of them garbage
+    from cdm_toolkit.compare.runner import run_cell
+    from cdm_toolkit.compare.study import StudyConfig
+    from cdm_toolkit.compare.study_folder import StudyFolder
+
     folder, cell, *keep = sys.argv[1:]
     try:
         study = StudyConfig.model_validate(json.load(sys.stdin))
