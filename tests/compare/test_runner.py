@@ -337,7 +337,8 @@ def test_a_student_is_made_once(
     make: Callable[..., StudyConfig], small_models: Path, tmp_path: Path, of: str
 ) -> None:
     of = of.replace("TEACHER", str(small_models / "teacher")).replace("DONOR", str(small_models / "student"))
-    study = make(f"student={{{of}, tokenizer: gpt2, entries: 700, seed: 5}}")
+    alone = ("methods={sft: {}}", "default=sft", "measures=[bits-per-byte, time, memory]")
+    study = make(f"student={{{of}, tokenizer: gpt2, entries: 700, seed: 5}}", *alone)
     folder = claimed(study, tmp_path / "out")
     shared = prepare(study, folder)
     assert shared.student == str(folder.shared / "student")
@@ -514,40 +515,33 @@ def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_runs_what_is_missing(study: StudyConfig, copied: StudyFolder) -> None:
-    before = {cell.index: copied.read_cell(study, cell) for cell in grid(study)}
-    for index in (1, 3):
-        (copied.of(grid(study)[index]) / CELL_FILE).unlink()
-    seen = []
-    assert run_study(study, copied, workers=2, on_progress=seen.append) == []
-    assert seen[-1].done == seen[-1].planned == 4
-    assert {each.ended.cell.index for each in seen if each.ended} == {1, 3}
-    assert any(len(each.running) == 2 for each in seen)
-    for index in (1, 3):
-        stored = copied.read_cell(study, grid(study)[index])
-        assert figures(stored.result) == figures(before[index].result), "another process gives the same bits"
-        assert grid(study)[index].name in stored.provenance["command"]
-
-
-@pytest.mark.slow
-def test_a_study_that_runs_is_not_changed_by_one_that_grows(
+def test_a_study_runs_what_is_missing(
     make: Callable[..., StudyConfig], study: StudyConfig, copied: StudyFolder
 ) -> None:
-    (copied.of(grid(study)[1]) / CELL_FILE).unlink()
-    copied.claim(make("methods.more={method: exact, top_k: 5}", "methods.exact.top_k=5"))
-    assert run_study(study, copied) == []
-    assert copied.read_cell(study, grid(study)[1]) is not None
-
-
-@pytest.mark.slow
-def test_a_failing_cell_does_not_stop_the_others(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
-    study = make("methods={kl: {method: kl}, exact: {method: exact, top_k: 20}}", "default=exact")
-    folder = claimed(study, tmp_path / "out")
-    (failure,) = run_study(study, folder)
-    assert failure.cell.method == "kl"
+    """A cell that fails does not stop the others, and neither does a study that grows change one that runs."""
+    methods = {"kl": {"method": "kl"}, **STUDY["methods"]}
+    more = make(f"methods={json.dumps(methods)}")
+    kl, _, exact, _, spelling = cells = grid(more)
+    before = {cell.method: copied.read_cell(study, cell) for cell in grid(study)}
+    for cell in (exact, spelling):
+        (copied.of(cell) / CELL_FILE).unlink()
+    copied.claim(
+        make(f"methods={json.dumps(methods)}", "methods.more={method: exact}", "methods.exact.top_k=5")
+    )
+    seen = []
+    (failure,) = run_study(more, copied, workers=2, on_progress=seen.append)
+    assert failure.cell == kl
     assert failure.why.startswith("the method of ")
     assert "give one for different tokenizers" in failure.why
-    assert [folder.read_cell(study, cell) is not None for cell in grid(study)] == [False, True]
+    assert (seen[-1].done, seen[-1].planned) == (4, 5)
+    assert {each.ended.cell.index for each in seen if each.ended} == {0, 2, 4}
+    assert any(len(each.running) == 2 for each in seen)
+    assert copied.read_cells(more, cells).keys() == set(cells) - {kl}
+    for cell in (exact, spelling):
+        stored = copied.read_cell(more, cell)
+        alone = replace(before[cell.method].result, cell=cell)
+        assert figures(stored.result) == figures(alone), "another process gives the same bits"
+        assert cell.name in stored.provenance["command"]
 
 
 def started(folder: StudyFolder, *words: str) -> subprocess.Popen[str]:
@@ -573,20 +567,36 @@ def test_two_processes_prepare_at_once(study: StudyConfig, done: StudyFolder, tm
         assert figures(folder.read_cell(study, cell).result) == figures(done.read_cell(study, cell).result)
 
 
-def first_cell(study: StudyConfig, folder: StudyFolder, process: subprocess.Popen[str]) -> None:
-    """Wait until the first cell is there and the second one trains."""
-    first, second = grid(study)[:2]
-    while not (folder.of(first) / CELL_FILE).is_file() or not (folder.of(second) / "progress.json").is_file():
+@pytest.fixture(scope="module")
+def half_done(
+    make: Callable[..., StudyConfig], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[StudyConfig, StudyFolder]:
+    """Run the first of two cells that are long enough to be stopped in."""
+    study = make("steps=150", "methods={sft: {seeds: [0, 1]}}", "default=sft")
+    folder = claimed(study, tmp_path_factory.mktemp("half") / "out")
+    run_cell(study, folder, 0)
+    return study, folder
+
+
+@pytest.fixture
+def second_cell(
+    half_done: tuple[StudyConfig, StudyFolder], tmp_path: Path
+) -> tuple[StudyConfig, StudyFolder, subprocess.Popen[str]]:
+    """Go on with the study in a process, until the second cell trains."""
+    study, done = half_done
+    folder = StudyFolder(shutil.copytree(done.path, tmp_path / "out"))
+    process = started(folder)
+    while not (folder.of(grid(study)[1]) / "progress.json").is_file():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+    return study, folder, process
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
-    study = make("steps=200", "methods={sft: {seeds: [0, 1]}}", "default=sft")
-    folder = claimed(study, tmp_path / "out")
-    process = started(folder)
-    first_cell(study, folder, process)
+def test_ctrl_c_says_how_to_go_on(
+    second_cell: tuple[StudyConfig, StudyFolder, subprocess.Popen[str]],
+) -> None:
+    study, folder, process = second_cell
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -600,12 +610,11 @@ def test_ctrl_c_says_how_to_go_on(make: Callable[..., StudyConfig], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(make: Callable[..., StudyConfig], tmp_path: Path) -> None:
+def test_a_killed_study_goes_on(
+    second_cell: tuple[StudyConfig, StudyFolder, subprocess.Popen[str]],
+) -> None:
     """kill -9: a cell that has begun may still end by itself, and is waited for."""
-    study = make("steps=60", "methods={sft: {seeds: [0, 1]}}", "default=sft")
-    folder = claimed(study, tmp_path / "out")
-    process = started(folder)
-    first_cell(study, folder, process)
+    study, folder, process = second_cell
     process.kill()
     process.communicate()
     kept = (folder.of(grid(study)[0]) / CELL_FILE).stat().st_mtime_ns
