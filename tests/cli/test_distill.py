@@ -28,12 +28,10 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Make a small teacher and a small student with tokenizers of two kinds, and rows."""
-    from cdm_toolkit.hub.students import new_student
+    """Make a tiny teacher and student with tokenizers of two kinds, and rows."""
+    from cdm_toolkit.hub.tiny_models import new_tiny_pair
 
     root = tmp_path_factory.mktemp("models")
-    new_student("gpt2", "4m", root / "teacher", seed=1)
-    new_student("mistral", "3m", root / "student", seed=2)
     rows = [
         {
             "prompt": f"What is {a} + {a + 3}?",
@@ -42,10 +40,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for a in range(24)
     ]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = new_tiny_pair([f"{row['prompt']} {row['completion']}" for row in rows], root)
     return RUN | {
-        "student": str(root / "student"),
+        "student": pair.student,
         "data": {"path": str(root / "rows.jsonl")},
-        "teachers": [{"model": str(root / "teacher")}],
+        "teachers": [{"model": pair.teacher, "top_k": 10}],
     }
 
 
