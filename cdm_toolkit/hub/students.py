@@ -87,7 +87,7 @@ def student_shape(vocab: int, parameters: int) -> Shape:
     shapes = [
         shape
         for hidden in range(HEAD, 8192 + 1, HEAD)
-        for layers in range(1, 129)
+        for layers in _depths(vocab, parameters, hidden)
         if abs((shape := Shape(hidden, layers)).parameters(vocab) / parameters - 1) <= TOLERANCE
     ]
     if not shapes:
@@ -103,6 +103,15 @@ def student_shape(vocab: int, parameters: int) -> Shape:
         )
 
     return min(shapes, key=mismatch)
+
+
+def _depths(vocab: int, parameters: int, hidden: int) -> range:
+    """Give the numbers of layers, up to 128, that may be within the budget at a width; one more on either side."""
+    without, with_one = (Shape(hidden, layers).parameters(vocab) for layers in (0, 1))
+    least, most = (
+        ((1 + share) * parameters - without) / (with_one - without) for share in (-TOLERANCE, TOLERANCE)
+    )
+    return range(max(1, math.floor(least)), min(128, math.ceil(most)) + 1)
 
 
 def student_config(tokenizer: PreTrainedTokenizerFast, vocab: int, shape: Shape) -> LlamaConfig:
