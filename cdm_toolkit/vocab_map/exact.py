@@ -64,7 +64,7 @@ def _paired(teacher: Mapping[Key, list[int]], student: Mapping[Key, list[int]]) 
 def _by_bytes(token_bytes: Sequence[bytes | None]) -> dict[bytes, list[int]]:
     found: dict[bytes, list[int]] = defaultdict(list)
     last = byte_pieces(token_bytes)
-    for token_id in sorted(range(len(token_bytes)), key=lambda token_id: token_id in last):
+    for token_id in chain(range(last.start), range(last.stop, len(token_bytes)), last):
         data = token_bytes[token_id]
         if data is not None:
             found[data].append(token_id)
