@@ -22,12 +22,14 @@ from cdm_toolkit.distill import dataset as module
 from cdm_toolkit.distill import dataset_store as store
 from cdm_toolkit.distill.dataset import RowCounts, build_dataset
 from cdm_toolkit.distill.dataset_store import AlignedDataset
+from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.errors import BadArtifact, BadOption, UnsupportedTokenizer
+from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd import aligned_rows
 from cdm_toolkit.kd.aligned_rows import AlignedRow
 from cdm_toolkit.kd.chat_template import ChatTemplate
 from cdm_toolkit.kd.rows import Message, Row
-from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, template_notes
+from cdm_toolkit.kd.tokenized_rows import TeacherSide, TokenizerSide, template_notes, tokenizer_side
 from cdm_toolkit.tokdiff.view import TokenizerView
 
 PAIRS = [("smollm2", "mistral"), ("mistral", "smollm2"), ("gpt2", "mistral"), ("smollm2", "smollm2")]
@@ -697,12 +699,17 @@ print(sys.modules["cdm_toolkit"].__file__)
 """
 
 
-def test_a_changed_aligner_makes_new_features(tiny, tmp_path: Path) -> None:
-    """Copies of the package with one cache: an edited copy makes its own features, an equal one finds them."""
-    package, folders = Path(cdm_toolkit.__file__).parent, []
-    for copy in ("first", "equal", "edited"):
+def test_a_changed_aligner_makes_new_features(tiny, cache: Path, tmp_path: Path) -> None:
+    """The package and copies of it with one cache: an edited copy makes its own features, an equal one finds them."""
+    student, teacher = (
+        tokenizer_side(each.tokenizer, each.view)
+        for each in map(load_tokenizer, (tiny.student, tiny.teacher))
+    )
+    build_dataset(read_rows(tiny.data), student, [TeacherSide(teacher)])
+    package, folders = Path(cdm_toolkit.__file__).parent, [sorted(path.name for path in cache.iterdir())]
+    for copy in ("equal", "edited"):
         place = tmp_path / copy
-        shutil.copytree(package, place / "cdm_toolkit", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(package, place / "cdm_toolkit")  # with the bytecode of what is not edited
         if copy == "edited":
             with (place / "cdm_toolkit" / "alignment" / "anchored.py").open("a") as file:
                 file.write("# a change\n")
@@ -711,12 +718,12 @@ def test_a_changed_aligner_makes_new_features(tiny, tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            env=os.environ | {"PYTHONPATH": str(place), "CDM_CACHE": str(tmp_path / "cache")},
+            env=os.environ | {"PYTHONPATH": str(place), "CDM_CACHE": str(cache.parent)},
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == str(place / "cdm_toolkit" / "__init__.py")
-        folders.append(sorted(path.name for path in (tmp_path / "cache" / "features").iterdir()))
+        folders.append(sorted(path.name for path in cache.iterdir()))
     first, equal, edited = folders
     assert first == equal
     assert (len(first), len(edited)) == (1, 2)
