@@ -288,7 +288,7 @@ class ScoringServer:
             "usage": {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": len(prompts)},
         }
         try:
-            return json.dumps(answer, allow_nan=False).encode()
+            return _json(answer)
         except ValueError as error:
             raise _vllm_error(str(error)) from None
 
@@ -356,7 +356,7 @@ class ScoringServer:
         prompts = _prompts(body, self.tokenizer)
         answers = [self._generated(ids, body) for ids in prompts]
         single = not isinstance(body.get("input_ids", body.get("text"))[0], list) and len(prompts) == 1
-        return json.dumps(_as_orjson(answers[0] if single else answers)).encode()
+        return _json(_as_orjson(answers[0] if single else answers))
 
     def _generated(self, ids: list[int], body: Any) -> Any:
         length, context = len(ids), self.max_model_len
@@ -457,6 +457,11 @@ def _flat(values: torch.Tensor, ids: torch.Tensor, as_base64: bool) -> dict[str,
         else:
             said[key] = part.reshape(-1).tolist()
     return said
+
+
+def _json(value: Any) -> bytes:
+    """Write JSON as short as both engines do."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _as_orjson(value: Any) -> Any:
@@ -568,7 +573,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def send(self, status: int, body: Any, *, cut: bool = False) -> None:
-        content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else b"" if body is None else _json(body)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
