@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,11 +90,25 @@ def _by_batch(
             continue
         ids, mask, starts = padded([sequences[row] for row in rows])
         wanted = [start + np.asarray(positions[row]) for row, start in zip(rows, starts, strict=True)]
-        arrays = (np.concatenate(wanted), ids, mask)
-        at, input_ids, attention_mask = (torch.from_numpy(array).to(model.device) for array in arrays)
+        arrays, device = (np.concatenate(wanted), ids, mask), device_of(model)
+        at, input_ids, attention_mask = (torch.from_numpy(array).to(device) for array in arrays)
         with torch.inference_mode():  # not around the yield: it would hold in the caller's code
             values = run(at, input_ids=input_ids, attention_mask=attention_mask)
         yield ForwardBatch(rows, [len(positions[row]) for row in rows], at, values)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Name the device that a causal model gives its logits on; they stay there where its inputs are there too.
+
+    A model whose layers lie on several devices, or outside of memory until they run, has the hooks of accelerate.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = getattr(head, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (runs_on := getattr(each, "execution_device", None)) is not None:
+            return torch.device(runs_on)
+    tensors: Iterator[Tensor] = chain(head.parameters(), head.buffers(), model.parameters(), model.buffers())
+    return next(tensors).device
 
 
 def logits_at(
@@ -122,7 +137,7 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     It is asked, with a few ids: what it predicts for packed sequences has to be nearer to what it predicts for each
     alone than what it predicts for one long sequence is.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     sequences = [np.arange(3, 3 + length) for length in (8, 7, 6)]
     ids, positions, starts = (torch.from_numpy(array).to(device) for array in packed(sequences, rows=1))
     was_training = model.training

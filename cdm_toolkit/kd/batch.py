@@ -76,6 +76,12 @@ class AlignedTeacherBatch:
         """Move the tensors to a device."""
         return _moved(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def to_teacher(self, device: Any) -> AlignedTeacherBatch:
+        """Move what a teacher reads to its device; where the student's tokens are, stays."""
+        names = ("inputs", "token_positions", "token_group", "next_ids", "group_first")
+        parts = {name: _part_moved(getattr(self, name), lambda tensor: tensor.to(device)) for name in names}
+        return replace(self, **parts)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AlignedBatch:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from cdm_toolkit.forward import logits_at
+from cdm_toolkit.forward import device_of, logits_at
 from cdm_toolkit.kd.batch import AlignedTeacherBatch
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, mean_logits, top_k, values_at
 from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
@@ -22,8 +22,14 @@ def teacher_signal(
     """Run a teacher over its side of a batch; of its logits the first `vocab` belong to ids of its tokenizer.
 
     Only the logits that the request needs are made; they are reduced to top-k log-probabilities at once. A model
-    in training mode is in evaluation mode for the call.
+    in training mode is in evaluation mode for the call. One on another device gets what it reads there, and the signal
+    comes back to the batch's.
     """
+    signal = _signal(model, side.to_teacher(device_of(model)), request, vocab)
+    return signal.to(side.next_ids.device)
+
+
+def _signal(model: nn.Module, side: AlignedTeacherBatch, request: SignalRequest, vocab: int) -> TeacherSignal:
     head = model.get_output_embeddings()  # type: ignore[operator]
     with _evaluating(model):
         logits = logits_at(model, head, _positions(side, request), **side.inputs)

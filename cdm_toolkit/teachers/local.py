@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from cdm_toolkit.forward import device_of
 from cdm_toolkit.kd.batch import AlignedBatch
 from cdm_toolkit.kd.teacher_signal import teacher_signal
 from cdm_toolkit.kd.types import SignalRequest, TeacherSignal
@@ -19,12 +20,16 @@ class Local:
         self.vocab = vocab
 
     def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
-        """Run the model over the batch, and reduce its logits to the top k that the request asks for."""
+        """Run the model over the batch, and reduce its logits to the top k that the request asks for.
+
+        The model may be on another device than the batch, or on several: what it reads goes there, and the signal
+        comes back.
+        """
         (side,) = batch.teachers
         return teacher_signal(self.model, side, request, vocab=self.vocab)
 
     @torch.no_grad()
     def join(self) -> None:
         """Run the model on one token where other processes ask it: one in shards runs in all of them or in none."""
-        device = next(self.model.parameters()).device
-        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device_of(self.model))
+        self.model(input_ids=ids, use_cache=False)

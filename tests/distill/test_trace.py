@@ -24,6 +24,7 @@ SHALLOW = {"layers_t": 1, "layers_s": 1}
 """So that no activations hide what the loss holds. Widths and vocabularies are those of the real models."""
 LOGITS = 2 * 4 * 1023 * 152_064
 """Bytes of the student's, in bfloat16."""
+LOGITS_T = 2 * 4 * 1023 * 128_256
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,27 @@ def no_more_than(step: dict[str, Any], base: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("name", ["spelling", "cdm", "exact", "min-ed", "prefix", "uld", "alm", "gold"])
 def test_needs_no_more_memory_than_sft_and_the_teacher(name: str, across: dict[str, dict[str, Any]]) -> None:
     assert no_more_than(across[name], across["sft"])
+
+
+def test_a_teacher_on_another_device_is_there_alone(
+    across: dict[str, dict[str, Any]], library: Path | None
+) -> None:
+    """Its weights once, and its logits; the student's device is as if there were no teacher, but for the signal."""
+    for step in trace({"steps": ("spelling", "alm"), "teacher_on": ("cuda:1",), **SHALLOW}, library):
+        here = across[step["step"]]
+        (peak, before) = step["elsewhere"]["cuda:1"]
+        assert before == step["teacher_weights"]
+        assert peak - before < 1.25 * LOGITS_T
+        assert step["before"] == here["before"] - step["teacher_weights"]
+        assert in_step(step) <= 1.01 * in_step(here)
+
+
+def test_layers_and_head_of_a_teacher_on_two_devices(library: Path | None) -> None:
+    """Hidden states go to the head at the positions that are asked for alone, and no logits leave its device."""
+    (step,) = trace({"steps": ("spelling",), "teacher_on": ("cuda:1", "cuda:2"), **SHALLOW}, library)
+    layers, head = (step["elsewhere"][device] for device in ("cuda:1", "cuda:2"))
+    assert layers[1] + head[1] == step["teacher_weights"]
+    assert layers[0] - layers[1] < 0.5 * LOGITS_T < head[0] - head[1] < 1.25 * LOGITS_T
 
 
 def test_nor_do_methods_of_one_tokenizer(library: Path | None) -> None:

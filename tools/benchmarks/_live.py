@@ -33,7 +33,7 @@ class Held:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the storages on one type of device that are alive, each once, whoever looks at it.
+    """Count the storages on a device, or on all of its type, that are alive, each once, whoever looks at it.
 
     It sees what operators give back, also in the backward pass; not what a kernel takes for itself while it
     runs. Storages of FakeTensorMode have sizes as real ones do.
@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
+            if isinstance(leaf, torch.Tensor) and self.device in (leaf.device.type, str(leaf.device)):
                 self._hold(leaf, func)
         return result
 

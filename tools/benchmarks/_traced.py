@@ -10,7 +10,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ if __name__ == "__main__" and sys.argv[2]:
 
 import numpy as np
 import torch
+from accelerate import dispatch_model
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -68,6 +69,8 @@ class Sizes:
     """Mixed precision in bfloat16, else all of the student in float32."""
     same_tokenizer: bool = False
     """The teacher has the student's vocabulary."""
+    teacher_on: Sequence[str] = ("cuda:0",)
+    """The teacher's device; or two, of its layers and of its head. The student is on cuda:0."""
 
     @property
     def vocab_t(self) -> tuple[int, int]:
@@ -90,6 +93,9 @@ class Traced:
     """The largest first."""
     float32_logits: list[Held]
     """What was made in the step that has as many elements as the smaller of the logits, in float32."""
+    elsewhere: Mapping[str, tuple[int, int]]
+    """The bytes of the step on other devices: at the peak, and what lay there before it."""
+    teacher_weights: int
 
 
 class TrainerStep(DistillTrainer):
@@ -135,32 +141,39 @@ def fused_attention(
 
 def models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Make the teacher, in bfloat16, and the student."""
-    teacher = LlamaForCausalLM._from_config(
-        LlamaConfig(
-            vocab_size=sizes.vocab_t[1],
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=sizes.layers_t,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-        ),
-        attn_implementation=FUSED,
-        dtype=torch.bfloat16,
-    )
-    student = Qwen2ForCausalLM._from_config(
-        Qwen2Config(
-            vocab_size=ROWS_S,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=sizes.layers_s,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        ),
-        attn_implementation=FUSED,
-        dtype=torch.float32,
-    )
+    with torch.device(sizes.teacher_on[0]):
+        teacher = LlamaForCausalLM._from_config(
+            LlamaConfig(
+                vocab_size=sizes.vocab_t[1],
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_hidden_layers=sizes.layers_t,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                max_position_embeddings=8192,
+            ),
+            attn_implementation=FUSED,
+            dtype=torch.bfloat16,
+        )
+    if len(sizes.teacher_on) > 1:
+        teacher.lm_head = torch.nn.Linear(
+            4096, sizes.vocab_t[1], bias=False, device=sizes.teacher_on[1], dtype=torch.bfloat16
+        )
+        teacher = dispatch_model(teacher, dict(zip(("model", "lm_head"), sizes.teacher_on, strict=True)))
+    with torch.device("cuda"):
+        student = Qwen2ForCausalLM._from_config(
+            Qwen2Config(
+                vocab_size=ROWS_S,
+                hidden_size=896,
+                intermediate_size=4864,
+                num_hidden_layers=sizes.layers_s,
+                num_attention_heads=14,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            ),
+            attn_implementation=FUSED,
+            dtype=torch.float32,
+        )
     if sizes.mixed:
         _as_accelerate_does(student)
     return teacher, student.train()
@@ -262,18 +275,22 @@ def traced(name: str, sizes: Sizes) -> Traced:
     """
     plain = name in (OURS, THEIRS)
     made = full_batch(sizes)
-    live = LiveBytes("cuda")
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode, live:
-        with torch.device("cuda"):
-            teacher, student = models(sizes)
+    live = LiveBytes("cuda:0")
+    others = {device: LiveBytes(device) for device in sizes.teacher_on if device != "cuda:0"}
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode, live, ExitStack() as stack:
+        for other in others.values():
+            stack.enter_context(other)
+        teacher, student = models(sizes)
         local = Local(teacher, vocab=sizes.vocab_t[0])
-        objectives = [] if plain else [TeacherObjective("teacher", local, method(name, sizes))]
+        with torch.device("cuda"):
+            objectives = [] if plain else [TeacherObjective("teacher", local, method(name, sizes))]
         loss = _loss(name, TrainerStep(objectives, mixed=sizes.mixed), local, student)
         batch = on_cuda(made, mode)
         counts = torch.tensor([sizes.labels] * (1 + len(objectives)), device="cuda")
         optimizer = torch.optim.AdamW(student.parameters(), fused=True)
         for _ in range(2):
-            live.start()
+            for each in (live, *others.values()):
+                each.start()
             loss(batch, counts).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
@@ -285,6 +302,8 @@ def traced(name: str, sizes: Sizes) -> Traced:
             live.at_start,
             sorted(live.at_peak, key=lambda held: -held.bytes)[:20],
             [held for held in live.made if held.dtype == "float32" and held.elements >= smaller],
+            {device: (other.peak, other.at_start) for device, other in others.items()},
+            sum(tensor.nbytes for tensor in (*teacher.parameters(), *teacher.buffers())),
         )
 
 

@@ -138,7 +138,7 @@ class Computed(nn.Module):
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
-        self.logits = logits.unsqueeze(0)
+        self.register_buffer("logits", logits.unsqueeze(0))
 
     def get_output_embeddings(self) -> nn.Module:
         return nn.Identity()
