@@ -32,7 +32,7 @@ class CacheHeader(BaseModel):
     model: str
     model_fingerprint: str
     teacher_dtype: str
-    """Of the model's weights when it was run."""
+    """Of the model's weights when it was run; where they were quantised: 4bit, 8bit, or how their checkpoint was."""
     tokenizer: str
     tokenizer_fingerprint: str
     vocab: int
@@ -83,20 +83,28 @@ class CacheHeader(BaseModel):
 
     def call(self, folder: Path, shard: str | None = None) -> str:
         """Write the call that makes this cache, or one of its shards."""
-        same = ("dtype", "quantised", "max_length", "template", "teacher_dtype", "rows_per_shard", "limit")
+        same = ("dtype", "quantised", "max_length", "template", "rows_per_shard", "limit")
         settings: dict[str, Any] = {"model": self.model, "data": self.data, "output": str(folder)}
         settings |= {
             "k": 0 if self.encoding == "whole" else self.k,
             **{name: getattr(self, name) for name in same},
         }
-        settings |= {"shard": shard}
+        settings |= {**self._weights, "shard": shard}
         said = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
         return f"write_cache(CacheSettings({', '.join(said)}))"
+
+    @property
+    def _weights(self) -> dict[str, str]:
+        """Give the setting that the kind of weights comes from."""
+        if self.teacher_dtype in ("4bit", "8bit"):
+            return {"quantization": self.teacher_dtype}
+        is_dtype = self.teacher_dtype in ("float32", "bfloat16", "float16")
+        return {"teacher_dtype": self.teacher_dtype if is_dtype else "auto"}
 
 
 _FACTS = {
     "model_fingerprint": "the model",
-    "teacher_dtype": "`teacher_dtype`",
+    "teacher_dtype": "the kind of weights",
     "tokenizer_fingerprint": "the tokenizer",
     "data_fingerprint": "the data",
     "rows": "the count of rows",

@@ -33,6 +33,7 @@ _PACKAGES = {
     "gguf": "convert",
     "sentencepiece": "convert",
     "tiktoken": "convert",
+    "bitsandbytes": "quantization",
     "pyarrow": "export",
     "lm-eval": "eval",
     "datasets": "eval",

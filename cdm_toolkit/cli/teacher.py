@@ -40,7 +40,9 @@ def cache(
     learn: Annotated[str | None, _option("learn")] = None,
     batch_size: Annotated[int | None, _option("batch_size")] = None,
     device: Annotated[str | None, _option("device")] = None,
+    device_map: Annotated[str | None, _option("device_map")] = None,
     teacher_dtype: Annotated[str | None, _option("teacher_dtype")] = None,
+    quantization: Annotated[str | None, _option("quantization")] = None,
     shard: Annotated[str | None, _option("shard")] = None,
     limit: Annotated[int | None, _option("limit")] = None,
     rows_per_shard: Annotated[int | None, _option("rows_per_shard")] = None,
@@ -53,17 +55,19 @@ def cache(
 
     Example: cdm teacher cache --model smollm2 --data rows.jsonl -o cached
     """
-    from cdm_toolkit.artifacts.settings import make
+    from cdm_toolkit.artifacts.settings import make, with_settings
     from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
-    from cdm_toolkit.hub.models import resolve_device
 
-    device = str(resolve_device(device or "auto"))
-    said = given(context, *_RECORD) | {"data": str(data), "output": str(output), "device": device}
+    said = given(context, *_RECORD) | {"data": str(data), "output": str(output)}
+    if device_map is not None:  # a name, or a mapping as YAML has it
+        said = with_settings(said, [f"device_map={device_map}"], source="the command line")
     settings = make(CacheSettings, said, source="the command line")
     with screen.progress() as bar:
         task = bar.add_task("running the teacher", total=None, note="")
 
-        say_device = functools.cache(lambda: screen.say_device(device))  # once, when the model has begun
+        say_device = functools.cache(
+            lambda: screen.say_device(settings.runs_on)
+        )  # once, when the model has begun
 
         def follow(progress: CacheProgress) -> None:
             if progress.tokens:

@@ -180,12 +180,15 @@ def _memory(prepared: Prepared) -> Iterator[tuple[str, int]]:
     kept = 1 if config.train.gradient_checkpointing else ACTIVATIONS
     yield "student activations", kept * mixed * tokens * shape.hidden_size * shape.num_hidden_layers
     yield "student logits and their gradient", 2 * mixed * int(labels.sum()) * shape.vocab_size
-    for objective, tokenizer in zip(prepared.objectives, prepared.teacher_tokenizers, strict=True):
+    teachers = zip(config.teachers, prepared.objectives, prepared.teacher_tokenizers, strict=True)
+    for teacher, objective, tokenizer in teachers:
         model = getattr(objective.teacher, "model", None)
         if model is not None:
-            yield f"teacher {objective.name}, weights", _bytes(model)
-            logits = int(labels.sum()) * tokenizer.view.vocab_size * next(model.parameters()).element_size()
-            yield f"teacher {objective.name}, logits", logits
+            elsewhere = teacher.device or (teacher.device_map and "several devices")
+            name = f"teacher {objective.name}" + (f" on {elsewhere}" if elsewhere else "")
+            yield f"{name}, weights", _bytes(model)
+            logits = int(labels.sum()) * tokenizer.view.vocab_size * model.dtype.itemsize
+            yield f"{name}, logits", logits
 
 
 def _bytes(model: nn.Module) -> int:

@@ -19,17 +19,20 @@ from cdm_toolkit.distill.logs import EvalLog, StepLog
 from cdm_toolkit.distill.model_entropies import ModelEntropies
 from cdm_toolkit.distill.sampler import rows_of_epoch
 from cdm_toolkit.distill.served_teacher import AnswersOf, connected, served
-from cdm_toolkit.distill.sharding import device_to_load_on
+from cdm_toolkit.distill.sharding import device_to_load_on, is_sharded
 from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.distill.teacher_settings import PLACEMENT
 from cdm_toolkit.distill.trainer import DistillTrainer, Heldout, Mixture, TeacherObjective
-from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, NothingToTrain
+from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, ModelNotLoaded, NothingToTrain
 from cdm_toolkit.forward import keeps_rows_apart
 from cdm_toolkit.hub.models import (
+    check_placement,
     check_positions,
     check_vocabulary,
     load_model,
     model_fingerprint,
     model_folder,
+    stored_quantization,
 )
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
 from cdm_toolkit.integrations.distillkit import DistillKitSet, SetFiles
@@ -139,8 +142,9 @@ class Prepared:
 
     def student_again(self, weights: dict[str, Tensor]) -> Any:
         """Load the student once more, whole, on the CPU, with its adapters and these weights."""
-        train = self.config.train
-        model = load_model(self.config.student, device=device_to_load_on("cpu"), dtype=train.weights)
+        model = load_model(
+            self.config.student, device=device_to_load_on("cpu"), dtype=_student_dtype(self.config)
+        )
         student = _adapted(model, self.config)
         student.load_state_dict(weights)
         return student
@@ -161,6 +165,7 @@ def prepare(
 def _prepared(
     config: DistillConfig, rows: Rows, on_progress: OnProgress, keep_answers: bool, opened: ExitStack
 ) -> Prepared:
+    _check_placements(config)
     others = _other_rows(config, rows)
     student_tokenizer = load_tokenizer(config.student)
     tokenizers = tuple(load_tokenizer(teacher.tokenizer_name) for teacher in config.teachers)
@@ -422,22 +427,32 @@ class _Models:
     @property
     def student(self) -> PreTrainedModel:
         if self._student is None:
-            self._student = self._load(self.config.student, self.config.train.weights)
+            train = self.config.train
+            self._student = load_model(
+                self.config.student,
+                device=device_to_load_on(train.torch_device),
+                dtype=_student_dtype(self.config),
+                attn_implementation=train.attn_implementation,
+            )
             self._tell()
         return self._student
 
     def teacher(self, nth: int) -> PreTrainedModel:
         if nth not in self._teachers:
-            teacher = self.config.teachers[nth]
-            self._teachers[nth] = self._load(teacher.model, teacher.dtype)
+            teacher, train = self.config.teachers[nth], self.config.train
+            if is_sharded() and (kind := stored_quantization(model_folder(teacher.model))):
+                why = f"it is quantised ({kind}), and the run keeps models in shards"
+                raise ModelNotLoaded(teacher.model, why, "take weights that are not quantised, or a cache")
+            self._teachers[nth] = load_model(
+                teacher.model,
+                device=device_to_load_on(teacher.device or train.torch_device),
+                dtype=teacher.dtype,
+                attn_implementation=train.attn_implementation,
+                device_map=teacher.device_map,
+                quantization=teacher.quantization,
+            )
             self._tell()
         return self._teachers[nth]
-
-    def _load(self, name: str, dtype: str) -> PreTrainedModel:
-        train = self.config.train
-        attention = train.attn_implementation
-        device = device_to_load_on(train.torch_device)
-        return load_model(name, device=device, dtype=dtype, attn_implementation=attention)
 
     def packing(self) -> Packing | None:
         """Say how rows are packed, once each model has shown that it keeps them apart. BadOption where one does not."""
@@ -481,6 +496,22 @@ class _Models:
     def _tell(self) -> None:
         done = len(self._teachers) + (self._student is not None)
         self.on_progress(Progress("load", done, max(self._many, done)))
+
+
+def _student_dtype(config: DistillConfig) -> str | None:
+    """Name the dtype of the student's weights; None for what is usual, where the run does not say it."""
+    return config.train.weights if "weights" in config.train.model_fields_set else None
+
+
+def _check_placements(config: DistillConfig) -> None:
+    """See before anything is loaded that each teacher can be where it is asked to be. Raises as `check_placement`."""
+    for nth, teacher in enumerate(config.teachers):
+        asked = {name: getattr(teacher, name) for name in PLACEMENT}
+        check_placement(**asked, where=f"teachers.{nth}.")
+        for name, value in asked.items():
+            if is_sharded() and value is not None:
+                allowed = "nothing there: teachers in memory are in shards, as the student is"
+                raise BadOption(f"teachers.{nth}.{name}", value, allowed)
 
 
 def _check_method(teacher: TeacherConfig, pair: TokenizerPair) -> None:

@@ -17,7 +17,15 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from cdm_toolkit.alignment.aligners import AlignerName
-from cdm_toolkit.artifacts.settings import Count, Positive, Settings, Text, one_or_several
+from cdm_toolkit.artifacts.settings import (
+    Count,
+    CountOrNone,
+    Positive,
+    Record,
+    Settings,
+    Text,
+    one_or_several,
+)
 from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.kd.method import Method, find_method, methods
 from cdm_toolkit.kd.settings import (
@@ -34,8 +42,13 @@ DEFAULT_METHOD = "spelling"
 """The method of a teacher that names none."""
 ACROSS_TOKENIZERS = ("aligner", "entropy")
 """Settings of a teacher that a method for one tokenizer has no use for."""
+WeightsDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["4bit", "8bit"]
+DeviceMap = Text | dict[Text, Text | CountOrNone]
+PLACEMENT = ("device", "device_map", "quantization")
+"""Settings of a teacher that say where its model lies, and how small."""
 OF_A_KIND: Mapping[str, tuple[str, ...]] = {
-    "local": ("dtype",),
+    "local": ("dtype", *PLACEMENT),
     "cached": ("cache",),
     "distillkit": ("compression",),
     "served": ("url", "engine", "api_key_env", "in_flight", "timeout", "patience", "cache"),
@@ -84,8 +97,16 @@ class TeacherConfig(Settings):
     compression: Text | None = None
     """Of kind distillkit: the file that says how the set is compressed, where no compression_config.yaml is beside it;
     a run file of DistillKit that reads the set will do."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights of the model in memory."""
+    dtype: WeightsDtype | None = None
+    """Of the weights of the model in memory: float32 unless it is set; auto: as they are stored. What is quantised
+    keeps its own."""
+    device: Text | None = None
+    """Of the model in memory: cpu, cuda, cuda:1, …, or mps; the student's unless it is set."""
+    device_map: DeviceMap | None = None
+    """Layers of the model in memory over several devices, by accelerate: auto, balanced, balanced_low_0, sequential,
+    or devices by the names of modules, such as `{model: cuda:1, lm_head: cuda:2}`."""
+    quantization: Quantization | None = None
+    """Quantise the weights by bitsandbytes as they are read, where the checkpoint is not quantised already."""
     url: Annotated[tuple[Server, ...], BeforeValidator(one_or_several)] = ()
     """Of the server, such as http://localhost:8000; several serve the same model, and share the load."""
     engine: Literal["vllm", "sglang"] = "vllm"
@@ -113,12 +134,8 @@ class TeacherConfig(Settings):
         settings, faults = _method_settings(given)
         kind = given.get("kind") or _kind(given)
         faults += _of_the_kind(kind, given)
-        try:
-            made = handler({**given, **settings, "kind": kind})
-        except ValidationError as error:
-            raise _with_faults(error, faults) from None
-        if faults:
-            raise Faults(faults)
+        faults += placement_faults(given)
+        made = listed_together(faults, handler, {**given, **settings, "kind": kind})
         if "kind" not in given:  # a copy with other settings may be of another
             made.__pydantic_fields_set__.discard("kind")
         return made
@@ -167,9 +184,12 @@ def _of_the_kind(kind: Any, given: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("api_key", "has no place in a file: api_key_env names the variable that holds the key")
     if kind not in OF_A_KIND:
         return
-    of_others = {name for names in OF_A_KIND.values() for name in names} - set(OF_A_KIND[kind])
+    own = {*OF_A_KIND[kind], *(OF_A_KIND["local"] if given.get("entropy") == "models" else ())}
+    of_others = {name for names in OF_A_KIND.values() for name in names} - own
     for name in sorted(of_others & {name for name, value in given.items() if value is not None}):
         yield Fault(name, f"is of no use to a teacher of kind {kind}")
+    if kind in ("served", "distillkit") and given.get("entropy") == "models":
+        yield Fault("entropy", f"models is of a model in memory, which a teacher of kind {kind} has not")
     needed = {"cached": "cache", "served": "url"}.get(kind)
     if needed and not given.get(needed):
         yield Fault(needed, f"is missing: a teacher of kind {kind} needs it")
@@ -225,6 +245,27 @@ def _useless(method: type[Method[Any, Any]], given: Mapping[str, Any]) -> Iterat
     aligner = given.get("aligner", TeacherConfig.model_fields["aligner"].default)
     if given.get("entropy") == "models" and aligner != "entropy-dtw":
         yield Fault("entropy", f"models is of no use to aligner {aligner}, only to entropy-dtw")
+
+
+def placement_faults(given: Mapping[str, Any], *, dtype: str = "dtype") -> Iterator[Fault]:
+    """Find settings of how a teacher is loaded that do not go together; `dtype` names that of its weights."""
+    if given.get("device_map") is not None and given.get("device") not in (None, "auto"):
+        yield Fault("device", "goes not with device_map, which has a device for each part: leave one out")
+    if given.get("quantization") is not None and given.get(dtype) not in (None, "auto"):
+        yield Fault(dtype, "goes not with quantization, which leaves the rest as it is stored: leave one out")
+
+
+def listed_together(
+    faults: list[Fault], handler: ModelWrapValidatorHandler[Record], given: Mapping[str, Any]
+) -> Record:
+    """Make a record of settings. Raises `faults` beside those that pydantic finds."""
+    try:
+        made = handler(given)
+    except ValidationError as error:
+        raise _with_faults(error, faults) from None
+    if faults:
+        raise Faults(faults)
+    return made
 
 
 def _with_faults(error: ValidationError, faults: list[Fault]) -> ValidationError:

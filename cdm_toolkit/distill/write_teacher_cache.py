@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
@@ -27,15 +27,24 @@ from cdm_toolkit.artifacts.teacher_cache import (
 from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
 from cdm_toolkit.distill.settings import SourceConfig, from_file
 from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.distill.teacher_settings import (
+    DeviceMap,
+    Quantization,
+    WeightsDtype,
+    listed_together,
+    placement_faults,
+)
 from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
 from cdm_toolkit.forward import ForwardBatch, logits_by_batch
 from cdm_toolkit.hub.models import (
+    check_placement,
     check_positions,
     check_vocabulary,
     load_model,
     model_fingerprint,
     model_folder,
     resolve_device,
+    weights_kind,
 )
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.rows import Learn, Row, rows_fingerprint
@@ -85,8 +94,13 @@ class CacheSettings(Settings):
     """Rows that the model reads at once."""
     device: Text = "auto"
     """auto: a GPU where there is one, else the CPU."""
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the model's weights."""
+    device_map: DeviceMap | None = None
+    """The model's layers over several devices, by accelerate: auto, balanced, balanced_low_0, sequential, or devices by
+    the names of modules, such as `{model: cuda:0, lm_head: cuda:1}`."""
+    teacher_dtype: WeightsDtype | None = None
+    """Of the model's weights: float32 unless it is set; auto: as they are stored. What is quantised keeps its own."""
+    quantization: Quantization | None = None
+    """Quantise the model's weights to 4bit or 8bit by bitsandbytes as they are read."""
     shard: str = "1/1"
     """Which of n parts of the work to do, as i/n: for several machines."""
     limit: Count | None = None
@@ -102,6 +116,14 @@ class CacheSettings(Settings):
             raise ValueError(f"{shard!r} is no part: give i/n with i from 1 to n, such as 1/4")
         return shard
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _can_be_loaded(cls, given: Any, handler: ModelWrapValidatorHandler[CacheSettings]) -> CacheSettings:
+        """Check how the model is loaded, also where a field has a fault: all are listed at once."""
+        if not isinstance(given, Mapping):
+            return handler(given)
+        return listed_together([*placement_faults(given, dtype="teacher_dtype")], handler, given)
+
     @model_validator(mode="after")
     def _fits_together(self) -> CacheSettings:
         if self.quantised and self.dtype == "float32":
@@ -114,6 +136,11 @@ class CacheSettings(Settings):
     def torch_device(self) -> str:
         """Name the device that `device` stands for on this machine. BadOption for one that is not here."""
         return str(resolve_device(self.device))
+
+    @property
+    def runs_on(self) -> str:
+        """Name the device that the model runs on, or how its layers are put on several."""
+        return self.torch_device if self.device_map is None else f"several, by device_map {self.device_map}"
 
     @property
     def part(self) -> tuple[int, int]:
@@ -164,7 +191,7 @@ def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: 
     and tokenizer, BadOption for a `k` or `max_length` that is too large, NothingToTrain, and those of CacheWriter.
     """
     began = time.perf_counter()
-    _ = settings.torch_device  # a device that is not here is told before anything is read
+    check_placement(settings.torch_device, settings.device_map, settings.quantization)  # told before all else
     settings, sources = _sources(settings)
     rows = list(islice(Rows(sources), settings.limit))
     if not any(has_completion(row, settings.template) for row in rows):
@@ -205,7 +232,7 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
         code=code_fingerprint(*FORMAT.code),
         model=settings.model,
         model_fingerprint=model,
-        teacher_dtype=settings.teacher_dtype,
+        teacher_dtype=weights_kind(settings.model, settings.teacher_dtype, settings.quantization),
         tokenizer=side.view.name,
         tokenizer_fingerprint=side.view.fingerprint,
         vocab=vocab,
@@ -220,7 +247,7 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
         quantised=settings.quantised,
         max_length=settings.max_length,
         rows_per_shard=settings.rows_per_shard or (WHOLE_ROWS_PER_SHARD if whole else ROWS_PER_SHARD),
-        provenance=dict(provenance(fingerprints=named, device=settings.torch_device)),
+        provenance=dict(provenance(fingerprints=named, device=settings.runs_on)),
     )
 
 
@@ -263,12 +290,17 @@ class _Work:
         todo = [index for index in shards if self.states[index] != "whole"]
         if not todo:
             return
+        settings = self.settings
         model = load_model(
-            self.settings.model, device=self.settings.torch_device, dtype=self.settings.teacher_dtype
+            settings.model,
+            device=settings.torch_device,
+            dtype=settings.teacher_dtype,
+            device_map=settings.device_map,
+            quantization=settings.quantization,
         )
-        check_vocabulary(model, self.settings.model, self.header.vocab)
+        check_vocabulary(model, settings.model, self.header.vocab)
         for index in todo:
-            self.writer.write(index, self._shard(model, index), device=self.settings.torch_device)
+            self.writer.write(index, self._shard(model, index), device=settings.runs_on)
 
     def result(self, seconds: float) -> CacheResult:
         folder = self.writer.folder

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from cdm_toolkit.hub.models import check_vocabulary, load_as_stored, model_fingerprint, model_folder
+from cdm_toolkit.hub.models import check_vocabulary, load_model, model_fingerprint, model_folder
 from cdm_toolkit.hub.omp import Donor, SharedTokens, rows_by_omp, shared_tokens
 from cdm_toolkit.hub.tokenizers import load_view
 from cdm_toolkit.vocab_map.row_sources import RowSources, SourceKind
@@ -44,8 +44,8 @@ class Donation:
 
 
 def load_donation(donor: Donor, old: TokenizerView, new: TokenizerView) -> Donation:
-    """Load a donor for the new ids that no single old row is copied to. Raises as `load_as_stored`, CdmError."""
-    model, view = load_as_stored(donor.model), load_view(donor.model)
+    """Load a donor for the new ids that no single old row is copied to. Raises as `load_model`, CdmError."""
+    model, view = load_model(donor.model, dtype="auto"), load_view(donor.model)
     check_vocabulary(model, donor.model, view.vocab_size)
     fingerprints = {
         "donor model": model_fingerprint(model_folder(donor.model)),

@@ -8,11 +8,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -20,10 +20,12 @@ from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.manifest import sha256_of
 from cdm_toolkit.errors import (
     BadOption,
+    CdmError,
     FileProblem,
     MissingExtra,
     ModelNotLoaded,
     SourceNotFound,
+    TwoWays,
     VocabularyTooSmall,
 )
 from cdm_toolkit.hub.aliases import Alias, nearest_alias, parse_name
@@ -37,7 +39,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("4bit", "8bit")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+DeviceMap = str | Mapping[str, str | int]
 log = logging.getLogger(__name__)
 
 _NEEDS = "config.json and *.safetensors"
@@ -58,48 +63,159 @@ _REPLACED = (
 
 
 def load_model(
-    name: str, *, device: str = "cpu", dtype: str = "float32", attn_implementation: str | None = None
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+    device_map: DeviceMap | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, in evaluation mode, on `device` in `dtype`.
+    """Load a causal language model, in evaluation mode, straight to where it runs: `device`, or a `device_map`.
 
-    GGUF weights are converted once, into the cache. Without `attn_implementation` attention uses torch's
-    scaled_dot_product_attention, or eager attention where the architecture does not support it; what config.json has
-    is ignored, because it may need a package or device that is not available. Raises SourceNotFound, ModelNotLoaded,
-    BadOption for an unavailable device or attention, VocabularyTooSmall where the tokenizer in the same folder has ids
-    without an embedding row. More rows than ids are padding.
+    `dtype` is float32 unless it is given; auto: as the weights are stored. `quantization` (4bit: NF4, 8bit: LLM.int8)
+    quantises them by bitsandbytes as they are read. It takes no dtype, and neither does a checkpoint that is quantised
+    already: what is not quantised in it stays as it is stored. A `device_map` is accelerate's: auto, balanced,
+    balanced_low_0, sequential, or devices by the names of modules. GGUF weights are converted once, into the cache.
+    Without `attn_implementation` attention uses torch's scaled_dot_product_attention, or eager attention where the
+    architecture does not support it; what config.json has is ignored, because it may need a package or device that is
+    not available. Raises SourceNotFound, ModelNotLoaded, MissingExtra, TwoWays, BadOption for an unavailable device or
+    attention, VocabularyTooSmall where the tokenizer in the same folder has ids without an embedding row. More rows
+    than ids are padding.
     """
-    import torch
-
-    parsed = checked_device(device)
-    if dtype not in DTYPES:
+    check_placement(device, device_map, quantization)
+    if dtype not in (None, *DTYPES):
         raise BadOption("dtype", dtype, f"one of {', '.join(DTYPES)}")
-    return _load(name, getattr(torch, dtype), attn_implementation).to(parsed)
+    folder = model_folder(name)
+    own = stored_quantization(folder)
+    if own and quantization:
+        raise BadOption("quantization", quantization, f"none: {name} is quantised already ({own})")
+    if dtype not in (None, "auto") and quantization:
+        raise TwoWays("dtype", "quantization")
+    if dtype not in (None, "auto") and own:
+        raise BadOption("dtype", dtype, f"auto: {name} is quantised ({own}) and keeps what it has")
+    quantised = quantization or own
+    if quantised:
+        _need_accelerate(f"a quantised model ({quantised})")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each product that it rounds
+    where = checked_device(device) if device_map is None else None
+    options = {
+        "dtype": dtype or ("auto" if quantised else "float32"),
+        "attn_implementation": attn_implementation,  # also None, which goes before what config.json has
+        "device_map": device_map if where is None else _whole_on(where, always=bool(quantised)),
+    }
+    if quantization:  # here None would too
+        options["quantization_config"] = _by_bitsandbytes(quantization, folder)
+    model = _load(name, folder, options, quantised)
+    return model.to(where) if options["device_map"] is None else model
 
 
-def load_as_stored(name: str) -> PreTrainedModel:
-    """Load a model on the CPU, in its stored dtype. Raises as `load_model`."""
-    return _load(name, "auto")
-
-
-def _load(name: str, dtype: torch.dtype | Literal["auto"], attention: str | None = None) -> PreTrainedModel:
+def _load(name: str, folder: Path, options: Mapping[str, Any], quantised: str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = model_folder(name)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
-        if attention is not None and isinstance(error, ImportError | ValueError):
-            allowed = f"another, such as sdpa or eager: {_first_line(error)}"
-            raise BadOption("attn_implementation", attention, allowed) from None
-        fix = f"check that {folder} holds a whole causal language model: config.json and its weights"
-        raise ModelNotLoaded(name, _first_line(error), fix) from error
+        raise _not_loaded(name, folder, options, quantised, error) from error
     if (ids := _tokenizer_ids(folder)) is not None:
         check_vocabulary(model, name, ids)
     return model.eval()
+
+
+def _not_loaded(
+    name: str, folder: Path, options: Mapping[str, Any], quantised: str | None, error: Exception
+) -> CdmError:
+    """Say why a model was not loaded, by the option that is most likely the cause."""
+    import torch
+
+    why, asked = _first_line(error)[:200].rstrip("."), isinstance(error, ImportError | ValueError)
+    if isinstance(error, torch.OutOfMemoryError):
+        fix = "choose another `device`, a smaller `dtype`, a `device_map` or `quantization`"
+        return ModelNotLoaded(name, why, fix)
+    if quantised and isinstance(error, ImportError | RuntimeError) and "ttention" not in why:
+        fix = "install what it names, or take weights that are not quantised so"
+        return ModelNotLoaded(name, f"it is quantised ({quantised}): {why}", fix)
+    if isinstance(options["device_map"], str | Mapping) and asked and "device" in why:
+        return BadOption("device_map", options["device_map"], f"a device for each part of {name}: {why}")
+    if options["attn_implementation"] is not None and asked:
+        allowed = f"another, such as sdpa or eager: {why}"
+        return BadOption("attn_implementation", options["attn_implementation"], allowed)
+    fix = f"check that {folder} holds a whole causal language model: config.json and its weights"
+    return ModelNotLoaded(name, why, fix)
+
+
+def check_placement(
+    device: str | None, device_map: DeviceMap | None, quantization: str | None, *, where: str = ""
+) -> None:
+    """See before anything is read that a model can be where it is asked to be, and that what this needs is installed.
+
+    `where` is the place of the three settings in a run, such as `teachers.0.`. Raises BadOption, MissingExtra.
+    """
+    if quantization not in (None, *QUANTIZATIONS):
+        raise BadOption(f"{where}quantization", quantization, f"one of {', '.join(QUANTIZATIONS)}")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        allowed = f"one of {', '.join(DEVICE_MAPS)}, or devices by the names of modules"
+        raise BadOption(f"{where}device_map", device_map, allowed)
+    if isinstance(device_map, Mapping):
+        for part in {str(part) for part in device_map.values()} - {"disk"}:
+            checked_device(f"cuda:{part}" if part.isdecimal() else part, option=f"{where}device_map")
+    elif device_map is None and device is not None:
+        checked_device(device, option=f"{where}device")
+    if device_map is not None:
+        _need_accelerate("a device_map")
+    if quantization is not None and not find_spec("bitsandbytes"):
+        raise MissingExtra("bitsandbytes", "quantization", f"quantization to {quantization}")
+
+
+def _need_accelerate(purpose: str) -> None:
+    if not find_spec("accelerate"):
+        raise MissingExtra("accelerate", "train", purpose)
+
+
+def _whole_on(device: torch.device, *, always: bool) -> dict[str, torch.device] | None:
+    """Ask for weights that are read to a device one by one; without accelerate the whole model is moved there."""
+    needed = always or (device.type != "cpu" and find_spec("accelerate"))
+    return {"": device} if needed else None
+
+
+def _by_bitsandbytes(quantization: str, folder: Path) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    stored = getattr(torch, stored_dtype(folder), torch.float32)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=stored)
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """Name the method by which the weights of a model folder are quantised, such as gptq; None where they are not."""
+    found = _stored(folder).get("quantization_config")
+    return None if found is None else str(found.get("quant_method", "bitsandbytes"))
+
+
+def stored_dtype(folder: Path) -> str:
+    """Name the dtype of the weights of a model folder; auto where its configuration does not say it."""
+    config = _stored(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+
+def weights_kind(name: str, dtype: str | None, quantization: str | None) -> str:
+    """Name what `load_model` makes of a model's weights: a dtype, 4bit, 8bit, or how its checkpoint is quantised."""
+    folder = model_folder(name)
+    kind = quantization or stored_quantization(folder) or dtype or "float32"
+    return stored_dtype(folder) if kind == "auto" else kind
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Read config.json, that of the language model where it is one of several parts; empty where it cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {**config.get("text_config", {}), **config}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # which is told when the model is loaded
 
 
 def resolve_device(name: str) -> torch.device:
@@ -126,29 +242,27 @@ def resolve_dtype(name: str, device: str) -> str:
     return "bfloat16" if able else "float32"
 
 
-def checked_device(device: str) -> torch.device:
-    """Parse the name of a device and check that it is available; there is no fallback."""
+def checked_device(device: str, *, option: str = "device") -> torch.device:
+    """Parse the name of a device and check that it is available; there is no fallback. `option` names the setting."""
     import torch
 
     try:
         parsed = torch.device(device)
     except RuntimeError:
-        raise BadOption("device", device, "cpu, cuda, cuda:1, …, or mps") from None
+        raise BadOption(option, device, "cpu, cuda, cuda:1, …, or mps") from None
     if parsed.type == "cuda":
         if torch.version.cuda is None and torch.version.hip is None:
             raise BadOption(
-                "device",
+                option,
                 device,
                 f"cpu: this is a CPU build of torch ({torch.__version__}); cuda needs a CUDA build",
             )
         if (parsed.index or 0) >= torch.cuda.device_count():
-            raise BadOption(
-                "device", device, f"a device that torch sees: it sees {torch.cuda.device_count()}"
-            )
+            raise BadOption(option, device, f"a device that torch sees: it sees {torch.cuda.device_count()}")
     elif parsed.type == "mps" and not torch.backends.mps.is_available():
-        raise BadOption("device", device, "cpu: torch has no Metal here")
+        raise BadOption(option, device, "cpu: torch has no Metal here")
     elif parsed.type not in ("cpu", "mps"):
-        raise BadOption("device", device, "cpu, cuda, cuda:1, …, or mps")
+        raise BadOption(option, device, "cpu, cuda, cuda:1, …, or mps")
     return parsed
 
 

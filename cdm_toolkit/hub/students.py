@@ -17,7 +17,7 @@ from cdm_toolkit.hub.embedding_rows import Donation, load_donation, replace_rows
 from cdm_toolkit.hub.hidden_states import mean_state, token_sequences
 from cdm_toolkit.hub.models import (
     check_vocabulary,
-    load_as_stored,
+    load_model,
     model_fingerprint,
     model_folder,
     model_folder_to_fill,
@@ -239,7 +239,7 @@ def transplant(
         raise CdmError("nothing of the model would change", fix="give `tokenizer`, `entries` or `layers`")
     old = load_tokenizer(source)
     new = load_cut(old if tokenizer is None else tokenizer, entries)
-    model = load_as_stored(source)
+    model = load_model(source, dtype="auto")
     check_vocabulary(model, source, old.view.vocab_size)
     fingerprints = {
         "source model": model_fingerprint(model_folder(source)),

@@ -52,6 +52,36 @@ def refused(answer, *words: str) -> None:
         assert word in lines[0], lines[0]
 
 
+def test_a_teacher_in_fewer_bits(cdm, words: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    made = cdm(*words, "--quantization", "8bit", "--device-map", "{model: cpu, lm_head: cpu}")
+    assert made.status == 0, made.err
+    assert "device: several, by device_map {'model': 'cpu', 'lm_head': 'cpu'}" in made.err
+    assert "run in 8bit" in cdm("teacher", "info", tmp_path / "cached").out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--quantization", "4bit", "--teacher-dtype", "float32"),
+            "teacher_dtype goes not with quantization",
+        ),
+        (("--device-map", "auto", "--device", "cpu"), "device goes not with device_map"),
+        (("--quantization", "2bit"), "quantization is '2bit': give one of 4bit, 8bit"),
+        (("--device-map", "even"), "--device-map is 'even'; give one of auto, balanced"),
+        (("--device-map", "{model: cuda:9}"), "--device-map is 'cuda:9'; give"),
+        (("--device-map", "{model: [}"), "is not YAML: quote it"),
+        (("--device-map", "{model: 1.5}"), "device_map"),
+    ],
+    ids=str,
+)
+def test_a_teacher_that_cannot_be_loaded_so(
+    cdm, words: list[str], options: tuple[str, ...], said: str
+) -> None:
+    refused(cdm(*words, *options), said)
+
+
 def test_cache_and_info(cdm, words: list[str], tmp_path: Path) -> None:
     made = cdm(*words, "--rows-per-shard", 5, "--json")
     assert made.status == 0, made.err

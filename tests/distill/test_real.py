@@ -104,3 +104,25 @@ def test_only_the_rest_or_exact_pairs_teach_a_fresh_student(models: Models) -> N
     with torch.no_grad():
         assert models.loss(batch, signal).matched_mass.item() > 0.9
         assert among_top_k.loss(batch, signal).matched_mass.item() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("loading", "within"),
+    [
+        ({"dtype": "auto"}, 0),  # float32, as its weights are stored
+        ({"dtype": "bfloat16"}, 0.001),
+        ({"quantization": "8bit"}, 0.01),
+        ({"quantization": "4bit"}, 0.04),
+    ],
+    ids=lambda given: next(iter(given.values())) if isinstance(given, dict) else None,
+)
+def test_losses_of_a_teacher_in_fewer_bits(models: Models, loading: dict[str, str], within: float) -> None:
+    if "quantization" in loading:
+        pytest.importorskip("bitsandbytes")
+    batch, signal = models.batch(models.features[:4])
+    teacher = Local(load_model("smollm2", **loading), vocab=models.method.pair.vocab_t)
+    found = models.method.signal(teacher, batch)
+    with torch.no_grad():
+        kd, whole = models.loss(batch, found).kd, models.loss(batch, signal).kd
+    assert kd.item() == pytest.approx(whole.item(), rel=within)
+    assert torch.equal(found.top.ids, signal.top.ids) == (within == 0)

@@ -206,6 +206,49 @@ def test_batches_of_tokens_have_each_row_once_an_epoch(
     assert (planned.steps, planned.steps_an_epoch) == (result.steps, an_epoch)
 
 
+@pytest.mark.parametrize(
+    ("loading", "shown", "within"),
+    [
+        ({"dtype": "auto"}, "", 0),
+        ({"device": "cpu"}, " on cpu", 0),
+        ({"device_map": "auto"}, " on several devices", 0),
+        ({"quantization": "8bit"}, "", 0.01),
+    ],
+    ids=str,
+)
+def test_a_teacher_that_is_loaded_otherwise(
+    config, tiny, loading: dict[str, str], shown: str, within: float
+) -> None:
+    """Plan and losses are those of the teacher in float32 on the student's device, within what its bits allow."""
+    if "quantization" in loading:
+        pytest.importorskip("bitsandbytes")
+    chosen = config({"teachers": [{"model": tiny.teacher, "top_k": 40} | loading]})
+    planned, plain = plan(chosen), plan(config())
+    assert planned.teachers[0].kd == pytest.approx(plain.teachers[0].kd, rel=within)
+    weights = {name: size for name, size in planned.memory.items() if name.endswith("weights")}
+    teacher = f"teacher {tiny.teacher}"
+    assert list(weights) == ["student weights", f"{teacher}{shown}, weights"]
+    fewer = weights.popitem()[1] < plain.memory[f"{teacher}, weights"]
+    assert fewer == ("quantization" in loading)
+    found, expected = ([log.loss for log in run(made, overwrite=True).losses] for made in (chosen, config()))
+    assert found == pytest.approx(expected, rel=within)
+
+
+def test_a_teacher_that_cannot_be_where_it_is_asked_to_be_is_told_first(config, tiny) -> None:
+    for loading, message in (
+        ({"device": "cuda:9"}, "`teachers.0.device` is 'cuda:9'; give"),
+        ({"device_map": "even"}, "`teachers.0.device_map` is 'even'; give one of auto"),
+    ):
+        seen: list[str] = []
+        with pytest.raises(BadOption) as caught:
+            run(
+                config({"teachers": [{"model": tiny.teacher} | loading]}),
+                on_progress=lambda progress, seen=seen: seen.append(progress.stage),
+            )
+        assert message in str(caught.value)
+        assert not seen
+
+
 def test_batches_of_tokens_go_on_where_they_were(config, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "max_steps": None,

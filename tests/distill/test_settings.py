@@ -101,6 +101,29 @@ def test_faults_of_a_method_are_listed_beside_those_of_the_teacher() -> None:
     ]
 
 
+def test_how_a_teacher_is_loaded() -> None:
+    teachers = [
+        {"model": "t", "dtype": "auto", "device": "cuda:1"},
+        {
+            "model": "t",
+            "quantization": "4bit",
+            "dtype": "auto",
+            "device_map": {"model": "cuda:1", "lm_head": 2},
+        },
+        {"model": "t", "cache": "c", "dtype": "bfloat16", "method": "kl"},
+        {"model": "t", "cache": "c", "method": "cdm", "aligner": "entropy-dtw", "entropy": "models"}
+        | {"device": "cpu"},
+    ]
+    config = from_mapping(NEEDED | {"teachers": teachers})
+    assert config.teachers[1].device_map == {"model": "cuda:1", "lm_head": 2}
+    wrong = {"model": "t", "cache": "c", "weight": 0, "device": "cpu", "device_map": "auto"}
+    with pytest.raises(BadSettings) as caught:
+        from_mapping(NEEDED | {"teachers": [wrong | {"quantization": "4bit", "dtype": "float16"}]})
+    assert sorted(fault.split()[0] for fault in caught.value.faults) == [
+        f"teachers.0.{name}" for name in ("device", "device", "device_map", "dtype", "quantization", "weight")
+    ]
+
+
 def test_a_method_may_be_given_by_an_alias_and_numbers_as_texts() -> None:
     teachers = [
         {"model": "t", "method": name, "temperature": "1e-1"} for name in ("em", "min_ed", "reverse_kl")
@@ -130,6 +153,11 @@ def test_a_method_may_be_given_by_an_alias_and_numbers_as_texts() -> None:
         ({"mapping": "near"}, "mapping is gone: give method cdm"),
         ({"mapping": "spelled"}, "mapping is gone: give method spelling"),
         ({"top_kk": 5}, "top_kk is no setting, did you mean top_k?"),
+        ({"quantization": "4bit", "dtype": "bfloat16"}, "dtype goes not with quantization"),
+        ({"device_map": "auto", "device": "cuda:1"}, "device goes not with device_map"),
+        ({"cache": "c", "device_map": "auto"}, "device_map is of no use beside cache"),
+        ({"cache": "c", "quantization": "8bit"}, "quantization is of no use beside cache"),
+        ({"quantization": "5bit"}, "quantization is '5bit': give one of 4bit, 8bit"),
     ],
 )
 def test_an_option_that_a_method_does_not_look_at_is_a_fault(teacher: dict[str, Any], reason: str) -> None:

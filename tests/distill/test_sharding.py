@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from cdm_toolkit.alignment.aligners import align
 from cdm_toolkit.artifacts.shipped import shipped_folder
 from cdm_toolkit.distill.output_folder import check_seal
+from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.run import run
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.sharding import check_launch
-from cdm_toolkit.errors import BadOption, DoesNotSpell
+from cdm_toolkit.distill.sources import Rows
+from cdm_toolkit.errors import BadOption, CdmError, DoesNotSpell
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.kd import aligned_rows
 
@@ -124,6 +127,36 @@ def test_what_cannot_be_in_shards_is_told(
         monkeypatch.setenv(name, value)
     with pytest.raises(BadOption) as caught:
         check_launch(device)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (
+            {"device": "cpu"},
+            "`teachers.0.device` is 'cpu'; give nothing there: teachers in memory are in shards",
+        ),
+        ({"device_map": "auto"}, "`teachers.0.device_map` is 'auto'; give nothing there"),
+        ({"quantization": "8bit"}, "`teachers.0.quantization` is '8bit'; give nothing there"),
+        ({"model": "quantised"}, "it is quantised (gptq), and the run keeps models in shards"),
+    ],
+    ids=str,
+)
+def test_teachers_that_cannot_be_in_shards_are_told(
+    teacher: dict[str, str], message: str, config, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "quantization" in teacher:
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    description = json.loads(Path(shutil.copytree(tiny.teacher, "quantised"), "config.json").read_text())
+    description["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    Path("quantised/config.json").write_text(json.dumps(description))
+    settings = config({"teachers": [{"model": tiny.teacher, "top_k": 40} | teacher]})
+    with pytest.raises(CdmError) as caught:
+        prepare(settings, Rows(settings.data.all_sources, 0), lambda _: None)
     assert message in str(caught.value)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from cdm_toolkit.artifacts.teacher_cache import CacheWriter, TeacherCache
 from cdm_toolkit.distill import write_teacher_cache as module
@@ -360,6 +361,50 @@ def test_a_chat_template_is_read_and_told_apart(tiny, tmp_path: Path) -> None:
         make(tiny, tmp_path / "cache", model=model, template="chat")
     with pytest.raises(BadArtifact, match="its template is chat"):
         open_cache(tmp_path / "cache", load_side(model), rows, "chat")
+
+
+def test_a_cache_knows_the_weights_that_it_was_made_with(tiny, tmp_path: Path) -> None:
+    """auto is the dtype that it stands for; what was quantised is not what was not, nor what has other bits."""
+    pytest.importorskip("bitsandbytes")
+    plain = make(tiny, tmp_path / "plain", teacher_dtype="float32")
+    assert plain.header.teacher_dtype == "float32", "as caches of before have it"
+    assert not make(tiny, tmp_path / "plain", teacher_dtype="auto").made
+    assert not make(tiny, tmp_path / "plain", device_map="auto").made
+    small = make(tiny, tmp_path / "small", quantization="8bit")
+    assert "quantization='8bit'" in small.header.call(tmp_path)
+    assert "teacher_dtype='float32'" in plain.header.call(tmp_path)
+    for there, weights in (
+        ("plain", {"quantization": "8bit"}),
+        ("small", {}),
+        ("small", {"quantization": "4bit"}),
+    ):
+        with pytest.raises(BadArtifact, match=r"the kind of weights is \w+ there and \w+ now"):
+            make(tiny, tmp_path / there, **weights)
+    rows = read_rows(tiny.data)
+    whole, fewer = (TeacherCache.open(tmp_path / name) for name in ("plain", "small"))
+    differences = [
+        np.abs(whole.row(row.number).logprobs - fewer.row(row.number).logprobs).mean() for row in rows
+    ]
+    assert 0 < max(differences) < 0.05
+
+
+def test_how_the_teacher_is_loaded_has_its_faults_listed_with_the_others(tiny, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError) as caught:
+        make(
+            tiny,
+            tmp_path,
+            k=-1,
+            teacher_dtype="float16",
+            quantization="8bit",
+            device="cpu",
+            device_map="auto",
+        )
+    said = str(caught.value)
+    for part in ("k", "teacher_dtype goes not with quantization", "device goes not with device_map"):
+        assert part in said
+    with pytest.raises(BadOption, match="`device_map` is 'even'"):
+        make(tiny, tmp_path, device_map="even")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_say(tiny, tmp_path: Path) -> None:

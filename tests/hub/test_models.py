@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from cdm_toolkit.errors import (
     BadOption,
     CdmError,
     FileProblem,
+    MissingExtra,
     ModelNotLoaded,
     SourceNotFound,
     VocabularyTooSmall,
@@ -21,11 +26,12 @@ from cdm_toolkit.errors import (
 from cdm_toolkit.hub import models
 from cdm_toolkit.hub.models import (
     has_weights,
-    load_as_stored,
     load_model,
     model_fingerprint,
     model_folder_to_fill,
     resolve_device,
+    stored_quantization,
+    weights_kind,
 )
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
@@ -86,6 +92,7 @@ def test_devices_and_dtypes(student: Path) -> None:
             load_model(str(student), device=device)
     with pytest.raises(BadOption, match="dtype"):
         load_model(str(student), dtype="int8")
+    assert load_model(str(student), device_map="auto").device == torch.device("cpu")
     if torch.version.cuda is None:
         with pytest.raises(BadOption, match="CPU build of torch"):
             load_model(str(student), device="cuda")
@@ -112,9 +119,9 @@ def test_a_named_device_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_model_is_loaded_as_it_is_stored(student: Path, tmp_path: Path) -> None:
-    assert load_as_stored(str(student)).dtype == torch.float32
+    assert load_model(str(student), dtype="auto").dtype == torch.float32
     load_model(str(student), dtype="bfloat16").save_pretrained(tmp_path)
-    assert load_as_stored(str(tmp_path)).dtype == torch.bfloat16
+    assert load_model(str(tmp_path), dtype="auto").dtype == torch.bfloat16
 
 
 def test_attention_is_what_torch_has_whatever_the_configuration_asks(student: Path, tmp_path: Path) -> None:
@@ -123,6 +130,128 @@ def test_attention_is_what_torch_has_whatever_the_configuration_asks(student: Pa
     for asked in ("flash_attention_2", "eager"):
         (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": asked}))
         assert load_model(str(folder)).config._attn_implementation == "sdpa"
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a model whose widths are whole blocks of 64, as bitsandbytes has them."""
+    folder = tmp_path_factory.mktemp("wide") / "one"
+    try:
+        new_student("smollm2", "1m", folder, entries=900, seed=3)
+    except SourceNotFound as error:
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_4bit(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a model as it is when its weights were quantised."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("quantised")
+    model = load_model(str(wide), quantization="4bit")
+    assert model.get_memory_footprint() < 0.3 * load_model(str(wide)).get_memory_footprint()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_quantised_checkpoint_is_loaded_as_it_is(in_4bit: Path, wide: Path) -> None:
+    assert (stored_quantization(in_4bit), stored_quantization(wide)) == ("bitsandbytes", None)
+    own, ours = load_model(str(in_4bit)), load_model(str(wide), quantization="4bit")
+    assert {p.dtype for p in own.parameters()} == {torch.uint8, torch.float32}
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(own(ids).logits, ours(ids).logits)
+    with pytest.raises(
+        BadOption, match=r"`dtype` is 'bfloat16'; give auto: .* is quantised \(bitsandbytes\)"
+    ):
+        load_model(str(in_4bit), dtype="bfloat16")
+    with pytest.raises(BadOption, match=r"`quantization` is '8bit'; give none: .* is quantised already"):
+        load_model(str(in_4bit), quantization="8bit")
+
+
+def test_kinds_of_weights(in_4bit: Path, student: Path, tmp_path: Path) -> None:
+    """Say what a cache was made with; auto is the dtype that it stands for."""
+    load_model(str(student), dtype="bfloat16").save_pretrained(tmp_path)
+    found = [
+        weights_kind(str(folder), dtype, quantization)
+        for folder, dtype, quantization in (
+            (student, None, None),
+            (tmp_path, None, None),
+            (tmp_path, "auto", None),
+            (tmp_path, None, "8bit"),
+            (in_4bit, None, None),
+        )
+    ]
+    assert found == ["float32", "float32", "bfloat16", "8bit", "bitsandbytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32", "quantization": "4bit"}, "`dtype` and `quantization` do not go together"),
+        ({"quantization": "3bit"}, "`quantization` is '3bit'; give one of 4bit, 8bit"),
+        (
+            {"device_map": "fair"},
+            "`device_map` is 'fair'; give one of auto, balanced, balanced_low_0, sequential",
+        ),
+        ({"device_map": {"model": 7, "lm_head": "cpu"}}, "`device_map` is 'cuda:7'; give"),
+        ({"device_map": {"lm_head": "cpu", "model.norm": "disk"}}, "a device for each part of"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_loaded_so_is_one_line(student: Path, options: dict[str, Any], message: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(CdmError) as caught:
+        load_model(str(student), **options)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "extra"),
+    [
+        ("accelerate", {"device_map": "auto"}, "train"),
+        ("accelerate", {"quantization": "4bit"}, "train"),
+        ("bitsandbytes", {"quantization": "8bit"}, "quantization"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    student: Path, missing: str, options: dict[str, Any], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(MissingExtra, match=rf'needs {missing}, .*pip install "cdm-toolkit\[{extra}\]"'):
+        load_model(str(student), **options)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_a_quantised_checkpoint_names_the_package_that_it_needs(
+    student: Path, method: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(student, tmp_path / method)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": method, "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(ModelNotLoaded, match=rf"it is quantised \({method}\): .*; install what it names"):
+        load_model(str(folder))
+
+
+@pytest.mark.slow
+def test_weights_are_read_to_where_they_run(student: Path, tmp_path: Path) -> None:
+    """On a GPU they lie there once, and host memory holds one tensor at a time; on a CPU there is no second copy."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("a CPU build of torch needs a C++ compiler for this")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    from benchmarks.load import load
+    from benchmarks.trace import device_library
+
+    library, beside = device_library(tmp_path), 48 * 2**20
+    there, here = (load("smollm2", library, dtype="bfloat16", device=on) for on in ("cuda:1", "cpu"))
+    assert there["on_device"] == there["weights"] == here["weights"]
+    assert there["peak_allocated"] < there["largest"] + beside < 0.5 * there["weights"]
+    assert here["peak_allocated"] < here["weights"] + beside
+    if find_spec("bitsandbytes") is not None:
+        small = load("smollm2", library, quantization="4bit")
+        assert small["peak_allocated"] < small["weights"] + beside < here["weights"]
 
 
 def rewritten(student: Path, folder: Path, name: str, index: int) -> Path:

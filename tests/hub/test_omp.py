@@ -12,7 +12,7 @@ import torch
 
 from cdm_toolkit.errors import CdmError
 from cdm_toolkit.hub.embedding_rows import vocabulary_tables
-from cdm_toolkit.hub.models import load_as_stored, load_model, save_model
+from cdm_toolkit.hub.models import load_model, save_model
 from cdm_toolkit.hub.omp import Donor, matching_pursuit, rows_by_omp, shared_tokens
 from cdm_toolkit.hub.students import new_student, transplant
 from cdm_toolkit.hub.tokenizers import Loaded, load_tokenizer
@@ -83,9 +83,9 @@ def donor(source: Path, loaded: Callable[[str], Loaded], tmp_path_factory: pytes
     """Make a model with SmolLM2's first 1,100 ids, each of which is a turned row of the source's or a sum of two."""
     folder = tmp_path_factory.mktemp("donor") / "model"
     new_student(loaded("smollm2"), "1m", folder, entries=1100, seed=2)
-    model, tokenizer = load_as_stored(str(folder)), load_tokenizer(str(folder))
+    model, tokenizer = load_model(str(folder), dtype="auto"), load_tokenizer(str(folder))
     old = load_tokenizer(str(source)).view
-    rows = load_as_stored(str(source)).get_input_embeddings().weight.detach()
+    rows = load_model(str(source), dtype="auto").get_input_embeddings().weight.detach()
     turned = rows @ _turn(rows.shape[1], model.config.hidden_size)
     found = row_sources(old, tokenizer.view)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_an_untied_heads_rows_are_made_after_the_donors_head(
         tables[name] = [table.detach() for table in vocabulary_tables(model)]
     cut = {"entries": 3000, "donor": Donor(str(tmp_path / "gpt2"), 3)}
     transplant(str(tmp_path / "qwen2"), "gpt2", tmp_path / "out", **cut)
-    made = vocabulary_tables(load_as_stored(str(tmp_path / "out")))
+    made = vocabulary_tables(load_model(str(tmp_path / "out"), dtype="auto"))
     gpt2, qwen2 = loaded("gpt2").view, loaded("qwen2").view
     new = load_tokenizer(str(tmp_path / "out")).view
     tokens = shared_tokens(gpt2, qwen2, new)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 from cdm_toolkit.errors import BadOption, FileProblem, OutputExists, VocabularyTooSmall
 from cdm_toolkit.hub import students
 from cdm_toolkit.hub.embedding_rows import PIECE_NATS, new_rows, vocabulary_tables
-from cdm_toolkit.hub.models import load_as_stored, load_model, model_fingerprint, model_folder, save_model
+from cdm_toolkit.hub.models import load_model, model_fingerprint, model_folder, save_model
 from cdm_toolkit.hub.students import (
     Shape,
     Transplanted,
@@ -177,7 +177,7 @@ def test_rows_come_from_where_they_should(
 
 
 def test_the_body_and_the_dtype_are_kept(untied: Path, moved: tuple[Path, Transplanted]) -> None:
-    old, new = load_as_stored(str(untied)), load_as_stored(str(moved[0]))
+    old, new = load_model(str(untied), dtype="auto"), load_model(str(moved[0]), dtype="auto")
     assert new.dtype == torch.bfloat16
     own = {id(table) for model in (old, new) for table in vocabulary_tables(model)}
     body = [
@@ -229,7 +229,9 @@ def test_texts_change_the_head_alone(
     untied: Path, moved: tuple[Path, Transplanted], mistral: Loaded, tmp_path: Path
 ) -> None:
     transplant(str(untied), mistral, tmp_path / "out", seed=7, texts=[TEXT, ""])
-    plain, made = (vocabulary_tables(load_as_stored(str(folder))) for folder in (moved[0], tmp_path / "out"))
+    plain, made = (
+        vocabulary_tables(load_model(str(folder), dtype="auto")) for folder in (moved[0], tmp_path / "out")
+    )
     assert [torch.equal(a, b) for a, b in zip(plain, made, strict=True)] == [True, False, True][: len(plain)]
 
 

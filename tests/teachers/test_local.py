@@ -11,6 +11,7 @@ from cdm_toolkit.batching import Padding
 from cdm_toolkit.distill.dataset import build_dataset
 from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.hub.models import load_model
+from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.aligned_rows import AlignedRow
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
@@ -110,3 +111,46 @@ def test_the_model_is_frozen(folder: str) -> None:
     Local(model, vocab=model.config.vocab_size)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def untied(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Give the head weights of its own, so that it can lie elsewhere than the embedding."""
+    model, copy = load_model(folder), tmp_path_factory.mktemp("untied")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
+    model.save_pretrained(copy)
+    return str(copy)
+
+
+@pytest.mark.parametrize("away", ["lm_head", "model.embed_tokens", "model.layers"])
+@pytest.mark.parametrize(
+    "request_", [SignalRequest(K), SignalRequest(K, token_logprobs=True, token_top=True)]
+)
+def test_parts_that_are_outside_of_memory_until_they_run(
+    untied: str, features: list[AlignedRow], away: str, request_: SignalRequest
+) -> None:
+    """As a `device_map` of accelerate has it: the same hooks move what layers on several devices read."""
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    whole = load_model(untied)
+    model = load_model(untied, device_map={part: "disk" if part == away else "cpu" for part in parts})
+    assert {p.device.type for p in model.parameters()} == {"cpu", "meta"}
+    batch, vocab = batch_of(features), whole.config.vocab_size
+    expected, found = (Local(each, vocab=vocab).signal(batch, request_) for each in (whole, model))
+    assert torch.equal(found.top.ids, expected.top.ids)
+    assert torch.equal(found.top.logprobs, expected.top.logprobs)
+    if request_.token_top:
+        assert torch.equal(found.token_logprobs, expected.token_logprobs)  # type: ignore[arg-type]
+    Local(model, vocab=vocab).join()
+
+
+def test_a_quantised_model(features: list[AlignedRow], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    new_student(
+        "smollm2", "1m", tmp_path, entries=900, seed=1
+    )  # as `features` are, and of whole blocks of 64
+    models = load_model(str(tmp_path)), load_model(str(tmp_path), quantization="4bit")
+    expected, found = (signal(each, features, "right").top.logprobs for each in models)
+    assert torch.isfinite(found).all()
+    assert 0 < (expected - found).abs().mean() < 0.05
+    assert not any(parameter.requires_grad for parameter in models[1].parameters())
