@@ -110,7 +110,6 @@ def test_how_a_teacher_is_loaded() -> None:
             "dtype": "auto",
             "device_map": {"model": "cuda:1", "lm_head": 2},
         },
-        {"model": "t", "cache": "c", "dtype": "bfloat16", "method": "kl"},
         {"model": "t", "cache": "c", "method": "cdm", "aligner": "entropy-dtw", "entropy": "models"}
         | {"device": "cpu"},
     ]
@@ -120,7 +119,8 @@ def test_how_a_teacher_is_loaded() -> None:
     with pytest.raises(BadSettings) as caught:
         from_mapping(NEEDED | {"teachers": [wrong | {"quantization": "4bit", "dtype": "float16"}]})
     assert sorted(fault.split()[0] for fault in caught.value.faults) == [
-        f"teachers.0.{name}" for name in ("device", "device", "device_map", "dtype", "quantization", "weight")
+        f"teachers.0.{name}"
+        for name in ("device", "device", "device_map", "dtype", "dtype", "quantization", "weight")
     ]
 
 
@@ -155,8 +155,8 @@ def test_a_method_may_be_given_by_an_alias_and_numbers_as_texts() -> None:
         ({"top_kk": 5}, "top_kk is no setting, did you mean top_k?"),
         ({"quantization": "4bit", "dtype": "bfloat16"}, "dtype goes not with quantization"),
         ({"device_map": "auto", "device": "cuda:1"}, "device goes not with device_map"),
-        ({"cache": "c", "device_map": "auto"}, "device_map is of no use beside cache"),
-        ({"cache": "c", "quantization": "8bit"}, "quantization is of no use beside cache"),
+        ({"cache": "c", "device_map": "auto"}, "device_map is of no use to a teacher of kind cached"),
+        ({"cache": "c", "quantization": "8bit"}, "quantization is of no use to a teacher of kind cached"),
         ({"quantization": "5bit"}, "quantization is '5bit': give one of 4bit, 8bit"),
     ],
 )
