@@ -14,6 +14,7 @@ NOT_OURS = {
     "cli": "the terminal's own words",
     "compare/study_page.py": "its style sheet has custom properties",
     "hub/wheels.py": "it starts pip, whose options these are",
+    "teachers/engines.py": "it names the option of a server",
 }
 """Packages and files that may spell options, with the reason."""
 

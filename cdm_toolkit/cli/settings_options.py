@@ -84,9 +84,20 @@ def fields_of(source: str, record: str) -> Mapping[str, SettingField]:
     tree = _parsed(PACKAGE / source)
     constants = dict(constants_in(tree.body))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    bases = [base.id for base in classes[record].bases if isinstance(base, ast.Name) and base.id in classes]
-    inherited = [field for base in bases for field in fields_of(source, base).items()]
+    sources = dict.fromkeys(classes, source) | dict(_imported(tree))
+    bases = [base.id for base in classes[record].bases if isinstance(base, ast.Name)]
+    known = [(sources[base], base) for base in bases if base in sources and base != "Settings"]
+    inherited = [field for base in known for field in fields_of(*base).items()]
     return dict(inherited) | dict(_fields(classes[record], constants))
+
+
+def _imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Give the names that a module imports from another of the package, with that one's source."""
+    package = f"{PACKAGE.name}."
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package):
+            source = str(node.module).removeprefix(package).replace(".", "/") + ".py"
+            yield from ((alias.name, source) for alias in node.names)
 
 
 @cache

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _RECORD = ("distill/write_teacher_cache.py", "CacheSettings")
 _option = functools.partial(record_option, *_RECORD)
-_server_option = functools.partial(record_option, "distill/teacher_settings.py", "TeacherConfig")
+_server_option = functools.partial(record_option, "distill/teacher_settings.py", "TeacherSource")
 
 app = typer.Typer(no_args_is_help=True, help="Precompute a cache of a teacher's log-probabilities.")
 
@@ -46,12 +46,21 @@ def cache(
     shard: Annotated[str | None, _option("shard")] = None,
     limit: Annotated[int | None, _option("limit")] = None,
     rows_per_shard: Annotated[int | None, _option("rows_per_shard")] = None,
+    url: Annotated[list[str] | None, _option("url")] = None,
+    tokenizer: Annotated[str | None, _option("tokenizer")] = None,
+    engine: Annotated[str | None, _option("engine")] = None,
+    api_key_env: Annotated[str | None, _option("api_key_env")] = None,
+    in_flight: Annotated[int | None, _option("in_flight")] = None,
+    timeout: Annotated[float | None, _option("timeout")] = None,
+    patience: Annotated[float | None, _option("patience")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Store a teacher's top-k log-probabilities at each completion token, so that training needs no teacher in memory.
 
     Run the same command again to resume an interrupted run. Parts (--shard) are written to one folder, or to several
     that are merged by copying their files.
+
+    With --url a server that has the model is asked.
 
     Example: cdm teacher cache --model smollm2 --data rows.jsonl -o cached
     """
@@ -65,9 +74,8 @@ def cache(
     with screen.progress() as bar:
         task = bar.add_task("running the teacher", total=None, note="")
 
-        say_device = functools.cache(
-            lambda: screen.say_device(settings.runs_on)
-        )  # once, when the model has begun
+        # once, when the model has begun
+        say_device = functools.cache(lambda: screen.say_device(settings.runs_on))
 
         def follow(progress: CacheProgress) -> None:
             if progress.tokens:
@@ -80,6 +88,8 @@ def cache(
         except KeyboardInterrupt:
             kept = f"what was finished is kept in {output}"
             raise Interrupted("the teacher", kept, "the same command") from None
+    for note in result.notes:
+        screen.warn(note)
     for name in result.damaged:
         screen.warn(f"{name} was damaged, and was made again")
     if as_json:

@@ -362,6 +362,7 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
         heldout = teacher if data.others is None else None
     elif config.kind == "served":
         connection = data.connections[nth]
+        _check_context(connection, config, [features.teacher_lengths[nth] for features in data.read])
         _at_most(options, kind, pair, connection.k)
         teacher = served(config, connection, pair.teacher, run.data, _answers(nth, data))
         heldout = teacher
@@ -395,6 +396,16 @@ def _of_candidates(objectives: Sequence[TeacherObjective]) -> Iterator[str]:
                 f"{share:.1%} of the tokens in the first {rows} rows of {stored.folder} are none of its {stored.k} "
                 "candidates: their log-probability is taken to be the most that these leave"
             )
+
+
+def _check_context(
+    connection: Connection, config: TeacherConfig, lengths: Sequence[Int64[np.ndarray, " row"]]
+) -> None:
+    """See that a server can read the longest row. BadOption."""
+    longest = int(np.concatenate(lengths).max())
+    if connection.longest is not None and longest > connection.longest:
+        allowed = f"at most {connection.longest}: {config.url[0]} reads no more tokens of {config.model}"
+        raise BadOption("max_length", longest, allowed)
 
 
 def _at_most(options: dict[str, Any], kind: type[Method[Any, Any]], pair: TokenizerPair, k: int) -> None:

@@ -22,14 +22,21 @@ from cdm_toolkit.teachers.served import Connection, Served, connect
 if TYPE_CHECKING:
     from cdm_toolkit.distill.settings import DataConfig
     from cdm_toolkit.distill.sources import Rows
-    from cdm_toolkit.distill.teacher_settings import TeacherConfig
+    from cdm_toolkit.distill.teacher_settings import TeacherConfig, TeacherSource
     from cdm_toolkit.kd.pair import TokenizerPair
     from cdm_toolkit.kd.tokenized_rows import TokenizerSide
 
 ROWS_PER_SHARD = 256
+SERVED = "served"
+"""What a cache has for the dtype of weights that nobody knows."""
 
 
-def server_settings(config: TeacherConfig) -> ServerSettings:
+def served_fingerprint(model: str) -> str:
+    """Give what stands for the fingerprint of a model of whose weights nothing is known: its probe tells it apart."""
+    return hashlib.sha256(f"served {model}".encode()).hexdigest()
+
+
+def server_settings(config: TeacherSource) -> ServerSettings:
     """Take what a teacher's settings say of its servers."""
     return ServerSettings(
         urls=config.url,
@@ -84,9 +91,8 @@ def _header(
     return CacheHeader(
         code=code_fingerprint(*FORMAT.code),
         model=config.model,
-        # of the weights nothing is known: the probe tells one model from another
-        model_fingerprint=hashlib.sha256(f"served {config.model}".encode()).hexdigest(),
-        teacher_dtype="served",
+        model_fingerprint=served_fingerprint(config.model),
+        teacher_dtype=SERVED,
         tokenizer=side.view.name,
         tokenizer_fingerprint=side.view.fingerprint,
         vocab=side.view.vocab_size,
@@ -106,17 +112,22 @@ def _header(
     )
 
 
+def other_probe(there: CacheHeader, connection: Connection) -> list[str]:
+    """Say where answers that are there are of another model than is served now."""
+    probe = there.probe or ()
+    apart = [abs(a - b) for a, b in zip(probe, connection.probe, strict=False)]
+    if len(probe) == len(connection.probe) and sum(apart) <= SAME_MODEL * len(apart):
+        return []
+    return [f"its answers are of another {there.model} than is served now"]
+
+
 def _check_there(folder: Path, header: CacheHeader, connection: Connection, *, is_own: bool) -> None:
     """See that answers that are there are this model's, for these rows; those of an earlier run of the same output
     folder are removed where they are not (`is_own`). BadArtifact."""
     if not (folder / HEADER_FILE).is_file():
         return
     there = read_header(folder)
-    differences = there.differences(header)
-    probe = there.probe or ()
-    apart = [abs(a - b) for a, b in zip(probe, connection.probe, strict=False)]
-    if len(probe) != len(connection.probe) or sum(apart) > SAME_MODEL * len(apart):
-        differences.append(f"its answers are of another {header.model} than is served now")
+    differences = [*there.differences(header), *other_probe(there, connection)]
     if differences and is_own:
         shutil.rmtree(folder)
     elif differences:

@@ -47,11 +47,12 @@ Quantization = Literal["4bit", "8bit"]
 DeviceMap = Text | dict[Text, Text | CountOrNone]
 PLACEMENT = ("device", "device_map", "quantization")
 """Settings of a teacher that say where its model lies, and how small."""
+OF_A_SERVER = ("url", "engine", "api_key_env", "in_flight", "timeout", "patience")
 OF_A_KIND: Mapping[str, tuple[str, ...]] = {
     "local": ("dtype", *PLACEMENT),
     "cached": ("cache",),
     "distillkit": ("compression",),
-    "served": ("url", "engine", "api_key_env", "in_flight", "timeout", "patience", "cache"),
+    "served": (*OF_A_SERVER, "cache"),
 }
 """Settings that only teachers of some kinds have a use for."""
 
@@ -71,7 +72,33 @@ def _server(url: str) -> str:
 Server = Annotated[Text, AfterValidator(_server)]
 
 
-class TeacherConfig(Settings):
+class TeacherSource(Settings):
+    """Where a teacher is: a model here, or one behind servers."""
+
+    model: Text
+    """The model to learn from: an alias, a folder or a hub id; of a served one the name that its server has for it."""
+    tokenizer: Text | None = None
+    """Its tokenizer: an alias, a folder or a hub id; the model's unless it is given."""
+    url: Annotated[tuple[Server, ...], BeforeValidator(one_or_several)] = ()
+    """Of the server, such as http://localhost:8000; several serve the same model, and share the load."""
+    engine: Literal["vllm", "sglang"] = "vllm"
+    """What the server runs."""
+    api_key_env: Text | None = None
+    """Name of the environment variable that holds the server's key, where it asks for one."""
+    in_flight: Count = 32
+    """Requests that are open at once; the rows of the next batches are asked for while the student trains."""
+    timeout: Positive = 120.0
+    """Seconds after which a request is given up, and made again."""
+    patience: Positive = 300.0
+    """Seconds to wait for a server that does not answer, before the run stops with a checkpoint."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name what its tokenizer is loaded from."""
+        return self.tokenizer or self.model
+
+
+class TeacherConfig(TeacherSource):
     """A teacher, the method that distills it, and the method's own settings.
 
     Beside the fields here it takes those of the method's `Settings`; one that the method does not have is a fault.
@@ -83,10 +110,6 @@ class TeacherConfig(Settings):
     """Where its signal comes from. local: the model in memory. cached: log-probabilities of a `cache`. served: a model
     behind a `url`. distillkit: log-probabilities that are in the rows, which are a set of DistillKit's. Without it the
     other settings tell."""
-    model: Text
-    """The model to learn from: an alias, a folder or a hub id; of a served one the name that its server has for it."""
-    tokenizer: Text | None = None
-    """Its tokenizer: an alias, a folder or a hub id; the model's unless it is given."""
     method: Text = DEFAULT_METHOD
     """What is learned from the teacher: the name of a method of `kd`."""
     weight: Positive = 1.0
@@ -107,18 +130,6 @@ class TeacherConfig(Settings):
     or devices by the names of modules, such as `{model: cuda:1, lm_head: cuda:2}`."""
     quantization: Quantization | None = None
     """Quantise the weights by bitsandbytes as they are read, where the checkpoint is not quantised already."""
-    url: Annotated[tuple[Server, ...], BeforeValidator(one_or_several)] = ()
-    """Of the server, such as http://localhost:8000; several serve the same model, and share the load."""
-    engine: Literal["vllm", "sglang"] = "vllm"
-    """What the server runs."""
-    api_key_env: Text | None = None
-    """Name of the environment variable that holds the server's key, where it asks for one."""
-    in_flight: Count = 32
-    """Requests that are open at once; the rows of the next batches are asked for while the student trains."""
-    timeout: Positive = 120.0
-    """Seconds after which a request is given up, and made again."""
-    patience: Positive = 300.0
-    """Seconds to wait for a server that does not answer, before the run stops with a checkpoint."""
     aligner: AlignerName = "anchored"
     """anchored and bytes: exact groups by bytes. entropy-dtw, dtw: least cost of edit distances."""
     entropy: Literal["uniform", "models"] = "uniform"
@@ -139,11 +150,6 @@ class TeacherConfig(Settings):
         if "kind" not in given:  # a copy with other settings may be of another
             made.__pydantic_fields_set__.discard("kind")
         return made
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Name what its tokenizer is loaded from."""
-        return self.tokenizer or self.model
 
     @property
     def method_class(self) -> type[Method[Any, Any]]:

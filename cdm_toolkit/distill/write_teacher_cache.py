@@ -1,10 +1,11 @@
-"""Run a teacher over all rows once, and store its log-probabilities."""
+"""Run a teacher over all rows once, or ask a server, and store its log-probabilities."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,26 +16,31 @@ from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_va
 
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
-from cdm_toolkit.artifacts.settings import Count, Settings, Text
+from cdm_toolkit.artifacts.settings import Count, Text
 from cdm_toolkit.artifacts.teacher_cache import (
     CachedRow,
     CacheWriter,
     folder_size,
     missing_shards,
+    read_header,
     read_note,
     shard_name,
 )
 from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
+from cdm_toolkit.distill.served_teacher import SERVED, other_probe, served_fingerprint, server_settings
 from cdm_toolkit.distill.settings import SourceConfig, from_file
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.teacher_settings import (
+    OF_A_SERVER,
+    PLACEMENT,
     DeviceMap,
     Quantization,
+    TeacherSource,
     WeightsDtype,
     listed_together,
     placement_faults,
 )
-from cdm_toolkit.errors import BadOption, BadRow, NothingToTrain
+from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, NothingToTrain
 from cdm_toolkit.forward import ForwardBatch, logits_by_batch
 from cdm_toolkit.hub.models import (
     check_placement,
@@ -48,6 +54,7 @@ from cdm_toolkit.hub.models import (
 )
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.rows import Learn, Row, rows_fingerprint
+from cdm_toolkit.kd.settings import Fault
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp, top_k, values_at
 from cdm_toolkit.kd.tokenized_rows import (
     TemplateName,
@@ -57,22 +64,23 @@ from cdm_toolkit.kd.tokenized_rows import (
     tokenize_rows,
     tokenizer_side,
 )
+from cdm_toolkit.teachers.served import Connection, connect
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int32
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from cdm_toolkit.teachers.scoring_client import ScoringClient
+
 
 ROWS_PER_SHARD, WHOLE_ROWS_PER_SHARD = 256, 8
 """A shard of 256 answers of 150 tokens has 10 MB at k = 64; one of 8 has 240 MB with all of 49,152 ids."""
 
 
-class CacheSettings(Settings):
+class CacheSettings(TeacherSource):
     """What to cache, and how."""
 
-    model: Text
-    """The teacher: an alias, a folder or a hub id."""
     data: Text
     """The rows of the run: a file, a pattern, a data set on the hub, or the run file itself (`.yaml`), whose sources,
     template and max_length are taken."""
@@ -122,7 +130,8 @@ class CacheSettings(Settings):
         """Check how the model is loaded, also where a field has a fault: all are listed at once."""
         if not isinstance(given, Mapping):
             return handler(given)
-        return listed_together([*placement_faults(given, dtype="teacher_dtype")], handler, given)
+        faults = [*placement_faults(given, dtype="teacher_dtype"), *_server_faults(given)]
+        return listed_together(faults, handler, given)
 
     @model_validator(mode="after")
     def _fits_together(self) -> CacheSettings:
@@ -139,13 +148,26 @@ class CacheSettings(Settings):
 
     @property
     def runs_on(self) -> str:
-        """Name the device that the model runs on, or how its layers are put on several."""
+        """Name the device that the model runs on, or how its layers are put on several; or its servers."""
+        if self.url:
+            return ", ".join(self.url)
         return self.torch_device if self.device_map is None else f"several, by device_map {self.device_map}"
 
     @property
     def part(self) -> tuple[int, int]:
         part, _, parts = self.shard.partition("/")
         return int(part), int(parts)
+
+
+def _server_faults(given: Mapping[str, Any]) -> Iterator[Fault]:
+    """Find settings of a model here where a server has it, and of a server where there is none."""
+    useless = (*PLACEMENT, "teacher_dtype", "batch_size") if given.get("url") else OF_A_SERVER[1:]
+    for name in useless:
+        if given.get(name) is not None:
+            beside = "where a server has the model" if given.get("url") else "without a url"
+            yield Fault(name, f"is of no use {beside}")
+    if given.get("url") and given.get("k") == 0:
+        yield Fault("k", "0 keeps the whole vocabulary, which no server gives: give a number of candidates")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +201,8 @@ class CacheResult:
     """Shards of the whole cache that are left for other parts."""
     seconds: float
     tokens_per_second: float
+    notes: tuple[str, ...] = ()
+    """What is to be told of servers."""
 
 
 OnProgress = Callable[[CacheProgress], None]
@@ -191,19 +215,36 @@ def write_cache(settings: CacheSettings, *, on_progress: OnProgress = lambda _: 
     and tokenizer, BadOption for a `k` or `max_length` that is too large, NothingToTrain, and those of CacheWriter.
     """
     began = time.perf_counter()
-    check_placement(settings.torch_device, settings.device_map, settings.quantization)  # told before all else
+    if not settings.url:
+        check_placement(
+            settings.torch_device, settings.device_map, settings.quantization
+        )  # told before all else
     settings, sources = _sources(settings)
     rows = list(islice(Rows(sources), settings.limit))
     if not any(has_completion(row, settings.template) for row in rows):
         raise NothingToTrain(settings.data, f"{len(rows)} rows, all with an empty completion")
-    loaded = load_tokenizer(settings.model)
+    loaded = load_tokenizer(settings.tokenizer_name)
     side = tokenizer_side(loaded.tokenizer, loaded.view)
-    header = _header(settings, side, rows)
-    writer = CacheWriter(Path(settings.output), header)
-    work = _Work(settings, side, header, rows, writer, on_progress)
     part, parts = settings.part
-    work.do(range(part - 1, header.shards, parts))
-    return work.result(time.perf_counter() - began)
+    with ExitStack() as opened:
+        connection = None
+        if settings.url:
+            is_default = "k" not in settings.model_fields_set
+            connection = connect(
+                server_settings(settings), side, k=settings.k, at_most=is_default, option="k"
+            )
+            opened.callback(connection.client.close)
+            settings = settings.model_copy(update={"k": connection.k})
+        header = _header(settings, side, rows, connection)
+        writer = CacheWriter(Path(settings.output), header)
+        if connection is not None and (other := other_probe(read_header(writer.folder), connection)):
+            raise BadArtifact(
+                writer.folder, other[0], "give another `output`, or serve the model that they are of"
+            )
+        work = _Work(settings, side, header, rows, writer, on_progress, connection)
+        work.do(range(part - 1, header.shards, parts))
+        notes = connection.notes if connection else ()
+        return replace(work.result(time.perf_counter() - began), notes=notes)
 
 
 def _sources(settings: CacheSettings) -> tuple[CacheSettings, tuple[SourceConfig, ...]]:
@@ -217,7 +258,9 @@ def _sources(settings: CacheSettings) -> tuple[CacheSettings, tuple[SourceConfig
     return settings.model_copy(update=own), run.sources
 
 
-def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -> CacheHeader:
+def _header(
+    settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row], connection: Connection | None
+) -> CacheHeader:
     vocab = side.view.vocab_size
     if settings.k > vocab:
         raise BadOption(
@@ -226,13 +269,18 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
     whole = settings.k in (0, vocab)
     if whole and (settings.quantised or settings.dtype == "float16"):
         raise BadOption("k", settings.k, f"less than {vocab}: the whole vocabulary is kept in float32")
-    model, data = model_fingerprint(model_folder(settings.model)), rows_fingerprint(rows)
+    if connection is None:
+        model = model_fingerprint(model_folder(settings.model))
+        weights = weights_kind(settings.model, settings.teacher_dtype, settings.quantization)
+    else:
+        model, weights = served_fingerprint(settings.model), SERVED
+    data = rows_fingerprint(rows)
     named = {"model": model, "tokenizer": side.view.fingerprint, "data": data}
     return CacheHeader(
         code=code_fingerprint(*FORMAT.code),
         model=settings.model,
         model_fingerprint=model,
-        teacher_dtype=weights_kind(settings.model, settings.teacher_dtype, settings.quantization),
+        teacher_dtype=weights,
         tokenizer=side.view.name,
         tokenizer_fingerprint=side.view.fingerprint,
         vocab=vocab,
@@ -247,6 +295,7 @@ def _header(settings: CacheSettings, side: TokenizerSide, rows: Sequence[Row]) -
         quantised=settings.quantised,
         max_length=settings.max_length,
         rows_per_shard=settings.rows_per_shard or (WHOLE_ROWS_PER_SHARD if whole else ROWS_PER_SHARD),
+        probe=connection.probe if connection is not None else None,
         provenance=dict(provenance(fingerprints=named, device=settings.runs_on)),
     )
 
@@ -275,7 +324,9 @@ class _Work:
         rows: Sequence[Row],
         writer: CacheWriter,
         on_progress: OnProgress,
+        connection: Connection | None,
     ) -> None:
+        self.connection = connection
         self.settings, self.side, self.header, self.rows = settings, side, header, rows
         self.writer, self.on_progress = writer, on_progress
         self.states: dict[int, str] = {}
@@ -291,6 +342,10 @@ class _Work:
         if not todo:
             return
         settings = self.settings
+        if self.connection is not None:
+            for index in todo:
+                self.writer.write(index, self._served_shard(self.connection.client, index))
+            return
         model = load_model(
             settings.model,
             device=settings.torch_device,
@@ -344,6 +399,29 @@ class _Work:
             self._tell()
             began = time.perf_counter()
         return sorted(cached, key=lambda row: row.number)
+
+    def _served_shard(self, client: ScoringClient, index: int) -> list[CachedRow]:
+        """Ask for all rows of a shard."""
+        tokenized = _tokenize(self.side, self._rows(index), self.settings.template, self.header.max_length)
+        began = time.perf_counter()
+        asked = [
+            client.submit(row.ids.tolist(), row.first, self.header.k) if row.positions else None
+            for row in tokenized
+        ]
+        cached = []
+        for row, future in zip(tokenized, asked, strict=True):
+            if future is None:
+                cached.append(self._without_positions(row))
+            else:
+                scored = future.result()
+                arrays = scored.ids, scored.logprobs, scored.token_logprobs
+                cached.append(CachedRow(row.number, row.ids, row.first, *arrays))
+            self.seconds += time.perf_counter() - began
+            self.tokens_made += len(row.positions)
+            self.rows_done += 1
+            self._tell()
+            began = time.perf_counter()
+        return cached
 
     def _without_positions(self, row: _TeacherRow) -> CachedRow:
         none = np.empty((0, self.header.k), np.float32)

@@ -113,7 +113,10 @@ class ScoringClient:
         client = self._httpx.AsyncClient(
             headers=headers,
             timeout=self._httpx.Timeout(self.settings.timeout, pool=None),
-            limits=self._httpx.Limits(max_connections=None, max_keepalive_connections=many),
+            # both engines close a connection that was idle for 5 s
+            limits=self._httpx.Limits(
+                max_connections=None, max_keepalive_connections=many, keepalive_expiry=3.0
+            ),
             follow_redirects=False,
             trust_env=True,
         )
@@ -173,6 +176,26 @@ class ScoringClient:
             except Refusal as refusal:
                 raise refused(server.url, refusal) from None
         raise problems[0]
+
+    def longest(self) -> int | None:
+        """Give how many tokens a sequence may have, by the servers' lists of their models; None where none tells.
+
+        It is one less than the context: an engine generates a token after the prompt.
+        """
+        found = self._run(self._contexts()).result()
+        return min(found) - 1 if found else None
+
+    async def _contexts(self) -> list[int]:
+        found = []
+        for server in self._servers:
+            try:
+                answer = await self._client.get(f"{server.url}/v1/models")
+                models = answer.json()["data"]
+                named = [one for one in models if one["id"] == self.settings.model] or models
+                found.append(int(named[0]["max_model_len"]))
+            except (self._httpx.HTTPError, ValueError, LookupError, TypeError):
+                continue
+        return found
 
     def close(self) -> None:
         """Give up all requests, and end the thread."""

@@ -52,24 +52,29 @@ class Connection:
     probe: tuple[float, ...]
     bits_per_byte: float
     """Of the probe's text."""
+    longest: int | None
+    """Tokens that a row may have; None where no server tells."""
     notes: tuple[str, ...]
 
 
-def connect(settings: ServerSettings, side: TokenizerSide, *, k: int, at_most: bool = False) -> Connection:
+def connect(
+    settings: ServerSettings, side: TokenizerSide, *, k: int, at_most: bool = False, option: str = "top_k"
+) -> Connection:
     """Ask each server for its first scores: whether it answers, gives `k` candidates, and has this tokenizer.
 
-    Where `at_most` is set, servers may give fewer than `k`. Raises BadOption for a `k` that they do not give, a key
-    that is not there; ServerProblem where none answers, or one has another tokenizer or model.
+    Where `at_most` is set, servers may give fewer than `k`, which is the setting `option`. Raises BadOption for a `k`
+    that they do not give, a key that is not there; ServerProblem where none answers, or one has another tokenizer or
+    model.
     """
     client = ScoringClient(settings, vocab=side.view.vocab_size)
     try:
-        return _connected(client, side, k, at_most)
+        return _connected(client, side, k, None if at_most else option)
     except BaseException:
         client.close()
         raise
 
 
-def _connected(client: ScoringClient, side: TokenizerSide, k: int, at_most: bool) -> Connection:
+def _connected(client: ScoringClient, side: TokenizerSide, k: int, option: str | None) -> Connection:
     ids = tuple(side.framed(side.view.encode(PROBE_TEXT).ids, ended=False).tolist())
     more: list[str] = []
     url = client.settings.urls[0]
@@ -81,11 +86,11 @@ def _connected(client: ScoringClient, side: TokenizerSide, k: int, at_most: bool
         if refusal.cap is None:
             raise refused(url, refusal) from None
         start = ENGINES[client.settings.engine].start.format(k=k)
-        if not at_most:
+        if option is not None:
             allowed = (
                 f"at most {refusal.cap}: {url} gives no more candidates unless it is started with {start}"
             )
-            raise BadOption("top_k", k, allowed) from None
+            raise BadOption(option, k, allowed) from None
         more.append(f"{url} gives {refusal.cap} candidates; started with {start} it would give {k}")
         k = refusal.cap
         try:
@@ -98,6 +103,7 @@ def _connected(client: ScoringClient, side: TokenizerSide, k: int, at_most: bool
         k,
         tuple(scores.token_logprobs.tolist()),
         nats / np.log(2) / len(PROBE_TEXT.encode()),
+        client.longest(),
         (*more, *(f"{note}; the others go on without it" for note in notes)),
     )
 

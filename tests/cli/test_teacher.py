@@ -10,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from cdm_toolkit.artifacts.teacher_cache import TeacherCache
 
 from ..teachers.scoring_server import ScoringServer
 
@@ -254,7 +257,7 @@ def test_a_killed_process_is_gone_on_with(cdm, words: list[str], tmp_path: Path)
     assert not list(folder.glob(".*"))
 
 
-def test_a_server_is_checked(cdm, teacher: str) -> None:
+def test_a_server_is_checked_and_asked(cdm, teacher: str, data: Path, tmp_path: Path) -> None:
     from cdm_toolkit.hub.models import load_model
     from cdm_toolkit.hub.tokenizers import load_tokenizer
 
@@ -282,6 +285,34 @@ def test_a_server_is_checked(cdm, teacher: str) -> None:
         assert "gives 20 candidates" in made.err
         shown = cdm(*words)
         assert "20 at each token" in shown.out
+        asked = ["teacher", "cache", "--model", "big", "--tokenizer", teacher, "--url", server.url]
+        asked += ["--data", str(data), "--rows-per-shard", 5]
+        said = json.loads(cdm(*asked, "-o", tmp_path / "served", "--dtype", "float32", "--json").out)
+        assert (said["rows"], said["made"]) == (ROWS, ["shard-00001", "shard-00002", "shard-00003"])
+        local = [
+            "teacher",
+            "cache",
+            "--model",
+            teacher,
+            "--data",
+            str(data),
+            "-k",
+            20,
+            "-o",
+            tmp_path / "local",
+        ]
+        assert cdm(*local, "--dtype", "float32").status == 0
+        one, other = (TeacherCache.open(tmp_path / name) for name in ("served", "local"))
+        for number in range(1, ROWS + 1):
+            ours, known = one.row(number), other.row(number)
+            assert ours.token_ids.tolist() == known.token_ids.tolist()
+            np.testing.assert_allclose(ours.logprobs, known.logprobs, atol=1e-4)
+            np.testing.assert_allclose(ours.token_logprobs, known.token_logprobs, atol=1e-4)
+        refused(cdm(*asked, "-o", tmp_path / "b", "-k", 30), "-k is 30", "at most 20", "--max-logprobs 30")
+        refused(cdm(*asked, "-o", tmp_path / "b", "-k", 0), "whole vocabulary")
+        refused(
+            cdm(*asked, "-o", tmp_path / "b", "--device", "cpu"), "of no use where a server has the model"
+        )
         refused(cdm(*words[:4], "--model", "other", "--tokenizer", teacher), "no model 'other'")
     refused(cdm(*words), "cannot be reached (connection refused)", "--url")
     refused(cdm("teacher", "check", "--url", f"{server.url}/v1", "--model", "big"), "a path too many")

@@ -153,6 +153,15 @@ def test_what_a_server_does_not_allow(tiny, config, server) -> None:
     assert no_threads()
 
 
+def test_rows_that_are_longer_than_the_servers_context(tiny, config, server, tmp_path: Path) -> None:
+    rows, server.max_model_len = tmp_path / "long.jsonl", 240
+    rows.write_text(json.dumps({"prompt": "the cat " * 120, "completion": "sits on the mat. " * 10}))
+    with pytest.raises(
+        BadOption, match=r"`max_length` is \d+; give at most 239: .* reads no more tokens of teacher"
+    ):
+        run(config(served(tiny, server) | {"data": {"path": str(rows)}}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
