@@ -11,16 +11,20 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from scoring_server import Engine, ScoringServer
 
 from cdm_toolkit.cli import main
 from cdm_toolkit.cli.app import app
 from cdm_toolkit.distill.sources import read_rows
 from cdm_toolkit.hub import tokenizers
+from cdm_toolkit.hub.models import load_model
+from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.samples import sample_path
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +32,8 @@ PAGES = {page.stem: page for page in (ROOT / "docs" / "how-to").glob("*.md")}
 MODELS = {
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": "teacher",
     "Qwen/Qwen2.5-0.5B": "student",
-    "Qwen/Qwen2.5-7B-Instruct": "student",  # another model with this tokenizer
+    "Qwen/Qwen2.5-7B-Instruct": "student",  # other models with this tokenizer
+    "Qwen/Qwen2.5-32B-Instruct": "student",
 }
 
 
@@ -63,12 +68,17 @@ class Reader:
     capsys: pytest.CaptureFixture[str]
     names: dict[str, Any] = field(default_factory=dict)
     said: str = ""
+    servers: dict[str, ScoringServer] = field(default_factory=dict)
+    """Those that the page starts, by the addresses that it gives them."""
 
     def do(self, block: Block) -> None:
+        code = block.code
+        for address, server in self.servers.items():
+            code = code.replace(address, server.url)
         if block.file is not None:
-            Path(block.file).write_text(block.code, encoding="utf-8")
+            Path(block.file).write_text(code, encoding="utf-8")
         elif block.language == "bash":
-            for words in commands(block.code):
+            for words in commands(code):
                 self.run(words)
         elif block.language == "python":
             exec(block.code, self.names)
@@ -85,10 +95,27 @@ class Reader:
         if words[0] == "accelerate":
             parse(words[words.index("cdm_toolkit.cli") + 1 :])
             return
+        if words[0] == "vllm" or "sglang.launch_server" in words:
+            self.serve(words)
+            return
         assert words[0] == "cdm"
         self.capsys.readouterr()
         assert main(words[1:]) == 0, shlex.join(words)
         self.said = self.capsys.readouterr().out
+
+    def serve(self, words: list[str]) -> None:
+        """Start a server that answers as the one that a command starts."""
+        options = dict(pairwise(words))
+        engine: Engine = "vllm" if words[0] == "vllm" else "sglang"
+        path = options["serve" if engine == "vllm" else "--model-path"]
+        model, tokenizer = load_model(path), load_tokenizer(path).tokenizer
+        server = ScoringServer(
+            model, engine, options["--served-model-name"], tokenizer, model.config.vocab_size
+        )
+        server.max_model_len = int(options["--max-model-len" if engine == "vllm" else "--context-length"])
+        server.max_logprobs = int(options.get("--max-logprobs", 20))
+        server.start()
+        self.servers[f"http://localhost:{options['--port']}"] = server
 
 
 def parse(words: list[str]) -> None:
@@ -114,8 +141,9 @@ def workplace(small_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return tmp_path
 
 
-def test_the_five_are_there() -> None:
-    assert set(PAGES) == {"look-at-a-pair", "distill-yours", "own-loop", "cache-a-teacher", "add-a-method"}
+def test_the_six_are_there() -> None:
+    runs = {"distill-yours", "own-loop", "cache-a-teacher", "serve-a-teacher"}
+    assert set(PAGES) == runs | {"look-at-a-pair", "add-a-method"}
 
 
 def test_look_at_a_pair(
@@ -129,7 +157,7 @@ def test_look_at_a_pair(
     assert {"report.html", "map.safetensors", "signal.html"} <= {path.name for path in workplace.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["distill-yours", "own-loop", "cache-a-teacher"])
+@pytest.mark.parametrize("name", ["distill-yours", "own-loop", "cache-a-teacher", "serve-a-teacher"])
 def test_how_to(
     name: str,
     workplace: Path,
@@ -139,8 +167,12 @@ def test_how_to(
 ) -> None:
     monkeypatch.setenv("CDM_CACHE", str(small_models / "cache"))
     reader = Reader(capsys)
-    for block in blocks(PAGES[name]):
-        reader.do(block)
+    try:
+        for block in blocks(PAGES[name]):
+            reader.do(block)
+    finally:
+        for server in reader.servers.values():
+            server.stop()
     if "out" in reader.names:
         assert reader.names["out"].kd.isfinite()
 
