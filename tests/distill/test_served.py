@@ -229,6 +229,14 @@ def test_half_of_the_servers_are_dead(tiny, config, server, tmp_path: Path) -> N
     assert any("127.0.0.1:9 cannot be reached" in note for note in result.warnings)
 
 
+def test_a_slow_server_is_asked_less(tiny, config, server) -> None:
+    with ScoringServer(server.model, name="teacher", tokenizer=server.tokenizer, max_logprobs=200) as slow:
+        slow.delay = 0.5
+        one = served(tiny, server, url=[slow.url, server.url], in_flight=4)
+        run(config(one, epochs=2, max_steps=None))
+        assert len(server.scored) > 2 * len(slow.scored)
+
+
 def test_answers_about_other_ids_stop_the_run(tiny, config, server) -> None:
     server.wrong_ids = True
     one = config(served(tiny, server))
