@@ -167,10 +167,10 @@ def _cached(found: DistillKitSet, row: Row) -> CachedRow:
         none = np.empty((0, found.k), np.float32)
         return CachedRow(row.number, np.empty(0, np.int32), 0, none.astype(np.int32), none, none.sum(1))
     whole = found.row(row.number)
-    first = int(row.given.turns[0, 0]) - 1
-    part = slice(first - whole.first, len(row.given.ids) - 1 - whole.first)
+    first, ids = row.given.turns[0][0] - 1, np.array(row.given.ids, np.int32)
+    part = slice(first - whole.first, len(ids) - 1 - whole.first)
     return CachedRow(
-        row.number, row.given.ids, first, whole.ids[part], whole.logprobs[part], whole.token_logprobs[part]
+        row.number, ids, first, whole.ids[part], whole.logprobs[part], whole.token_logprobs[part]
     )
 
 

@@ -30,7 +30,7 @@ def row_of_ids(
     if turns is None:
         first = int(np.argmax(~spans.special)) if after else 0
         whole = np.array([[max(first, 1), len(kept)]], np.int32)
-        return _row(number, text, GivenIds(view.fingerprint, kept, whole, ((0, size),)), ends)
+        return _row(number, text, _given(view, kept, whole, ((0, size),)), ends)
     turns = np.minimum(turns, len(kept)).astype(np.int32)
     turns = turns[turns[:, 0] < turns[:, 1]]
     pieces = tuple(
@@ -39,7 +39,17 @@ def row_of_ids(
     if not pieces:
         return Row(number, "", "")
     ended = ends and int(turns[-1, 1]) == len(kept)
-    return _row(number, text, GivenIds(view.fingerprint, kept, turns, pieces), ended)
+    return _row(number, text, _given(view, kept, turns, pieces), ended)
+
+
+def _given(
+    view: TokenizerView,
+    ids: Int32[np.ndarray, " time"],
+    turns: Turns,
+    pieces: tuple[tuple[int, int], ...] = (),
+) -> GivenIds:
+    ranges = tuple((first, end) for first, end in turns.tolist())
+    return GivenIds(view.fingerprint, tuple(ids.tolist()), ranges, pieces)
 
 
 def _row(number: int, text: str, given: GivenIds, ended: bool) -> Row:
@@ -120,7 +130,7 @@ def row_of_chat_ids(
         completion=messages[-1].content,
         messages=tuple(messages),
         earlier=tuple(answers[:-1]),
-        given=GivenIds(view.fingerprint, ids[: turns[-1, 1]].astype(np.int32), turns),
+        given=_given(view, ids[: turns[-1, 1]], turns),
         ended=bool(_roles(view, int(ids[turns[-1, 1] - 1])) & END_ROLES),
     )
 

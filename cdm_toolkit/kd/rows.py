@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from jaxtyping import Int32
-
 FIELDS = (
     "prompt and completion, question and answer, messages, conversations, instruction and output, or text"
 )
@@ -40,7 +37,7 @@ class Message(NamedTuple):
         return {"role": self.role, "content": self.content, **self.more}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class GivenIds:
     """A row as one model has read or written it: ids that are kept as they are, never encoded anew.
 
@@ -50,14 +47,14 @@ class GivenIds:
     """
 
     tokenizer: str
-    ids: Int32[np.ndarray, " time"]
-    turns: Int32[np.ndarray, "turn 2"]
+    ids: tuple[int, ...]
+    turns: tuple[tuple[int, int], ...]
     pieces: tuple[tuple[int, int], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Write it as a row's field `given`, which `row_of` reads."""
-        lists = {"ids": self.ids.tolist(), "turns": self.turns.tolist(), "pieces": [*map(list, self.pieces)]}
-        return {"tokenizer": self.tokenizer, **lists}
+        ranges = {"turns": [*map(list, self.turns)], "pieces": [*map(list, self.pieces)]}
+        return {"tokenizer": self.tokenizer, "ids": list(self.ids), **ranges}
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,13 +274,12 @@ def _given(found: Any) -> GivenIds | None:
     if found is None:
         return None
     try:
-        return GivenIds(
-            str(found["tokenizer"]),
-            np.array(found["ids"], np.int32).reshape(-1),
-            np.array(found["turns"], np.int32).reshape(-1, 2),
-            tuple((int(first), int(end)) for first, end in found.get("pieces") or ()),
+        turns, pieces = (
+            tuple((int(first), int(end)) for first, end in found.get(name) or ())
+            for name in ("turns", "pieces")
         )
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        return GivenIds(str(found["tokenizer"]), tuple(map(int, found["ids"])), turns, pieces)
+    except (TypeError, ValueError, KeyError, AttributeError):
         raise RowFault("given is no record of ids", f"give {_SHOWN['given']}, or leave it out") from None
 
 

@@ -150,13 +150,14 @@ def _take_given(side: TokenizerSide, row: Row, given: GivenIds, template: Templa
     """Find what is aligned among given ids: the text, or the learned messages of a chat."""
     if row.messages and template == "none":
         raise BadOption("template", "none", f"chat: row {row.number} is a chat, as a template wrote it")
-    texts, ranges = [row.text], [(0, len(given.ids))]
+    ids = np.array(given.ids, np.int32)
+    texts, ranges = [row.text], [(0, len(ids))]
     if template == "chat":
         _check_chat(row)
         texts = [row.chat[nth]["content"].strip() for nth in row.learned]
-        ranges = [(first, end) for first, end in given.turns.tolist()]
-    bodies = [_given_body(side.view, given.ids, *one) for one in zip(ranges, texts, strict=True)]
-    return TokenizedRow(given.ids, given.turns, tuple(bodies))
+        ranges = list(given.turns)
+    bodies = [_given_body(side.view, ids, *one) for one in zip(ranges, texts, strict=True)]
+    return TokenizedRow(ids, np.array(given.turns, np.int32).reshape(-1, 2), tuple(bodies))
 
 
 def _given_body(

@@ -80,7 +80,7 @@ def test_special_tokens_that_end_or_begin_a_text_part_it(name: str) -> None:
     assert all(row.ended for row in found)
     for row, text in zip(found, texts, strict=True):
         assert row.given is not None
-        assert row.given.ids.tolist() == of.framed(of.view.encode(text).ids, ended=True).tolist()
+        assert list(row.given.ids) == of.framed(of.view.encode(text).ids, ended=True).tolist()
 
 
 def test_a_record_whose_texts_are_numbered_has_no_others() -> None:

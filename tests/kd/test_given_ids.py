@@ -114,7 +114,7 @@ def test_padding_is_no_end() -> None:
     row = row_of_ids(1, view, np.append(ids, pad).astype(np.int32))
     assert row.given is not None
     assert not row.ended
-    assert row.given.ids.tolist() == ids.tolist()
+    assert list(row.given.ids) == ids.tolist()
 
 
 def test_the_first_token_without_one_before_it_has_no_group() -> None:
@@ -180,7 +180,7 @@ def test_an_answer_that_a_student_has_sampled_keeps_its_ids() -> None:
     (first, end), view = plain.turns[0].tolist(), student.view
     sampled = [int(i) for letter in "It is 4." for i in view.encode(letter).ids]
     ids = np.concatenate([plain.ids[:first], sampled, plain.ids[end - 1 :]]).astype(np.int32)
-    given = GivenIds(view.fingerprint, ids, np.array([[first, len(ids)]], np.int32))
+    given = GivenIds(view.fingerprint, tuple(ids.tolist()), ((first, len(ids)),))
     row = Row(1, "How much is 2 + 2?", "It is 4.", given=given)
     s, t = (tokenize_rows(each, [row], "chat")[0] for each in (student, teacher))
     assert s.ids.tolist() == ids.tolist()
