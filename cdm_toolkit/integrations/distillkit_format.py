@@ -237,7 +237,7 @@ class LegacyPolynomial(Settings):
         )
         shifts = np.arange(self._ids_in_word, dtype=np.uint64) * np.uint64(self._bits)
         ids = (words.astype(np.uint64)[:, :, None] >> shifts) & np.uint64((1 << self._bits) - 1)
-        ids = ids.reshape(len(words), -1)[:, : self.k].astype(np.int32)
+        ids = ids.reshape(len(words), sizes[0] * self._ids_in_word)[:, : self.k].astype(np.int32)
         tail = torch.from_numpy(coefficients.astype(np.float32))[:, None, :] * self._basis
         tail = tail.sum(-1)[:, : self.k - self.exact_k]
         return ids, np.concatenate((exact.astype(np.float32), tail.numpy()), axis=1)
@@ -323,7 +323,7 @@ class _Left:
 
     def floats(self, count: int, dtype: torch.dtype) -> Tensor:
         taken = self.take(count * dtype.itemsize)
-        return taken.view(dtype) if count else taken.to(dtype)
+        return taken.view(dtype) if taken.numel() else torch.zeros(len(taken), count, dtype=dtype)
 
 
 def _restored(part: ResidualBin, left: _Left) -> Tensor:
@@ -347,6 +347,7 @@ def _rounded(part: ResidualBin, values: Tensor) -> list[Tensor]:
 
 
 def _bytes(values: Tensor) -> Tensor:
-    if not values.shape[1]:
-        return torch.zeros(len(values), 0, dtype=torch.uint8)
+    size = values.shape[1] * values.dtype.itemsize
+    if not values.numel():
+        return torch.zeros(len(values), size, dtype=torch.uint8)
     return values.contiguous().view(torch.uint8)

@@ -65,6 +65,19 @@ def test_what_is_written_is_as_near_as_distillkit_comes(name: str) -> None:
     assert own <= 1.1 * theirs + 1e-6
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_positions_have_no_candidates(name: str) -> None:
+    way = compression(name)
+    none = {column: values[:0] for column, values in columns(name, way).items()}
+    ids, logprobs = way.decode(none)
+    assert ids.shape == logprobs.shape == (0, GOLDEN[f"{name}/ids"].shape[1])
+    if name in WRITTEN:
+        written = way.encode(ids, logprobs)
+        assert {column: values.shape for column, values in written.items()} == {
+            column: values.shape for column, values in none.items()
+        }
+
+
 def test_candidates_that_are_not_compressed_stay_as_they_are() -> None:
     ids, logprobs = (
         np.array([[3, 1], [2, 0]], np.int32),
