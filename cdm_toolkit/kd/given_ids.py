@@ -26,9 +26,11 @@ def row_of_ids(
     text, after = _characters(spans)
     ends = after < len(ids) and bool(_roles(view, int(ids[after])) & END_ROLES)
     kept = ids[: after + ends].astype(np.int32)
+    if not text:
+        return Row(number, "", "")
     size = len(text.encode())
     if turns is None:
-        first = int(np.argmax(~spans.special)) if after else 0
+        first = int(np.argmax(~spans.special))
         whole = np.array([[max(first, 1), len(kept)]], np.int32)
         return _row(number, text, _given(view, kept, whole, ((0, size),)), ends)
     turns = np.minimum(turns, len(kept)).astype(np.int32)
@@ -143,9 +145,14 @@ def _messages(
     The third of each says that the assistant goes on: it calls a tool.
     """
     special = {int(at): _roles(view, int(spans.ids[at])) for at in np.flatnonzero(spans.special[:last])}
-    at = 0
+    at, heard = 0, False
     while at < last:
         begun = _header(spans, special, at, last)
+        if begun is not None and not heard:
+            heard = True
+            before = spans.text_bytes[: spans.start[at]].decode(errors="replace").strip()
+            if before:  # DeepSeek's template writes the system's message so
+                yield Message("system", before), (0, at), False
         if begun is None:
             at += 1
             continue

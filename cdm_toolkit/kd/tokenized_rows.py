@@ -169,9 +169,10 @@ def _given_body(
     begin, after = (int(spelling[0]), int(spelling[-1]) + 1) if len(spelling) else (first, first)
     ends = after < last and bool(END_ROLES & view.special[int(ids[after])].roles)
     spans, wanted = spell_ids(view, ids[begin:after]), text.encode()
-    at = len(spans.text_bytes) - len(spans.text_bytes.lstrip()) if spans.text_bytes != wanted else 0
+    at = max(spans.text_bytes.find(wanted), 0)
     piece = at, at + len(wanted)
-    if spans.text_bytes[slice(*piece)] != wanted or spans.text_bytes[piece[1] :].strip():
+    around = spans.text_bytes[:at] + spans.text_bytes[piece[1] :]
+    if spans.text_bytes[slice(*piece)] != wanted or around.decode(errors="replace").strip():
         raise does_not_spell(view, wanted, spans.ids.tolist())
     inside = slice(
         *(int(np.searchsorted(*each)) for each in ((spans.end, at, "right"), (spans.start, piece[1])))

@@ -115,6 +115,30 @@ def test_chats_are_told_apart_by_their_markers(name: str, other: str) -> None:
     assert np.array_equal(found[:, :2], wanted[:, :2])
 
 
+def test_markers_of_deepseek() -> None:
+    of = side("deepseek")
+    names = {token.content: token.id for token in of.view.special.values()}
+    user, assistant, eos = (
+        names[each] for each in ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+    )
+    ids = [of.start, *encoded("deepseek", "Be short."), user, *encoded("deepseek", "Hi"), assistant]
+    ids += [*encoded("deepseek", "\u3000Hello there "), eos, user, *encoded("deepseek", "And?"), assistant]
+    ids += [*encoded("deepseek", "Bye"), eos]
+    (row,) = rows_of("deepseek", ids)
+    assert [tuple(message[:2]) for message in row.messages] == [
+        ("system", "Be short."),
+        ("user", "Hi"),
+        ("assistant", "Hello there"),
+        ("user", "And?"),
+        ("assistant", "Bye"),
+    ]
+    assert row.learned == (2, 4)
+    assert row.ended
+    (chat,) = tokenize_rows(of, [row], "chat")
+    assert [body.spans.text_bytes for body in chat.bodies] == [b"Hello there", b"Bye"]
+    assert [int(chat.ids[body.end]) for body in chat.bodies if body.end is not None] == [eos, eos]
+
+
 def test_labels_choose_the_answers() -> None:
     of = side("qwen2")
     if of.chat is None:
