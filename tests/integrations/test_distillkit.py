@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdm_toolkit.errors import SourceNotFound
+from cdm_toolkit.errors import FileProblem, MissingExtra, SourceNotFound
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.integrations.distillkit import DistillKitSet, IdRows, SetFiles, next_logprobs
 from cdm_toolkit.kd.aligned_rows import align_groups
@@ -195,3 +195,22 @@ def test_files_are_read_in_the_order_of_their_numbers(
     saved = DistillKitSet(SetFiles(str(tmp_path / "saved")), view)
     assert [row.text for row in saved.rows] == ["number 0", "number 2", "number 10"]
     assert np.array_equal(saved.row(3).logprobs, found.row(3).logprobs)
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match="reading a set of log-probabilities needs datasets"):
+        SetFiles(str(tmp_path)).table()
+
+
+def test_what_is_no_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data_0.parquet").write_text("no table")
+    with pytest.raises(FileProblem, match="it cannot be opened") as caught:
+        SetFiles(str(tmp_path)).table()
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
