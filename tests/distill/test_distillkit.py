@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.integrations.distillkit import DistillKitSet, SetFiles
 from cdm_toolkit.integrations.distillkit_convert import cache_from_set, set_from_cache
 from cdm_toolkit.integrations.distillkit_format import CONFIG_FILE
+
+from ..hub.hub_server import serve
 
 K = 64
 
@@ -319,3 +324,38 @@ def test_a_converted_cache_is_not_read_with_other_rows(config, tiny, folder: Pat
     teacher = {"model": tiny.teacher, "cache": str(tmp_path / "made"), "top_k": 40}
     with pytest.raises(BadArtifact, match="its data is"):
         plan(config({"data": {"path": str(rows)}, "teachers": [teacher]}))
+
+
+ASK = """
+import json, sys
+from cdm_toolkit.errors import CdmError
+from cdm_toolkit.hub.tokenizers import load_tokenizer
+from cdm_toolkit.integrations.distillkit import DistillKitSet, SetFiles
+for path in sys.argv[2:]:
+    try:
+        found = DistillKitSet(SetFiles(path), load_tokenizer(sys.argv[1]).view)
+        print(json.dumps([len(found.rows), float(found.row(3).logprobs.sum())]))
+    except CdmError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_a_set_on_the_hub(tiny, folder: Path, tmp_path: Path) -> None:
+    """By id and revision, with the settings that are in its repository; without any, a file has to be given."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with serve() as hub:
+        hub.add("datasets/org/set", files)
+        hub.add("datasets/org/bare", {"data_0.parquet": files["data_0.parquet"]})
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, tiny.teacher, "org/set", "org/set@main", "org/bare", "org/none"],
+            env=os.environ
+            | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    whole, at, bare, none = (json.loads(line) for line in done.stdout.splitlines())
+    own = DistillKitSet(SetFiles(str(folder)), view_of(tiny))
+    assert whole == at == [24, pytest.approx(float(own.row(3).logprobs.sum()))]
+    assert "which says how the set is compressed; give `compression`" in bare
+    assert none.startswith("org/none: it cannot be opened")
