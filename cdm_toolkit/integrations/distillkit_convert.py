@@ -22,11 +22,15 @@ from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, MissingExtra, Not
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.integrations.distillkit import IDS, LABELS, DistillKitSet, SetFiles
 from cdm_toolkit.integrations.distillkit_format import CONFIG_FILE, Quantised, read_compression
+from cdm_toolkit.kd.given_ids import row_of_chat_ids
 from cdm_toolkit.kd.rows import Row, row_of, rows_fingerprint
 from cdm_toolkit.kd.tokenized_rows import TokenizerSide, template_fingerprint, tokenizer_side
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from jaxtyping import Bool
+
+    from cdm_toolkit.tokdiff.view import TokenizerView
 
 ROWS_FILE = "rows.jsonl"
 """The texts of a cache that was made of a set, with the ids that its teacher has read."""
@@ -188,16 +192,22 @@ def set_from_cache(
     """Write a cache as a set of DistillKit's: parquet files and `compression_config.yaml`.
 
     Candidates are kept as they are, in float32, unless a file says how to compress them. What a cache does not have are
-    the positions before the completion; `labels` mark them as not learned. Rows without a completion are left out.
-    FileProblem where the folder is not empty; BadOption for a `k` that the cache has not, MissingExtra.
+    the positions before the completion; `labels` mark them as not learned, and so what others than the assistant say in
+    a chat. Rows without a completion are left out. Raises OutputExists, MissingExtra, BadOption for a `k` that the
+    cache has not; for a cache of chats what loading its tokenizer raises, and TokenizerMismatch.
     """
     way = _way(cache, compression, k)
+    view = None
+    if cache.header.template == "chat":
+        view = load_tokenizer(cache.header.tokenizer).view
+        cache = TeacherCache.open(cache.folder, view)
     rows = (row for number in cache.numbers() if len((row := cache.row(number)).logprobs))
     count, positions = 0, 0
     with atomic_folder(output) as making:
         while some := list(islice(rows, ROWS_PER_FILE)):
             _write(
-                making / f"data_{count // ROWS_PER_FILE}.parquet", [_written(way, cache, row) for row in some]
+                making / f"data_{count // ROWS_PER_FILE}.parquet",
+                [_written(way, cache, row, view) for row in some],
             )
             count, positions = count + len(some), positions + sum(len(row.logprobs) for row in some)
             on_progress(some[-1].number, cache.header.rows)
@@ -225,18 +235,29 @@ def _way(cache: TeacherCache, file: Path | None, k: int | None) -> Quantised:
     return way
 
 
-def _written(way: Quantised, cache: TeacherCache, row: CachedRow) -> dict[str, Any]:
+def _written(
+    way: Quantised, cache: TeacherCache, row: CachedRow, view: TokenizerView | None
+) -> dict[str, Any]:
     """Make a record of a row: the positions before the completion have candidates that nobody reads."""
     ids, logprobs = row.ids[:, : way.k], row.logprobs[:, : way.k]
     if cache.is_whole:
         best = np.argsort(-row.logprobs, axis=1, kind="stable")[:, : way.k]
         ids, logprobs = best.astype(np.int32), np.take_along_axis(row.logprobs, best, 1)
-    labels = row.token_ids.astype(np.int64)
-    labels[: row.first + 1] = NOT_LEARNED
+    labels = np.where(_learned(row, view), row.token_ids.astype(np.int64), NOT_LEARNED)
     columns = way.encode(ids, logprobs)
     blank = {name: np.zeros((row.first, column.shape[1]), np.uint8) for name, column in columns.items()}
     lists = {name: np.concatenate((blank[name], column)) for name, column in columns.items()}
     return {IDS: row.token_ids.astype(np.uint64), LABELS: labels, **lists}
+
+
+def _learned(row: CachedRow, view: TokenizerView | None) -> Bool[np.ndarray, " time_t"]:
+    """Mark the tokens that are learned: all after the prompt, or the answers of a chat, whose tokenizer is given."""
+    at = np.arange(len(row.token_ids))
+    learned = at > row.first
+    chat = None if view is None else row_of_chat_ids(row.number, view, row.token_ids, learned)
+    if chat is not None and chat.given is not None:
+        learned &= np.any([(at >= first) & (at < end) for first, end in chat.given.turns], axis=0)
+    return learned
 
 
 def _write(file: Path, records: list[dict[str, Any]]) -> None:

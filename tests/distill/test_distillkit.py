@@ -33,6 +33,7 @@ from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.integrations.distillkit import DistillKitSet, SetFiles
 from cdm_toolkit.integrations.distillkit_convert import cache_from_set, set_from_cache
 from cdm_toolkit.integrations.distillkit_format import CONFIG_FILE
+from cdm_toolkit.kd.tokenized_rows import tokenize_rows, tokenizer_side
 
 from ..hub.hub_server import serve
 
@@ -185,6 +186,46 @@ def test_the_whole_vocabulary_is_cut_to_the_likeliest(tiny, tmp_path: Path) -> N
     set_from_cache(cache, tmp_path / "set", k=10)
     found, own = DistillKitSet(SetFiles(str(tmp_path / "set")), view_of(tiny)).row(2), cache.row(2)
     assert np.allclose(found.logprobs, -np.sort(-own.logprobs, axis=1)[:, :10])
+
+
+def test_chats_go_there_and_back_again(small_models: Path, tmp_path: Path) -> None:
+    """Each answer is learned, and nothing that the user says."""
+    teacher = str(small_models / "teacher")
+    loaded = load_tokenizer(teacher)
+    side = tokenizer_side(loaded.tokenizer, loaded.view)
+    if side.chat is None:
+        pytest.skip("no chat template here")
+    turns = [
+        ("user", "How much is 2 + 2?"),
+        ("assistant", "It is 4."),
+        ("user", "Sure?"),
+        ("assistant", "Yes."),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = tmp_path / "chats.jsonl"
+    data.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": messages[:2]}) + "\n")
+    settings = {
+        "model": teacher,
+        "data": str(data),
+        "output": str(tmp_path / "cache"),
+        "k": 20,
+        "dtype": "float32",
+    }
+    write_cache(CacheSettings.model_validate(settings | {"template": "chat"}))
+    cache = TeacherCache.open(tmp_path / "cache")
+    set_from_cache(cache, tmp_path / "set")
+    own = tokenize_rows(side, read_rows(str(data)), "chat")
+    found = list(DistillKitSet(SetFiles(str(tmp_path / "set")), loaded.view).rows)
+    for wanted, row in zip(own, tokenize_rows(side, found, "chat"), strict=True):
+        assert np.array_equal(wanted.ids, row.ids)
+        assert np.array_equal(wanted.turns, row.turns)
+    assert [message.content for message in found[0].messages][-4:] == [content for _, content in turns]
+    cache_from_set(SetFiles(str(tmp_path / "set")), tmp_path / "again", tokenizer=teacher)
+    again = TeacherCache.open(tmp_path / "again", loaded.view)
+    assert again.header.template == "chat"
+    assert np.array_equal(again.row(1).logprobs, cache.row(1).logprobs)
+    rows = read_rows(tmp_path / "again" / "rows.jsonl")
+    assert [row.learned for row in rows] == [row.learned for row in found]
 
 
 # What does not fit
