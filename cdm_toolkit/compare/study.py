@@ -30,7 +30,7 @@ from cdm_toolkit.distill.settings import (
     TrainConfig,
     from_mapping,
 )
-from cdm_toolkit.distill.teacher_settings import TeacherConfig
+from cdm_toolkit.distill.teacher_settings import DEFAULT_METHOD, TeacherConfig
 from cdm_toolkit.errors import BadOption, BadSettings, UnknownName
 from cdm_toolkit.kd.settings import Fault, Faults
 
@@ -222,6 +222,13 @@ class MethodConfig(Settings):
         """Give all that makes the method what it is, defaults included; nothing for supervised fine-tuning."""
         teacher, _ = self.resolved()
         return TeacherConfig.model_validate({"model": "-"} | teacher).options if teacher else {}
+
+    def default_options(self) -> dict[str, Any]:
+        """Give the options that its method has where nothing is set."""
+        teacher, _ = self.resolved()
+        if not teacher:
+            return {}
+        return TeacherConfig(model="-", method=teacher.get("method", DEFAULT_METHOD)).options
 
 
 def _without_teacher(fault: str) -> Fault:

@@ -145,7 +145,9 @@ class StudyFolder:
         found = validated(Stored, file, FORMAT.read(file, again), again)
         if found.result.cell.name != cell.name:
             raise BadArtifact(file, f"it has the cell {found.result.cell.name}", again)
-        if differing := _named(differences(found.options, study.methods[cell.method].options())):
+        entry = study.methods[cell.method]
+        # an option that a version before did not have was then what its default is
+        if differing := _named(differences(entry.default_options() | dict(found.options), entry.options())):
             problem = f"it was trained with other options: {differing}"
             raise BadArtifact(file, problem, f"give the method another name, or {again}")
         return replace(found, result=replace(found.result, cell=cell))
