@@ -7,7 +7,6 @@ are there it is written as `TeacherCache` reads it; a cache that has all rows is
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -30,39 +29,36 @@ class ReadThroughCache:
         self._writer = CacheWriter(folder, header)
         self._fresh: dict[int, CachedRow] = {}
         self._where: dict[int, tuple[Shard, int]] = {}
+        self._in_parts: set[int] = set()
         self._known: set[Path] = set()
         self._looked_at = 0
-        self._lock = threading.Lock()
         self._look()
 
     def row(self, number: int) -> CachedRow | None:
         """Give a row, also one that another process has written; None where it is not there."""
-        with self._lock:
-            if (fresh := self._fresh.get(number)) is not None:
-                return fresh
-            if number not in self._where:
-                self._look()
-            found = self._where.get(number)
+        if (fresh := self._fresh.get(number)) is not None:
+            return fresh
+        if number not in self._where:
+            self._look()
+        found = self._where.get(number)
         return found and found[0].row(found[1])
 
     def put(self, row: CachedRow) -> None:
         """Keep a row. FileProblem where it cannot be written."""
-        with self._lock:
-            self._fresh[row.number] = row
+        self._fresh[row.number] = row
         if len(self._fresh) >= ROWS_IN_MEMORY:
             self.flush()
 
     def flush(self) -> None:
         """Write what is in memory."""
-        with self._lock:
-            rows = [self._fresh[number] for number in sorted(self._fresh)]
-            if not rows:
-                return
-            content = pack_rows(self.header, rows)
-            path = self.folder / f"part-{_digest(content)}.safetensors"
-            write_whole(path, content)
-            self._fresh.clear()
-            self._add(path)
+        rows = [self._fresh[number] for number in sorted(self._fresh)]
+        if not rows:
+            return
+        content = pack_rows(self.header, rows)
+        path = self.folder / f"part-{_digest(content)}.safetensors"
+        write_whole(path, content)
+        self._fresh.clear()
+        self._add(path)
 
     def finish(self, numbers: Sequence[int], needed: Collection[int]) -> bool:
         """Make shards of the parts where every `needed` row is there, out of the `numbers` of all rows of the data.
@@ -73,15 +69,17 @@ class ReadThroughCache:
         self._look()
         if not self._where.keys() >= set(needed):
             return False
+        size = self.header.rows_per_shard
         for index in range(self.header.shards):
-            if self._writer.state(index) != "whole":
-                size = self.header.rows_per_shard
-                of_shard = numbers[index * size : (index + 1) * size]
+            of_shard = numbers[index * size : (index + 1) * size]
+            if not self._in_parts.isdisjoint(of_shard) or self._writer.state(index) != "whole":
                 self._writer.write(index, [self.row(number) or self._empty(number) for number in of_shard])
         self._where.clear()
         for path in self.folder.glob("part-*.safetensors"):
             path.unlink(missing_ok=True)
         self._known.clear()
+        self._in_parts.clear()
+        self._looked_at = 0
         self._look()
         return True
 
@@ -106,8 +104,9 @@ class ReadThroughCache:
     def _add(self, path: Path) -> None:
         self._known.add(path)
         shard = Shard(path, self.header)
-        for at, number in enumerate(shard.numbers.tolist()):
-            self._where[number] = (shard, at)
+        self._where |= {number: (shard, at) for at, number in enumerate(shard.numbers.tolist())}
+        if path.stem.startswith("part-"):
+            self._in_parts.update(shard.numbers.tolist())
 
 
 def _digest(content: bytes) -> str:

@@ -117,13 +117,13 @@ class CacheWriter:
             if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
                 fix = "give a new or an empty folder as `output`"
                 raise FileProblem(folder, "it is not empty, and holds no teacher cache", fix)
-            write_json(folder / HEADER_FILE, header.model_dump())
+            write_json(folder / HEADER_FILE, header.written())
         elif differences := read_header(folder).differences(header):
             if any(folder.glob("*.safetensors")):
                 problem = f"it holds another cache: {'; '.join(differences)}"
                 raise BadArtifact(folder, problem, "give another `output`, or the settings of the one there")
             # no row was written of the one that is there
-            write_json(folder / HEADER_FILE, header.model_dump())
+            write_json(folder / HEADER_FILE, header.written())
 
     def state(self, index: int) -> Literal["missing", "whole", "damaged"]:
         """Return the state of a shard; the whole file is read to verify it."""

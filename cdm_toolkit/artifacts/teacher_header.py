@@ -62,6 +62,10 @@ class CacheHeader(BaseModel):
     def encoding(self) -> str:
         return "whole" if self.k == self.vocab else "quantised" if self.quantised else "plain"
 
+    def written(self) -> dict[str, Any]:
+        """Give what is written: without a probe where none was asked, as versions before had none."""
+        return self.model_dump(exclude={"probe"} if self.probe is None else None)
+
     @property
     def digest(self) -> str:
         """Give the sha256 of what makes two caches the same; names, paths and provenance do not."""
@@ -89,7 +93,8 @@ class CacheHeader(BaseModel):
             "k": 0 if self.encoding == "whole" else self.k,
             **{name: getattr(self, name) for name in same},
         }
-        settings |= {**self._weights, "shard": shard}
+        source = {"url": "…", "tokenizer": self.tokenizer} if self.probe is not None else self._weights
+        settings |= {**source, "shard": shard}
         said = [f"{name}={value!r}" for name, value in settings.items() if value is not None]
         return f"write_cache(CacheSettings({', '.join(said)}))"
 

@@ -132,6 +132,7 @@ def check(
     api_key_env: Annotated[str | None, _server_option("api_key_env")] = None,
     in_flight: Annotated[int | None, _server_option("in_flight")] = None,
     timeout: Annotated[float | None, _server_option("timeout")] = None,
+    patience: Annotated[float | None, _server_option("patience")] = None,
     k: Annotated[int, typer.Option("-k", "--top-k", help="Candidates to ask for at each token.")] = 100,
     texts: Annotated[int, typer.Option("--texts", help="Texts of the package's own to score.", min=1)] = 32,
     against: Annotated[
@@ -156,6 +157,7 @@ def check(
     from cdm_toolkit.teachers.check_server import check_servers
 
     optional = {"engine": engine, "api_key_env": api_key_env, "in_flight": in_flight, "timeout": timeout}
+    optional |= {"patience": patience}
     said: dict[str, Any] = {"kind": "served", "url": url, "model": model, "tokenizer": tokenizer}
     said |= {name: value for name, value in optional.items() if value is not None}
     config = make(TeacherConfig, said, source="the command line")
@@ -289,12 +291,18 @@ def _facts(header: CacheHeader) -> list[tuple[str, str]]:
         "quantised": f"top {header.k} of {header.vocab:,} ids, quantised",
     }
     return [
-        ("teacher", f"{header.model} ({header.model_fingerprint[:8]}…), run in {header.teacher_dtype}"),
+        ("teacher", _teacher(header)),
         ("tokenizer", f"{header.tokenizer} ({header.tokenizer_fingerprint[:8]}…)"),
         ("data", f"{header.data} ({header.data_fingerprint[:8]}…)"),
         ("template", f"{header.template}, rows of up to {header.max_length} tokens"),
         ("kept", kept[header.encoding]),
     ]
+
+
+def _teacher(header: CacheHeader) -> str:
+    if header.probe is not None:
+        return f"{header.model}, behind a server"
+    return f"{header.model} ({header.model_fingerprint[:8]}…), run in {header.teacher_dtype}"
 
 
 def _sizes(rows: int, tokens: int, size: int) -> dict[str, Any]:

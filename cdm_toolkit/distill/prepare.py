@@ -96,13 +96,16 @@ class Prepared:
     """Connections to servers."""
 
     @property
-    def served(self) -> tuple[Served, ...]:
-        """Give the teachers behind servers, as they are asked about rows to train on."""
-        return tuple(each.teacher for each in self.objectives if isinstance(each.teacher, Served))
+    def served(self) -> set[Served]:
+        """Give the teachers behind servers, also those that are asked about other rows alone."""
+        asked = {teacher for each in self.objectives for teacher in (each.teacher, each.heldout)}
+        return {teacher for teacher in asked if isinstance(teacher, Served)}
 
-    def close(self) -> None:
-        """Write what servers have answered, and close the connections to them."""
-        self.opened.close()
+    def flush_answers(self) -> None:
+        """Write what servers have answered."""
+        for teacher in self.served:
+            if teacher.cache is not None:
+                teacher.cache.flush()
 
     def finish_answers(self) -> None:
         """Make teacher caches of the answers of servers, where all that the run trains on is there."""
@@ -111,7 +114,10 @@ class Prepared:
             teacher = objective.teacher
             if isinstance(teacher, Served) and teacher.cache is not None:
                 numbers = numbers or [row.number for row in self.rows]
-                needed = [row.row for row in self.features if len(row.teachers[nth].groups)]
+                known = [self.features]
+                if self.heldout is not None and objective.heldout is teacher:
+                    known.append(self.heldout.features)
+                needed = [row.row for rows in known for row in rows if len(row.teachers[nth].groups)]
                 teacher.cache.finish(numbers, needed)
 
     def trainer(
@@ -151,19 +157,30 @@ class Prepared:
 
 
 def prepare(
-    config: DistillConfig, rows: Rows, on_progress: OnProgress, *, keep_answers: bool = True
+    config: DistillConfig,
+    rows: Rows,
+    on_progress: OnProgress,
+    *,
+    keep_answers: bool = True,
+    resumed: bool = False,
 ) -> Prepared:
-    """Tokenize, align and load. Without `keep_answers` what servers answer is not written anywhere.
+    """Tokenize, align and load. Without `keep_answers` what servers answer is not written anywhere; a `resumed` run
+    has to find the answers of the model that it had.
 
     Raises the errors of models, tokenizers and servers, NothingToTrain, BadOption, BadRow for a held-out row that is
     trained on.
     """
     with ExitStack() as opened:
-        return _prepared(config, rows, on_progress, keep_answers, opened)
+        return _prepared(config, rows, on_progress, keep_answers, resumed, opened)
 
 
 def _prepared(
-    config: DistillConfig, rows: Rows, on_progress: OnProgress, keep_answers: bool, opened: ExitStack
+    config: DistillConfig,
+    rows: Rows,
+    on_progress: OnProgress,
+    keep_answers: bool,
+    resumed: bool,
+    opened: ExitStack,
 ) -> Prepared:
     _check_placements(config)
     others = _other_rows(config, rows)
@@ -216,16 +233,12 @@ def _prepared(
         heldout = _heldout(config, rows, SomeRows(every, np.flatnonzero(chosen)), student_side)
     student = models.student
     _check(student, config.student, student_tokenizer, [each.student_lengths for each in read])
-    data = _Data(rows, others, read, models, connections, sets, keep_answers)
+    data = _Data(rows, others, read, models, connections, sets, keep_answers, resumed)
     objectives = tuple(
         _objective(nth, pair, tokenizer, data)
         for nth, (pair, tokenizer) in enumerate(zip(pairs, tokenizers, strict=True))
     )
-    for each in objectives:
-        for asked in {each.teacher, each.heldout}:
-            if isinstance(asked, Served) and asked.cache is not None:
-                opened.callback(asked.cache.flush)
-    return Prepared(
+    made = Prepared(
         config=config,
         rows=rows,
         student=_adapted(student, config),
@@ -248,8 +261,10 @@ def _prepared(
             *(note for connection in connections.values() for note in connection.notes),
             *_of_candidates(objectives),
         ),
-        opened=opened.pop_all(),
+        opened=ExitStack(),
     )
+    opened.callback(made.flush_answers)
+    return replace(made, opened=opened.pop_all())
 
 
 def _other_rows(config: DistillConfig, rows: Rows) -> Rows | None:
@@ -337,6 +352,7 @@ class _Data:
     connections: Mapping[int, Connection]
     sets: Mapping[int, DistillKitSet]
     keep_answers: bool
+    resumed: bool
 
 
 def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) -> TeacherObjective:
@@ -362,7 +378,7 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
         heldout = teacher if data.others is None else None
     elif config.kind == "served":
         connection = data.connections[nth]
-        _check_context(connection, config, [features.teacher_lengths[nth] for features in data.read])
+        connection.check_length(max(int(features.teacher_lengths[nth].max()) for features in data.read))
         _at_most(options, kind, pair, connection.k)
         teacher = served(config, connection, pair.teacher, run.data, _answers(nth, data))
         heldout = teacher
@@ -398,16 +414,6 @@ def _of_candidates(objectives: Sequence[TeacherObjective]) -> Iterator[str]:
             )
 
 
-def _check_context(
-    connection: Connection, config: TeacherConfig, lengths: Sequence[Int64[np.ndarray, " row"]]
-) -> None:
-    """See that a server can read the longest row. BadOption."""
-    longest = int(np.concatenate(lengths).max())
-    if connection.longest is not None and longest > connection.longest:
-        allowed = f"at most {connection.longest}: {config.url[0]} reads no more tokens of {config.model}"
-        raise BadOption("max_length", longest, allowed)
-
-
 def _at_most(options: dict[str, Any], kind: type[Method[Any, Any]], pair: TokenizerPair, k: int) -> None:
     """Take as many candidates as a teacher has, where the method asks for no number of them."""
     if kind.reads_top_k() and options.get("top_k") is None:
@@ -419,11 +425,12 @@ def _answers(nth: int, data: _Data, others: Rows | None = None) -> AnswersOf | N
     if not data.keep_answers:
         return None
     run = data.models.config
+    may_replace = run.teachers[nth].cache is None and not data.resumed
     folder = Path(run.teachers[nth].cache or Path(run.output) / f"answers-of-teacher-{nth}")
     if others is None:
-        return AnswersOf(folder, data.rows, run.data.name)
+        return AnswersOf(folder, data.rows, run.data.name, may_replace)
     assert run.eval is not None
-    return AnswersOf(folder / "held-out", others, run.eval.name)
+    return AnswersOf(folder / "held-out", others, run.eval.name, may_replace)
 
 
 class _Models:

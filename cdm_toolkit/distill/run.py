@@ -115,7 +115,7 @@ def _run(
 
     set_seed(config.train.seed)
     with _main_process_first(config):  # what the first finds in no cache, the others find there
-        prepared = prepare(config, rows, on_progress)
+        prepared = prepare(config, rows, on_progress, resumed=checkpoint is not None)
     with prepared.opened:
         return _trained(prepared, arguments, checkpoint, overwrite, go_on, on_progress, began)
 
@@ -147,15 +147,14 @@ def _trained(
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except Stopped:
-            trainer.save_now()
-        except ServerProblem as error:
-            raise _kept(error, trainer, output) from None
+        except (Stopped, ServerProblem) as problem:  # in an evaluation
+            trainer.stopped_by = problem
         ended = time.perf_counter()
     steps, planned = trainer.state.global_step, trainer.state.max_steps
-    if steps < planned and not trainer.stopped_early:
-        kept = f"step {steps} of {planned} is kept in {last_checkpoint(output)}"
-        raise Interrupted("the run", kept, go_on)
+    if isinstance(trainer.stopped_by, ServerProblem):
+        raise _with_checkpoint(trainer.stopped_by, output)
+    if trainer.stopped_by is not None or (steps < planned and not trainer.stopped_early):
+        raise _interrupted(output, planned, go_on)
     trainer.load_best()
     result = RunResult(
         output=output,
@@ -171,9 +170,11 @@ def _trained(
         stopped_early=trainer.stopped_early,
     )
     on_progress(Progress("save", 0, 1))
-    if trainer.args.should_save:
-        prepared.finish_answers()
     _write(trainer, prepared, result)
+    prepared.flush_answers()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save and (trainer.state.epoch or 0) >= 1:
+        prepared.finish_answers()
     repository = config.train.hub_repository
     if repository and trainer.args.should_save:
         private = (config.train.trainer or {}).get("hub_private_repo")
@@ -182,14 +183,21 @@ def _trained(
     return result
 
 
-def _kept(error: ServerProblem, trainer: DistillTrainer, output: Path) -> ServerProblem:
-    """Write a checkpoint where a server has failed, and say so in the error."""
-    trainer.save_now()
+def _with_checkpoint(problem: ServerProblem, output: Path) -> ServerProblem:
+    """Say in the error of a server from where the run can go on."""
     checkpoint = last_checkpoint(output)
     if checkpoint is None:
-        return error
-    fix = error.fix if "resume" in error.fix else f"{error.fix}, then go on with `resume`"
-    return ServerProblem(error.url, error.problem, f"{fix} ({checkpoint} has what is done)")
+        return ServerProblem(problem.url, problem.problem, f"{problem.fix}, and start again with `overwrite`")
+    fix = f"{problem.fix}, then go on with `resume`: {checkpoint} has what is done"
+    return ServerProblem(problem.url, problem.problem, fix)
+
+
+def _interrupted(output: Path, planned: int, go_on: str) -> Interrupted:
+    checkpoint = last_checkpoint(output)
+    if checkpoint is None:
+        return Interrupted("the run", "it was in its first step", "the same run, with `overwrite`")
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return Interrupted("the run", f"step {step} of {planned} is kept in {checkpoint}", go_on)
 
 
 def _main_process_first(config: DistillConfig) -> AbstractContextManager[None]:

@@ -54,7 +54,7 @@ def connected(config: TeacherConfig, pair: TokenizerPair) -> Connection:
     method, k = config.method_class, 1
     wanted = config.method_options.get("top_k")
     if method.reads_top_k():
-        k = wanted or min(DEFAULT_TOP_K, pair.vocab_t, pair.vocab_s)
+        k = wanted or min(DEFAULT_TOP_K, pair.vocab_t - 1, pair.vocab_s)
     return connect(server_settings(config), pair.teacher, k=k, at_most=wanted is None)
 
 
@@ -66,6 +66,8 @@ class AnswersOf:
     rows: Rows
     data: str
     """What the rows are called."""
+    may_replace: bool
+    """Whether what is there may go, where it is of another model or other rows."""
 
 
 def served(
@@ -79,7 +81,7 @@ def served(
     cache = None
     if answers is not None:
         header = _header(config, connection, side, data, answers)
-        _check_there(answers.folder, header, connection, is_own=config.cache is None)
+        _check_there(answers, header, connection)
         cache = ReadThroughCache(answers.folder, header)
     return Served(connection.client, k=connection.k, cache=cache)
 
@@ -121,14 +123,14 @@ def other_probe(there: CacheHeader, connection: Connection) -> list[str]:
     return [f"its answers are of another {there.model} than is served now"]
 
 
-def _check_there(folder: Path, header: CacheHeader, connection: Connection, *, is_own: bool) -> None:
-    """See that answers that are there are this model's, for these rows; those of an earlier run of the same output
-    folder are removed where they are not (`is_own`). BadArtifact."""
+def _check_there(answers: AnswersOf, header: CacheHeader, connection: Connection) -> None:
+    """See that answers that are there are this model's, for these rows. BadArtifact where they must not go."""
+    folder = answers.folder
     if not (folder / HEADER_FILE).is_file():
         return
     there = read_header(folder)
     differences = [*there.differences(header), *other_probe(there, connection)]
-    if differences and is_own:
+    if differences and answers.may_replace:
         shutil.rmtree(folder)
     elif differences:
         problem = f"it holds other answers: {'; '.join(differences)}"

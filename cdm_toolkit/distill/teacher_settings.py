@@ -60,10 +60,14 @@ OF_A_KIND: Mapping[str, tuple[str, ...]] = {
 def _server(url: str) -> str:
     """Check the address of a server; gives it without a slash at the end."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is no address of a server: give one such as http://localhost:8000")
-    if parts.username or parts.password or parts.query:
+    if "@" in url or parts.query or parts.fragment:
         raise ValueError("has a key or a password in it: api_key_env names the variable that holds the key")
+    try:
+        is_port = parts.port != 0
+    except ValueError:
+        is_port = False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_port:
+        raise ValueError(f"{url!r} is no address of a server: give one such as http://localhost:8000")
     if parts.path.strip("/"):
         raise ValueError(f"{url!r} has a path too many: give {parts.scheme}://{parts.netloc}")
     return url.rstrip("/")
@@ -86,7 +90,8 @@ class TeacherSource(Settings):
     api_key_env: Text | None = None
     """Name of the environment variable that holds the server's key, where it asks for one."""
     in_flight: Count = 32
-    """Requests that are open at once; the rows of the next batches are asked for while the student trains."""
+    """Requests that are open at once, in each process; the rows of the next batches are asked for while the student
+    trains."""
     timeout: Positive = 120.0
     """Seconds after which a request is given up, and made again."""
     patience: Positive = 300.0

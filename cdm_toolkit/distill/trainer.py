@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections import deque
@@ -30,11 +31,11 @@ from cdm_toolkit.distill.logs import (
     read_history,
     write_logs,
 )
-from cdm_toolkit.distill.output_folder import SEAL, check_seal, last_checkpoint, seal_checkpoint
+from cdm_toolkit.distill.output_folder import check_seal, last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.sharding import shard_frozen
 from cdm_toolkit.distill.step_times import StepTimes
-from cdm_toolkit.errors import BadOption, NotFinite, UnknownName
+from cdm_toolkit.errors import BadOption, NotFinite, ServerProblem, UnknownName
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
@@ -42,7 +43,7 @@ from cdm_toolkit.kd.method import Method, Teacher
 from cdm_toolkit.kd.objective import weighted_loss
 from cdm_toolkit.kd.types import LossSums
 from cdm_toolkit.teachers.local import Local
-from cdm_toolkit.teachers.served import Served
+from cdm_toolkit.teachers.served import Served, Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,9 +56,6 @@ if TYPE_CHECKING:
 
 LOST = "start the run without `resume`, or go on without `eval`: these are its best weights so far"
 """What to do where the checkpoint of the best evaluation is damaged or gone."""
-
-MOST_AHEAD = 64
-"""Batches that are made ahead of the step, at most, for teachers behind a server."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,6 +203,8 @@ class DistillTrainer(Trainer):
         self._times = StepTimes(self.args.device)
         self._epoch: Iterator[Inputs] | None = None
         self._batches: Iterator[Inputs] = iter(())
+        self.stopped_by: Stopped | ServerProblem | None = None
+        """Why the run ended before its last step, where a server did not answer."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load batches of rows, or batches of tokens."""
@@ -263,7 +263,11 @@ class DistillTrainer(Trainer):
             last = steps * self.args.gradient_accumulation_steps  # of what the run still reads
             teachers = [each.teacher for each in self.objectives]
             self._batches = asked_ahead(islice(epoch_iterator, last), teachers)
+        if self.stopped_by is not None:
+            return [], torch.zeros(1 + len(self.objectives), device=device)
         batches, _ = super().get_batch_samples(self._batches, num_batches, device)
+        if not self._answered(batches):
+            return [], torch.zeros(1 + len(self.objectives), device=device)
         counts = torch.tensor(
             [_counts(part.batch) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
             device=device,
@@ -271,6 +275,39 @@ class DistillTrainer(Trainer):
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return batches, counts
+
+    def _answered(self, batches: Sequence[Inputs]) -> bool:
+        """Wait for the servers that teachers are behind; where one fails, or the run is told to stop, end it here.
+
+        It is then between two steps, in all processes: its checkpoint is one like any other.
+        """
+        served = [
+            (nth, each.teacher)
+            for nth, each in enumerate(self.objectives)
+            if isinstance(each.teacher, Served)
+        ]
+        if not served:
+            return True
+        self._times.begin("teacher")
+        try:
+            for inputs in batches:
+                for part in inputs["parts"]:
+                    for nth, teacher in served:
+                        if not part.batch.teachers[nth].empty:
+                            teacher.await_answers(part.batch.of_teacher(nth))
+        except (Stopped, ServerProblem) as problem:
+            self.stopped_by = problem
+        stopped = torch.tensor(float(self.stopped_by is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            stopped = self.accelerator.reduce(stopped, "sum")
+        if not stopped:
+            return True
+        self.stopped_by = self.stopped_by or Stopped()
+        # the Trainer would warn of an epoch without a row, where the first step of one is not taken
+        logging.getLogger("transformers.trainer").addFilter(lambda record: "single sample" not in record.msg)
+        self.control.should_training_stop = True
+        self.control.should_log = self.control.should_save = self.state.global_step > 0
+        return False
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Estimate what the student computes for a batch."""
@@ -543,16 +580,6 @@ class DistillTrainer(Trainer):
             best = None if self.best is None else str(self._checkpoint(self.best.step))
             rotate_checkpoints(str(checkpoint.parent), limit, best, use_mtime=True)
 
-    def save_now(self) -> None:
-        """Write a checkpoint of the last whole step, where one process trains and there is none yet.
-
-        Several processes would have to stop at the same step.
-        """
-        step = self.state.global_step
-        if step and self.args.world_size == 1 and not (self._checkpoint(step) / SEAL).is_file():
-            self.model.zero_grad()
-            self._save_checkpoint(self.model, None)
-
     def _check_finite(self) -> None:
         """Stop the run where a loss since the last look was not finite."""
         if not self._unseen:
@@ -580,9 +607,10 @@ class DistillTrainer(Trainer):
 def asked_ahead(batches: Iterator[Inputs], teachers: Sequence[Teacher | None]) -> Iterator[Inputs]:
     """Give batches, while teachers behind a server are asked about those that follow."""
     served = [(nth, teacher) for nth, teacher in enumerate(teachers) if isinstance(teacher, Served)]
+    rows = max((teacher.client.settings.in_flight for _, teacher in served), default=0)
     ahead: deque[Inputs] = deque()
     while True:
-        while served and len(ahead) < MOST_AHEAD and all(teacher.has_room for _, teacher in served):
+        while not ahead or sum(_rows(inputs) for inputs in ahead) < rows:
             if (following := next(batches, None)) is None:
                 break
             for part in following["parts"]:
@@ -590,11 +618,13 @@ def asked_ahead(batches: Iterator[Inputs], teachers: Sequence[Teacher | None]) -
                     if not part.batch.teachers[nth].empty:
                         teacher.prefetch(part.batch.of_teacher(nth))
             ahead.append(following)
-        if not ahead and (following := next(batches, None)) is not None:
-            ahead.append(following)
         if not ahead:
             return
         yield ahead.popleft()
+
+
+def _rows(inputs: Inputs) -> int:
+    return sum(len(part.batch.rows) for part in inputs["parts"])
 
 
 def _unwrapped(student: Any) -> Any:

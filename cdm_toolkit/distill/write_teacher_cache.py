@@ -71,8 +71,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from cdm_toolkit.teachers.scoring_client import ScoringClient
-
 
 ROWS_PER_SHARD, WHOLE_ROWS_PER_SHARD = 256, 8
 """A shard of 256 answers of 150 tokens has 10 MB at k = 64; one of 8 has 240 MB with all of 49,152 ids."""
@@ -344,7 +342,7 @@ class _Work:
         settings = self.settings
         if self.connection is not None:
             for index in todo:
-                self.writer.write(index, self._served_shard(self.connection.client, index))
+                self.writer.write(index, self._served_shard(self.connection, index))
             return
         model = load_model(
             settings.model,
@@ -400,9 +398,11 @@ class _Work:
             began = time.perf_counter()
         return sorted(cached, key=lambda row: row.number)
 
-    def _served_shard(self, client: ScoringClient, index: int) -> list[CachedRow]:
+    def _served_shard(self, connection: Connection, index: int) -> list[CachedRow]:
         """Ask for all rows of a shard."""
+        client = connection.client
         tokenized = _tokenize(self.side, self._rows(index), self.settings.template, self.header.max_length)
+        connection.check_length(max(len(row.ids) for row in tokenized))
         began = time.perf_counter()
         asked = [
             client.submit(row.ids.tolist(), row.first, self.header.k) if row.positions else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from cdm_toolkit.forward import logits_by_batch
 from cdm_toolkit.kd.sparse_logprobs import log_sum_exp
@@ -102,7 +103,7 @@ def _agreement(
     for batch in logits_by_batch(model, sequences, positions):
         for row, logits in batch.by_row():
             real = logits.narrow(1, 0, vocab)
-            following = real.new_tensor(sequences[row][1:].astype(np.int64)).long()
+            following = torch.from_numpy(sequences[row][1:].astype(np.int64)).to(real.device)
             own = real.gather(1, following[:, None])[:, 0].float() - log_sum_exp(real)
             apart.append(np.abs(own.cpu().numpy() - scored[row].token_logprobs))
             same.append(real.argmax(1).cpu().numpy() == scored[row].ids[:, 0])

@@ -44,6 +44,9 @@ class Refusal(Exception):
     """A server will not answer such a request, however often it is asked. `cap` is the most candidates that it gives,
     where these were too many."""
 
+    url = ""
+    """Of the server."""
+
     def __init__(self, reason: str, *, cap: int | None = None) -> None:
         self.reason, self.cap = reason, cap
         super().__init__(reason)
@@ -71,7 +74,7 @@ class Engine(Protocol):
     def texts(self, body: bytes) -> Mapping[int, str]:
         """Give the texts that the server has for ids, where the answer tells."""
 
-    def refusal(self, status: int, body: bytes) -> Refusal:
+    def refusal(self, body: bytes) -> Refusal:
         """Read why a request was refused."""
 
 
@@ -107,10 +110,13 @@ class VLLM:
 
     def texts(self, body: bytes) -> Mapping[int, str]:
         entries = [entry for entry in self._entries(body) if entry]
-        texts = {int(name): value.get("decoded_token") for entry in entries for name, value in entry.items()}
+        with _reading():
+            texts = {
+                int(name): value.get("decoded_token") for entry in entries for name, value in entry.items()
+            }
         return {token: text for token, text in texts.items() if text is not None}
 
-    def refusal(self, status: int, body: bytes) -> Refusal:
+    def refusal(self, body: bytes) -> Refusal:
         reason = _reason(body)
         # "Requested prompt logprobs of 100, which is greater than max allowed: 20"
         cap = re.search(r"logprobs of \d+.*max allowed: (\d+)", reason)
@@ -151,8 +157,10 @@ class SGLang:
             raise BadAnswer(f"it has {len(tokens)} tokens where {len(following)} follow")
         tokens, tops = tokens[len(tokens) - len(following) :], tops[len(tops) - len(following) :]
         with _reading():
+            same = sum(token == there for token, (_, there, _) in zip(following, tokens, strict=True))
             for token, (_, there, _) in zip(following, tokens, strict=True):
-                if there not in (token, 0):  # the last id of a vocabulary is given as 0
+                # the last id of a vocabulary is given as 0
+                if there not in (token, 0) or 2 * same < len(following):
                     raise BadAnswer(f"it is about other tokens than were sent: {there} for {token}")
             own = [_or_nothing(logprob) for logprob, *_ in tokens]
             candidates = [[there for _, there, _ in top] for top in tops]
@@ -161,10 +169,14 @@ class SGLang:
 
     def texts(self, body: bytes) -> Mapping[int, str]:
         with _reading():
-            tokens = from_json(body)["meta_info"]["input_token_logprobs"]
-        return {token: text for _, token, text in tokens if text is not None}
+            found = from_json(body)["meta_info"]
+            every = [
+                *found["input_token_logprobs"],
+                *(one for top in found["input_top_logprobs"] for one in top or ()),
+            ]
+            return {token: text for _, token, text in every if text is not None}
 
-    def refusal(self, status: int, body: bytes) -> Refusal:
+    def refusal(self, body: bytes) -> Refusal:
         return Refusal(_reason(body))
 
 
@@ -183,7 +195,7 @@ def _reading() -> Iterator[None]:
         yield
     except ValueError:
         raise BadAnswer("it is cut off, or is no JSON") from None
-    except (KeyError, IndexError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise BadAnswer(f"it is not what this engine answers ({type(error).__name__} {error})") from None
 
 

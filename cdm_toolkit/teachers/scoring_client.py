@@ -13,7 +13,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
+from concurrent.futures import wait as first_of
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,10 @@ class ServerSettings:
         """Give the header with the key. BadOption where the variable is not set."""
         if self.api_key_env is None:
             return {}
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise BadOption(
-                "api_key_env", self.api_key_env, "the name of an environment variable that is set"
-            )
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key and key.isascii() and key.isprintable()):
+            allowed = "the name of an environment variable that is set, to a key in ASCII"
+            raise BadOption("api_key_env", self.api_key_env, allowed)
         return {"Authorization": f"Bearer {key}"}
 
 
@@ -78,8 +78,10 @@ class _Server:
         self.proving = asyncio.Lock()
 
     def failed(self) -> None:
-        self.left_out_until = time.monotonic() + min(FIRST_PAUSE * 2**self.failures, LONGEST_PAUSE)
-        self.failures += 1
+        now = time.monotonic()
+        if self.left_out_until <= now:  # of several requests that fail together the first counts
+            self.left_out_until = now + min(FIRST_PAUSE * 2 ** min(self.failures, 6), LONGEST_PAUSE)
+            self.failures += 1
 
     def answered(self, seconds: float) -> None:
         self.failures = 0
@@ -94,7 +96,7 @@ class ScoringClient:
         import httpx2
 
         self.settings, self.engine, self.vocab = settings, ENGINES[settings.engine], vocab
-        self.bytes_received = self.tokens_scored = self.retries = 0
+        self.bytes_received = self.retries = 0
         self.probe: Probe | None = None
         self.probe_scores: Scored | None = None
         self._lost: ServerProblem | None = None
@@ -103,12 +105,10 @@ class ScoringClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="scoring-client", daemon=True)
         self._thread.start()
-        self._servers: list[_Server]
-        self._servers, self._client, self._room = self._run(self._opened(headers)).result()
+        self._servers = [_Server(url) for url in settings.urls]
+        self._client, self._room = self._run(self._opened(headers)).result()
 
-    async def _opened(
-        self, headers: dict[str, str]
-    ) -> tuple[list[_Server], httpx2.AsyncClient, asyncio.Semaphore]:
+    async def _opened(self, headers: dict[str, str]) -> tuple[httpx2.AsyncClient, asyncio.Semaphore]:
         many = self.settings.in_flight
         client = self._httpx.AsyncClient(
             headers=headers,
@@ -120,7 +120,7 @@ class ScoringClient:
             follow_redirects=False,
             trust_env=True,
         )
-        return [_Server(url) for url in self.settings.urls], client, asyncio.Semaphore(many)
+        return client, asyncio.Semaphore(many)
 
     def _run(self, work: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -144,11 +144,9 @@ class ScoringClient:
         for server in self._servers:
             try:
                 found = self._run(self._ask(server, probe.ids, 0, probe.k)).result()
-            except (ServerProblem, _Failed) as error:
+            except _Failed as failed:
                 server.failed()
-                problems.append(
-                    error if isinstance(error, ServerProblem) else _not_answering(server.url, str(error))
-                )
+                problems.append(_not_answering(server.url, str(failed)))
                 continue
             if scores is not None and (other := _difference(scores, found)) is not None:
                 problem = f"serves another model than {self._servers[0].url} ({other})"
@@ -171,10 +169,8 @@ class ScoringClient:
                 return self.engine.texts(self._run(self._posted(server, request)).result())
             except (_Failed, BadAnswer) as failed:
                 problems.append(_not_answering(server.url, str(failed)))
-            except ServerProblem as problem:
-                problems.append(problem)
             except Refusal as refusal:
-                raise refused(server.url, refusal) from None
+                raise refused(refusal) from None
         raise problems[0]
 
     def longest(self) -> int | None:
@@ -230,11 +226,11 @@ class ScoringClient:
                     if time.monotonic() - began > self.settings.patience:
                         self._lost = ServerProblem(
                             server.url,
-                            f"has not answered for {self.settings.patience:.0f} s ({failed.reason})",
-                            "start it again, or raise `patience`, then go on with `resume`",
+                            f"has not answered a request for {self.settings.patience:.0f} s ({failed.reason})",
+                            "start it again, or raise `patience`",
                         )
                 except Refusal as refusal:
-                    raise refused(server.url, refusal) from None
+                    raise refused(refusal) from None
                 else:
                     return scored
 
@@ -242,10 +238,15 @@ class ScoringClient:
         """Choose the server that will answer first; wait for one where all are left out."""
         while True:
             now = time.monotonic()
-            here: list[_Server] = [server for server in self._servers if server.left_out_until <= now]
+            # one that failed is tried by a single request
+            here: list[_Server] = [
+                server
+                for server in self._servers
+                if server.left_out_until <= now and not (server.failures and server.busy)
+            ]
             if here:
                 return min(here, key=lambda server: (server.busy + 1) * max(server.seconds, 1e-3))
-            await asyncio.sleep(max(0.01, min(server.left_out_until for server in self._servers) - now))
+            await asyncio.sleep(max(0.05, min(server.left_out_until for server in self._servers) - now))
 
     async def _ask(self, server: _Server, ids: Sequence[int], first: int, k: int) -> Scored:
         """Ask one server once. _Failed for what may go better another time, Refusal for what will not."""
@@ -255,7 +256,6 @@ class ScoringClient:
             scored = within_vocabulary(self.engine.read(body, ids, first, k), self.vocab)
         except BadAnswer as bad:
             raise _Failed(f"gives an answer that cannot be used: {bad}") from None
-        self.tokens_scored += len(ids)
         server.answered(time.monotonic() - began)
         return scored
 
@@ -266,19 +266,20 @@ class ScoringClient:
 
         server.busy += 1
         try:
-            answer = await self._client.post(
-                server.url + self.engine.path,
-                content=json.dumps(request, separators=(",", ":")),
-                extensions={"trace": trace},
-            )
-        except self._httpx.TimeoutException:
+            async with asyncio.timeout(self.settings.timeout):
+                answer = await self._client.post(
+                    server.url + self.engine.path,
+                    content=json.dumps(request, separators=(",", ":")),
+                    extensions={"trace": trace},
+                )
+        except (TimeoutError, self._httpx.TimeoutException):
             raise _Failed(f"took more than {self.settings.timeout:g} s") from None
         except self._httpx.RequestError as error:
             raise _Failed(f"cannot be reached ({_why(error)})") from None
         finally:
             server.busy -= 1
         if answer.status_code >= 500 or answer.status_code in (408, 425, 429):
-            reason = self.engine.refusal(answer.status_code, answer.content).reason
+            reason = self.engine.refusal(answer.content).reason
             raise _Failed(f"answers HTTP {answer.status_code}: {reason}")
         if answer.status_code != 200:
             self._refuse(server, answer.status_code, answer.content)
@@ -287,7 +288,8 @@ class ScoringClient:
         return content
 
     def _refuse(self, server: _Server, status: int, body: bytes) -> None:
-        refusal = self.engine.refusal(status, body)
+        refusal = self.engine.refusal(body)
+        refusal.url = server.url
         if status in (401, 403):
             name = self.settings.api_key_env
             fix = (
@@ -317,7 +319,7 @@ class ScoringClient:
                     self._lost = ServerProblem(
                         server.url,
                         f"serves another model than before ({other})",
-                        "start it with the model of the run, then go on with `resume`",
+                        "start it with the model that it had",
                     )
                     raise self._lost
                 server.proved = there
@@ -337,11 +339,10 @@ def _difference(known: Scored, found: Scored) -> str | None:
     return None if apart <= SAME_MODEL else f"scores of the same text are {apart:.2f} nats a token apart"
 
 
-def refused(url: str, refusal: Refusal) -> ServerProblem:
+def refused(refusal: Refusal) -> ServerProblem:
     """Make the error of a request that a server refuses."""
-    return ServerProblem(
-        url, f"refuses a request: {refusal.reason}", "give what it allows, or start it otherwise"
-    )
+    problem = f"refuses a request: {refusal.reason}"
+    return ServerProblem(refusal.url, problem, "give what it allows, or start it otherwise")
 
 
 def _not_answering(url: str, reason: str) -> ServerProblem:
@@ -363,17 +364,11 @@ def wait(
     futures: Sequence[Future[Scored]], stopping: Callable[[], bool] = lambda: False
 ) -> list[Scored] | None:
     """Wait for answers; None when `stopping` is True before they are there."""
-    found = []
     for future in futures:
-        while True:
-            try:
-                found.append(future.result(timeout=0.2))
-                break
-            except TimeoutError:
-                if future.done():
-                    raise
-                if stopping():
-                    return None
-            except CancelledError:
+        while not future.done():
+            if stopping():
                 return None
-    return found
+            first_of([future], timeout=0.2)
+        if future.cancelled():
+            return None
+    return [future.result() for future in futures]

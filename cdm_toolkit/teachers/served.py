@@ -56,6 +56,13 @@ class Connection:
     """Tokens that a row may have; None where no server tells."""
     notes: tuple[str, ...]
 
+    def check_length(self, longest: int) -> None:
+        """See that a server can read the longest row. BadOption."""
+        if self.longest is not None and longest > self.longest:
+            url, model = self.client.settings.urls[0], self.client.settings.model
+            allowed = f"at most {self.longest}: {url} reads no more tokens of {model}"
+            raise BadOption("max_length", longest, allowed)
+
 
 def connect(
     settings: ServerSettings, side: TokenizerSide, *, k: int, at_most: bool = False, option: str = "top_k"
@@ -76,6 +83,9 @@ def connect(
 
 def _connected(client: ScoringClient, side: TokenizerSide, k: int, option: str | None) -> Connection:
     ids = tuple(side.framed(side.view.encode(PROBE_TEXT).ids, ended=False).tolist())
+    vocab = side.view.vocab_size
+    if k >= vocab:
+        raise BadOption(option or "top_k", k, f"less than {vocab}, the whole vocabulary")
     more: list[str] = []
     url = client.settings.urls[0]
     # ids that every vocabulary has, as others may break an engine, show candidates from all over it
@@ -84,19 +94,17 @@ def _connected(client: ScoringClient, side: TokenizerSide, k: int, option: str |
         scores, notes = client.connect(Probe(ids, k))
     except Refusal as refusal:
         if refusal.cap is None:
-            raise refused(url, refusal) from None
+            raise refused(refusal) from None
         start = ENGINES[client.settings.engine].start.format(k=k)
         if option is not None:
-            allowed = (
-                f"at most {refusal.cap}: {url} gives no more candidates unless it is started with {start}"
-            )
+            allowed = f"at most {refusal.cap}: {refusal.url} gives no more candidates unless it is started with {start}"
             raise BadOption(option, k, allowed) from None
-        more.append(f"{url} gives {refusal.cap} candidates; started with {start} it would give {k}")
+        more.append(f"{refusal.url} gives {refusal.cap} candidates; started with {start} it would give {k}")
         k = refusal.cap
         try:
             scores, notes = client.connect(Probe(ids, k))
         except Refusal as again:
-            raise refused(url, again) from None
+            raise refused(again) from None
     nats = -float(scores.token_logprobs.astype(np.float64).sum())
     return Connection(
         client,
@@ -119,6 +127,10 @@ def _check_tokenizer(texts: Mapping[int, str], side: TokenizerSide, url: str) ->
         compared += 1
         if here is None or here.strip() != there.strip():
             differ.append(f"id {token} is {there!r} there" + ("" if here is None else f" and {here!r} here"))
+    if not compared:
+        raise ServerProblem(
+            url, "does not tell the texts of ids, which show its tokenizer", "start it with its tokenizer"
+        )
     if len(differ) > MAY_DIFFER * compared:
         raise ServerProblem(
             url,
@@ -138,8 +150,9 @@ class _Wanted:
 
     def is_in(self, row: CachedRow) -> bool:
         """Whether a row that is there is this one, and has all that is asked for."""
-        ids = row.token_ids
-        return row.first <= self.first and self.end < len(ids) and np.array_equal(ids, self.ids[: len(ids)])
+        ids, both = row.token_ids, min(len(row.token_ids), len(self.ids))
+        there = row.first <= self.first and self.end < len(ids)
+        return there and np.array_equal(ids[:both], self.ids[:both])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,11 +183,6 @@ class Served:
         self.client, self.k, self.cache, self.stopping = client, k, cache, stopping
         self._asked: dict[int, tuple[_Wanted, Future[Scored]]] = {}
 
-    @property
-    def has_room(self) -> bool:
-        """Whether more can be asked for ahead: fewer requests are open than may be."""
-        return len(self._asked) < self.client.settings.in_flight
-
     def check(self, request: SignalRequest) -> None:
         """Refuse a request that the servers cannot answer. BadOption."""
         if request.mean_logits:
@@ -187,6 +195,12 @@ class Served:
         for wanted in self._wanted(batch):
             if self._kept(wanted) is None:
                 self._ask(wanted)
+
+    def await_answers(self, batch: AlignedBatch) -> None:
+        """Wait until all that a batch needs is answered. ServerProblem; Stopped when the run is told to stop before."""
+        wanted = [each for each in self._wanted(batch) if self._kept(each) is None]
+        if wait([self._ask(each) for each in wanted], self.stopping) is None:
+            raise Stopped
 
     def signal(self, batch: AlignedBatch, request: SignalRequest) -> TeacherSignal:
         """Give the signal of a batch: what was not asked for before is asked for now, all rows at once.

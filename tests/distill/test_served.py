@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cdm_toolkit.errors import BadArtifact, BadOption, Interrupted, ServerProble
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.method import methods
+from cdm_toolkit.teachers.scoring_client import _Server
 
 from ..teachers.scoring_server import ScoringServer
 
@@ -195,10 +197,14 @@ def test_a_key_comes_from_the_environment_and_is_written_nowhere(
         run(config(served(tiny, server)))
     with pytest.raises(BadOption, match=r"`api_key_env` is 'TEACHER_KEY'; give the name of .* that is set"):
         run(config(served(tiny, server, api_key_env="TEACHER_KEY")))
+    monkeypatch.setenv("TEACHER_KEY", "schlüssel")
+    with pytest.raises(BadOption, match="to a key in ASCII") as caught:
+        run(config(served(tiny, server, api_key_env="TEACHER_KEY")))
+    assert "schl" not in str(caught.value)
     monkeypatch.setenv("TEACHER_KEY", "wrong")
     with pytest.raises(ServerProblem, match="check the key in TEACHER_KEY"):
         run(config(served(tiny, server, api_key_env="TEACHER_KEY")))
-    monkeypatch.setenv("TEACHER_KEY", "s3cret-value")
+    monkeypatch.setenv("TEACHER_KEY", "s3cret-value\n")
     with caplog.at_level("DEBUG"):
         run(config(served(tiny, server, api_key_env="TEACHER_KEY")))
     assert "s3cret-value" not in caplog.text
@@ -235,6 +241,44 @@ def test_a_slow_server_is_asked_less(tiny, config, server) -> None:
         one = served(tiny, server, url=[slow.url, server.url], in_flight=4)
         run(config(one, epochs=2, max_steps=None))
         assert len(server.scored) > 2 * len(slow.scored)
+
+
+def test_servers_that_hang_or_fail_are_tried_by_one_request(tiny, config, server) -> None:
+    with ScoringServer(server.model, name="teacher", tokenizer=server.tokenizer, max_logprobs=200) as dead:
+        dead.delay = StopsAfter(dead, 1, lambda: setattr(dead, "hang", True))
+        one = served(tiny, server, url=[server.url, dead.url], in_flight=4, timeout=0.5)
+        run(config(one, epochs=3, max_steps=None))
+        assert len(server.scored) > 24 > len(dead.scored)
+    often = _Server("x")
+    for _ in range(2000):
+        often.left_out_until = 0.0
+        often.failed()
+    assert often.left_out_until < time.monotonic() + 31
+
+
+def test_another_model_name_at_one_of_two_servers_is_told(tiny, config, server) -> None:
+    other = ScoringServer(server.model, name="other", tokenizer=server.tokenizer, max_logprobs=200)
+    with other, pytest.raises(ServerProblem, match="no model 'teacher'"):
+        run(config(served(tiny, server, url=[server.url, other.url])))
+    assert no_threads()
+
+
+def test_a_run_that_is_resumed_keeps_its_teacher(tiny, config, server, tmp_path: Path) -> None:
+    run(config(served(tiny, server), max_steps=2, save_every=2))
+    with torch.no_grad():
+        for weight in server.model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(BadArtifact, match="of another teacher than is served now"):
+        run(config(served(tiny, server), max_steps=4, save_every=2), resume=True)
+
+
+def test_steps_of_several_batches_are_asked_ahead(tiny, config, server, tmp_path: Path) -> None:
+    more = {"grad_accumulation": 3, "batch_size": 2, "max_steps": 4}
+    local = losses(config({"output": str(tmp_path / "local")}, **more))
+    server.delay = 0.05
+    one = config(served(tiny, server, in_flight=6) | {"output": str(tmp_path / "served")}, **more)
+    result = run(one)
+    np.testing.assert_allclose([log.loss for log in result.losses], local, rtol=WITHIN)
 
 
 def test_answers_about_other_ids_stop_the_run(tiny, config, server) -> None:
@@ -281,7 +325,7 @@ def test_a_run_that_lost_its_server_goes_on_with_the_same_bits(tiny, config, ser
     whole = losses(config(served(tiny, server) | {"output": str(tmp_path / "whole")}, max_steps=6))
     server.delay = StopsAfter(server, len(server.scored) + 14, server.stop)
     settings = served(tiny, server, in_flight=4, patience=0.5)
-    with pytest.raises(ServerProblem, match=r"has not answered for [01] s"):
+    with pytest.raises(ServerProblem, match=r"has not answered a request for [01] s"):
         run(config(settings, max_steps=6))
     server.delay = 0.0
     server.start()
@@ -289,7 +333,7 @@ def test_a_run_that_lost_its_server_goes_on_with_the_same_bits(tiny, config, ser
 
 
 def test_a_run_that_waits_for_a_server_can_be_stopped(tiny, config, server, tmp_path: Path) -> None:
-    """64 requests are open at a server that never answers."""
+    """Requests are open at a server that never answers."""
     from cdm_toolkit.distill import run as module
 
     told = threading.Event()
@@ -298,11 +342,11 @@ def test_a_run_that_waits_for_a_server_can_be_stopped(tiny, config, server, tmp_
         server.hang = True
         threading.Timer(0.5, told.set).start()
 
-    server.delay = StopsAfter(server, 10, hang)
+    server.delay = StopsAfter(server, 16, hang)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_told_to_stop", lambda: _Told(told))
-        with pytest.raises(Interrupted, match=r"the run was stopped, step [01] of 6"):
-            run(config(served(tiny, server, in_flight=64), max_steps=6, batch_size=4))
+        with pytest.raises(Interrupted, match=r"the run was stopped, step [1-4] of 6 is kept in"):
+            run(config(served(tiny, server, in_flight=4), max_steps=6, batch_size=4))
     assert no_threads()
 
 
