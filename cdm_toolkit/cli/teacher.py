@@ -47,7 +47,7 @@ def cache(
     limit: Annotated[int | None, _option("limit")] = None,
     rows_per_shard: Annotated[int | None, _option("rows_per_shard")] = None,
     url: Annotated[list[str] | None, _option("url")] = None,
-    tokenizer: Annotated[str | None, _option("tokenizer")] = None,
+    tokenizer: Annotated[str | None, _option("tokenizer", names=completion.models)] = None,
     engine: Annotated[str | None, _option("engine")] = None,
     api_key_env: Annotated[str | None, _option("api_key_env")] = None,
     in_flight: Annotated[int | None, _option("in_flight")] = None,
@@ -126,7 +126,7 @@ def check(
     model: Annotated[str, typer.Option("--model", help="The name that the server has for it.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", help="An alias, a folder or a hub id; the model's unless given."),
+        _server_option("tokenizer", names=completion.models),
     ] = None,
     engine: Annotated[str | None, _server_option("engine")] = None,
     api_key_env: Annotated[str | None, _server_option("api_key_env")] = None,
@@ -137,7 +137,10 @@ def check(
     texts: Annotated[int, typer.Option("--texts", help="Texts of the package's own to score.", min=1)] = 32,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="A model in memory to compare with: an alias, a folder or a hub id."),
+        typer.Option(
+            help="A model in memory to compare with: an alias, a folder or a hub id.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -202,7 +205,10 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Of a set: the tokenizer that its ids are of: an alias, a folder or a hub id."),
+        typer.Option(
+            help="Of a set: the tokenizer that its ids are of: an alias, a folder or a hub id.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     compression: Annotated[
         Path | None,

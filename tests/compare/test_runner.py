@@ -181,7 +181,7 @@ def test_what_comes_of_the_cache_is_what_the_model_gives(
 
     cell = grid(study)[1]
     config = cell_config(study, open_shared(done), cell, tmp_path / "student")
-    teacher = config.teachers[0].model_copy(update={"cache": None})
+    teacher = config.teachers[0].model_copy(update={"cache": None, "kind": "local"})
     online = run(config.model_copy(update={"teachers": (teacher,)}))
     stored = done.read_cell(study, cell)
     assert stored is not None
