@@ -81,7 +81,7 @@ class Reader:
             for words in commands(code):
                 self.run(words)
         elif block.language == "python":
-            exec(block.code, self.names)
+            exec(code, self.names)
         elif block.language == "json":
             for line in block.code.splitlines():
                 Path("form.jsonl").write_text(line, encoding="utf-8")

@@ -28,6 +28,7 @@ from cdm_toolkit.hub.models import (
     has_weights,
     load_model,
     model_fingerprint,
+    model_folder,
     model_folder_to_fill,
     resolve_device,
     stored_quantization,
@@ -236,7 +237,7 @@ def test_a_quantised_checkpoint_names_the_package_that_it_needs(
 
 
 @pytest.mark.slow
-def test_weights_are_read_to_where_they_run(student: Path, tmp_path: Path) -> None:
+def test_weights_are_read_to_where_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU they lie there once, and host memory holds one tensor at a time; on a CPU there is no second copy."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("a CPU build of torch needs a C++ compiler for this")
@@ -244,6 +245,8 @@ def test_weights_are_read_to_where_they_run(student: Path, tmp_path: Path) -> No
     from benchmarks.load import load
     from benchmarks.trace import device_library
 
+    monkeypatch.delenv("CDM_CACHE", raising=False)  # converted once for all, before it is measured
+    model_folder("smollm2")
     library, beside = device_library(tmp_path), 48 * 2**20
     there, here = (load("smollm2", library, dtype="bfloat16", device=on) for on in ("cuda:1", "cpu"))
     assert there["on_device"] == there["weights"] == here["weights"]
