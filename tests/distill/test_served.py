@@ -221,7 +221,7 @@ def test_failures_on_the_way_do_not_change_the_run(tiny, config, server, tmp_pat
         server.fail_next(2, "hang")
 
     server.delay = StopsAfter(server, 6, fail)
-    one = config(served(tiny, server, timeout=1.0) | {"output": str(tmp_path / "served")})
+    one = config(served(tiny, server, timeout=1.0, in_flight=4) | {"output": str(tmp_path / "served")})
     np.testing.assert_allclose(losses(one), local, rtol=WITHIN)
     assert not server._faults
     assert no_threads()
