@@ -19,3 +19,5 @@ def start() -> None:
     logger = logging.getLogger("cdm_toolkit")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes(logging.WARNING))
+    # it warns of a faster kernel when it is imported, which transformers and peft do wherever it is installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
