@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from cdm_toolkit.artifacts.atomic import write_whole
-from cdm_toolkit.artifacts.teacher_cache import CachedRow, CacheWriter, Shard, pack_rows, shard_name
+from cdm_toolkit.artifacts.teacher_cache import (
+    DECODED_ROWS,
+    CachedRow,
+    CacheWriter,
+    Shard,
+    pack_rows,
+    shard_name,
+)
 from cdm_toolkit.artifacts.teacher_header import CacheHeader
 
 ROWS_IN_MEMORY = 64
@@ -32,6 +40,8 @@ class ReadThroughCache:
         self._in_parts: set[int] = set()
         self._known: set[Path] = set()
         self._looked_at = 0
+        # a row is asked for ahead, before its step and in it
+        self._read = lru_cache(DECODED_ROWS)(Shard.row)
         self._look()
 
     def row(self, number: int) -> CachedRow | None:
@@ -41,7 +51,7 @@ class ReadThroughCache:
         if number not in self._where:
             self._look()
         found = self._where.get(number)
-        return found and found[0].row(found[1])
+        return found and self._read(*found)
 
     def put(self, row: CachedRow) -> None:
         """Keep a row. FileProblem where it cannot be written."""
@@ -75,6 +85,7 @@ class ReadThroughCache:
             if not self._in_parts.isdisjoint(of_shard) or self._writer.state(index) != "whole":
                 self._writer.write(index, [self.row(number) or self._empty(number) for number in of_shard])
         self._where.clear()
+        self._read.cache_clear()
         for path in self.folder.glob("part-*.safetensors"):
             path.unlink(missing_ok=True)
         self._known.clear()

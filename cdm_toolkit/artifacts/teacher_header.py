@@ -18,6 +18,8 @@ FORMAT = Format(
     code=("batching.py", "forward.py", "tokdiff", "kd", "artifacts", "distill/write_teacher_cache.py"),
 )
 HEADER_FILE = "cache.json"
+ROWS_PER_SHARD = 256
+"""A shard of so many answers of 150 tokens has 10 MB at k = 64."""
 
 
 class CacheHeader(BaseModel):

@@ -84,7 +84,9 @@ def run(
     with _main_process_first(config):
         checkpoint = claim_output(output, overwrite=overwrite, resume=resume)
     try:
-        return _run(config, rows, arguments, checkpoint, overwrite, go_on, on_progress, began)
+        prepared = _prepared(config, rows, checkpoint, on_progress)
+        with prepared.opened:
+            return _run(prepared, arguments, checkpoint, overwrite, go_on, on_progress, began)
     except (OSError, SafetensorError) as error:  # of a checkpoint: models and data raise their own
         why = getattr(error, "strerror", None) or str(error)
         raise FileProblem(
@@ -101,26 +103,17 @@ def run(
             output.rmdir()
 
 
-def _run(
-    config: DistillConfig,
-    rows: Rows,
-    arguments: TrainingArguments,
-    checkpoint: Path | None,
-    overwrite: bool,
-    go_on: str,
-    on_progress: OnProgress,
-    began: float,
-) -> RunResult:
+def _prepared(
+    config: DistillConfig, rows: Rows, checkpoint: Path | None, on_progress: OnProgress
+) -> Prepared:
     from transformers import set_seed
 
     set_seed(config.train.seed)
     with _main_process_first(config):  # what the first finds in no cache, the others find there
-        prepared = prepare(config, rows, on_progress, resumed=checkpoint is not None)
-    with prepared.opened:
-        return _trained(prepared, arguments, checkpoint, overwrite, go_on, on_progress, began)
+        return prepare(config, rows, on_progress, resumed=checkpoint is not None)
 
 
-def _trained(
+def _run(
     prepared: Prepared,
     arguments: TrainingArguments,
     checkpoint: Path | None,

@@ -12,11 +12,11 @@ from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.read_through_cache import ReadThroughCache
 from cdm_toolkit.artifacts.teacher_cache import read_header
-from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, CacheHeader
+from cdm_toolkit.artifacts.teacher_header import FORMAT, HEADER_FILE, ROWS_PER_SHARD, CacheHeader
 from cdm_toolkit.errors import BadArtifact
 from cdm_toolkit.kd.settings import DEFAULT_TOP_K
 from cdm_toolkit.kd.tokenized_rows import template_fingerprint
-from cdm_toolkit.teachers.scoring_client import SAME_MODEL, ServerSettings
+from cdm_toolkit.teachers.scoring_client import ServerSettings, other_model
 from cdm_toolkit.teachers.served import Connection, Served, connect
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from cdm_toolkit.kd.pair import TokenizerPair
     from cdm_toolkit.kd.tokenized_rows import TokenizerSide
 
-ROWS_PER_SHARD = 256
 SERVED = "served"
 """What a cache has for the dtype of weights that nobody knows."""
 
@@ -116,9 +115,7 @@ def _header(
 
 def other_probe(there: CacheHeader, connection: Connection) -> list[str]:
     """Say where answers that are there are of another model than is served now."""
-    probe = there.probe or ()
-    apart = [abs(a - b) for a, b in zip(probe, connection.probe, strict=False)]
-    if len(probe) == len(connection.probe) and sum(apart) <= SAME_MODEL * len(apart):
+    if not other_model(there.probe or (), connection.probe):
         return []
     return [f"its answers are of another {there.model} than is served now"]
 

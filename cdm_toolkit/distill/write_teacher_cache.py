@@ -26,7 +26,7 @@ from cdm_toolkit.artifacts.teacher_cache import (
     read_note,
     shard_name,
 )
-from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
+from cdm_toolkit.artifacts.teacher_header import FORMAT, ROWS_PER_SHARD, CacheHeader
 from cdm_toolkit.distill.served_teacher import SERVED, other_probe, served_fingerprint, server_settings
 from cdm_toolkit.distill.settings import SourceConfig, from_file
 from cdm_toolkit.distill.sources import Rows
@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ROWS_PER_SHARD, WHOLE_ROWS_PER_SHARD = 256, 8
-"""A shard of 256 answers of 150 tokens has 10 MB at k = 64; one of 8 has 240 MB with all of 49,152 ids."""
+WHOLE_ROWS_PER_SHARD = 8
+"""A shard of 8 answers of 150 tokens has 240 MB with all of 49,152 ids."""
 
 
 class CacheSettings(TeacherSource):

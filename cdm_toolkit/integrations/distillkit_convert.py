@@ -17,7 +17,7 @@ from cdm_toolkit.artifacts.atomic import atomic_folder, atomic_write, write_whol
 from cdm_toolkit.artifacts.code_fingerprint import code_fingerprint
 from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.artifacts.teacher_cache import CachedRow, CacheWriter, TeacherCache
-from cdm_toolkit.artifacts.teacher_header import FORMAT, CacheHeader
+from cdm_toolkit.artifacts.teacher_header import FORMAT, ROWS_PER_SHARD, CacheHeader
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, MissingExtra, NothingToTrain
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.integrations.distillkit import IDS, LABELS, DistillKitSet, SetFiles
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROWS_FILE = "rows.jsonl"
 """The texts of a cache that was made of a set, with the ids that its teacher has read."""
-ROWS_PER_SHARD = ROWS_PER_FILE = 256
+ROWS_PER_FILE = 256
 NOT_LEARNED = -100
 OnProgress = Callable[[int, int], None]
 

@@ -32,6 +32,9 @@ SAME_MODEL = 0.1
 """Nats by which the scores of a probe may differ in the mean: what batches and kernels change is far less."""
 
 
+Logprobs = Sequence[float] | np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """Where a model is served, and how it is asked."""
@@ -148,7 +151,7 @@ class ScoringClient:
                 server.failed()
                 problems.append(_not_answering(server.url, str(failed)))
                 continue
-            if scores is not None and (other := _difference(scores, found)) is not None:
+            if scores is not None and (other := other_model(scores.token_logprobs, found.token_logprobs)):
                 problem = f"serves another model than {self._servers[0].url} ({other})"
                 raise ServerProblem(server.url, problem, "give servers of one model")
             scores, server.proved = found, server.connected
@@ -315,7 +318,7 @@ class ScoringClient:
             while server.proved < server.connected:
                 there = server.connected
                 found = await self._ask(server, self.probe.ids, 0, self.probe.k)
-                if (other := _difference(self.probe_scores, found)) is not None:
+                if other := other_model(self.probe_scores.token_logprobs, found.token_logprobs):
                     self._lost = ServerProblem(
                         server.url,
                         f"serves another model than before ({other})",
@@ -333,10 +336,12 @@ class _Failed(Exception):
         super().__init__(reason)
 
 
-def _difference(known: Scored, found: Scored) -> str | None:
+def other_model(known: Logprobs, found: Logprobs) -> str:
     """Say how far scores of the probe are from those that are known, where that is too far for one model."""
-    apart = float(np.abs(known.token_logprobs - found.token_logprobs).mean())
-    return None if apart <= SAME_MODEL else f"scores of the same text are {apart:.2f} nats a token apart"
+    if len(known) != len(found):
+        return f"it scores {len(found)} tokens in place of {len(known)}"
+    apart = float(np.abs(np.subtract(known, found)).mean())
+    return "" if apart <= SAME_MODEL else f"scores of the same text are {apart:.2f} nats a token apart"
 
 
 def refused(refusal: Refusal) -> ServerProblem:

@@ -6,24 +6,16 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
-import torch
-
+from benchmarks import _steps
 from benchmarks._report import Line, Report
-from benchmarks.distill import SAMPLE, TEACHER
-from cdm_toolkit.distill.prepare import prepare
-from cdm_toolkit.distill.settings import from_mapping
-from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import DistillTrainer, asked_ahead, training_arguments
-from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
-from cdm_toolkit.hub.students import transplant
+from benchmarks._steps import Epoch, cached_pair
+from benchmarks.distill import TEACHER
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 
 SERVED = 1.05
@@ -32,28 +24,14 @@ SHARE = 0.8
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, default=SAMPLE, help="JSONL with question and answer (the sample)"
-    )
-    parser.add_argument("--rows", type=int, default=16, help="how many are trained on (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=2, help="rows of a step (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the rows are timed (%(default)s)")
+    _steps.add_options(parser, rows=16)
 
 
 def run(options: argparse.Namespace) -> Report:
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        transplant(TEACHER, load_tokenizer("mistral"), folder / "student")
-        cache = CacheSettings(
-            model=TEACHER,
-            data=str(options.data),
-            output=str(folder / "cache"),
-            limit=options.rows,
-            device="cpu",
-        )
-        write_cache(cache)
-        cached = _epoch({"cache": str(folder / "cache")}, folder, options)
+        cache = cached_pair(folder, options)
+        cached = Epoch({"cache": cache.output}, folder, options)
         cached()
         delay = SHARE * median(cached()[1:])
         context = get_context("spawn")
@@ -61,7 +39,7 @@ def run(options: argparse.Namespace) -> Report:
         server = context.Process(target=_serve, args=(theirs, cache.k, delay), daemon=True)
         server.start()
         try:
-            served = _epoch({"url": ours.recv()}, folder, options)
+            served = Epoch({"url": ours.recv(), "top_k": cache.k}, folder, options)
             taken: dict[str, list[list[float]]] = {"cached": [], "served": []}
             for _ in range(options.rounds):
                 taken["cached"].append(cached())
@@ -86,42 +64,6 @@ def run(options: argparse.Namespace) -> Report:
         f"{options.rounds} rounds in turns",
     }
     return Report("tools/bench served", facts, lines)
-
-
-def _epoch(teacher: dict[str, Any], folder: Path, options: argparse.Namespace) -> Callable[[], list[float]]:
-    """Prepare a run, and give what takes a step on each of its batches, and tells the seconds of each."""
-    config = from_mapping(
-        {
-            "student": str(folder / "student"),
-            "data": {"path": str(options.data), "limit": options.rows},
-            "output": str(folder / "out"),
-            "teachers": [{"model": TEACHER, "top_k": 100} | teacher],
-            "train": {"device": "cpu", "batch_size": options.batch_size},
-        }
-    )
-    prepared = prepare(config, Rows(config.data.all_sources), lambda _: None, keep_answers=False)
-    trainer = prepared.trainer(training_arguments(config, folder / "out"))
-    parameters = [*trainer.model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-5, fused=True)
-
-    def epoch() -> list[float]:
-        seconds, began = [], perf_counter()
-        for inputs in asked_ahead(_batches(trainer, options.batch_size), [prepared.objectives[0].teacher]):
-            trainer.compute_loss(trainer.model, inputs).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds.append(perf_counter() - began)
-            began = perf_counter()
-        return seconds
-
-    return epoch
-
-
-def _batches(trainer: DistillTrainer, size: int) -> Iterator[Any]:
-    rows: Any = trainer.train_dataset
-    for first in range(0, len(rows), size):
-        yield trainer.data_collator(rows[first : first + size])
 
 
 # The stand-in: what stands at a position, and the same k candidates everywhere
