@@ -13,9 +13,10 @@ from typer.core import TyperCommand
 
 from cdm_toolkit.cli import completion, options
 from cdm_toolkit.cli.settings_options import run_option
+from cdm_toolkit.distill.logs import first_to_last
 
 if TYPE_CHECKING:
-    from cdm_toolkit.distill.logs import EvalLog, StepLog, TeacherLog
+    from cdm_toolkit.distill.logs import EvalLog, SampleLog, StepLog, TeacherLog
     from cdm_toolkit.distill.plan import Plan
     from cdm_toolkit.distill.prepare import Progress
     from cdm_toolkit.distill.run import RunResult
@@ -232,11 +233,18 @@ class _TrainingScreen:
             self._last = progress.log
             self._bar.update(task, note=_speed(progress.log))
             if not self._quiet:
-                self._console.print(_log_line(progress.log), markup=False, soft_wrap=True, style="dim")
+                self._say(progress.log, progress.samples)
 
         if progress.evaluation is not None and not self._quiet:
             line = _evaluation_line(progress.evaluation)
             self._console.print(line, markup=False, soft_wrap=True, style="bold")
+
+    def _say(self, log: StepLog, samples: Sequence[Mapping[str, Any]]) -> None:
+        lines = [_log_line(log)]
+        lines += [] if log.samples is None else ["  " + _samples_line(log.samples)]
+        lines += [_sample_line(sample, self._console.width) for sample in samples[:1]]
+        for line in lines:
+            self._console.print(line, markup=False, soft_wrap=True, style="dim")
 
     def _say_device(self) -> None:
         from cdm_toolkit.cli import screen
@@ -261,7 +269,9 @@ def _speed(log: StepLog) -> str:
 
 
 def _log_line(log: StepLog) -> str:
-    parts = [f"step {log.step:>5}", f"loss {log.loss:.4f}", f"CE {log.ce:.4f}", *_of_teachers(log.teachers)]
+    parts = [f"step {log.step:>5}", f"loss {log.loss:.4f}"]
+    parts += [] if log.ce is None else [f"CE {log.ce:.4f}"]
+    parts += _of_teachers(log.teachers)
     parts += [f"lr {log.learning_rate:.1e}", _speed(log)]
     if log.padding is not None and log.seconds is not None:
         parts.append(f"padding {log.padding:.0%}")
@@ -269,6 +279,24 @@ def _log_line(log: StepLog) -> str:
         each = ", ".join(f"{part} {seconds:.2g}" for part, seconds in taken.items() if seconds >= 5e-4)
         parts.append(f"{sum(taken.values()):.2g} s a step: {each}")
     return "   ".join(parts)
+
+
+def _samples_line(log: SampleLog) -> str:
+    teachers = ", ".join(f"{value:.3f}" for value in log.teacher_logprobs)
+    parts = [f"samples {log.share:.0%} of the rows", f"{log.tokens:.0f} tokens", f"{log.ended:.0%} ended"]
+    parts.append(f"log-probability a byte {log.student_logprob:.3f}, the teacher's {teachers}")
+    if log.tokens_per_second is not None:
+        parts.append(f"sampled {log.tokens_per_second:,.0f} tokens/s")
+    return "   ".join(parts)
+
+
+def _sample_line(sample: Mapping[str, Any], width: int) -> str:
+    """Show one sample in a line."""
+    how = "" if sample["ended"] else ", cut"
+    head = f"row {sample['row']}, {sample['tokens']} tokens{how}: "
+    text = " ".join(str(sample["completion"]).split())
+    room = max(width - len(head) - 4, 20)
+    return f"    {head}{text if len(text) <= room else text[: room - 1] + '…'}"
 
 
 def _evaluation_line(log: EvalLog) -> str:
@@ -299,13 +327,16 @@ def _print_result(result: RunResult, as_json: bool) -> None:
     shown.add_row("student", str(result.output))
     shown.add_row("rows", str(result.rows))
     shown.add_row("steps", f"{result.steps:,}")
-    shown.add_row("CE, nats a token", f"{first.ce:.4f} → {last.ce:.4f}")
+    shown.add_row("CE, nats a token", first_to_last(first.ce, last.ce))
     for before, after in zip(first.teachers, last.teachers, strict=True):
         of = "" if len(last.teachers) == 1 else f" on {after.name}"
         shown.add_row(f"KD{of}, a group", f"{before.kd:.4f} → {after.kd:.4f}")
         if after.pairs:
             shown.add_row(f"matched mass{of}", f"{after.matched_mass:.1%}")
         shown.add_row(f"aligned share{of}", f"{after.aligned_share:.1%} of the student's labels")
+    if last.samples is not None:
+        ended = f"{last.samples.tokens:.0f} tokens, {last.samples.ended:.0%} ended by themselves"
+        shown.add_row("samples, in the end", ended)
     if result.best is not None:
         begun, best = result.evaluations[0], result.best
         stopped = f"; stopped early at {result.steps:,}" if result.stopped_early else ""

@@ -83,6 +83,8 @@ def _measured(text: Continuation, teacher: Continuation, bits: float) -> Measure
         written_bits=bits,
         repeated_grams=repeated,
         grams=grams,
+        ended_texts=int(not text.is_cut),
+        texts=1,
     )
 
 

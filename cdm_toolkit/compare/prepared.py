@@ -379,16 +379,11 @@ def _cache(study: StudyConfig, shared: Path, on_stage: OnStage) -> str | None:
 
 def _wanted_k(study: StudyConfig) -> int | None:
     """Find the top k that the teacher cache needs; None where no method reads a cache."""
-    teachers = [teacher for entry in study.methods.values() if (teacher := entry.resolved()[0])]
-    asked = [teacher.get("top_k") or 1 for teacher in teachers if uses_cache(teacher)]
+    cached = [entry for entry in study.methods.values() if entry.uses_cache]
+    asked = [entry.resolved()[0].get("top_k") or 1 for entry in cached]
     if not asked:
         return None
     return min(max(DEFAULT_TOP_K, *asked), load_tokenizer(study.teacher).view.vocab_size)
-
-
-def uses_cache(teacher: Mapping[str, object]) -> bool:
-    """Say whether a method can read a teacher cache; means of whole logits need the model."""
-    return teacher.get("positions", "boundary") == "boundary"
 
 
 # Scores

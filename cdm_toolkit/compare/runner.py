@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -34,11 +35,11 @@ from cdm_toolkit.compare.prepared import (
     prepare,
     run_settings,
     score,
-    uses_cache,
 )
 from cdm_toolkit.compare.study import StudyConfig, cell_at, grid
 from cdm_toolkit.compare.study_folder import LOG_FILE, Say, Stored, StudyFolder, is_held, only_one
 from cdm_toolkit.compare.types import Cell, CellResult, Point
+from cdm_toolkit.distill.logs import StepLog
 from cdm_toolkit.distill.output_folder import TRAINED_BY
 from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 from cdm_toolkit.errors import Interrupted
@@ -98,11 +99,14 @@ def cell_config(study: StudyConfig, shared: Shared, cell: Cell, output: Path) ->
     """Write down the run of a cell."""
     own = {"log_every": max(1, study.steps // LINES_OF_LOG)} | study.run.model_dump(exclude_unset=True)
     run = run_settings(study, shared.student, shared.train, output, own | {"seed": cell.seed})
-    teacher, _ = study.methods[cell.method].resolved()
+    entry = study.methods[cell.method]
+    teacher, _ = entry.resolved()
     if teacher:
         model = {"model": shared.teacher_model or study.teacher}
-        cached = {"cache": shared.cache} if uses_cache(teacher) else {}
+        cached = {"cache": shared.cache} if entry.uses_cache else {}
         run |= {"alpha": cell.alpha, "teachers": [model | cached | teacher]}
+    if entry.on_policy is not None:
+        run |= {"on_policy": entry.on_policy.model_dump(exclude_unset=True)}
     return from_mapping(run, source=f"cell {cell.index}")
 
 
@@ -151,11 +155,24 @@ def _run(study: StudyConfig, shared: Shared, cell: Cell, scratch: Path, follower
         peak_memory=memory,
         curve=tuple(_point(log) for log in trained.losses),
         settings=config.model_dump(mode="json", exclude_unset=True, exclude={"output"}),
+        teacher_tokens=sum(sum(log.teacher_tokens) for log in trained.losses),
+        seconds=_seconds(trained.losses),
     )
     made_of = {**shared.fingerprints, CODE: _code_of(study, cell)}
     made_by = provenance(fingerprints=made_of, seed=cell.seed, device=study.run.torch_device)
     options = study.methods[cell.method].options()
     return Stored(result, options, machine(study), trained.warnings, dict(made_by))
+
+
+def _seconds(losses: Sequence[StepLog]) -> dict[str, float]:
+    """Average the seconds of a step over all steps, by part."""
+    seconds: Counter[str] = Counter()
+    before = 0
+    for log in losses:
+        assert log.seconds is not None
+        seconds.update({part: taken * (log.step - before) for part, taken in asdict(log.seconds).items()})
+        before = log.step
+    return {part: taken / before for part, taken in seconds.items()}
 
 
 def _code_of(study: StudyConfig, cell: Cell) -> str:

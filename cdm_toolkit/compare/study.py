@@ -26,6 +26,7 @@ from cdm_toolkit.distill.settings import (
     PRESETS,
     DataConfig,
     DistillConfig,
+    OnPolicyConfig,
     SourceConfig,
     TrainConfig,
     from_mapping,
@@ -163,6 +164,8 @@ class MethodConfig(Settings):
     """Weight of cross-entropy; the preset's or the study's without it."""
     seeds: Seeds | None = None
     """The study's without it."""
+    on_policy: OnPolicyConfig | None = None
+    """Learn from texts that the student samples, as `on_policy` of a run: the teacher is then in memory."""
 
     @model_validator(mode="before")
     @classmethod
@@ -188,6 +191,8 @@ class MethodConfig(Settings):
                 raise ValueError(f"{', '.join(given)} is of a method: name it, such as method: spelling")
             if self.alpha is not None:
                 raise ValueError("alpha has no use without a method: all is cross-entropy")
+            if self.on_policy is not None:
+                raise ValueError("on_policy has no use without a method: nobody judges the samples")
             return self
         try:
             self.resolved()
@@ -221,7 +226,17 @@ class MethodConfig(Settings):
     def options(self) -> dict[str, Any]:
         """Give all that makes the method what it is, defaults included; nothing for supervised fine-tuning."""
         teacher, _ = self.resolved()
-        return TeacherConfig.model_validate({"model": "-"} | teacher).options if teacher else {}
+        if not teacher:
+            return {}
+        found = TeacherConfig.model_validate({"model": "-"} | teacher).options
+        return found if self.on_policy is None else found | {"on_policy": self.on_policy.model_dump()}
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether its teacher can be a cache: means of whole logits and samples need the model."""
+        teacher, _ = self.resolved()
+        in_memory = self.on_policy is not None or teacher.get("positions", "boundary") != "boundary"
+        return bool(teacher) and not in_memory
 
     def default_options(self) -> dict[str, Any]:
         """Give the options that its method has where nothing is set."""

@@ -133,6 +133,13 @@ MEASURES = (
         ("repeated_grams", "grams"),
         of_continuations=True,
     ),
+    Measure(
+        "ended",
+        "Greedy continuations that the model ended by itself",
+        ("ended_texts", "texts"),
+        highest_is_best=True,
+        of_continuations=True,
+    ),
 )
 
 
@@ -247,9 +254,21 @@ def _of_cost(cells: Cells) -> Iterator[Column]:
     seconds = _means(cells, lambda cell: cell.step_seconds)
     memory = _means(cells, lambda cell: cell.peak_memory / 2**20)
     yield Column("cost", "cost", "s a step", None, False, seconds)
+    sampling = _means(cells, lambda cell: cell.seconds.get("sampling"))
+    if any(mean.value for mean in sampling.values()):  # on-policy methods learn from texts of their own
+        yield Column("cost", "cost", "s a step, sampling", None, False, sampling)
+        yield Column("cost", "cost", "s a step, teacher", None, False, _means(cells, _teacher_seconds))
+        student = _means(cells, lambda cell: float(cell.tokens))
+        yield Column("cost", "cost", "student's tokens", None, None, student, digits=0)
+        teacher = _means(cells, lambda cell: cell.teacher_tokens)
+        yield Column("cost", "cost", "teacher's tokens", None, None, teacher, digits=0)
     yield Column("cost", "cost", "MiB", None, False, memory, digits=0)
     if mass := _means(cells, _matched_mass):
         yield Column("cost", "cost", "matched mass", None, None, mass)
+
+
+def _teacher_seconds(cell: CellResult) -> float | None:
+    return cell.seconds.get("teacher")
 
 
 def _matched_mass(cell: CellResult) -> float | None:

@@ -39,6 +39,9 @@ class Measured:
     repeated_grams: int = 0
     """Sequences of four words that came before in the same continuation."""
     grams: int = 0
+    ended_texts: int = 0
+    """Continuations that the model ended by itself; of `texts`."""
+    texts: int = 0
 
     @property
     def bits_per_byte(self) -> float:
@@ -114,8 +117,8 @@ class Point:
     """Training between two lines of the log, up to `step`; means."""
 
     step: int
-    ce: float
-    """In nats a label."""
+    ce: float | None
+    """In nats a label of the data; None where there were samples alone."""
     kd: float | None
     """As the method defines it; None without a teacher."""
     matched_mass: float | None
@@ -137,6 +140,10 @@ class CellResult:
     curve: tuple[Point, ...]
     settings: Mapping[str, Any]
     """Those of the run, as its run file would have them."""
+    teacher_tokens: int | None = None
+    """That the teacher has read of the rows, or has been cached of; None in cells of earlier versions."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of a step, by part: data, teacher, student, optimizer, sampling; the means of all steps."""
 
 
 @dataclass(frozen=True, slots=True)

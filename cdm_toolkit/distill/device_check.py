@@ -261,7 +261,8 @@ def _compared(trial: Trial, reference: Trial) -> Trial:
 
 
 def _figures(trial: Trial) -> list[float]:
-    return [figure for log in trial.losses for figure in (log.loss, log.ce, log.teachers[0].kd)]
+    figures = (figure for log in trial.losses for figure in (log.loss, log.ce, log.teachers[0].kd))
+    return [figure for figure in figures if figure is not None]
 
 
 def _dtw_problem() -> str | None:

@@ -34,26 +34,46 @@ class TeacherLog:
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
     """Seconds of an optimizer step, of this process: waiting for rows, the teachers, the student's forward and backward
-    pass with the losses, and what updates its weights."""
+    pass with the losses, what updates its weights, and the student's sampling."""
 
     data: float
     teacher: float
     student: float
     optimizer: float
+    sampling: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLog:
+    """Means over the texts that the student has sampled and learned since the log before.
+
+    `share` is that of the rows which were samples, `tokens` their mean length, `ended` the share that ended by itself.
+    `student_logprob` and `teacher_logprobs` are in nats a byte of the sampled text: what the student gives to it, and
+    each teacher. `tokens_per_second` is that of sampling, of this process; None where all were drawn before.
+    """
+
+    share: float
+    tokens: float
+    ended: float
+    student_logprob: float
+    teacher_logprobs: tuple[float, ...]
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
     """Means over the optimizer steps since the log before, up to `step`.
 
-    `loss` is the objective, `ce` in nats a label. `tokens` are the student's, prompts included and padding
-    not: a sum; `padding` is the share of the student's positions that hold none. What lies between steps, such as an
-    evaluation or a checkpoint, is in no `seconds`. Lines of earlier versions do not have the last three.
+    `loss` is the objective, `ce` in nats a label of the data's own rows, None where there were samples alone. `tokens`
+    are the student's, prompts included and padding not: a sum; `padding` is the share of the student's positions that
+    hold none. What lies between steps, such as an evaluation or a checkpoint, is in no `seconds`. `samples` are told of
+    in runs with `on_policy`. `teacher_tokens` are those that each teacher's rows have: a sum. Lines of earlier versions
+    do not have the last five.
     """
 
     step: int
     loss: float
-    ce: float
+    ce: float | None
     teachers: tuple[TeacherLog, ...]
     learning_rate: float
     grad_norm: float
@@ -61,6 +81,8 @@ class StepLog:
     tokens_per_second: float | None = None
     padding: float | None = None
     seconds: StepSeconds | None = None
+    samples: SampleLog | None = None
+    teacher_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +102,15 @@ class EvalLog:
     teachers: tuple[TeacherLog, ...]
     is_best: bool
     seconds: float
+
+
+def first_to_last(first: float | None, last: float | None) -> str:
+    """Write how a figure went on from the first line of a log to the last, where they have it.
+
+    >>> first_to_last(1.5, 1.25), first_to_last(None, 1.25)
+    ('1.5000 → 1.2500', 'none → 1.2500')
+    """
+    return " → ".join("none" if figure is None else f"{figure:.4f}" for figure in (first, last))
 
 
 def write_logs(
@@ -104,10 +135,14 @@ def read_history(checkpoint: Path) -> list[StepLog]:
 
 def _records(line: Mapping[str, Any]) -> dict[str, Any]:
     """Make the records in a line that was read from JSON."""
-    seconds = line.get("seconds")
+    seconds, samples = line.get("seconds"), line.get("samples")
+    if samples:
+        samples = SampleLog(**samples | {"teacher_logprobs": tuple(samples["teacher_logprobs"])})
     return {
         "teachers": _teachers(line),
         "seconds": seconds and StepSeconds(**seconds),
+        "samples": samples,
+        "teacher_tokens": tuple(line.get("teacher_tokens", ())),
     }
 
 

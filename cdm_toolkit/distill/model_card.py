@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cdm_toolkit.distill.logs import first_to_last
+
 if TYPE_CHECKING:
     from cdm_toolkit.distill.logs import EvalLog, StepLog
     from cdm_toolkit.distill.settings import DistillConfig
@@ -24,7 +26,7 @@ def model_card(
     figures = [
         ("optimizer steps", f"{facts['steps']:,}"),
         ("tokens of the student", f"{facts['tokens']:,}"),
-        ("CE, nats a token", f"{first.ce:.4f} → {last.ce:.4f}"),
+        ("CE, nats a token", first_to_last(first.ce, last.ce)),
     ]
     for before, after in zip(first.teachers, last.teachers, strict=True):
         figures.append((f"KD on {after.name}", f"{before.kd:.4f} → {after.kd:.4f}"))

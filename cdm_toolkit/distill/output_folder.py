@@ -12,6 +12,8 @@ from cdm_toolkit.artifacts.provenance import provenance
 from cdm_toolkit.errors import FileProblem, OutputExists
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+SAMPLES = "samples.jsonl"
+"""Samples of the steps that were logged, in the output folder of a run with `on_policy`."""
 SEAL = "checksums.json"
 """The file that a checkpoint gets last: size and sha256 of each of its files."""
 TRAINED_BY = ("batching.py", "forward.py", "tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
@@ -78,6 +80,7 @@ def claim_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
 
 
 def remove_run(output: Path) -> None:
-    """Remove the checkpoints of an earlier run; what else it wrote is replaced when the new one ends."""
+    """Remove the checkpoints and samples of an earlier run; what else it wrote is replaced when the new one ends."""
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
+    (output / SAMPLES).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from cdm_toolkit.distill.dataset import RowCounts, build_dataset, count_rows
 from cdm_toolkit.distill.heldout import SomeRows, Spelled, TextKeys, chosen_share
 from cdm_toolkit.distill.logs import EvalLog, StepLog
 from cdm_toolkit.distill.model_entropies import ModelEntropies
+from cdm_toolkit.distill.on_policy import OnPolicy, prompts_of
 from cdm_toolkit.distill.sampler import rows_of_epoch
 from cdm_toolkit.distill.served_teacher import AnswersOf, connected, served
 from cdm_toolkit.distill.sharding import device_to_load_on, is_sharded
@@ -63,7 +64,8 @@ PAPERS_OWN = {"positions", "max_edit_distance", "match_digits", "exact_always"}
 class Progress:
     """How far a stage is: load, entropies, align, neighbours, look, train, evaluate, save.
 
-    `log` is the latest of training, `evaluation` what an evaluation has found when it is done.
+    `log` is the latest of training, with the `samples` of its last step; `evaluation` what an evaluation has found when
+    it is done.
     """
 
     stage: str
@@ -71,6 +73,7 @@ class Progress:
     total: int
     log: StepLog | None = None
     evaluation: EvalLog | None = None
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 OnProgress = Callable[[Progress], None]
@@ -91,6 +94,7 @@ class Prepared:
     objectives: tuple[TeacherObjective, ...]
     mixture: Mixture
     heldout: Heldout | None
+    on_policy: OnPolicy | None
     warnings: tuple[str, ...]
     opened: ExitStack
     """Connections to servers."""
@@ -98,7 +102,9 @@ class Prepared:
     @property
     def served(self) -> set[Served]:
         """Give the teachers behind servers, also those that are asked about other rows alone."""
-        asked = {teacher for each in self.objectives for teacher in (each.teacher, each.heldout)}
+        asked = {
+            teacher for each in self.objectives for teacher in (each.teacher, each.heldout, each.sampled)
+        }
         return {teacher for teacher in asked if isinstance(teacher, Served)}
 
     def flush_answers(self) -> None:
@@ -141,6 +147,7 @@ class Prepared:
             heldout=self.heldout,
             group_by_length=self.config.train.group_by_length,
             batch_tokens=self.config.train.batch_tokens,
+            on_policy=self.on_policy,
             on_step=on_step,
             on_evaluation=on_evaluation,
             stopping=stopping,
@@ -233,6 +240,7 @@ def _prepared(
         heldout = _heldout(config, rows, SomeRows(every, np.flatnonzero(chosen)), student_side)
     student = models.student
     _check(student, config.student, student_tokenizer, [each.student_lengths for each in read])
+    on_policy = _on_policy(config, rows, features, student_side, sides, models)
     data = _Data(rows, others, read, models, connections, sets, keep_answers, resumed)
     objectives = tuple(
         _objective(nth, pair, tokenizer, data)
@@ -254,9 +262,11 @@ def _prepared(
         objectives=objectives,
         mixture=_mixture(config, rows, features),
         heldout=heldout,
+        on_policy=on_policy,
         warnings=(
             *_warnings(config, counts, pairs),
             *notes,
+            *(_without_prompt(features, on_policy) if on_policy else ()),
             *template_notes(student_side, sides, config.data.template),
             *(note for connection in connections.values() for note in connection.notes),
             *_of_candidates(objectives),
@@ -265,6 +275,41 @@ def _prepared(
     )
     opened.callback(made.flush_answers)
     return replace(made, opened=opened.pop_all())
+
+
+def _on_policy(
+    config: DistillConfig,
+    rows: Rows,
+    features: AlignedDataset | SomeRows,
+    student: TokenizerSide,
+    teachers: Sequence[TeacherSide],
+    models: _Models,
+) -> OnPolicy | None:
+    """Tokenize the prompts, and see that all models can read a row up to its limit. BadOption, BadArtifact."""
+    settings, data = config.on_policy, config.data
+    if settings is None:
+        return None
+    if is_sharded():
+        allowed = "none where the student is in shards: take GOLDTrainer with `cdm_toolkit.integrations.trl`"
+        raise BadOption("on_policy", "set", allowed)
+    prompts = prompts_of(rows, features.numbers, student, data.template, data.max_length - 1)
+    if not prompts:
+        allowed = f"none: no row of {data.name} has a prompt that leaves room for a sample"
+        raise BadOption("on_policy", "set", allowed)
+    longest = max(len(prompt.ids) for prompt in prompts.values()) + settings.max_new_tokens
+    longest = min(longest, data.max_length)
+    check_positions(models.student, config.student, longest, option="max_length")
+    for nth, teacher in enumerate(config.teachers):
+        if teacher.kind == "local":  # nobody knows how many tokens a sample is for a teacher
+            check_positions(models.teacher(nth), teacher.model, data.max_length, option="max_length")
+    return OnPolicy(
+        settings, prompts, student, tuple(teachers), data.template, data.max_length, config.train.seed
+    )
+
+
+def _without_prompt(features: AlignedDataset | SomeRows, on_policy: OnPolicy) -> Iterator[str]:
+    if without := len(features) - len(on_policy.prompts):
+        yield f"{without} of {len(features)} rows have no prompt with room for a sample: they are never sampled"
 
 
 def _other_rows(config: DistillConfig, rows: Rows) -> Rows | None:
@@ -365,6 +410,7 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
     options, kind = config.method_options, config.method_class
     teacher: Teacher
     heldout: Teacher | None
+    sampled: Teacher | None = None
     if config.kind == "cached":
         assert config.cache is not None
         cache = open_cache(config.cache, pair.teacher, data.rows, run.data.template)
@@ -382,14 +428,18 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
         _at_most(options, kind, pair, connection.k)
         teacher = served(config, connection, pair.teacher, run.data, _answers(nth, data))
         heldout = teacher
+        if run.on_policy is not None:
+            sampled = served(config, connection, pair.teacher, run.data, None)
         if data.others is not None:
             heldout = served(config, connection, pair.teacher, run.data, _answers(nth, data, data.others))
     else:
-        teacher = heldout = Local(_teacher(data.models, nth, tokenizer, data.read), vocab=pair.vocab_t)
+        teacher = heldout = sampled = Local(
+            _teacher(data.models, nth, tokenizer, data.read), vocab=pair.vocab_t
+        )
     method: Method[Any, Any] = kind(pair, **options).to(device)
     if not isinstance(teacher, Local):
         teacher.check(method.signal_request)
-    return TeacherObjective(config.model, teacher, method, config.weight, heldout)
+    return TeacherObjective(config.model, teacher, method, config.weight, heldout, sampled)
 
 
 def _set(run: DistillConfig, pair: TokenizerPair) -> DistillKitSet:

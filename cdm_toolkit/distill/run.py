@@ -128,7 +128,9 @@ def _run(
     with _told_to_stop() as stopping:
         trainer = prepared.trainer(
             arguments,
-            on_step=lambda done, total, log: on_progress(Progress("train", done, total, log)),
+            on_step=lambda done, total, log: on_progress(
+                Progress("train", done, total, log, samples=trainer.samples)
+            ),
             on_evaluation=lambda done, total, found: on_progress(
                 Progress("evaluate", done, total, evaluation=found)
             ),

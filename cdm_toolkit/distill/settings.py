@@ -147,6 +147,25 @@ class EvalConfig(_Rows):
         return self
 
 
+class OnPolicyConfig(Settings):
+    """Let the student sample completions of the data's prompts, and learn from what the teachers say of these
+    (on-policy distillation: GKD, arXiv 2306.13649). CE is of the data's own completions alone."""
+
+    share: Share = 0.5
+    """Of the rows of a step, those whose completion the student samples; the others are learned as they are."""
+    max_new_tokens: Count = 256
+    """Of a sample, in the student's tokens. One that is cut there, or at `data.max_length`, teaches no end."""
+    temperature: NotNegative = 1.0
+    """Of sampling; 0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens whose probability reaches this in all."""
+    samples_per_prompt: Count = 1
+    """Of each prompt; the rows of a batch stay as many, so that it has fewer prompts."""
+    buffer_steps: Count = 1
+    """Steps whose samples are drawn together, from the student as it is before the first: more at once is faster, and
+    the later ones are of an earlier student."""
+
+
 class LoraConfig(Settings):
     """Train low-rank adapters (arXiv 2106.09685) in place of the weights; they are merged in at the end."""
 
@@ -248,8 +267,28 @@ class DistillConfig(Settings):
     """Weight of cross-entropy; KD has the rest. Ignored without a teacher."""
     train: TrainConfig = TrainConfig()
     """How it is trained."""
+    on_policy: OnPolicyConfig | None = None
+    """Learn from texts that the student samples; from the data alone unless it is set."""
     eval: EvalConfig | None = None
     """What it is evaluated on while it trains; nothing unless it is set."""
+
+    @model_validator(mode="after")
+    def _samples_can_be_judged(self) -> DistillConfig:
+        if self.on_policy is None:
+            return self
+        if not self.teachers:
+            raise ValueError("on_policy is of no use without a teacher, who judges the samples")
+        for teacher in self.teachers:
+            if teacher.kind in ("cached", "distillkit"):
+                raise ValueError(
+                    f"on_policy needs teachers that can be asked about new texts, of kind local or served: "
+                    f"{teacher.model} is {teacher.kind}"
+                )
+            if teacher.entropy == "models":
+                raise ValueError(
+                    "on_policy is not for entropy: models, which is computed from the data before training"
+                )
+        return self
 
     @model_validator(mode="after")
     def _teachers_know_the_rows(self) -> DistillConfig:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Part = Literal["data", "teacher", "student", "optimizer"]
+Part = Literal["data", "teacher", "student", "optimizer", "sampling"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 

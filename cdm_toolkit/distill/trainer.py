@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from cdm_toolkit.distill.logs import (
     EvalLog,
+    SampleLog,
     StepLog,
     StepSeconds,
     TeacherLog,
@@ -31,11 +32,23 @@ from cdm_toolkit.distill.logs import (
     read_history,
     write_logs,
 )
+from cdm_toolkit.distill.on_policy import (
+    Drawn,
+    Judged,
+    NotFiniteLogits,
+    OnPolicy,
+    Sample,
+    add_samples,
+    keep_samples_until,
+    read_pending,
+    sample_log,
+    write_pending,
+)
 from cdm_toolkit.distill.output_folder import check_seal, last_checkpoint, seal_checkpoint
 from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.sharding import shard_frozen
 from cdm_toolkit.distill.step_times import StepTimes
-from cdm_toolkit.errors import BadOption, NotFinite, ServerProblem, UnknownName
+from cdm_toolkit.errors import BadArtifact, BadOption, NotFinite, ServerProblem, UnknownName
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
@@ -62,7 +75,8 @@ LOST = "start the run without `resume`, or go on without `eval`: these are its b
 class TeacherObjective:
     """One teacher's part of the objective: where its signal comes from, the method on it, and its weight.
 
-    `heldout` is who is asked about held-out rows, None where nobody knows them.
+    `heldout` is who is asked about held-out rows, and `sampled` about what the student samples; None where nobody knows
+    them.
     """
 
     name: str
@@ -70,15 +84,20 @@ class TeacherObjective:
     method: Method[Any, Any]
     weight: float = 1.0
     heldout: Teacher | None = None
+    sampled: Teacher | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightedBatch:
-    """Rows whose cross-entropy has the same weight; a dummy batch is run, and adds nothing to the loss."""
+    """Rows whose cross-entropy has the same weight; a dummy batch is run, and adds nothing to the loss.
+
+    `samples` are those that the rows are of, where the student has sampled them: they have no cross-entropy.
+    """
 
     batch: AlignedBatch
     alpha: float
     is_dummy: bool = False
+    samples: tuple[Sample, ...] | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> WeightedBatch:
         """Move the tensors to a device."""
@@ -90,9 +109,13 @@ class WeightedBatch:
 
 
 class Inputs(TypedDict):
-    """What the Trainer hands from the data loader to the loss: it takes mappings only."""
+    """What the Trainer hands from the data loader to the loss: it takes mappings only.
+
+    Rows that may be sampled come as `rows`, and are collated when that is done.
+    """
 
     parts: list[WeightedBatch]
+    rows: NotRequired[tuple[AlignedRow, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,24 +157,42 @@ class Heldout:
 
 @dataclass(frozen=True, slots=True)
 class _CollatorByAlpha:
-    """Collate rows, those of each alpha by themselves.
+    """Collate rows, those of each alpha by themselves, and what the student has sampled.
 
     Where several processes train together each runs as many batches as the others (`every_alpha`): one without rows of
-    an alpha runs a dummy batch.
+    an alpha, or without samples, runs a dummy batch.
     """
 
     collator: Collator
     mixture: Mixture
     every_alpha: bool
 
-    def __call__(self, rows: Sequence[AlignedRow]) -> Inputs:
+    def __call__(
+        self,
+        rows: Sequence[AlignedRow],
+        chosen: Sequence[bool] | None = None,
+        samples: Sequence[Sample] = (),
+    ) -> Inputs:
+        """Collate rows; those that are `chosen` are left to `samples`, which are in their place."""
         alphas = self.mixture.alpha_of([row.row for row in rows])
+        left = [False] * len(rows) if chosen is None else chosen
         parts = []
         for alpha in self.mixture.alphas:
-            own = [row for row, its in zip(rows, alphas, strict=True) if its == alpha]
+            own = [
+                row
+                for row, its, is_left in zip(rows, alphas, left, strict=True)
+                if its == alpha and not is_left
+            ]
             if own or self.every_alpha:
                 parts.append(WeightedBatch(self.collator(own or rows[:1]), alpha, not own))
+        if samples or (self.every_alpha and chosen is not None):
+            batch = self.collator([sample.aligned for sample in samples] or rows[:1])
+            parts.append(WeightedBatch(batch, 0.0, not samples, tuple(samples)))
         return Inputs(parts=parts)
+
+
+def _uncollated(rows: Sequence[AlignedRow]) -> Inputs:
+    return Inputs(parts=[], rows=tuple(rows))
 
 
 class DistillTrainer(Trainer):
@@ -173,6 +214,7 @@ class DistillTrainer(Trainer):
         heldout: Heldout | None = None,
         group_by_length: bool = True,
         batch_tokens: int | None = None,
+        on_policy: OnPolicy | None = None,
         on_step: Callable[[int, int, StepLog | None], None] = lambda *_: None,
         on_evaluation: Callable[[int, int, EvalLog | None], None] = lambda *_: None,
         stopping: Callable[[], bool] = lambda: False,
@@ -182,10 +224,11 @@ class DistillTrainer(Trainer):
 
         When `stopping` gives True, the run ends after the step at hand, with a checkpoint.
         """
+        collate = _CollatorByAlpha(collator, mixture, arguments.world_size > 1)
         super().__init__(
             model=student,
             args=arguments,
-            data_collator=_CollatorByAlpha(collator, mixture, arguments.world_size > 1),
+            data_collator=collate if on_policy is None else _uncollated,
             train_dataset=features,
             eval_dataset=heldout and heldout.features,
             processing_class=tokenizer,
@@ -198,6 +241,12 @@ class DistillTrainer(Trainer):
         self.history: list[StepLog] = []
         self.heldout, self.evaluations = heldout, list[EvalLog]()
         self._collator, self._on_step, self._on_evaluation = collator, on_step, on_evaluation
+        self.on_policy, self._by_alpha = on_policy, collate
+        self.samples: list[dict[str, Any]] = []
+        """Those of the step that was logged last, as they are written down."""
+        self._pending: deque[Drawn] = deque()
+        self._judged: list[Judged] = []
+        self._rows, self._drawn = 0, np.zeros(2)  # since the log before; of what was drawn tokens and seconds
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
         self._times = StepTimes(self.args.device)
@@ -261,15 +310,18 @@ class DistillTrainer(Trainer):
             self._epoch = epoch_iterator
             steps = self.state.max_steps - self.state.global_step
             last = steps * self.args.gradient_accumulation_steps  # of what the run still reads
-            teachers = [each.teacher for each in self.objectives]
-            self._batches = asked_ahead(islice(epoch_iterator, last), teachers)
+            batches_of_run = islice(epoch_iterator, last)
+            if self.on_policy is not None:
+                self._batches = self._with_samples(batches_of_run, self.on_policy)
+            else:
+                self._batches = asked_ahead(batches_of_run, [each.teacher for each in self.objectives])
         if self.stopped_by is not None:
             return [], torch.zeros(1 + len(self.objectives), device=device)
         batches, _ = super().get_batch_samples(self._batches, num_batches, device)
         if not self._answered(batches):
             return [], torch.zeros(1 + len(self.objectives), device=device)
         counts = torch.tensor(
-            [_counts(part.batch) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
+            [_counts(part) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
             device=device,
         ).sum(0)
         if self.args.world_size > 1:
@@ -281,20 +333,14 @@ class DistillTrainer(Trainer):
 
         It is then between two steps, in all processes: its checkpoint is one like any other.
         """
-        served = [
-            (nth, each.teacher)
-            for nth, each in enumerate(self.objectives)
-            if isinstance(each.teacher, Served)
-        ]
-        if not served:
+        if not any(isinstance(each.teacher, Served) for each in self.objectives):
             return True
         self._times.begin("teacher")
         try:
             for inputs in batches:
                 for part in inputs["parts"]:
-                    for nth, teacher in served:
-                        if not part.batch.teachers[nth].empty:
-                            teacher.await_answers(part.batch.of_teacher(nth))
+                    for nth, teacher in self._served(part):
+                        teacher.await_answers(part.batch.of_teacher(nth))
         except (Stopped, ServerProblem) as problem:
             self.stopped_by = problem
         stopped = torch.tensor(float(self.stopped_by is not None), device=self.args.device)
@@ -308,6 +354,57 @@ class DistillTrainer(Trainer):
         self.control.should_training_stop = True
         self.control.should_log = self.control.should_save = self.state.global_step > 0
         return False
+
+    def _teachers_of(self, part: WeightedBatch) -> list[Teacher | None]:
+        """List who is asked about a batch."""
+        if part.samples is not None and not part.is_dummy:
+            return [each.sampled for each in self.objectives]
+        return [each.teacher for each in self.objectives]
+
+    def _served(self, part: WeightedBatch) -> Iterator[tuple[int, Served]]:
+        """Find the servers that are asked about a batch, by the numbers of their teachers."""
+        for nth, teacher in enumerate(self._teachers_of(part)):
+            if isinstance(teacher, Served) and not part.batch.teachers[nth].empty:
+                yield nth, teacher
+
+    def _with_samples(self, batches: Iterator[Inputs], on_policy: OnPolicy) -> Iterator[Inputs]:
+        """Give batches with what the student samples, those of `buffer_steps` drawn when the first is asked for."""
+        many = on_policy.settings.buffer_steps * self.args.gradient_accumulation_steps
+        while together := list(islice(batches, len(self._pending) or many)):
+            rows = [inputs["rows"] for inputs in together]
+            self._draw(rows, on_policy)
+            samples = on_policy.samples(self._pending)
+            made = [
+                self._by_alpha(of_batch, drawn.chosen, sampled)
+                for of_batch, drawn, sampled in zip(rows, self._pending, samples, strict=True)
+            ]
+            for part in (part for inputs in made for part in inputs["parts"]):
+                for nth, teacher in self._served(part):
+                    teacher.prefetch(part.batch.of_teacher(nth))
+            for inputs in made:
+                self._pending.popleft()
+                yield Inputs(parts=[part.to(self.args.device) for part in inputs["parts"]])
+
+    def _draw(self, batches: Sequence[Sequence[AlignedRow]], on_policy: OnPolicy) -> None:
+        """See that the samples of batches are there: those of a checkpoint, or new ones. NotFinite, BadArtifact."""
+        numbers = [tuple(row.row for row in rows) for rows in batches]
+        if self._pending:
+            if [drawn.rows for drawn in self._pending] != numbers:
+                checkpoint = self._checkpoint(self.state.global_step)
+                fix = "go on with the data and settings that it had, or start the run without `resume`"
+                raise BadArtifact(checkpoint, "its samples are of other rows", fix)
+            return
+        self._times.begin("sampling")
+        began, student = perf_counter(), _unwrapped(self.accelerator.unwrap_model(self.model_wrapped))
+        step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
+        try:
+            with self.accelerator.autocast():
+                self._pending.extend(on_policy.draw(student, numbers, step, process, processes))
+        except NotFiniteLogits:
+            raise NotFinite("what the student samples from", step + 1, self._last_good()) from None
+        self._times.begin("data")
+        tokens = sum(len(ids) for drawn in self._pending for _, ids in drawn.samples)
+        self._drawn += np.array([tokens, perf_counter() - began])
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Estimate what the student computes for a batch."""
@@ -337,32 +434,52 @@ class DistillTrainer(Trainer):
     def _loss(self, model: nn.Module, part: WeightedBatch, counts: Tensor | None) -> Tensor:
         """Give the part of the step's loss that a batch is (`weighted_loss`); `counts` are those of the step."""
         batch = part.batch
-        sums = self.loss_sums(model, batch)
-        positions = batch.student["input_ids"].numel()
-        own = torch.tensor([positions, batch.tokens, *_counts(batch)], device=sums.ce.device)
-        labels, *groups = (own[2:] if counts is None else counts).unbind()
+        inputs = self._ask(self._teachers_of(part), batch, every_token=part.samples is not None)
+        sums = self._student_sums(model, batch, inputs)
+        sizes = batch.student["input_ids"].numel(), batch.tokens, len(batch.labels)
+        of_teachers = [0 if side.empty else side.tokens for side in batch.teachers]
+        own = torch.tensor([*sizes, *_counts(part), *of_teachers], device=sums.ce.device)
+        labels, *groups = (own[3 : 4 + len(of_teachers)] if counts is None else counts).unbind()
         weights = [objective.weight for objective in self.objectives]
         loss = weighted_loss(sums, alpha=part.alpha, weights=weights, labels=labels, groups=groups)
         if part.is_dummy:
             return 0 * loss
+        ce = sums.ce
+        if part.samples is not None:
+            ce = torch.zeros_like(ce)
+            signals = [None if one is None else one.signal for one in inputs]
+            step, logprobs = self.state.global_step + 1, sums.label_logprobs
+            self._judged.append(Judged.of(step, part.samples, batch, logprobs, signals))
         logged = [part for kd in sums.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
-        self._sums += torch.stack([part.detach() for part in (sums.ce, *logged, *own)])
+        self._sums += torch.stack([part.detach() for part in (ce, *logged, *own)])
+        self._rows += len(batch.rows)
         # looked at where the host waits for the device anyway: when a line is logged or a checkpoint written
-        self._unseen.append((self.state.global_step + 1, batch.rows, _finite(loss, sums, batch)))
+        rows = batch.rows if part.samples is None else tuple(sample.number for sample in part.samples)
+        self._unseen.append((self.state.global_step + 1, rows, _finite(loss, sums, batch)))
         return loss
 
     def loss_sums(
         self, model: nn.Module, batch: AlignedBatch, teachers: Sequence[Teacher | None] | None = None
     ) -> LossSums:
         """Run the teachers, those of the objectives unless given, and the student, and the methods on their logits."""
-        # the teachers first: their logits are gone before the student keeps anything
-        self._times.begin("teacher")
         if teachers is None:
             teachers = [objective.teacher for objective in self.objectives]
-        inputs = [
-            None if teacher is None else self._inputs(teacher, batch, nth)
+        # the teachers first: their logits are gone before the student keeps anything
+        return self._student_sums(model, batch, self._ask(teachers, batch))
+
+    def _ask(
+        self, teachers: Sequence[Teacher | None], batch: AlignedBatch, *, every_token: bool = False
+    ) -> list[LossInputs | None]:
+        """Ask the teachers about a batch, also for the log-probability of `every_token` that methods do not read."""
+        self._times.begin("teacher")
+        return [
+            None if teacher is None else self._inputs(teacher, batch, nth, every_token)
             for nth, teacher in enumerate(teachers)
         ]
+
+    def _student_sums(
+        self, model: nn.Module, batch: AlignedBatch, inputs: Sequence[LossInputs | None]
+    ) -> LossSums:
         self._times.begin("student")
         student = _unwrapped(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
@@ -380,7 +497,9 @@ class DistillTrainer(Trainer):
             shard_frozen(teacher.model)
         return found
 
-    def _inputs(self, teacher: Teacher, batch: AlignedBatch, nth: int) -> LossInputs | None:
+    def _inputs(
+        self, teacher: Teacher, batch: AlignedBatch, nth: int, every_token: bool
+    ) -> LossInputs | None:
         """Ask the `nth` teacher; None where the batch has no group for it."""
         side = batch.teachers[nth]
         if side.empty:
@@ -388,7 +507,10 @@ class DistillTrainer(Trainer):
                 self._sharded_teachers[nth].join()
             return None
         method = self.objectives[nth].method
-        signal = teacher.signal(batch.of_teacher(nth), method.signal_request)
+        request = method.signal_request
+        if every_token:
+            request = replace(request, token_logprobs=True)
+        signal = teacher.signal(batch.of_teacher(nth), request)
         return LossInputs.of(method, signal, batch, side)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -401,6 +523,10 @@ class DistillTrainer(Trainer):
             logs |= {name: said[name] for name in ("ce", "tokens", "tokens_per_second", "padding")}
             logs |= {f"seconds_{part}": taken for part, taken in said["seconds"].items()}
             logs |= _by_teacher(entry.teachers)
+            if entry.samples is not None:
+                logs |= _of_samples(entry.samples)
+            if entry.ce is None:
+                del logs["ce"]
             self._tell()
         super().log(logs, start_time)
 
@@ -418,13 +544,13 @@ class DistillTrainer(Trainer):
         self._sums = self._no_sums()
         many = len(self.objectives)
         ce, *parts = sums.tolist()
-        positions, tokens, labels, *groups = parts[3 * many :]
+        positions, tokens, labels, ce_labels, *groups = parts[3 * many : -many or None]
         seconds, before = self._times.take(), self.history[-1].step if self.history else 0
         steps = self.state.global_step - before
         return StepLog(
             step=self.state.global_step,
             loss=logs["loss"],
-            ce=ce / labels,
+            ce=ce / ce_labels if ce_labels else None,
             teachers=tuple(self._teacher_logs(parts, groups, labels)),
             learning_rate=logs["learning_rate"],
             grad_norm=logs["grad_norm"],
@@ -432,7 +558,25 @@ class DistillTrainer(Trainer):
             tokens_per_second=tokens / sum(seconds.values()),
             padding=1 - tokens / positions,
             seconds=StepSeconds(**{part: taken / steps for part, taken in seconds.items()}),
+            samples=self._sample_log(),
+            teacher_tokens=tuple(map(int, parts[4 + 4 * many :])),
         )
+
+    def _sample_log(self) -> SampleLog | None:
+        """Give what the samples since the log before are like, and write down those of the latest step."""
+        if self.on_policy is None:
+            return None
+        nothing = torch.zeros(5 + 2 * len(self.objectives), dtype=torch.float64)
+        sums = torch.cat((sum((each.sums() for each in self._judged), nothing), torch.tensor([self._rows])))
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device, self._sums.dtype), "sum").cpu()
+        latest = [each for each in self._judged if each.step == self.state.global_step]
+        self.samples = [record for each in latest for record in each.records()]
+        if self.args.should_save and self.samples:
+            add_samples(Path(str(self.args.output_dir)), self.samples)
+        tokens, seconds = self._drawn
+        self._judged, self._rows, self._drawn = [], 0, np.zeros(2)
+        return sample_log(sums[:-1], float(sums[-1]), float(tokens / seconds) if tokens else None)
 
     def _teacher_logs(
         self, parts: Sequence[float], groups: Sequence[float], labels: float
@@ -443,10 +587,11 @@ class DistillTrainer(Trainer):
             yield TeacherLog(objective.name, kd, mass, pairs, count / labels)
 
     def _no_sums(self) -> Tensor:
-        """Make the sums of ce; of kd, matched mass and pairs of each teacher; of positions, tokens, labels, groups."""
+        """Make the sums of ce; of kd, matched mass and pairs of each teacher; of positions, tokens, labels, those with
+        cross-entropy, and each teacher's groups; of each teacher's tokens."""
         device = self.args.device
         kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        return torch.zeros(4 + 4 * len(self.objectives), device=device, dtype=kind)
+        return torch.zeros(5 + 5 * len(self.objectives), device=device, dtype=kind)
 
     # Evaluation
 
@@ -557,6 +702,10 @@ class DistillTrainer(Trainer):
     def read_logs(self, checkpoint: Path) -> None:
         """Take what was logged up to a checkpoint. BadArtifact where that of the best evaluation is not there."""
         self.history = read_history(checkpoint)
+        if self.on_policy is not None:
+            self._pending.extend(read_pending(checkpoint, self.args.process_index))
+            if self.args.should_save:
+                keep_samples_until(checkpoint.parent, self.history[-1].step)
         if self.heldout is not None:
             self.evaluations = read_evaluations(checkpoint, self.heldout.fingerprint)
         if self.best is not None:
@@ -571,9 +720,11 @@ class DistillTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        checkpoint = self._checkpoint(self.state.global_step)
+        if self.on_policy is not None:
+            write_pending(self._pending, checkpoint, self.args.process_index)
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.args.should_save:
-            checkpoint = self._checkpoint(self.state.global_step)
             rows = self.heldout.fingerprint if self.heldout else None
             write_logs(checkpoint, self.history, self.evaluations, rows)
             seal_checkpoint(checkpoint)
@@ -656,9 +807,22 @@ def _by_teacher(teachers: Sequence[TeacherLog]) -> dict[str, float]:
     }
 
 
-def _counts(batch: AlignedBatch) -> list[int]:
-    """Count the labels of a batch, and the groups of each teacher."""
-    return [len(batch.labels), *(side.groups for side in batch.teachers)]
+def _of_samples(samples: SampleLog) -> dict[str, float]:
+    """Name what is logged of samples."""
+    named = {
+        f"samples_{name}": value
+        for name, value in asdict(samples).items()
+        if value is not None and name != "teacher_logprobs"
+    }
+    for nth, value in enumerate(samples.teacher_logprobs):
+        named[f"samples_teacher_logprob_{nth}" if nth else "samples_teacher_logprob"] = value
+    return named
+
+
+def _counts(part: WeightedBatch) -> list[int]:
+    """Count the labels of a batch that have a cross-entropy, and the groups of each teacher."""
+    labels = len(part.batch.labels) if part.samples is None else 0
+    return [labels, *(side.groups for side in part.batch.teachers)]
 
 
 @contextmanager

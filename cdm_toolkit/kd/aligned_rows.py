@@ -84,7 +84,8 @@ def _align_bodies(t: Body, s: Body, aligner: str, entropy_t: Entropy, entropy_s:
         return np.empty((0, 4), np.int32)
     groups = groups[(groups[:, 0] < groups[:, 1]) & (groups[:, 2] < groups[:, 3])]
     groups = groups + np.array([t.start, t.start, s.start, s.start], np.int32)
-    if not len(groups) or t.end is None or s.end is None:
+    is_empty = not (t.spans.text_bytes or s.spans.text_bytes)
+    if t.end is None or s.end is None or not (len(groups) or is_empty):
         return groups
     return np.vstack((groups, np.array([[t.end, t.end + 1, s.end, s.end + 1]], np.int32)))
 

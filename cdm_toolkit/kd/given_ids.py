@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -42,6 +44,42 @@ def row_of_ids(
         return Row(number, "", "")
     ended = ends and int(turns[-1, 1]) == len(kept)
     return _row(number, text, _given(view, kept, turns, pieces), ended)
+
+
+def row_of_sample(
+    row: Row,
+    view: TokenizerView,
+    prompt: Int32[np.ndarray, " prompt"],
+    ids: Int32[np.ndarray, " time"],
+    markers: re.Pattern[str] | None = None,
+) -> Row:
+    """Make the row of what a model has sampled after the prompt of `row`: its ids stay as they were sampled.
+
+    Its text is the completion, or the last message, for the other sides to read. It has an end where a special token
+    that ends a text or a turn follows the text, and is cut before the first byte that is no character, and before what
+    would be a special token of another side (`markers`). Special tokens within the text are no part of it.
+    UnknownTokenId.
+    """
+    spans = spell_ids(view, np.concatenate((prompt, ids)).astype(np.int32), first=len(prompt))
+    text, after = _characters(spans)
+    if markers is not None and (found := markers.search(text)):
+        after = int(np.searchsorted(spans.end, len(text[: found.start()].encode()), "right"))
+        text = spans.text_bytes[: spans.end[after - 1] if after else 0].decode(errors="ignore")
+        ended = False
+    else:
+        ended = after < len(ids) and bool(_roles(view, int(ids[after])) & END_ROLES)
+    turn = len(prompt), len(prompt) + after + ended
+    kept = np.concatenate((prompt, ids[: after + ended])).astype(np.int32)
+    given = _given(view, kept, np.array([turn], np.int32))
+    messages = (*row.messages[:-1], row.messages[-1]._replace(content=text)) if row.messages else ()
+    return replace(row, completion=text, messages=messages, earlier=(), given=given, ended=ended)
+
+
+def special_texts(views: Iterable[TokenizerView]) -> re.Pattern[str] | None:
+    """Find the special tokens of tokenizers in a text; None where they have none."""
+    contents = {special.content for view in views for special in view.special.values() if special.content}
+    ordered = sorted(contents, key=lambda content: (-len(content), content))
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
 def _given(

@@ -84,6 +84,11 @@ class Row:
         return self.given if self.given is not None and self.given.tokenizer == tokenizer else None
 
     @property
+    def completion_is_given(self) -> bool:
+        """Whether ids of one side are given for the completion of a text with a prompt: what is aligned is it alone."""
+        return self.given is not None and not self.given.pieces and not self.messages and bool(self.prompt)
+
+    @property
     def learned(self) -> tuple[int, ...]:
         """Indices of the messages of `chat` that are learned."""
         return *self.earlier, len(self.messages or (0, 1)) - 1

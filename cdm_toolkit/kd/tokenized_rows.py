@@ -80,7 +80,8 @@ class Body:
 class TokenizedRow:
     """A row in the tokens of one model; on all sides it has equally many `turns` and `bodies`.
 
-    A text has one body, of which its turns are parts; a chat has one for each of its turns.
+    A text has one body, of which its turns are parts; a chat has one for each of its turns, and a text of which one
+    side's completion is given has that completion.
     """
 
     ids: Int32[np.ndarray, " time"]
@@ -138,16 +139,20 @@ def _tokenize_text(side: TokenizerSide, row: Row, spans: TokenSpans) -> Tokenize
     ids = side.framed(spans.ids, ended=row.ended)
     if pieces[-1, 1] == len(spans.text_bytes):
         turns[-1, 1] = len(ids)
+    first = 0
+    if row.completion_is_given:
+        first = int(np.searchsorted(spans.end, row.completion_start, "right"))
+        spans = _inside(spans, first, len(spans), (row.completion_start, len(spans.text_bytes)))
     ends = row.ended and side.eos is not None
     return TokenizedRow(
         ids=ids,
         turns=np.maximum(turns, 1).astype(np.int32),
-        bodies=(Body(spans, side.shift, len(ids) - 1 if ends else None),),
+        bodies=(Body(spans, first + side.shift, len(ids) - 1 if ends else None),),
     )
 
 
 def _take_given(side: TokenizerSide, row: Row, given: GivenIds, template: TemplateName) -> TokenizedRow:
-    """Find what is aligned among given ids: the text, or the learned messages of a chat."""
+    """Find what is aligned among given ids: the text, its completion, or the learned messages of a chat."""
     if row.messages and template == "none":
         raise BadOption("template", "none", f"chat: row {row.number} is a chat, as a template wrote it")
     ids = np.array(given.ids, np.int32)
@@ -156,6 +161,8 @@ def _take_given(side: TokenizerSide, row: Row, given: GivenIds, template: Templa
         _check_chat(row)
         texts = [row.chat[nth]["content"].strip() for nth in row.learned]
         ranges = list(given.turns)
+    elif row.completion_is_given:
+        texts, ranges = [row.completion], list(given.turns)
     bodies = [_given_body(side.view, ids, *one) for one in zip(ranges, texts, strict=True)]
     return TokenizedRow(ids, np.array(given.turns, np.int32).reshape(-1, 2), tuple(bodies))
 
@@ -168,7 +175,7 @@ def _given_body(
     spelling = first + np.flatnonzero(~view.is_special[ids[first:last]])
     begin, after = (int(spelling[0]), int(spelling[-1]) + 1) if len(spelling) else (first, first)
     ends = after < last and bool(END_ROLES & view.special[int(ids[after])].roles)
-    spans, wanted = spell_ids(view, ids[begin:after]), text.encode()
+    spans, wanted = spell_ids(view, ids[:after], first=begin), text.encode()
     at = max(spans.text_bytes.find(wanted), 0)
     piece = at, at + len(wanted)
     around = spans.text_bytes[:at] + spans.text_bytes[piece[1] :]
@@ -181,6 +188,27 @@ def _given_body(
         spans = _inside(spans, inside.start, inside.stop, piece)
         begin += inside.start
     return Body(spans, begin, after if ends else None)
+
+
+def tokenize_prompts(
+    side: TokenizerSide, rows: Sequence[Row], template: TemplateName
+) -> list[Int32[np.ndarray, " time"]]:
+    """Tokenize what a model reads before it writes the completion of each row.
+
+    Under `chat` that is the rendering up to the last answer; blanks before that are the answer's, as in training.
+    Raises as `tokenize_rows`.
+    """
+    if template == "chat":
+        texts = [_up_to_the_answer(*_rendered(side, replace(row, earlier=()))) for row in rows]
+        return [spans.ids for spans in side.view.encode_batch(texts)]
+    texts = [row.text[: len(row.text) - len(row.completion)] for row in rows]
+    return [side.framed(spans.ids, ended=False) for spans in side.view.encode_batch(texts)]
+
+
+def _up_to_the_answer(row: Row, rendered: Rendered) -> str:
+    whole = rendered.whole[row.learned[-1]]
+    assert whole  # `render_turns` has found it
+    return rendered.text.encode()[: whole[0]].decode().rstrip(" ")
 
 
 def _check_chat(row: Row) -> None:

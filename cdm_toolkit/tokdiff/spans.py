@@ -84,16 +84,22 @@ def span_ids(view: Vocabulary, text_bytes: bytes, ids: list[int]) -> TokenSpans 
     return None
 
 
-def spell_ids(view: Vocabulary, ids: Int32[np.ndarray, " time"]) -> TokenSpans:
-    """Place ids in the text that they spell; special tokens have no bytes of it. UnknownTokenId.
+def spell_ids(view: Vocabulary, ids: Int32[np.ndarray, " time"], *, first: int = 0) -> TokenSpans:
+    """Place the ids from the `first` on in the text that they spell; special tokens have no bytes of it.
 
-    The text may begin or end within a character, as ids do that were cut.
+    The text may begin or end within a character, as ids do that were cut. A blank that begins it is the tokenizer's own
+    (its dummy prefix) where no text stands before. UnknownTokenId.
     """
     outside = ids[(ids < 0) | (ids >= view.vocab_size)]
     if len(outside):
         raise UnknownTokenId(view.name, int(outside[0]), view.vocab_size)
-    pieces = _pieces(view, ids.tolist(), view.is_special[ids].tolist())
-    text_bytes = b"".join(pieces).removeprefix(view.scheme.dummy_prefix)
+    is_special = view.is_special[ids]
+    goes_on = not is_special[:first].all()
+    ids = ids[first:]
+    pieces = _pieces(view, ids.tolist(), is_special[first:].tolist())
+    text_bytes = b"".join(pieces)
+    if not goes_on:
+        text_bytes = text_bytes.removeprefix(view.scheme.dummy_prefix)
     placed = _running_sum(view, pieces, text_bytes)
     assert placed is not None
     return _record(view, text_bytes, ids.tolist(), placed)

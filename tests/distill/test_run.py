@@ -107,6 +107,7 @@ def test_a_line_has_the_padding_and_the_seconds_of_its_parts(config) -> None:
     before = 0
     for log in result.losses:
         taken = asdict(log.seconds)
+        assert taken.pop("sampling") == 0
         assert all(seconds > 0 for seconds in taken.values())
         in_all, before = (log.step - before) * sum(taken.values()), log.step
         assert log.tokens_per_second == pytest.approx(log.tokens / in_all)
@@ -187,13 +188,13 @@ def test_batches_of_tokens_have_each_row_once_an_epoch(
     config, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool
 ) -> None:
     seen: list[tuple[tuple[int, ...], int]] = []
-    real = trainer_module.DistillTrainer.loss_sums
+    real = trainer_module.DistillTrainer._student_sums
 
-    def watched(self: Any, model: Any, batch: Any) -> Any:
+    def watched(self: Any, model: Any, batch: Any, inputs: Any) -> Any:
         seen.append((batch.rows, batch.student["input_ids"].numel()))
-        return real(self, model, batch)
+        return real(self, model, batch, inputs)
 
-    monkeypatch.setattr(trainer_module.DistillTrainer, "loss_sums", watched)
+    monkeypatch.setattr(trainer_module.DistillTrainer, "_student_sums", watched)
     chosen = config(max_steps=None, epochs=2, batch_tokens=120, pack=pack)
     result = run(chosen)
     an_epoch = result.steps // 2

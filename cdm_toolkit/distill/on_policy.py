@@ -1,0 +1,458 @@
+"""On-policy: the student samples completions of prompts, which its teachers then judge (GKD, arXiv 2306.13649)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, padded
+from cdm_toolkit.distill.heldout import BATCH
+from cdm_toolkit.distill.logs import SampleLog
+from cdm_toolkit.distill.output_folder import SAMPLES
+from cdm_toolkit.errors import BadArtifact
+from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow, align_groups, truncate_aligned
+from cdm_toolkit.kd.given_ids import row_of_sample, special_texts
+from cdm_toolkit.kd.rows import Row
+from cdm_toolkit.kd.tokenized_rows import (
+    END_ROLES,
+    TeacherSide,
+    TemplateName,
+    TokenizerSide,
+    tokenize_prompts,
+    tokenize_rows,
+)
+
+if TYPE_CHECKING:
+    from cdm_toolkit.distill.settings import OnPolicyConfig
+    from cdm_toolkit.kd.batch import AlignedBatch
+    from cdm_toolkit.kd.types import TeacherSignal
+
+PENDING = "samples-{process}.json"
+"""Samples of coming steps, in a checkpoint: an earlier student has drawn them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What the student reads before it writes the completion of a row."""
+
+    row: Row
+    ids: Int32[np.ndarray, " prompt"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """What the student has written after a prompt: its ids as they were sampled, the one that ends them among them."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    row: Row
+    """The text that they spell, for the other sides."""
+    aligned: AlignedRow
+
+    @property
+    def number(self) -> int:
+        """The number of the prompt's row in the data."""
+        return self.prompt.row.number
+
+    @property
+    def text(self) -> str:
+        return self.row.completion
+
+
+class NotFiniteLogits(Exception):
+    """The student's logits are not finite: nothing can be sampled from them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnPolicy:
+    """Makes rows of what the student samples after the prompts of the data's rows."""
+
+    settings: OnPolicyConfig
+    prompts: Mapping[int, Prompt]
+    """By the number of the row: those that leave room for a sample."""
+    student: TokenizerSide
+    teachers: tuple[TeacherSide, ...]
+    template: TemplateName
+    max_length: int
+    seed: int
+    markers: re.Pattern[str] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        views = [teacher.side.view for teacher in self.teachers]
+        object.__setattr__(self, "markers", special_texts(views))
+
+    def chosen(self, numbers: Sequence[int], step: int, batch: int) -> list[bool]:
+        """Choose the rows of a batch that are sampled: `share` of those that have a prompt.
+
+        The `batch` is counted among those that are drawn together at a `step`, over all processes.
+        """
+        rng = np.random.default_rng((self.seed, step, batch))
+        there = [nth for nth, number in enumerate(numbers) if number in self.prompts]
+        count = int(np.floor(self.settings.share * len(there) + rng.random()))
+        taken = set(rng.permutation(there)[:count].tolist())
+        return [nth in taken for nth in range(len(numbers))]
+
+    def draw(
+        self, model: Any, batches: Sequence[Sequence[int]], step: int, process: int, processes: int
+    ) -> list[Drawn]:
+        """Sample for batches of rows, whose numbers are given, in one of several processes. NotFiniteLogits."""
+        chosen = [
+            self.chosen(numbers, step, nth * processes + process) for nth, numbers in enumerate(batches)
+        ]
+        wanted = [self._wanted(*each) for each in zip(batches, chosen, strict=True)]
+        prompts = [self.prompts[number] for numbers in wanted for number in numbers]
+        seed = seed_of(self.seed, step, process)
+        ids = iter(sample_ids(model, prompts, self.settings, self.student, self.max_length, seed))
+        return [
+            Drawn(tuple(numbers), tuple(which), tuple((number, tuple(next(ids))) for number in own))
+            for numbers, which, own in zip(batches, chosen, wanted, strict=True)
+        ]
+
+    def _wanted(self, numbers: Sequence[int], chosen: Sequence[bool]) -> list[int]:
+        """Tell whose prompts the samples have that stand for the chosen rows: `samples_per_prompt` have one prompt."""
+        own = [number for number, is_chosen in zip(numbers, chosen, strict=True) if is_chosen]
+        return [own[nth - nth % self.settings.samples_per_prompt] for nth in range(len(own))]
+
+    def samples(self, drawn: Sequence[Drawn]) -> list[list[Sample]]:
+        """Tokenize what was drawn for the teachers, and align it, batch by batch.
+
+        The rows are numbered −1, −2, … through all batches: what was sampled has no number in the data.
+        """
+        made = iter(
+            self._aligned([(self.prompts[number], ids) for one in drawn for number, ids in one.samples])
+        )
+        return [[next(made) for _ in one.samples] for one in drawn]
+
+    def _aligned(self, sampled: Sequence[tuple[Prompt, Sequence[int]]]) -> list[Sample]:
+        if not sampled:
+            return []
+        rows = [
+            row_of_sample(prompt.row, self.student.view, prompt.ids, np.array(ids, np.int32), self.markers)
+            for prompt, ids in sampled
+        ]
+        sides = [self.student, *(teacher.side for teacher in self.teachers)]
+        tokenized = [tokenize_rows(side, rows, self.template) for side in sides]
+        made = []
+        for nth, (row, (prompt, ids), student, *teachers) in enumerate(
+            zip(rows, sampled, *tokenized, strict=True), 1
+        ):
+            grouped = [
+                (of, align_groups(of, student, teacher.aligner))
+                for of, teacher in zip(teachers, self.teachers, strict=True)
+            ]
+            aligned, _ = truncate_aligned(-nth, student, grouped, self.max_length)
+            if not aligned.labels:  # half a character is all that there is: nobody has anything to say of it
+                first = len(prompt.ids)
+                whole = np.append(prompt.ids, np.int32(ids[0]))
+                none = tuple(AlignedTeacherRow(of.ids[:1], np.empty((0, 4), np.int32)) for of in teachers)
+                aligned = AlignedRow(-nth, whole, np.array([[first, first + 1]], np.int32), none)
+            made.append(Sample(prompt, tuple(ids), row, aligned))
+        return made
+
+
+def prompts_of(
+    rows: Iterable[Row],
+    numbers: Int64[np.ndarray, " row"],
+    side: TokenizerSide,
+    template: TemplateName,
+    room: int,
+) -> dict[int, Prompt]:
+    """Tokenize the prompts of the rows of these numbers, but for those that are longer than `room` tokens.
+
+    A text without a prompt has none.
+    """
+    trained = set(numbers.tolist())
+    wanted = (row for row in rows if row.number in trained and (row.messages or row.prompt))
+    found: dict[int, Prompt] = {}
+    some: list[Row] = []
+
+    def tokenize() -> None:
+        for row, ids in zip(some, tokenize_prompts(side, some, template), strict=True):
+            if 0 < len(ids) <= room:
+                found[row.number] = Prompt(row, ids)
+        some.clear()
+
+    for row in wanted:
+        some.append(row)
+        if len(some) == BATCH:
+            tokenize()
+    if some:
+        tokenize()
+    return found
+
+
+# Sampling
+
+
+def ends_of(side: TokenizerSide, model: Any) -> list[int]:
+    """List the ids at which a sample ends: special tokens that end texts or turns, and those that the model names."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = set(named if isinstance(named, list) else [named]) | {side.eos}
+    ends |= {token for token, special in side.view.special.items() if special.roles & END_ROLES}
+    return sorted(token for token in ends if token is not None)
+
+
+def sample_ids(
+    model: Any,
+    prompts: Sequence[Prompt],
+    settings: OnPolicyConfig,
+    side: TokenizerSide,
+    max_length: int,
+    seed: int,
+) -> list[list[int]]:
+    """Continue prompts with a model in evaluation mode, those of like length together, padded on the left.
+
+    The ids go up to the one that ends a sample, to `max_new_tokens`, or to `max_length` with the prompt. Random numbers
+    begin at `seed`, and go on afterwards as if none had been taken. NotFiniteLogits.
+    """
+    device = next(model.parameters()).device
+    ends = ends_of(side, model)
+    new = [min(settings.max_new_tokens, max_length - len(prompt.ids)) for prompt in prompts]
+    lengths = [len(prompt.ids) + count for prompt, count in zip(prompts, new, strict=True)]
+    sampled: list[list[int]] = [[] for _ in prompts]
+    with _evaluating(model, device), torch.no_grad():
+        torch.manual_seed(seed)
+        for batch in batches(lengths, tokens=TOKENS_AT_ONCE):
+            ids, mask, _ = padded([prompts[nth].ids for nth in batch], ends[0] if ends else 0, "left")
+            rows = generate_rows(
+                model,
+                torch.from_numpy(ids).to(device),
+                torch.from_numpy(mask).to(device),
+                max_new_tokens=max(new[nth] for nth in batch),
+                ends=ends,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+            )
+            for nth, row in zip(batch, rows, strict=True):
+                until = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+                sampled[nth] = row[: min(until, new[nth])]
+    return sampled
+
+
+def generate_rows(
+    model: Any,
+    ids: Int64[Tensor, "batch time"],
+    mask: Int64[Tensor, "batch time"],
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    temperature: float,
+    top_p: float,
+) -> list[list[int]]:
+    """Let `generate` continue rows; what a checkpoint says of sampling is left out."""
+    finite = _Finite(ids.device)
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    unset = {"do_sample": False, "temperature": None, "top_p": None, "top_k": 0 if drawn else None}
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        logits_processor=[finite],
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
+        use_cache=True,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        **unset | drawn,
+    )
+    if not finite.all:
+        raise NotFiniteLogits
+    rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return rows
+
+
+class _Finite:
+    """Sees whether all logits are finite, without waiting for the device, where sampling from others is the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._all = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, ids: Tensor, scores: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        bad = scores.isnan().any() | (scores == torch.inf).any()
+        self._all &= bad.logical_not()
+        return torch.where(bad, torch.zeros_like(scores), scores)
+
+    @property
+    def all(self) -> bool:
+        return bool(self._all)
+
+
+@contextmanager
+def _evaluating(model: Any, device: torch.device) -> Iterator[None]:
+    """Put a model in evaluation mode, and leave random numbers as they were."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        model.train(training)
+
+
+def seed_of(seed: int, step: int, process: int) -> int:
+    """Make the seed of the samples that a process draws at a step.
+
+    >>> seed_of(0, 1, 0) == seed_of(0, 1, 0) != seed_of(0, 1, 1)
+    True
+    """
+    digest = hashlib.sha256(f"{seed} {step} {process}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+# What is told of samples
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """Samples of one batch, with the log-probabilities that the student and each teacher give to each.
+
+    A teacher that was not asked has None.
+    """
+
+    step: int
+    samples: Sequence[Sample]
+    student: Float[Tensor, " sample"]
+    teachers: tuple[Float[Tensor, " sample"] | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        samples: Sequence[Sample],
+        batch: AlignedBatch,
+        label_logprobs: Float[Tensor, " label"],
+        signals: Sequence[TeacherSignal | None],
+    ) -> Judged:
+        """Sum up the log-probabilities of a batch row by row."""
+        nothing = label_logprobs.new_zeros(len(samples))
+        teachers = []
+        for side, signal in zip(batch.teachers, signals, strict=True):
+            logprobs = None if signal is None else signal.token_logprobs
+            if logprobs is not None:
+                rows = torch.arange(len(samples), device=logprobs.device)
+                counts = torch.tensor(side.tokens_per_row, device=logprobs.device)
+                of_row = rows.repeat_interleave(counts, output_size=len(logprobs))
+                logprobs = nothing.index_add(0, of_row, logprobs.to(nothing.dtype))
+            teachers.append(logprobs)
+        return cls(step, samples, nothing.index_add(0, batch.label_row, label_logprobs), tuple(teachers))
+
+    def sums(self) -> Tensor:
+        """Count samples, tokens, samples that ended, bytes, the student's nats, and bytes and nats of each teacher."""
+        sizes = self._sizes()
+        tokens = sum(len(sample.ids) for sample in self.samples)
+        ended = sum(sample.row.ended for sample in self.samples)
+        found = [len(self.samples), tokens, ended, sum(sizes), float(self.student.sum())]
+        for nats, groups in self._of_teachers():
+            judged = [size for size, count in zip(sizes, groups, strict=True) if count]
+            found += [sum(judged), 0.0 if nats is None else float(nats.sum())]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def _sizes(self) -> list[int]:
+        return [len(sample.text.encode()) for sample in self.samples]
+
+    def _of_teachers(self) -> Iterator[tuple[Tensor | None, list[int]]]:
+        for nth, nats in enumerate(self.teachers):
+            yield nats, [len(sample.aligned.teachers[nth].groups) for sample in self.samples]
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Give the samples as they are written to the file of them; log-probabilities are in nats a byte."""
+        student, sizes = self.student.tolist(), self._sizes()
+        teachers = [
+            [value if count else None for value, count in zip(nats.tolist(), groups, strict=True)]
+            if nats is not None
+            else [None] * len(sizes)
+            for nats, groups in self._of_teachers()
+        ]
+        for nth, (sample, size) in enumerate(zip(self.samples, sizes, strict=True)):
+            of_teachers = [of[nth] for of in teachers]
+            yield {
+                "step": self.step,
+                "row": sample.number,
+                "prompt": sample.row.prompt,
+                "completion": sample.text,
+                "tokens": len(sample.ids),
+                "ended": sample.row.ended,
+                "student_logprob": round(student[nth] / max(size, 1), 4),
+                "teacher_logprobs": [
+                    None if nats is None else round(nats / max(size, 1), 4) for nats in of_teachers
+                ],
+            }
+
+
+def sample_log(sums: Float[Tensor, " sum"], rows: float, tokens_per_second: float | None) -> SampleLog | None:
+    """Make means of the sums of `Judged`, over so many rows in all; None where there was no sample."""
+    samples, tokens, ended, size, student, *teachers = sums.tolist()
+    if not samples:
+        return None
+    return SampleLog(
+        share=samples / rows,
+        tokens=tokens / samples,
+        ended=ended / samples,
+        student_logprob=student / max(size, 1),
+        teacher_logprobs=tuple(
+            nats / max(size, 1) for size, nats in zip(teachers[::2], teachers[1::2], strict=True)
+        ),
+        tokens_per_second=tokens_per_second,
+    )
+
+
+# What lies between steps
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was drawn for one batch: the numbers of its rows, which of them are sampled, and the samples' ids with the
+    number of the row that each has the prompt of."""
+
+    rows: tuple[int, ...]
+    chosen: tuple[bool, ...]
+    samples: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def write_pending(pending: Iterable[Drawn], checkpoint: Path, process: int) -> None:
+    """Keep the samples of coming steps with a checkpoint."""
+    file = checkpoint / PENDING.format(process=process)
+    file.write_text(json.dumps([asdict(drawn) for drawn in pending]) + "\n", encoding="utf-8")
+
+
+def read_pending(checkpoint: Path, process: int) -> list[Drawn]:
+    """Take the samples of coming steps out of a checkpoint. BadArtifact where there are none, not even zero."""
+    file = checkpoint / PENDING.format(process=process)
+    if not file.is_file():
+        fix = "go on without `on_policy`, or start the run without `resume`"
+        raise BadArtifact(checkpoint, "its run had no `on_policy`", fix)
+    return [
+        Drawn(
+            tuple(drawn["rows"]),
+            tuple(drawn["chosen"]),
+            tuple((number, tuple(ids)) for number, ids in drawn["samples"]),
+        )
+        for drawn in json.loads(file.read_text(encoding="utf-8"))
+    ]
+
+
+def keep_samples_until(output: Path, step: int) -> None:
+    """Take out of the file of samples what was written after a checkpoint, which the run then writes again."""
+    file = output / SAMPLES
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        file.write_text("".join(kept), encoding="utf-8")
+
+
+def add_samples(output: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add samples to the file of them, a line each."""
+    with (output / SAMPLES).open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
