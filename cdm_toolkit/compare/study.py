@@ -218,6 +218,8 @@ class MethodConfig(Settings):
             return {}, 1.0
         run: dict[str, Any] = dict.fromkeys(("student", "data", "output"), "-")
         run |= {"teachers": [{"model": "-"} | self._given]}
+        if self.on_policy is not None:
+            run["on_policy"] = self.on_policy.model_dump(exclude_unset=True)
         run |= {name: value for name in ("preset", "alpha") if (value := getattr(self, name)) is not None}
         config = from_mapping(run, source="it")
         teacher = config.teachers[0].model_dump(exclude_unset=True, exclude={"model"})

@@ -273,6 +273,17 @@ class DistillConfig(Settings):
     """What it is evaluated on while it trains; nothing unless it is set."""
 
     @model_validator(mode="after")
+    def _samples_are_there(self) -> DistillConfig:
+        share = self.on_policy.share if self.on_policy is not None else 0.0
+        for teacher in self.teachers:
+            if teacher.method_class.samples_alone and share < 1:
+                raise ValueError(
+                    f"method {teacher.method} learns from samples of the student alone: give on_policy.share 1, or "
+                    "another method, such as spelling with divergence: reverse-kl"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _samples_can_be_judged(self) -> DistillConfig:
         if self.on_policy is None:
             return self

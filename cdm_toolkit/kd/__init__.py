@@ -22,6 +22,7 @@ from cdm_toolkit.kd.objective import Objective, ObjectiveOutput, weighted_loss
 from cdm_toolkit.kd.pair import TokenizerPair, collate
 from cdm_toolkit.kd.prefix import Prefix
 from cdm_toolkit.kd.reverse_kl import ReverseKL
+from cdm_toolkit.kd.sampled_reverse_kl import SampledReverseKL
 from cdm_toolkit.kd.settings import MethodSettings, setting
 from cdm_toolkit.kd.simct import SimCT
 from cdm_toolkit.kd.spelling import Spelling
@@ -61,6 +62,7 @@ __all__ = [
     "ObjectiveOutput",
     "Prefix",
     "ReverseKL",
+    "SampledReverseKL",
     "SignalRequest",
     "SimCT",
     "Spelling",

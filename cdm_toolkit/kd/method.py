@@ -70,6 +70,8 @@ class Method(nn.Module, Generic[SettingsT, State]):
     """Teacher and student must have one tokenizer."""
     nested_tokenizers: ClassVar[bool] = False
     """The student's tokens must be parts of the teacher's: `TokenizerPair.nesting_fault`."""
+    samples_alone: ClassVar[bool] = False
+    """It has a meaning on texts alone that the student has sampled."""
     needs_match: ClassVar[bool] = False
     """It compares ids that have a match in the other vocabulary: without any it teaches nothing."""
     reads_teacher_tokens: ClassVar[bool] = False

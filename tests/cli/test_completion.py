@@ -57,7 +57,7 @@ KINDS = (completion.models, completion.methods, completion.suites, completion.re
         ("cdm align show text --t1 gpt2 --t2 m", ["mistral"]),
         ("cdm tokenizer diff gpt2 q", ["qwen2"]),
         ("cdm student transplant --from sm", ["smollm2"]),
-        ("cdm distill --method s", ["simct", "spelling", "sft"]),
+        ("cdm distill --method s", ["sampled-reverse-kl", "simct", "spelling", "sft"]),
         ("cdm distill --teacher sm", ["smollm2"]),
         ("cdm distill small/t", ["small/transplant", "small/two-teachers"]),
         ("cdm recipes copy paper/two", ["paper/two-teachers"]),

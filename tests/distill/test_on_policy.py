@@ -575,6 +575,12 @@ def test_what_cannot_judge_samples_is_told_before_a_run(config, tiny) -> None:
     own = {"model": tiny.teacher, "aligner": "entropy-dtw", "entropy": "models"}
     with pytest.raises(BadSettings, match="not for entropy: models"):
         config({"teachers": [own], "on_policy": {}})
+    sampled = {"teachers": [{"model": tiny.teacher, "method": "sampled-reverse-kl"}]}
+    with pytest.raises(
+        BadSettings, match=r"learns from samples of the student alone: give on_policy\.share 1"
+    ):
+        config(sampled | {"on_policy": {"share": 0.9}})
+    assert np.isfinite(run(config(sampled | {"on_policy": SHORT}, max_steps=2)).losses[-1].loss)
     with pytest.raises(BadSettings, match=r"on_policy\.shares is no setting, did you mean share\?"):
         config({"on_policy": {"shares": 1}})
 

@@ -75,13 +75,15 @@ ACROSS = [name for name, method in methods().items() if not method.same_tokenize
 @pytest.mark.parametrize("name", ACROSS)
 def test_each_method_has_the_loss_of_the_local_teacher(tiny, config, server, name: str) -> None:
     top_k = {"top_k": 40} if methods()[name].reads_top_k() else {}
+    samples = {"on_policy": {"share": 1}} if methods()[name].samples_alone else {}
     try:
-        local = config({"teachers": [{"model": tiny.teacher, "method": name} | top_k]})
+        local = config(samples | {"teachers": [{"model": tiny.teacher, "method": name} | top_k]})
         expected = _sums(local)
     except BadOption as error:
         pytest.skip(f"{name} is not for these tokenizers: {error}")
     teacher = served(tiny, server, method=name)["teachers"][0]
-    found = _sums(config({"teachers": [{key: teacher[key] for key in teacher if key != "top_k"} | top_k]}))
+    asked = {key: teacher[key] for key in teacher if key != "top_k"} | top_k
+    found = _sums(config(samples | {"teachers": [asked]}))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=WITHIN, atol=WITHIN)
 

@@ -17,6 +17,7 @@ from cdm_toolkit.kd import find_method, methods, spelling
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.method import Method
 from cdm_toolkit.kd.objective import weighted_loss
+from cdm_toolkit.kd.settings import fields_of
 from cdm_toolkit.kd.sparse_logprobs import _SparseLogprobs, log_sum_exp, top_k
 from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal, TopK
 
@@ -280,7 +281,8 @@ def on_cuda(name: str, *, vocab_t: int, vocab_s: int, k: int) -> Method[Any, Any
     method = kind.__new__(kind)
     nn.Module.__init__(method)
     method.pair, method.top_k = WorldPair(replace(WORLD, vocab_t=vocab_t, vocab_s=vocab_s)), k
-    method.settings = kind.Settings() if name in ("alm", "byte-marginal") else kind.Settings(temperature=0.8)
+    heated = any(field.name == "temperature" for field in fields_of(kind.Settings))
+    method.settings = kind.Settings(temperature=0.8) if heated else kind.Settings()
     tables = {
         "partner": ids(vocab_t),
         "claimed": ids(vocab_s).bool(),

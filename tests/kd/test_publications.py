@@ -175,3 +175,29 @@ def test_alm_does_not_ask_how_a_piece_is_cut() -> None:
     )
     assert kd_of(case, "alm") == pytest.approx(0, abs=1e-12)
     assert kd_of(replace(case, labels=torch.tensor([0, 5, 0])), "alm") > 1
+
+
+def test_the_mean_gradient_over_samples_is_that_of_reverse_kl() -> None:
+    """Over all that the student may sample, each by its probability."""
+    case = draw("sampled-reverse-kl", 0, groups=1, sizes=(9, 9))
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 9, generator=generator, dtype=torch.float64).unbind()
+    student.requires_grad_()
+    p, q = student.log_softmax(-1), teacher.log_softmax(-1)
+    (expected,) = torch.autograd.grad((p.exp() * (p - q)).sum(), student)
+    total = torch.zeros(9, dtype=torch.float64)
+    for sample in range(9):
+        seen = replace(
+            case,
+            logits=student.unsqueeze(0),
+            labels=torch.tensor([sample]),
+            rows=torch.tensor([0]),
+            group_s=torch.tensor([0]),
+            teacher_logits=teacher.unsqueeze(0),
+            teacher_ids=torch.tensor([sample]),
+            group_t=torch.tensor([0]),
+        )
+        loss = loss_sums(seen.logits, seen.labels, [seen.inputs("sampled-reverse-kl")]).kd[0].kd
+        (gradient,) = torch.autograd.grad(loss, student)
+        total += p[sample].exp().detach() * gradient
+    assert torch.allclose(total, expected, atol=1e-12)

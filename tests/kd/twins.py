@@ -278,6 +278,12 @@ def alm_twin(group: Group, world: World) -> tuple[float, float, int]:
     return kl(*chances), math.prod(group.tokens_t), 1
 
 
+def sampled_reverse_kl_twin(group: Group, world: World) -> tuple[float, float, int]:
+    of_t, of_s = (sum(map(math.log, tokens)) for tokens in (group.tokens_t, group.tokens_s))
+    apart = abs(of_s - of_t)
+    return apart**2 / 2 if apart < 20 else 20 * (apart - 10), math.exp(of_t), 1
+
+
 def gold_twin(group: Group, world: World) -> tuple[float, float, int]:
     teacher = by_partner(group, world)
     others_t = [mass for teacher_id, mass in group.teacher.items() if world.partner[teacher_id] < 0]
@@ -381,6 +387,7 @@ TWINS = {
     "prefix": static_map_twin,
     "uld": uld_twin,
     "alm": alm_twin,
+    "sampled-reverse-kl": sampled_reverse_kl_twin,
     "gold": gold_twin,
     "likelihood": likelihood_twin,
     "simct": simct_twin,
