@@ -21,7 +21,7 @@ CHECKED = (
     *("tokdiff", "alignment", "vocab_map", "artifacts", "batching", "forward", "kd", "teachers"),
     *("hub.embedding_rows", "hub.hidden_states", "hub.omp", "hub.prune_layers", "hub.token_entropies"),
     *("distill.coverage", "distill.explain", "distill.model_entropies", "distill.sampler"),
-    *("evaluation.bpb", "compare.measure", "compare.words"),
+    *("evaluation.bpb", "compare.measure", "compare.words", "integrations.trl"),
 )
 """Modules and packages whose shapes are checked."""
 

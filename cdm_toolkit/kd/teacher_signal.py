@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from cdm_toolkit.forward import device_of, logits_at
@@ -33,6 +33,25 @@ def _signal(model: nn.Module, side: AlignedTeacherBatch, request: SignalRequest,
     head = model.get_output_embeddings()  # type: ignore[operator]
     with _evaluating(model):
         logits = logits_at(model, head, _positions(side, request), **side.inputs)
+    return _reduced(logits, side, request, vocab)
+
+
+@torch.no_grad()
+def signal_of_logits(
+    logits: Float[Tensor, "batch time_t columns"],
+    side: AlignedTeacherBatch,
+    request: SignalRequest,
+    *,
+    vocab: int,
+) -> TeacherSignal:
+    """Reduce whole logits of a teacher that has run already, as `teacher_signal` does."""
+    positions = _positions(side, request)
+    return _reduced(logits.flatten(0, 1).index_select(0, positions), side, request, vocab)
+
+
+def _reduced(
+    logits: Float[Tensor, "position columns"], side: AlignedTeacherBatch, request: SignalRequest, vocab: int
+) -> TeacherSignal:
     if not request.token_logprobs and not request.mean_logits:
         return TeacherSignal(top_k(logits, request.top_k, real=vocab))
     group = side.token_group
