@@ -48,6 +48,7 @@ def set_loss(
     SentencePiece. What else changes:
 
     - The teacher reads an answer up to its end, in place of one that ends in the literal of the student's end token.
+    - Answers that the student has sampled have no CE, whatever `alpha` is.
     - With gradient accumulation the loss of a step is the mean of those of its batches, in place of their sum.
     - The log has `ce`, `kd`, `matched_mass` and `aligned`, the share of the student's labels that are in a group.
 
@@ -65,6 +66,8 @@ def set_loss(
     compute_loss = partial(type(trainer).compute_loss, trainer)
 
     def compute_loss_of_texts(model: Any, inputs: Mapping[str, Any], *more: Any, **named: Any) -> Any:
+        flags = trainer._buffered_on_policy if trainer.model.training else None
+        loss.sampled = flags is not None and flags[(trainer._step - 1) % len(flags)]
         texts = loss.texts(inputs["labels"], inputs["input_ids"], inputs["original_prompt_text"])
         return compute_loss(model, {**inputs, "original_completion_text": texts}, *more, **named)
 
@@ -75,10 +78,7 @@ def set_loss(
 
 
 class GoldLoss:
-    """alpha CE + (1 − alpha) KD of a batch, of what a GOLDTrainer gives its `uld_loss_fn`.
-
-    `alpha` is 0 unless it is set: by CE a student that samples would learn its own samples.
-    """
+    """alpha CE + (1 − alpha) KD of a batch, of what a GOLDTrainer gives its `uld_loss_fn`."""
 
     use_extended_uld = False
     """Read by the trainer: byte offsets, which it has for byte-level tokenizers alone, are not needed."""
@@ -88,6 +88,8 @@ class GoldLoss:
         if not 0 <= alpha <= 1:
             raise BadOption("alpha", alpha, "a number from 0 to 1")
         self.method, self.alpha, self.note = method, alpha, note
+        self.sampled = False
+        """Whether the student has sampled the answers of the batch: it would learn what it says already, by CE."""
 
     def __call__(
         self,
@@ -110,7 +112,7 @@ class GoldLoss:
             figures = torch.stack((out.ce, out.kd, out.matched_mass)).tolist()
             for name, figure in zip(FIGURES, (*figures, aligned), strict=True):
                 self.note(name, figure)
-        loss: Tensor = self.alpha * out.ce + (1 - self.alpha) * out.kd
+        loss: Tensor = self.alpha * (0 if self.sampled else 1) * out.ce + (1 - self.alpha) * out.kd
         return loss
 
     def texts(

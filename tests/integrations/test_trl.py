@@ -411,12 +411,14 @@ def test_what_both_define_is_the_same(found: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_accumulated_gradients_are_of_the_mean(found: dict[str, Any]) -> None:
-    """By a SentencePiece teacher: one group of each row is lost, to the blank before its answer."""
-    accumulated = found["accumulated"]
-    assert len(accumulated["loss"]) == 2
-    assert accumulated["loss"] == pytest.approx(accumulated["kd"])
-    assert all(0.9 < share < 1 for share in accumulated["aligned"])
-    assert all(accumulated["grad_norm"])
+    """By a SentencePiece teacher, which costs a group of each row: the blank before its answer."""
+    for sampled, lines in enumerate(found["accumulated"]):
+        assert len(lines) == 2
+        for line in lines:
+            ce = 0 if sampled else line["ce"]  # of samples there is none to learn
+            assert line["loss"] == pytest.approx(0.25 * ce + 0.75 * line["kd"])
+            assert line["grad_norm"] > 0
+            assert (0.2 if sampled else 0.9) < line["aligned"] < 1  # samples are full of half characters
 
 
 @pytest.mark.slow
