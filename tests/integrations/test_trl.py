@@ -154,7 +154,7 @@ def test_what_both_encode_is_aligned_as_elsewhere(
 ) -> None:
     loss = loss_of(teacher, student)
     pair, whole = loss.method.pair, 0
-    for text in multilingual[:60]:
+    for text in multilingual[:40]:
         given = as_trl_has_it(
             loss, [*pair.student.view.encode(text).ids.tolist(), pair.student.eos], text=text
         )
@@ -175,7 +175,7 @@ def test_what_both_encode_is_aligned_as_elsewhere(
         )
         blank = expected[0][0] != expected[0][1]  # only one of the two puts a blank before a text
         assert found == [*expected[blank:], ends]
-    assert whole > 20
+    assert whole > 12
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
