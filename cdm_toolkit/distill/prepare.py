@@ -290,7 +290,7 @@ def _on_policy(
     if settings is None:
         return None
     if is_sharded():
-        allowed = "none where the student is in shards: take GOLDTrainer with `cdm_toolkit.integrations.trl`"
+        allowed = "no on_policy where the student is in shards, or TRL's GOLDTrainer with the loss of a method"
         raise BadOption("on_policy", "set", allowed)
     prompts = prompts_of(rows, features.numbers, student, data.template, data.max_length - 1)
     if not prompts:
