@@ -293,8 +293,9 @@ def _samples_line(log: SampleLog) -> str:
 def _sample_line(sample: Mapping[str, Any], width: int) -> str:
     """Show one sample in a line."""
     how = "" if sample["ended"] else ", cut"
-    head = f"row {sample['row']}, {sample['tokens']} tokens{how}: "
-    text = " ".join(str(sample["completion"]).split())
+    head = f"row {sample['row']}, {sample['tokens']} token{'s' * (sample['tokens'] != 1)}{how}: "
+    printable = (letter if letter.isprintable() else " " for letter in str(sample["completion"]))
+    text = " ".join("".join(printable).split())
     room = max(width - len(head) - 4, 20)
     return f"    {head}{text if len(text) <= room else text[: room - 1] + '…'}"
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +15,28 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
+from transformers import GenerationConfig
 
-from cdm_toolkit.batching import TOKENS_AT_ONCE, batches, padded
+from cdm_toolkit.artifacts.atomic import write_whole
+from cdm_toolkit.batching import batches, padded
 from cdm_toolkit.distill.heldout import BATCH
 from cdm_toolkit.distill.logs import SampleLog
 from cdm_toolkit.distill.output_folder import SAMPLES
-from cdm_toolkit.errors import BadArtifact
-from cdm_toolkit.kd.aligned_rows import AlignedRow, AlignedTeacherRow, align_groups, truncate_aligned
+from cdm_toolkit.errors import BadArtifact, DoesNotSpell, UnsupportedTokenizer
+from cdm_toolkit.kd.aligned_rows import (
+    AlignedRow,
+    AlignedTeacherRow,
+    Groups,
+    align_groups,
+    truncate_aligned,
+)
 from cdm_toolkit.kd.given_ids import row_of_sample, special_texts
 from cdm_toolkit.kd.rows import Row
 from cdm_toolkit.kd.tokenized_rows import (
     END_ROLES,
     TeacherSide,
     TemplateName,
+    TokenizedRow,
     TokenizerSide,
     tokenize_prompts,
     tokenize_rows,
@@ -88,6 +97,14 @@ class OnPolicy:
     seed: int
     markers: re.Pattern[str] | None = field(init=False)
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash the ids of the prompts, by their numbers."""
+        digest = hashlib.sha256()
+        for number, prompt in sorted(self.prompts.items()):
+            digest.update(number.to_bytes(8, "big") + prompt.ids.tobytes())
+        return digest.hexdigest()
+
     def __post_init__(self) -> None:
         views = [teacher.side.view for teacher in self.teachers]
         object.__setattr__(self, "markers", special_texts(views))
@@ -142,13 +159,13 @@ class OnPolicy:
             for prompt, ids in sampled
         ]
         sides = [self.student, *(teacher.side for teacher in self.teachers)]
-        tokenized = [tokenize_rows(side, rows, self.template) for side in sides]
+        tokenized = [_tokenized(side, rows, self.template) for side in sides]
         made = []
         for nth, (row, (prompt, ids), student, *teachers) in enumerate(
             zip(rows, sampled, *tokenized, strict=True), 1
         ):
             grouped = [
-                (of, align_groups(of, student, teacher.aligner))
+                (of, _groups(of, student, teacher.aligner))
                 for of, teacher in zip(teachers, self.teachers, strict=True)
             ]
             aligned, _ = truncate_aligned(-nth, student, grouped, self.max_length)
@@ -159,6 +176,26 @@ class OnPolicy:
                 aligned = AlignedRow(-nth, whole, np.array([[first, first + 1]], np.int32), none)
             made.append(Sample(prompt, tuple(ids), row, aligned))
         return made
+
+
+NOT_READ = TokenizedRow(np.zeros(1, np.int32), np.ones((1, 2), np.int32), ())
+"""Stands for a row that a tokenizer or its template cannot write."""
+
+
+def _tokenized(side: TokenizerSide, rows: Sequence[Row], template: TemplateName) -> list[TokenizedRow]:
+    """Tokenize what was sampled: of a text that a template refuses or rewrites nobody learns anything."""
+    try:
+        return tokenize_rows(side, rows, template)
+    except (UnsupportedTokenizer, DoesNotSpell):
+        if len(rows) == 1:
+            return [NOT_READ]
+        return [_tokenized(side, [row], template)[0] for row in rows]
+
+
+def _groups(t: TokenizedRow, s: TokenizedRow, aligner: str) -> Groups:
+    if NOT_READ in (t, s):
+        return np.empty((0, 4), np.int32)
+    return align_groups(t, s, aligner)
 
 
 def prompts_of(
@@ -173,17 +210,21 @@ def prompts_of(
     A text without a prompt has none.
     """
     trained = set(numbers.tolist())
-    wanted = (row for row in rows if row.number in trained and (row.messages or row.prompt))
+    wanted = (row for row in rows if row.number in trained)
     found: dict[int, Prompt] = {}
     some: list[Row] = []
 
     def tokenize() -> None:
         for row, ids in zip(some, tokenize_prompts(side, some, template), strict=True):
             if 0 < len(ids) <= room:
-                found[row.number] = Prompt(row, ids)
+                found[row.number] = Prompt(_without_completion(row), ids)
         some.clear()
 
     for row in wanted:
+        if template == "none" and row.messages:  # read as a text
+            row = replace(row, messages=(), earlier=(), tools=())
+        if not row.messages and not row.prompt:
+            continue
         some.append(row)
         if len(some) == BATCH:
             tokenize()
@@ -192,7 +233,15 @@ def prompts_of(
     return found
 
 
+def _without_completion(row: Row) -> Row:
+    messages = (*row.messages[:-1], row.messages[-1]._replace(content="")) if row.messages else ()
+    return replace(row, completion="", messages=messages)
+
+
 # Sampling
+
+SAMPLED_AT_ONCE = 2**15
+"""Tokens of the texts that are sampled together, at most: their keys and values lie in memory."""
 
 
 def ends_of(side: TokenizerSide, model: Any) -> list[int]:
@@ -223,7 +272,7 @@ def sample_ids(
     sampled: list[list[int]] = [[] for _ in prompts]
     with _evaluating(model, device), torch.no_grad():
         torch.manual_seed(seed)
-        for batch in batches(lengths, tokens=TOKENS_AT_ONCE):
+        for batch in _together(model, lengths, new):
             ids, mask, _ = padded([prompts[nth].ids for nth in batch], ends[0] if ends else 0, "left")
             rows = generate_rows(
                 model,
@@ -240,6 +289,22 @@ def sample_ids(
     return sampled
 
 
+def _together(model: Any, lengths: Sequence[int], new: Sequence[int]) -> Iterator[list[int]]:
+    """Batch texts whose lengths are given, and how many tokens of each are new, those of like length together.
+
+    All rows of a batch go on as far as any: where that is beyond the model's positions, all have equally many.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max((length - count for length, count in zip(lengths, new, strict=True)), default=0) + max(
+        new, default=0
+    )
+    apart = positions is not None and longest > positions
+    for count in sorted(set(new)) if apart else [None]:
+        some = [nth for nth in range(len(new)) if count is None or new[nth] == count]
+        for batch in batches([lengths[nth] for nth in some], tokens=SAMPLED_AT_ONCE):
+            yield [some[nth] for nth in batch]
+
+
 def generate_rows(
     model: Any,
     ids: Int64[Tensor, "batch time"],
@@ -250,7 +315,7 @@ def generate_rows(
     temperature: float,
     top_p: float,
 ) -> list[list[int]]:
-    """Let `generate` continue rows; what a checkpoint says of sampling is left out."""
+    """Let `generate` continue rows."""
     finite = _Finite(ids.device)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     unset = {"do_sample": False, "temperature": None, "top_p": None, "top_k": 0 if drawn else None}
@@ -262,9 +327,6 @@ def generate_rows(
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else 0,
         use_cache=True,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         **unset | drawn,
     )
     if not finite.all:
@@ -291,14 +353,23 @@ class _Finite:
 
 @contextmanager
 def _evaluating(model: Any, device: torch.device) -> Iterator[None]:
-    """Put a model in evaluation mode, and leave random numbers as they were."""
+    """Put a model in evaluation mode, leave out what its checkpoint says of sampling, and keep random numbers."""
     training = model.training
+    models = [
+        model,
+        *([model.get_base_model()] if hasattr(model, "get_base_model") else []),
+    ]  # under adapters
+    settings = [each.generation_config for each in models]
     model.eval()
+    for each in models:
+        each.generation_config = GenerationConfig()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         model.train(training)
+        for each, its in zip(models, settings, strict=True):
+            each.generation_config = its
 
 
 def seed_of(seed: int, step: int, process: int) -> int:
@@ -315,7 +386,7 @@ def seed_of(seed: int, step: int, process: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Judged:
+class SampleLogprobs:
     """Samples of one batch, with the log-probabilities that the student and each teacher give to each.
 
     A teacher that was not asked has None.
@@ -334,9 +405,13 @@ class Judged:
         batch: AlignedBatch,
         label_logprobs: Float[Tensor, " label"],
         signals: Sequence[TeacherSignal | None],
-    ) -> Judged:
-        """Sum up the log-probabilities of a batch row by row."""
+    ) -> SampleLogprobs:
+        """Sum up the log-probabilities of a batch row by row: of what the first teacher has groups for."""
         nothing = label_logprobs.new_zeros(len(samples))
+        grouped = batch.teachers[0].student_token_rows
+        of_student = nothing.index_add(
+            0, batch.label_row.index_select(0, grouped), label_logprobs.index_select(0, grouped)
+        )
         teachers = []
         for side, signal in zip(batch.teachers, signals, strict=True):
             logprobs = None if signal is None else signal.token_logprobs
@@ -346,7 +421,7 @@ class Judged:
                 of_row = rows.repeat_interleave(counts, output_size=len(logprobs))
                 logprobs = nothing.index_add(0, of_row, logprobs.to(nothing.dtype))
             teachers.append(logprobs)
-        return cls(step, samples, nothing.index_add(0, batch.label_row, label_logprobs), tuple(teachers))
+        return cls(step, samples, of_student, tuple(teachers))
 
     def sums(self) -> Tensor:
         """Count samples, tokens, samples that ended, bytes, the student's nats, and bytes and nats of each teacher."""
@@ -392,7 +467,7 @@ class Judged:
 
 
 def sample_log(sums: Float[Tensor, " sum"], rows: float, tokens_per_second: float | None) -> SampleLog | None:
-    """Make means of the sums of `Judged`, over so many rows in all; None where there was no sample."""
+    """Make means of the sums of `SampleLogprobs`, over so many rows in all; None where there was no sample."""
     samples, tokens, ended, size, student, *teachers = sums.tolist()
     if not samples:
         return None
@@ -421,25 +496,31 @@ class Drawn:
     samples: tuple[tuple[int, tuple[int, ...]], ...]
 
 
-def write_pending(pending: Iterable[Drawn], checkpoint: Path, process: int) -> None:
-    """Keep the samples of coming steps with a checkpoint."""
+def write_pending(pending: Iterable[Drawn], checkpoint: Path, process: int, prompts: str) -> None:
+    """Keep the samples of coming steps with a checkpoint, and the fingerprint of the prompts."""
+    content = {"prompts": prompts, "drawn": [asdict(drawn) for drawn in pending]}
     file = checkpoint / PENDING.format(process=process)
-    file.write_text(json.dumps([asdict(drawn) for drawn in pending]) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def read_pending(checkpoint: Path, process: int) -> list[Drawn]:
-    """Take the samples of coming steps out of a checkpoint. BadArtifact where there are none, not even zero."""
+def read_pending(checkpoint: Path, process: int, prompts: str) -> list[Drawn]:
+    """Take the samples of coming steps out of a checkpoint. BadArtifact where it has none for these prompts."""
     file = checkpoint / PENDING.format(process=process)
     if not file.is_file():
-        fix = "go on without `on_policy`, or start the run without `resume`"
-        raise BadArtifact(checkpoint, "its run had no `on_policy`", fix)
+        had = "fewer processes" if process else "no `on_policy`"
+        fix = "go on as the run was begun, or start it without `resume`"
+        raise BadArtifact(checkpoint, f"its run had {had}", fix)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["drawn"] and content["prompts"] != prompts:
+        fix = "go on with the data and settings that it had, or start the run without `resume`"
+        raise BadArtifact(checkpoint, "its samples are of other prompts", fix)
     return [
         Drawn(
             tuple(drawn["rows"]),
             tuple(drawn["chosen"]),
             tuple((number, tuple(ids)) for number, ids in drawn["samples"]),
         )
-        for drawn in json.loads(file.read_text(encoding="utf-8"))
+        for drawn in content["drawn"]
     ]
 
 
@@ -447,9 +528,9 @@ def keep_samples_until(output: Path, step: int) -> None:
     """Take out of the file of samples what was written after a checkpoint, which the run then writes again."""
     file = output / SAMPLES
     if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")
+        *lines, _broken_off = file.read_text(encoding="utf-8").split("\n")
+        kept = [f"{line}\n" for line in lines if json.loads(line)["step"] <= step]
+        write_whole(file, "".join(kept).encode())
 
 
 def add_samples(output: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -266,7 +266,7 @@ def _prepared(
         warnings=(
             *_warnings(config, counts, pairs),
             *notes,
-            *(_without_prompt(features, on_policy) if on_policy else ()),
+            *(_of_samples(config, features, on_policy) if on_policy else ()),
             *template_notes(student_side, sides, config.data.template),
             *(note for connection in connections.values() for note in connection.notes),
             *_of_candidates(objectives),
@@ -290,7 +290,9 @@ def _on_policy(
     if settings is None:
         return None
     if is_sharded():
-        allowed = "no on_policy where the student is in shards, or TRL's GOLDTrainer with the loss of a method"
+        allowed = (
+            "no on_policy where the student is in shards, or TRL's GOLDTrainer with the loss of a method"
+        )
         raise BadOption("on_policy", "set", allowed)
     prompts = prompts_of(rows, features.numbers, student, data.template, data.max_length - 1)
     if not prompts:
@@ -299,6 +301,11 @@ def _on_policy(
     longest = max(len(prompt.ids) for prompt in prompts.values()) + settings.max_new_tokens
     longest = min(longest, data.max_length)
     check_positions(models.student, config.student, longest, option="max_length")
+    for teacher in config.teachers:
+        if teacher.method_class.samples_alone and len(prompts) < len(features):
+            missing = f"{len(features) - len(prompts)} of {len(features)} rows have no prompt with room for a sample"
+            allowed = f"another method: {missing}, and {teacher.method} learns from samples alone"
+            raise BadOption(f"the method of {teacher.model}", teacher.method, allowed)
     for nth, teacher in enumerate(config.teachers):
         if teacher.kind == "local":  # nobody knows how many tokens a sample is for a teacher
             check_positions(models.teacher(nth), teacher.model, data.max_length, option="max_length")
@@ -307,7 +314,16 @@ def _on_policy(
     )
 
 
-def _without_prompt(features: AlignedDataset | SomeRows, on_policy: OnPolicy) -> Iterator[str]:
+def _of_samples(
+    config: DistillConfig, features: AlignedDataset | SomeRows, on_policy: OnPolicy
+) -> Iterator[str]:
+    settings = on_policy.settings
+    for teacher in config.teachers:
+        if teacher.method_class.samples_alone and (settings.temperature, settings.top_p) != (1, 1):
+            yield (
+                f"method {teacher.method} has the gradient of reverse KL at temperature 1 and top_p 1 alone: "
+                f"they are {settings.temperature:g} and {settings.top_p:g}"
+            )
     if without := len(features) - len(on_policy.prompts):
         yield f"{without} of {len(features)} rows have no prompt with room for a sample: they are never sampled"
 
@@ -424,7 +440,9 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
         heldout = teacher if data.others is None else None
     elif config.kind == "served":
         connection = data.connections[nth]
-        connection.check_length(max(int(features.teacher_lengths[nth].max()) for features in data.read))
+        longest = max(int(features.teacher_lengths[nth].max()) for features in data.read)
+        # nobody knows how many tokens a sample is for a teacher
+        connection.check_length(run.data.max_length if run.on_policy is not None else longest)
         _at_most(options, kind, pair, connection.k)
         teacher = served(config, connection, pair.teacher, run.data, _answers(nth, data))
         heldout = teacher
@@ -439,6 +457,8 @@ def _objective(nth: int, pair: TokenizerPair, tokenizer: Loaded, data: _Data) ->
     method: Method[Any, Any] = kind(pair, **options).to(device)
     if not isinstance(teacher, Local):
         teacher.check(method.signal_request)
+    if kind.samples_alone:
+        heldout = None
     return TeacherObjective(config.model, teacher, method, config.weight, heldout, sampled)
 
 

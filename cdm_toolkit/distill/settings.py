@@ -289,6 +289,8 @@ class DistillConfig(Settings):
             return self
         if not self.teachers:
             raise ValueError("on_policy is of no use without a teacher, who judges the samples")
+        if self.train.batch_tokens is not None:
+            raise ValueError("train.batch_tokens counts tokens of the data, not of samples: give batch_size")
         for teacher in self.teachers:
             if teacher.kind in ("cached", "distillkit"):
                 raise ValueError(
@@ -303,8 +305,15 @@ class DistillConfig(Settings):
 
     @model_validator(mode="after")
     def _teachers_know_the_rows(self) -> DistillConfig:
+        if self.eval is None or self.eval.metric != "loss":
+            return self
+        for teacher in self.teachers:
+            if teacher.method_class.samples_alone:
+                raise ValueError(
+                    f"eval.metric is loss, and {teacher.method} says nothing of held-out rows: give ce or bits_per_byte"
+                )
         cached = [teacher.model for teacher in self.teachers if teacher.kind in ("cached", "distillkit")]
-        if self.eval is not None and self.eval.share is None and self.eval.metric == "loss" and cached:
+        if self.eval.share is None and cached:
             raise ValueError(
                 f"eval.metric is loss, which has the KD of {cached[0]}, which knows none of these rows: "
                 "give ce or bits_per_byte, or a share of the data in place of other rows"

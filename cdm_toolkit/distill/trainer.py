@@ -34,10 +34,10 @@ from cdm_toolkit.distill.logs import (
 )
 from cdm_toolkit.distill.on_policy import (
     Drawn,
-    Judged,
     NotFiniteLogits,
     OnPolicy,
     Sample,
+    SampleLogprobs,
     add_samples,
     keep_samples_until,
     read_pending,
@@ -245,7 +245,8 @@ class DistillTrainer(Trainer):
         self.samples: list[dict[str, Any]] = []
         """Those of the step that was logged last, as they are written down."""
         self._pending: deque[Drawn] = deque()
-        self._judged: list[Judged] = []
+        self._taken: list[Drawn] = []  # of the step at hand
+        self._logprobs: list[SampleLogprobs] = []
         self._rows, self._drawn = 0, np.zeros(2)  # since the log before; of what was drawn tokens and seconds
         self._sums = self._no_sums()
         self._unseen: list[tuple[int, tuple[int, ...], Tensor]] = []
@@ -317,6 +318,7 @@ class DistillTrainer(Trainer):
                 self._batches = asked_ahead(batches_of_run, [each.teacher for each in self.objectives])
         if self.stopped_by is not None:
             return [], torch.zeros(1 + len(self.objectives), device=device)
+        self._taken = []
         batches, _ = super().get_batch_samples(self._batches, num_batches, device)
         if not self._answered(batches):
             return [], torch.zeros(1 + len(self.objectives), device=device)
@@ -349,6 +351,7 @@ class DistillTrainer(Trainer):
         if not stopped:
             return True
         self.stopped_by = self.stopped_by or Stopped()
+        self._pending.extendleft(reversed(self._taken))  # the step is not taken: a run that goes on takes it
         # the Trainer would warn of an epoch without a row, where the first step of one is not taken
         logging.getLogger("transformers.trainer").addFilter(lambda record: "single sample" not in record.msg)
         self.control.should_training_stop = True
@@ -382,7 +385,7 @@ class DistillTrainer(Trainer):
                 for nth, teacher in self._served(part):
                     teacher.prefetch(part.batch.of_teacher(nth))
             for inputs in made:
-                self._pending.popleft()
+                self._taken.append(self._pending.popleft())
                 yield Inputs(parts=[part.to(self.args.device) for part in inputs["parts"]])
 
     def _draw(self, batches: Sequence[Sequence[AlignedRow]], on_policy: OnPolicy) -> None:
@@ -449,7 +452,7 @@ class DistillTrainer(Trainer):
             ce = torch.zeros_like(ce)
             signals = [None if one is None else one.signal for one in inputs]
             step, logprobs = self.state.global_step + 1, sums.label_logprobs
-            self._judged.append(Judged.of(step, part.samples, batch, logprobs, signals))
+            self._logprobs.append(SampleLogprobs.of(step, part.samples, batch, logprobs, signals))
         logged = [part for kd in sums.kd for part in (kd.kd, kd.matched_mass, kd.pairs)]
         self._sums += torch.stack([part.detach() for part in (ce, *logged, *own)])
         self._rows += len(batch.rows)
@@ -567,15 +570,15 @@ class DistillTrainer(Trainer):
         if self.on_policy is None:
             return None
         nothing = torch.zeros(5 + 2 * len(self.objectives), dtype=torch.float64)
-        sums = torch.cat((sum((each.sums() for each in self._judged), nothing), torch.tensor([self._rows])))
+        sums = torch.cat((sum((each.sums() for each in self._logprobs), nothing), torch.tensor([self._rows])))
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device, self._sums.dtype), "sum").cpu()
-        latest = [each for each in self._judged if each.step == self.state.global_step]
+        latest = [each for each in self._logprobs if each.step == self.state.global_step]
         self.samples = [record for each in latest for record in each.records()]
         if self.args.should_save and self.samples:
             add_samples(Path(str(self.args.output_dir)), self.samples)
         tokens, seconds = self._drawn
-        self._judged, self._rows, self._drawn = [], 0, np.zeros(2)
+        self._logprobs, self._rows, self._drawn = [], 0, np.zeros(2)
         return sample_log(sums[:-1], float(sums[-1]), float(tokens / seconds) if tokens else None)
 
     def _teacher_logs(
@@ -703,7 +706,8 @@ class DistillTrainer(Trainer):
         """Take what was logged up to a checkpoint. BadArtifact where that of the best evaluation is not there."""
         self.history = read_history(checkpoint)
         if self.on_policy is not None:
-            self._pending.extend(read_pending(checkpoint, self.args.process_index))
+            prompts = self.on_policy.fingerprint
+            self._pending.extend(read_pending(checkpoint, self.args.process_index, prompts))
             if self.args.should_save:
                 keep_samples_until(checkpoint.parent, self.history[-1].step)
         if self.heldout is not None:
@@ -722,7 +726,7 @@ class DistillTrainer(Trainer):
             self.args.save_total_limit = limit
         checkpoint = self._checkpoint(self.state.global_step)
         if self.on_policy is not None:
-            write_pending(self._pending, checkpoint, self.args.process_index)
+            write_pending(self._pending, checkpoint, self.args.process_index, self.on_policy.fingerprint)
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.args.should_save:
             rows = self.heldout.fingerprint if self.heldout else None

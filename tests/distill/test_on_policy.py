@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,14 +25,23 @@ from torch import nn
 
 from cdm_toolkit.distill import on_policy as module
 from cdm_toolkit.distill.logs import StepLog
-from cdm_toolkit.distill.on_policy import Drawn, OnPolicy, Sample, prompts_of, sample_ids
+from cdm_toolkit.distill.on_policy import (
+    Drawn,
+    OnPolicy,
+    Prompt,
+    Sample,
+    add_samples,
+    keep_samples_until,
+    prompts_of,
+    sample_ids,
+)
 from cdm_toolkit.distill.output_folder import last_checkpoint
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.run import RunResult, run
 from cdm_toolkit.distill.settings import DistillConfig, OnPolicyConfig, from_mapping
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
-from cdm_toolkit.errors import BadArtifact, BadOption, BadSettings, NotFinite, SourceNotFound
+from cdm_toolkit.errors import BadArtifact, BadOption, BadSettings, NotFinite, ServerProblem, SourceNotFound
 from cdm_toolkit.hub.models import load_model, save_model
 from cdm_toolkit.hub.students import new_student
 from cdm_toolkit.hub.tokenizers import load_tokenizer
@@ -299,7 +309,8 @@ def test_samples_do_not_depend_on_padding_and_leave_random_numbers_alone(tiny) -
 def test_samples_have_the_models_distribution(tiny) -> None:
     """Temperature, and no more of what a checkpoint says of sampling."""
     on_policy, model = prompts(tiny), model_of(tiny)
-    model.generation_config.update(top_k=2, top_p=0.5, repetition_penalty=2.0)
+    model.generation_config.update(top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=2.0, min_new_tokens=1)
+    model.generation_config.update(forced_eos_token_id=3, max_time=1e-9)
     (prompt, *_) = on_policy.prompts.values()
     with torch.no_grad():
         logits = model(torch.tensor(np.array([prompt.ids]))).logits[0, -1] / 0.7
@@ -311,6 +322,43 @@ def test_samples_have_the_models_distribution(tiny) -> None:
     (likely,) = {max(each) for each in [np.flatnonzero(probabilities == probabilities.max())]}
     narrow = OnPolicyConfig(max_new_tokens=1, temperature=0.7, top_p=1e-6)
     assert sample_ids(model, [prompt], narrow, on_policy.student, 512, 0) == [[likely]]
+
+
+def test_no_row_is_continued_beyond_the_positions_of_the_model(tiny) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    on_policy = prompts(tiny)
+    lengths = (30, 10, 29, 10)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    row = next(iter(on_policy.prompts.values())).row
+    many = [Prompt(row, np.arange(length, dtype=np.int32) + 5) for length in lengths]
+    settings = OnPolicyConfig(max_new_tokens=20, temperature=0)
+    found = sample_ids(model, many, settings, on_policy.student, 32, 0)
+    assert [len(ids) <= 32 - length for ids, length in zip(found, lengths, strict=True)] == [True] * 4
+    assert found[1] == sample_ids(model, many[1:2], settings, on_policy.student, 32, 0)[0]
+
+
+def test_a_sample_that_a_template_refuses_has_no_teacher() -> None:
+    pair = pair_of("smollm2", "qwen2")
+    rows = [Row(nth, "How much?", "4") for nth in (1, 2)]
+    on_policy = on_policy_of(pair, rows, "chat")
+    chat = pair.teacher.chat
+    assert chat is not None
+    refuses = "{% if 'No' in messages[-1]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    teacher = replace(pair.teacher, chat=replace(chat, source=refuses + chat.source))
+    strict = replace(on_policy, teachers=(TeacherSide(teacher),))
+    encode = pair.student.view.encode
+    ids = [[*encode(text).ids.tolist(), 2] for text in ("No.", "Yes.")]
+    refused, taken = samples_of(strict, ids)
+    assert (len(refused.aligned.teachers[0].groups), len(taken.aligned.teachers[0].groups)) == (0, 3)
+    assert refused.aligned.labels == 3
+
+
+def test_samples_of_odd_text_are_read_again(tmp_path: Path) -> None:
+    records = [{"step": step, "completion": f"a\u2028b\x85{step}"} for step in (1, 2, 3)]
+    add_samples(tmp_path, records)
+    keep_samples_until(tmp_path, 2)
+    assert samples_in(tmp_path) == records[:2]
 
 
 # Runs
@@ -341,7 +389,9 @@ def _without_time(line: StepLog) -> Any:
 
 
 def samples_in(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (output / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    ]
 
 
 def test_without_a_share_a_run_has_the_bits_of_one_without_it(config, tmp_path: Path) -> None:
@@ -411,22 +461,6 @@ def test_a_part_of_the_rows_is_sampled(config) -> None:
         assert len({record["completion"] for record in records}) > 2, "samples of one prompt are not the same"
 
 
-def test_a_run_that_is_resumed_has_the_same_samples(config, tmp_path: Path) -> None:
-    """A checkpoint may stand among steps whose samples were drawn together, from an earlier student."""
-    settings = {"on_policy": {**SHORT, "buffer_steps": 4, "share": 0.7}}
-    more = {"max_steps": 6, "save_every": 2, "batch_size": 2, "grad_accumulation": 2}
-    whole = run(config(settings | {"output": str(tmp_path / "whole")}, **more))
-    kept = samples_in(whole.output)
-
-    first = run(config(settings, **more))
-    shutil.rmtree(first.output / "checkpoint-6")
-    shutil.rmtree(first.output / "checkpoint-4", ignore_errors=True)
-    again = run(config(settings, **more), resume=True) if last_checkpoint(first.output) else first
-    assert samples_in(again.output) == kept
-    assert told(again.losses) == told(whole.losses)
-    assert same_weights(again, whole)
-
-
 def _dies_before_the_step(config: DistillConfig, step: int) -> None:
     real = OnPolicy.samples
 
@@ -441,31 +475,67 @@ def _dies_before_the_step(config: DistillConfig, step: int) -> None:
     run(config)
 
 
-def test_a_process_that_is_killed_after_sampling_goes_on(config, tmp_path: Path) -> None:
-    more = {"max_steps": 5, "save_every": 1}
-    settings = {"on_policy": SHORT}
+@pytest.mark.parametrize(("buffer_steps", "drawn"), [(1, 3), (3, 1)])
+def test_a_process_that_is_killed_after_sampling_goes_on(
+    config, tmp_path: Path, buffer_steps: int, drawn: int
+) -> None:
+    """A checkpoint may stand among steps whose samples were drawn together, from an earlier student."""
+    more = {"max_steps": 5, "save_every": 2, "batch_size": 2, "grad_accumulation": 2}
+    settings = {"on_policy": {**SHORT, "share": 0.7, "buffer_steps": buffer_steps}}
     whole = run(config(settings | {"output": str(tmp_path / "whole")}, **more))
     chosen = config(settings, **more)
-    process = multiprocessing.get_context("fork").Process(target=_dies_before_the_step, args=(chosen, 3))
+    process = multiprocessing.get_context("fork").Process(target=_dies_before_the_step, args=(chosen, drawn))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    checkpoint = last_checkpoint(Path(chosen.output))
+    assert checkpoint == Path(chosen.output) / "checkpoint-2"
+    kept = json.loads((checkpoint / "samples-0.json").read_text(encoding="utf-8"))
+    assert len(kept["drawn"]) == (2 if buffer_steps > 1 else 0)
     again = run(chosen, resume=True)
     assert samples_in(again.output) == samples_in(whole.output)
     assert told(again.losses) == told(whole.losses)
     assert same_weights(again, whole)
 
 
+def test_a_run_that_loses_its_server_keeps_the_samples_of_the_step(config, tiny, tmp_path: Path) -> None:
+    more = {"max_steps": 5, "save_every": 100}
+    settings = {"on_policy": {**SHORT, "buffer_steps": 3}}
+    with served_by(tiny) as (server, teacher):
+        whole = run(config(settings | teacher | {"output": str(tmp_path / "whole")}, **more))
+    with served_by(tiny) as (server, teacher):
+        chosen = config(settings | teacher, **more)
+        real = DistillTrainer._answered
+
+        def lost(self: DistillTrainer, batches: Any) -> bool:
+            if self.state.global_step == 1:
+                server.stop()
+            return real(self, batches)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DistillTrainer, "_answered", lost)
+            with pytest.raises(ServerProblem):
+                run(chosen)
+    with served_by(tiny) as (server, teacher):
+        again = run(config(settings | teacher, **more), resume=True)
+    assert samples_in(again.output) == samples_in(whole.output)
+    assert same_weights(again, whole)
+
+
+@contextmanager
+def served_by(tiny: Any) -> Iterator[tuple[ScoringServer, dict[str, Any]]]:
+    """Serve the teacher, and give the settings of one that is."""
+    model, tokenizer = load_model(tiny.teacher), load_tokenizer(tiny.teacher).tokenizer
+    with ScoringServer(model, name="teacher", tokenizer=tokenizer, max_logprobs=50) as server:
+        teacher = {"model": "teacher", "url": server.url, "top_k": 20, "tokenizer": tiny.teacher}
+        yield server, {"teachers": [teacher]}
+
+
 def test_a_server_says_of_samples_what_the_model_says(config, tiny) -> None:
     settings = {"on_policy": {**SHORT, "buffer_steps": 2, "share": 0.7, "samples_per_prompt": 2}}
     local = run(config(settings | {"teachers": [{"model": tiny.teacher, "top_k": 20}]}))
-    tokenizer = load_tokenizer(tiny.teacher)
-    scoring = ScoringServer(
-        load_model(tiny.teacher), name="teacher", tokenizer=tokenizer.tokenizer, max_logprobs=50
-    )
-    with scoring as server:
-        served = {"model": "teacher", "url": server.url, "top_k": 20, "tokenizer": tiny.teacher}
-        result = run(config(settings | {"teachers": [served]}), overwrite=True)
+    with served_by(tiny) as (_, teacher):
+        result = run(config(settings | teacher), overwrite=True)
     for one, two in zip(local.losses, result.losses, strict=True):
         assert two.loss == pytest.approx(one.loss, abs=2e-5)
         assert one.samples is not None
@@ -473,31 +543,39 @@ def test_a_server_says_of_samples_what_the_model_says(config, tiny) -> None:
         assert two.samples.teacher_logprobs == pytest.approx(one.samples.teacher_logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_held_out_rows_and_packing(config, pack: bool) -> None:
-    """Samples are batches like any other; held-out rows are the data's own."""
-    settings = {"on_policy": {**SHORT, "share": 0.5}, "eval": {"share": 0.3, "every": 2}}
-    result = run(config(settings, pack=pack))
-    assert [log.step for log in result.evaluations] == [2, 4]
-    assert all(log.ce > 0 for log in result.evaluations)
+def test_packed_rows_held_out_rows_and_adapters(config) -> None:
+    """Samples are batches like any other; held-out rows are the data's own, and change nothing."""
+    settings = {"on_policy": {**SHORT, "share": 0.5}}
+    plain = run(config(settings | {"eval": {"share": 0.3, "every": 2}}))
+    assert [log.step for log in plain.evaluations] == [2, 4]
+    first = samples_in(plain.output)[0]["completion"]
+    packed = run(config(settings | {"eval": {"share": 0.3, "every": 2}}, pack=True), overwrite=True)
+    assert packed.losses[0].loss == pytest.approx(plain.losses[0].loss, rel=1e-5)
+    assert samples_in(packed.output)[0]["completion"] == first
+    adapted = run(config(settings, lora={"rank": 4}), overwrite=True)
+    assert adapted.losses[0].loss == pytest.approx(
+        run(config(settings), overwrite=True).losses[0].loss, rel=1e-5
+    )
 
 
 # The teacher has other ids
 
 
 def test_the_teacher_never_reads_an_id_of_the_student(config, tiny, tmp_path: Path) -> None:
-    """The student samples ids alone that the teacher's vocabulary does not have."""
+    """Nearly all that the student samples are ids which the teacher's vocabulary does not have."""
     teacher = load_tokenizer(tiny.teacher)
     try:
         new_student("gpt2", "4m", tmp_path / "student")
     except SourceNotFound as error:
         pytest.skip(str(error))
-    model, tokenizer = load_model(str(tmp_path / "student")), load_tokenizer(str(tmp_path / "student"))
-    below = [token for token in range(teacher.view.vocab_size) if token != tokenizer.tokenizer.eos_token_id]
-    model.generation_config.suppress_tokens = below
-    save_model(model, tokenizer, tmp_path / "biased")
     read: list[torch.Tensor] = []
-    real = Local.signal
+    sampled: list[Sequence[int]] = []
+    real, draw = Local.signal, OnPolicy.draw
+
+    def drawn(self: OnPolicy, *arguments: Any) -> list[Drawn]:
+        found = draw(self, *arguments)
+        sampled.extend(ids for one in found for _, ids in one.samples)
+        return found
 
     def watched(self: Local, batch: AlignedBatch, request: Any) -> Any:
         read.append(batch.teachers[0].inputs["input_ids"])
@@ -505,7 +583,11 @@ def test_the_teacher_never_reads_an_id_of_the_student(config, tiny, tmp_path: Pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Local, "signal", watched)
-        result = run(config({"student": str(tmp_path / "biased"), "on_policy": SHORT}, max_steps=2))
+        patch.setattr(OnPolicy, "draw", drawn)
+        result = run(config({"student": str(tmp_path / "student"), "on_policy": SHORT}, max_steps=2))
+    beyond = [token >= teacher.view.vocab_size for ids in sampled for token in ids]
+    assert len(beyond) == 64
+    assert sum(beyond) > 60
     assert all(int(ids.max()) < teacher.view.vocab_size for ids in read)
     assert all(record["completion"] for record in samples_in(result.output))
 
@@ -518,8 +600,9 @@ def test_a_student_that_never_ends(config) -> None:
     (log,) = result.losses
     assert log.samples is not None
     records = samples_in(result.output)
-    assert log.samples.ended == sum(record["ended"] for record in records) / 4
-    assert all(record["tokens"] <= 8 for record in records)
+    assert log.samples.ended == 0
+    assert [record["tokens"] for record in records] == [8] * 4
+    assert not any(record["ended"] for record in records)
 
 
 @pytest.mark.parametrize("said", [[], "half"])
@@ -561,8 +644,27 @@ def test_prompts_that_leave_no_room(config, tiny) -> None:
     lengths = sorted(len(side.view.encode(row["prompt"] + "\n").ids) + side.shift for row in rows)
     limit = lengths[12] + 1
     result = run(config({"data": {"max_length": limit}, "on_policy": {**SHORT, "max_new_tokens": 100}}))
-    assert any("have no prompt" in warning for warning in result.warnings) or result.rows.too_long
-    assert all(record["tokens"] <= limit for record in samples_in(result.output))
+    known = {row["prompt"]: len(side.view.encode(row["prompt"] + "\n").ids) + side.shift for row in rows}
+    for record in samples_in(result.output):
+        assert record["tokens"] == limit - known[record["prompt"]]
+
+
+def test_chats_are_read_as_texts_without_a_template(config, tiny) -> None:
+    rows = [json.loads(line) for line in Path(tiny.data).read_text(encoding="utf-8").splitlines()]
+    chats = Path(tiny.data).with_name("chats.jsonl")
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in rows
+    ]
+    chats.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    of_chats = run(config({"data": {"path": str(chats)}, "on_policy": SHORT}, max_steps=2))
+    of_texts = run(config({"on_policy": SHORT}, max_steps=2), overwrite=True)
+    assert told(of_chats.losses) == told(of_texts.losses)
 
 
 def test_what_cannot_judge_samples_is_told_before_a_run(config, tiny) -> None:
@@ -581,6 +683,10 @@ def test_what_cannot_judge_samples_is_told_before_a_run(config, tiny) -> None:
     ):
         config(sampled | {"on_policy": {"share": 0.9}})
     assert np.isfinite(run(config(sampled | {"on_policy": SHORT}, max_steps=2)).losses[-1].loss)
+    with pytest.raises(BadSettings, match="sampled-reverse-kl says nothing of held-out rows"):
+        config(sampled | {"on_policy": SHORT, "eval": {"share": 0.2}})
+    with pytest.raises(BadSettings, match=r"train\.batch_tokens counts tokens of the data, not of samples"):
+        config({"on_policy": SHORT}, batch_tokens=100)
     with pytest.raises(BadSettings, match=r"on_policy\.shares is no setting, did you mean share\?"):
         config({"on_policy": {"shares": 1}})
 

@@ -54,6 +54,8 @@ FUSED = "fused"
 """Name of the attention that CUDA takes for a batch without padding."""
 OURS, THEIRS = "sft", "sft of transformers"
 """Steps without a method: a forward pass of the teacher that nobody uses, and then plain SFT."""
+SAMPLING, ON_SAMPLES = "sampling", "spelling on samples"
+"""The student reads whole rows and keeps what sampling would have kept of them; and what it learns of samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class TrainerStep(DistillTrainer):
         )
         self._sums = self._no_sums()
         self._unseen = []
+        self._rows, self._logprobs = 0, []
         self._times = StepTimes(torch.device("cpu"))  # there are no events without a GPU
 
 
@@ -273,7 +276,7 @@ def traced(name: str, sizes: Sizes) -> Traced:
 
     A tensor on another device and a look at values on the device raise here what FakeTensorMode raises.
     """
-    plain = name in (OURS, THEIRS)
+    plain = name in (OURS, THEIRS, SAMPLING)
     made = full_batch(sizes)
     live = LiveBytes("cuda:0")
     others = {device: LiveBytes(device) for device in sizes.teacher_on if device != "cuda:0"}
@@ -283,12 +286,16 @@ def traced(name: str, sizes: Sizes) -> Traced:
         teacher, student = models(sizes)
         local = Local(teacher, vocab=sizes.vocab_t[0])
         with torch.device("cuda"):
-            objectives = [] if plain else [TeacherObjective("teacher", local, method(name, sizes))]
+            taken = method("spelling" if name == ON_SAMPLES else name, sizes) if not plain else None
+            objectives = [TeacherObjective("teacher", local, taken, sampled=local)] if taken else []
         loss = _loss(name, TrainerStep(objectives, mixed=sizes.mixed), local, student)
         batch = on_cuda(made, mode)
         counts = torch.tensor([sizes.labels] * (1 + len(objectives)), device="cuda")
         optimizer = torch.optim.AdamW(student.parameters(), fused=True)
-        for _ in range(2):
+        if name == SAMPLING:
+            live.start()
+            _keep_keys_and_values(student.eval(), batch)
+        for _ in range(0 if name == SAMPLING else 2):
             for each in (live, *others.values()):
                 each.start()
             loss(batch, counts).backward()
@@ -307,13 +314,22 @@ def traced(name: str, sizes: Sizes) -> Traced:
         )
 
 
+@torch.no_grad()
+def _keep_keys_and_values(student: PreTrainedModel, batch: AlignedBatch) -> None:
+    student(input_ids=batch.student["input_ids"], use_cache=True, logits_to_keep=1)
+
+
 def _loss(
     name: str, trainer: TrainerStep, teacher: Local, student: PreTrainedModel
 ) -> Callable[[AlignedBatch, Tensor], Tensor]:
     """Give the loss of a step: a method's, or one of SFT after the teacher was run for nothing."""
 
     def of_method(batch: AlignedBatch, counts: Tensor) -> Tensor:
-        inputs: Any = {"parts": [WeightedBatch(batch, 0.5 if trainer.objectives else 1.0)]}
+        part = WeightedBatch(batch, 0.5 if trainer.objectives else 1.0)
+        if name == ON_SAMPLES:
+            of_rows: Any = tuple(SimpleNamespace(number=row) for row in batch.rows)
+            part = WeightedBatch(batch, 0.0, samples=of_rows)
+        inputs: Any = {"parts": [part]}
         loss: Tensor = trainer.compute_loss(student, inputs, num_items_in_batch=counts)
         return loss
 

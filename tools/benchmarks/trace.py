@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ NOT_TRACED = ("byte-marginal",)
 """For small cases: it reads whole vocabularies at each position."""
 SHARED = ("sft", "kl")
 """Of one tokenizer: the teacher then has the student's vocabulary."""
+ON_POLICY = ("sampling", "spelling on samples")
 AT_MOST = 1.15
 SHOWN = 5
 GIB = 2**30
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> Report:
         across = trace({"steps": _steps()} | full, library)
         shared = trace({"steps": SHARED, "same_tokenizer": True} | full, library)
         shallow = trace({"steps": ("sft", "spelling", "gold"), "layers_t": 1, "layers_s": 1} | sizes, library)
+        on_policy = trace({"steps": (*ON_POLICY, "spelling")} | full, library)
         single = trace({"steps": ("sft", "spelling"), "mixed": False} | full, library)
     lines = [
         *_against("two tokenizers", across),
@@ -51,6 +53,7 @@ def run(options: argparse.Namespace) -> Report:
         *_against("1 layer each", shallow),
         _copies([*across, *shared, *shallow]),
         *_against("student in float32", single),
+        *_sampling(*on_policy),
     ]
     facts = {
         "models": f"Llama-3-8B ({options.layers_t} layers, bfloat16) → Qwen2-0.5B ({options.layers_s} "
@@ -88,6 +91,17 @@ def _against(name: str, steps: Sequence[Mapping[str, Any]]) -> list[Line]:
             Line(f"{what}: of both, in the step itself", in_step / own, "×", at_most),
         ]
     return lines
+
+
+def _sampling(
+    sampling: Mapping[str, Any], learned: Mapping[str, Any], step: Mapping[str, Any]
+) -> Iterator[Line]:
+    """Compare sampling, and a step that learns of samples, with a step of the data."""
+    own = step["peak"] - step["before"]
+    for name, each in (("sampling whole rows", sampling), ("spelling on samples", learned)):
+        taken = each["peak"] - each["before"]
+        yield Line(f"on-policy, {name}: of the peak", taken / GIB, "GiB")
+        yield Line(f"on-policy, {name}: of a step of spelling's", taken / own, "×", 1.01)
 
 
 def _copies(steps: Sequence[Mapping[str, Any]]) -> Line:
