@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
+    from preloaded import Started
+
     from cdm_toolkit.tokdiff.view import TokenizerView
 
 
@@ -195,3 +198,27 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except SourceNotFound as error:
         pytest.skip(str(error))
     return root
+
+
+@pytest.fixture
+def start_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Started]]:
+    """Give the function that runs a module with arguments in a process of its own, with more variables for it."""
+    import preloaded
+
+    folder, started = tmp_path_factory.mktemp("output"), []
+
+    def start(*command: object, **environment: str) -> Started:
+        out, err = (folder / f"{len(started)}.{stream}" for stream in ("out", "err"))
+        started.append(preloaded.start(command, out, err, os.environ | environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def start_cdm(start_module: Callable[..., Started]) -> Callable[..., Started]:
+    """Give the function that runs `cdm` with arguments in a process of its own."""
+    return partial(start_module, "cdm_toolkit.cli")

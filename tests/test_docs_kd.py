@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,6 +18,9 @@ from cdm_toolkit.distill.run import run
 from cdm_toolkit.distill.sampler import epoch_order
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.samples import sample_path
+
+if TYPE_CHECKING:
+    from preloaded import Started
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "kd.md"
@@ -128,21 +129,18 @@ def test_accumulated_gradients_are_those_of_one_batch(page: dict[str, Any]) -> N
 
 
 @pytest.fixture
-def cdm(workplace: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def cdm(
+    workplace: Path, start_cdm: Callable[..., Started]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Give the function that runs `cdm` in a process that knows the method of the page."""
     (code,) = blocks(METHOD_PAGE, "The file")
     assert len(code.splitlines()) <= 40
     (workplace / "top_token.py").write_text(code, encoding="utf-8")
-    environment = os.environ | {
-        "CDM_METHODS": "top_token.py",
-        "COLUMNS": "300",
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-    }
 
     def run_cdm(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cdm_toolkit.cli", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        process = start_cdm(*words, CDM_METHODS="top_token.py", COLUMNS="300", PYTHONPATH=str(ROOT))
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(words, process.wait(), out, err)
 
     return run_cdm
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import pytest
 import yaml
@@ -19,6 +16,9 @@ from cdm_toolkit.cli.distill import distill
 from cdm_toolkit.distill.recipes import list_recipes
 from cdm_toolkit.distill.settings import from_file
 from cdm_toolkit.hub.models import resolve_device
+
+if TYPE_CHECKING:
+    from preloaded import Started
 
 RUN: dict[str, Any] = {
     "alpha": 0.5,
@@ -157,21 +157,21 @@ def test_each_recipe_is_without_fault(recipe) -> None:
         assert config.teachers[0].aligner == "entropy-dtw"
 
 
-def started(*command: str, tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-        cwd=tmp_path,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=300)
+def finished(process: Started) -> tuple[str, str]:
+    out, err = process.communicate()
     assert process.returncode == 0, err
     return out, err
+
+
+def launched(*words: str) -> tuple[list[str], dict[str, str]]:
+    """Give the command and the environment that `accelerate launch` starts on a CPU."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    command, environment = prepare_simple_launcher_cmd_env(
+        _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    )
+    return command, environment
 
 
 def lines(answer: str) -> list[tuple[float, ...]]:
@@ -229,23 +229,24 @@ def test_faults_of_held_out_rows_are_one_line(cdm, run_file: Path, models: dict[
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_it_had_not_been(models, run_file: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    start_cdm, run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """kill -9 in mid-run, twice: the losses, the evaluations and the weights of an unbroken run."""
     content = yaml.safe_load(run_file.read_text())
     run_file.write_text(yaml.safe_dump(content | {"eval": {"share": 0.2, "every": 3}}))
-    whole, _ = finished(
-        started("cdm_toolkit.cli", "distill", str(run_file), "-o", "whole", "--json", tmp_path=tmp_path)
-    )
-    command = ("cdm_toolkit.cli", "distill", str(run_file), "--json")
+    monkeypatch.chdir(tmp_path)
+    whole, _ = finished(start_cdm("distill", run_file, "-o", "whole", "--json"))
+    command = ("distill", run_file, "--json")
     for checkpoint in (2, 4):
-        process = started(*command, *(["--resume"] if checkpoint > 2 else []), tmp_path=tmp_path)
+        process = start_cdm(*command, *(["--resume"] if checkpoint > 2 else []))
         while not (tmp_path / "out" / f"checkpoint-{checkpoint}" / "checksums.json").exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not (tmp_path / "out" / "config.json").exists()
-    resumed, _ = finished(started(*command, "--resume", tmp_path=tmp_path))
+    resumed, _ = finished(start_cdm(*command, "--resume"))
     assert lines(resumed) == lines(whole)
     assert evaluations(resumed) == evaluations(whole)
     assert [log["step"] for log in evaluations(whole)] == [3, 6]
@@ -255,23 +256,34 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(models, run_file: Path, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(models, run_file: Path, held_out: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one(
+    start_cdm, run_file: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On a CPU accelerate starts one process a launch, and gloo joins them. Each evaluates two of three batches."""
+    monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(run_file.read_text())
     run_file.write_text(yaml.safe_dump(content | {"eval": {"path": str(held_out), "every": 3}}))
-    alone, _ = finished(
-        started("cdm_toolkit.cli", "distill", str(run_file), "-o", "alone", "--json", tmp_path=tmp_path)
-    )
+    alone, _ = finished(start_cdm("distill", run_file, "-o", "alone", "--json"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     plain = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port)
-    run = ("-m", "cdm_toolkit.cli", "distill", str(run_file), "--batch-size", "2", "--json")
-    both = [
-        started(*launch, *plain, *run, tmp_path=tmp_path, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
-        for rank in "01"
-    ]
+    run = ("distill", run_file, "--batch-size", "2", "--json")
+    (_, module, *words), told = launched(
+        *(
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            *plain,
+            "-m",
+            "cdm_toolkit.cli",
+            *map(str, run),
+        )
+    )
+    assert [module, *words] == ["-m", "cdm_toolkit.cli", *map(str, run)]
+    both = [start_cdm(*run, **told, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2") for rank in "01"]
     (first, _), (second, _) = map(finished, both)
     assert second == "", "the first process tells"
     for one, two in zip(lines(alone), lines(first), strict=True):
@@ -286,9 +298,8 @@ def test_two_processes_have_the_losses_of_one(models, run_file: Path, held_out: 
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(run_file: Path, tmp_path: Path) -> None:
-    command = ("cdm_toolkit.cli", "distill", str(run_file), "--max-steps", "500")
-    process = started(*command, tmp_path=tmp_path)
+def test_ctrl_c_says_how_to_go_on(start_cdm, run_file: Path, tmp_path: Path) -> None:
+    process = start_cdm("distill", run_file, "--max-steps", 500)
     while not (tmp_path / "out" / "checkpoint-2" / "checksums.json").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -235,19 +233,15 @@ def test_what_cannot_be_converted(cdm, words: list[str], teacher: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_gone_on_with(cdm, words: list[str], tmp_path: Path) -> None:
+def test_a_killed_process_is_gone_on_with(cdm, start_cdm, words: list[str], tmp_path: Path) -> None:
     """SIGKILL after the first shard; the same command finishes, and keeps what was there."""
     folder, command = tmp_path / "cached", [*words, "--rows-per-shard", "1", "--batch-size", "1"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "cdm_toolkit.cli", *command], stdout=subprocess.DEVNULL
-    ) as child:
-        until = time.monotonic() + 120
-        while (
-            not (folder / "shard-00001.json").exists() and child.poll() is None and time.monotonic() < until
-        ):
-            time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+    child = start_cdm(*command)
+    until = time.monotonic() + 120
+    while not (folder / "shard-00001.json").exists() and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.001)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.safetensors")}
     finished = [path for path in kept if path.with_suffix(".json").exists()]
     assert 1 <= len(finished) < ROWS

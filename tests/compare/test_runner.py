@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -44,6 +43,9 @@ from cdm_toolkit.errors import (
     SourceNotFound,
     UnknownName,
 )
+
+if TYPE_CHECKING:
+    from preloaded import Started
 
 STUDY: dict[str, Any] = {
     "train": {"sums": {"path": "sample:train", "rows": 6}, "code": {"path": "python:code", "rows": 2}},
@@ -544,19 +546,16 @@ def test_a_study_runs_what_is_missing(
         assert cell.name in stored.provenance["command"]
 
 
-def started(folder: StudyFolder, *words: str) -> subprocess.Popen[str]:
-    command = ["compare", str(folder.study_file), "-o", str(folder.path), *words]
-    return subprocess.Popen(
-        [sys.executable, "-m", "cdm_toolkit.cli", *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+@pytest.fixture
+def started(start_cdm: Callable[..., Started]) -> Callable[..., Started]:
+    """Give the function that goes on with a study in a process of its own."""
+    return lambda folder, *words: start_cdm("compare", folder.study_file, "-o", folder.path, *words)
 
 
 @pytest.mark.slow
-def test_two_processes_prepare_at_once(study: StudyConfig, done: StudyFolder, tmp_path: Path) -> None:
+def test_two_processes_prepare_at_once(
+    started: Callable[..., Started], study: StudyConfig, done: StudyFolder, tmp_path: Path
+) -> None:
     folder = claimed(study, tmp_path / "out")
     both = [started(folder, "--cell", str(index)) for index in (0, 3)]
     for process in both:
@@ -580,8 +579,8 @@ def half_done(
 
 @pytest.fixture
 def second_cell(
-    half_done: tuple[StudyConfig, StudyFolder], tmp_path: Path
-) -> tuple[StudyConfig, StudyFolder, subprocess.Popen[str]]:
+    started: Callable[..., Started], half_done: tuple[StudyConfig, StudyFolder], tmp_path: Path
+) -> tuple[StudyConfig, StudyFolder, Started]:
     """Go on with the study in a process, until the second cell trains."""
     study, done = half_done
     folder = StudyFolder(shutil.copytree(done.path, tmp_path / "out"))
@@ -594,7 +593,7 @@ def second_cell(
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(
-    second_cell: tuple[StudyConfig, StudyFolder, subprocess.Popen[str]],
+    second_cell: tuple[StudyConfig, StudyFolder, Started],
 ) -> None:
     study, folder, process = second_cell
     process.send_signal(signal.SIGINT)
@@ -611,7 +610,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on(
-    second_cell: tuple[StudyConfig, StudyFolder, subprocess.Popen[str]],
+    second_cell: tuple[StudyConfig, StudyFolder, Started],
 ) -> None:
     """kill -9: a cell that has begun may still end by itself, and is waited for."""
     study, folder, process = second_cell

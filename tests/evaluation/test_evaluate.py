@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -222,30 +219,19 @@ class Slow:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(folders: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(start_cdm, folders: list[str], tmp_path: Path) -> None:
     """SIGKILL in mid-suite, twice, then to the end: the same result, no item twice."""
     suite, out = tmp_path / "slow.yaml", tmp_path / "out"
     suite.write_text(f"adapter: {Path(__file__).name}:Slow\n")
     (tmp_path / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "cdm_toolkit.cli",
-        "eval",
-        "--suite",
-        suite,
-        "--model",
-        folders[0],
-        "-o",
-        out,
-    ]
+    command = ("eval", "--suite", suite, "--model", folders[0], "-o", out)
     for _ in range(2):
         before = len(kept(out, "slow")) if out.exists() else 0
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_cdm(*command)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and (not out.exists() or _whole_lines(out) < before + 4):
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         assert process.wait() == -signal.SIGKILL
     found = _whole_lines(out) - 1
     assert 6 <= found < 40

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +211,7 @@ def test_a_chat_template_holds_the_prompt(make: MakeSubject, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_equals_the_command_line_of_lm_eval_item_by_item(tmp_path: Path) -> None:
+def test_equals_the_command_line_of_lm_eval_item_by_item(start_module, tmp_path: Path) -> None:
     """The same task file, rows and model: every answer and every score."""
     from cdm_toolkit.evaluation.evaluate import load_subject
     from cdm_toolkit.evaluation.gsm8k import find_problems, write_task
@@ -230,10 +228,11 @@ def test_equals_the_command_line_of_lm_eval_item_by_item(tmp_path: Path) -> None
     folder.mkdir()
     name = write_task(folder, "gsm8k", find_problems(load_suite(path), ask), **settings).stem
     command = (
-        f"{sys.executable} -m lm_eval --model hf --model_args pretrained={student},dtype=float32 --device cpu "
-        f"--tasks {name} --include_path {folder} --batch_size 1 --log_samples --output_path {out}"
+        f"lm_eval --model hf --model_args pretrained={student},dtype=float32 --device cpu --tasks {name} "
+        f"--include_path {folder} --batch_size 1 --log_samples --output_path {out}"
     )
-    subprocess.run(command.split(), check=True, capture_output=True, timeout=300)
+    process = start_module(*command.split())
+    assert process.wait() == 0, process.communicate()
     (samples,) = out.rglob("samples_*.jsonl")
     theirs = {}
     for line in samples.read_text(encoding="utf-8").splitlines():
