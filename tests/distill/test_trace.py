@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,27 +26,31 @@ LOGITS = 2 * 4 * 1023 * 152_064
 LOGITS_T = 2 * 4 * 1023 * 128_256
 
 
+ACROSS = ("spelling", "cdm", "exact", "min-ed", "prefix", "uld", "alm", "gold")
+"""The methods for two tokenizers."""
+CASES: dict[str, dict[str, Any]] = {
+    "across": {"steps": ("sft", "sft of transformers", *ACROSS)},
+    "on another device": {"steps": ("spelling", "alm"), "teacher_on": ("cuda:1",)},
+    "on two devices": {"steps": ("spelling",), "teacher_on": ("cuda:1", "cuda:2")},
+    "one tokenizer": {"steps": ("sft", "kl", "reverse-kl", "jsd"), "same_tokenizer": True},
+}
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
     return device_library(tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture(scope="module")
-def across(library: Path | None) -> dict[str, dict[str, Any]]:
-    """Trace the methods for two tokenizers, and the steps to compare them with."""
-    steps = (
-        "sft",
-        "sft of transformers",
-        "spelling",
-        "cdm",
-        "exact",
-        "min-ed",
-        "prefix",
-        "uld",
-        "alm",
-        "gold",
-    )
-    return {traced["step"]: traced for traced in trace({"steps": steps, **SHALLOW}, library)}
+def traces(library: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """Trace all that is looked at here in one process, which takes seconds to start."""
+    return dict(zip(CASES, trace([case | SHALLOW for case in CASES.values()], library), strict=True))
+
+
+@pytest.fixture(scope="module")
+def across(traces: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Give the steps of two tokenizers by name."""
+    return {traced["step"]: traced for traced in traces["across"]}
 
 
 def in_step(traced: dict[str, Any]) -> int:
@@ -58,16 +61,16 @@ def no_more_than(step: dict[str, Any], base: dict[str, Any]) -> bool:
     return bool(step["peak"] <= 1.15 * base["peak"] and in_step(step) <= 1.15 * in_step(base))
 
 
-@pytest.mark.parametrize("name", ["spelling", "cdm", "exact", "min-ed", "prefix", "uld", "alm", "gold"])
+@pytest.mark.parametrize("name", ACROSS)
 def test_needs_no_more_memory_than_sft_and_the_teacher(name: str, across: dict[str, dict[str, Any]]) -> None:
     assert no_more_than(across[name], across["sft"])
 
 
 def test_a_teacher_on_another_device_is_there_alone(
-    across: dict[str, dict[str, Any]], library: Path | None
+    across: dict[str, dict[str, Any]], traces: dict[str, list[dict[str, Any]]]
 ) -> None:
     """Its weights once, and its logits; the student's device is as if there were no teacher, but for the signal."""
-    for step in trace({"steps": ("spelling", "alm"), "teacher_on": ("cuda:1",), **SHALLOW}, library):
+    for step in traces["on another device"]:
         here = across[step["step"]]
         (peak, before) = step["elsewhere"]["cuda:1"]
         assert before == step["teacher_weights"]
@@ -76,18 +79,16 @@ def test_a_teacher_on_another_device_is_there_alone(
         assert in_step(step) <= 1.01 * in_step(here)
 
 
-def test_layers_and_head_of_a_teacher_on_two_devices(library: Path | None) -> None:
+def test_layers_and_head_of_a_teacher_on_two_devices(traces: dict[str, list[dict[str, Any]]]) -> None:
     """Hidden states go to the head at the positions that are asked for alone, and no logits leave its device."""
-    (step,) = trace({"steps": ("spelling",), "teacher_on": ("cuda:1", "cuda:2"), **SHALLOW}, library)
+    (step,) = traces["on two devices"]
     layers, head = (step["elsewhere"][device] for device in ("cuda:1", "cuda:2"))
     assert layers[1] + head[1] == step["teacher_weights"]
     assert layers[0] - layers[1] < 0.5 * LOGITS_T < head[0] - head[1] < 1.25 * LOGITS_T
 
 
-def test_nor_do_methods_of_one_tokenizer(library: Path | None) -> None:
-    base, *steps = trace(
-        {"steps": ("sft", "kl", "reverse-kl", "jsd"), "same_tokenizer": True, **SHALLOW}, library
-    )
+def test_nor_do_methods_of_one_tokenizer(traces: dict[str, list[dict[str, Any]]]) -> None:
+    base, *steps = traces["one tokenizer"]
     assert all(no_more_than(step, base) for step in steps)
 
 
@@ -110,9 +111,9 @@ def test_peak_is_the_logits_and_their_gradient(across: dict[str, dict[str, Any]]
 
 
 BROKEN = """
-import ctypes, json, sys
-if sys.argv[1]:
-    ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+import ctypes, sys
+if sys.argv[2]:
+    ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
 import torch
 from benchmarks import _traced
 
@@ -136,21 +137,19 @@ for select in (looks, strays):
     try:
         _traced.traced("exact", _traced.Sizes(("exact",), layers_t=1, layers_s=1))
     except Exception as error:
-        print(type(error).__name__)
+        print("found:", type(error).__name__, file=sys.stderr)
+_traced.method = whole
+_traced.main()
 """
 
 
-def test_finds_a_look_at_values_and_a_tensor_that_strays(library: Path | None) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN, str(library or "")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(TOOLS), str(TOOLS.parent)))},
-    )
-    assert done.stdout.split() == ["DataDependentOutputException", "FakeTensorDeviceMismatchError"]
-
-
-def test_unknown_step(library: Path | None) -> None:
-    with pytest.raises(OSError, match="unknown method 'golf'"):
-        trace({"steps": ("golf",), **SHALLOW}, library)
+def test_finds_a_look_at_values_a_tensor_that_strays_and_an_unknown_step(
+    library: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "_traced.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(TOOLS), str(TOOLS.parent))))
+    monkeypatch.setattr("benchmarks.trace.HERE", tmp_path)
+    with pytest.raises(OSError, match="unknown method 'golf'") as caught:
+        trace([{"steps": ("golf",), **SHALLOW}], library)
+    found = [line.split()[1] for line in str(caught.value).splitlines() if line.startswith("found:")]
+    assert found == ["DataDependentOutputException", "FakeTensorDeviceMismatchError"]

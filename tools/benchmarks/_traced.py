@@ -1,4 +1,4 @@
-"""Trace training steps on CUDA tensors without data: run as a program, with a `Sizes` as JSON; prints JSON.
+"""Trace training steps on CUDA tensors without data: run as a program, with a list of `Sizes` as JSON; prints JSON.
 
 It is a program of its own because a CPU build of torch takes a backward pass over CUDA tensors only where
 `_fake_cuda.cpp` was loaded before it; `trace.py` does that.
@@ -352,8 +352,8 @@ def register_attention() -> None:
 
 def main() -> None:
     register_attention()
-    sizes = Sizes(**json.loads(sys.argv[1]))
-    json.dump([asdict(traced(name, sizes)) for name in sizes.steps], sys.stdout)
+    several = [Sizes(**given) for given in json.loads(sys.argv[1])]
+    json.dump([[asdict(traced(name, sizes)) for name in sizes.steps] for sizes in several], sys.stdout)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,16 @@ def run(options: argparse.Namespace) -> Report:
     full = sizes | {"layers_t": options.layers_t, "layers_s": options.layers_s}
     with tempfile.TemporaryDirectory() as folder:
         library = device_library(Path(folder))
-        across = trace({"steps": _steps()} | full, library)
-        shared = trace({"steps": SHARED, "same_tokenizer": True} | full, library)
-        shallow = trace({"steps": ("sft", "spelling", "gold"), "layers_t": 1, "layers_s": 1} | sizes, library)
-        on_policy = trace({"steps": (*ON_POLICY, "spelling")} | full, library)
-        single = trace({"steps": ("sft", "spelling"), "mixed": False} | full, library)
+        across, shared, shallow, single, on_policy = trace(
+            [
+                {"steps": _steps()} | full,
+                {"steps": SHARED, "same_tokenizer": True} | full,
+                {"steps": ("sft", "spelling", "gold"), "layers_t": 1, "layers_s": 1} | sizes,
+                {"steps": ("sft", "spelling"), "mixed": False} | full,
+                {"steps": (*ON_POLICY, "spelling")} | full,
+            ],
+            library,
+        )
     lines = [
         *_against("two tokenizers", across),
         *_largest(next(step for step in across if step["step"] == "spelling")),
@@ -146,14 +151,14 @@ def device_library(folder: Path) -> Path | None:
     return library
 
 
-def trace(sizes: Mapping[str, Any], library: Path | None) -> list[dict[str, Any]]:
-    """Trace the steps of `_traced.Sizes`, which are `sizes`; gives a `_traced.Traced` of each, as plain values.
+def trace(several: Sequence[Mapping[str, Any]], library: Path | None) -> list[list[dict[str, Any]]]:
+    """Trace the steps of several `_traced.Sizes`; gives a `_traced.Traced` of each step of each, as plain values.
 
     OSError with what FakeTensorMode says where a step mixes devices or looks at values.
     """
     path = os.pathsep.join((str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
-        [sys.executable, str(HERE / "_traced.py"), json.dumps(sizes), str(library or "")],
+        [sys.executable, str(HERE / "_traced.py"), json.dumps(several), str(library or "")],
         capture_output=True,
         text=True,
         check=False,
@@ -161,5 +166,5 @@ def trace(sizes: Mapping[str, Any], library: Path | None) -> list[dict[str, Any]
     )
     if done.returncode:
         raise OSError(f"a step cannot be traced:\n{done.stderr}")
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    found: list[list[dict[str, Any]]] = json.loads(done.stdout)
     return found
