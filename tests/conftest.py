@@ -165,6 +165,23 @@ globals().update({f"{name}_view": _fixture_of(name) for name in REAL})
 
 
 @pytest.fixture(scope="session")
+def cache_in() -> Callable[[Path], Path]:
+    """Give the function that makes a cache with nothing of its own: what is fetched and converted is the user's."""
+    from cdm_toolkit.artifacts.cache import cache_folder
+
+    users = cache_folder()
+
+    def make(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for name in ("wheels", "tokenizers", "models"):
+            (users / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(users / name)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def gsm8k_rows() -> list[dict[str, str]]:
     """Read GSM8K's test rows from the folder beside the repository."""
     import json

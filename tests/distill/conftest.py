@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,30 @@ class Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Make a teacher, a student and 24 rows."""
     from cdm_toolkit.hub.tiny_models import new_tiny_pair
 
     root = tmp_path_factory.mktemp("tiny")
     texts = sentences(300)
+    pair = new_tiny_pair(texts, root)
+    rows = [{"prompt": a, "completion": b} for a, b in zip(texts[:24], texts[24:48], strict=True)]
+    data = root / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Tiny(pair.teacher, pair.student, str(data))
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory, cache_in: Callable[[Path], Path]) -> Path:
+    return cache_in(tmp_path_factory.mktemp("distill") / "cache")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(shared_cache: Path) -> Iterator[None]:
+    """Keep the tables of tiny tokenizers out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CDM_CACHE", str(root / "cache"))
-        pair = new_tiny_pair(texts, root)
-        rows = [{"prompt": a, "completion": b} for a, b in zip(texts[:24], texts[24:48], strict=True)]
-        data = root / "rows.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        yield Tiny(pair.teacher, pair.student, str(data))
+        patch.setenv("CDM_CACHE", str(shared_cache))
+        yield
 
 
 @pytest.fixture

@@ -41,10 +41,10 @@ K = 64
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_caches(cache_in, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    monkeypatch.setenv("CDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("CDM_CACHE", str(cache_in(tmp_path_factory.mktemp("own") / "cache")))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
 
 

@@ -35,12 +35,6 @@ RISING: dict[str, Any] = {"lr": 1.0, "warmup_steps": 8, "schedule": "constant_wi
 """A learning rate that does good in the first two steps, and then harm."""
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tiny) -> None:
-    """Keep the tables of tiny tokenizers out of the user's cache."""
-    monkeypatch.setenv("CDM_CACHE", str(Path(tiny.data).parent / "cache"))
-
-
 @pytest.fixture
 def held(tmp_path: Path) -> str:
     """Write rows that no run trains on."""

@@ -28,6 +28,11 @@ pytestmark = pytest.mark.slow
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_cache() -> None:
+    """Take the user's, which may have the neighbour table of the real pair."""
+
+
 @dataclass(frozen=True, slots=True)
 class Models:
     """Both models, the method between them, 16 rows."""

@@ -43,12 +43,6 @@ from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.teachers import Local
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, tiny) -> None:
-    """Keep the tables of tiny tokenizers out of the user's cache."""
-    monkeypatch.setenv("CDM_CACHE", str(Path(tiny.data).parent / "cache"))
-
-
 def losses(result: RunResult) -> list[tuple[float, ...]]:
     return losses_of(result.losses)
 
