@@ -35,7 +35,7 @@ def own_cache() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Both models, the method between them, 16 rows."""
+    """Both models, the method between them, 8 rows."""
 
     student: torch.nn.Module
     teacher: Local
@@ -64,18 +64,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         model = load_model("smollm2")
     except SourceNotFound as error:
         pytest.skip(str(error))
-    lines = GSM8K.read_text(encoding="utf-8").splitlines()[:16]
+    lines = GSM8K.read_text(encoding="utf-8").splitlines()[:8]
     rows = [Row(i, r["question"], r["answer"]) for i, r in enumerate(map(json.loads, lines), 1)]
     pair = TokenizerPair(teacher.tokenizer, student.tokenizer)
     pair.neighbour_builder = load_or_build_neighbours
     features, counts = build_dataset(rows, pair.student, [TeacherSide(pair.teacher)])
-    assert counts.trained == 16
+    assert counts.trained == 8
     fresh = new_student(student, "10m", tmp_path_factory.mktemp("students") / "s")
     return Models(fresh, Local(model, vocab=pair.vocab_t), CDM(pair, top_k=100), list(features), {})
 
 
 def test_kd_alone_moves_the_student_and_only_the_student(models: Models) -> None:
-    for first in range(0, 16, 4):
+    for first in range(0, 8, 4):
         found = models.loss(*models.batch(models.features[first : first + 4]))
         models.student.zero_grad()
         found.kd.backward()
@@ -85,7 +85,7 @@ def test_kd_alone_moves_the_student_and_only_the_student(models: Models) -> None
         assert found.matched_mass.item() > 0.9
 
 
-@pytest.mark.parametrize("first", range(0, 16, 4))
+@pytest.mark.parametrize("first", range(0, 8, 4))
 def test_a_batch_of_4_is_four_batches_of_1(models: Models, first: int) -> None:
     rows = models.features[first : first + 4]
     with torch.no_grad():
