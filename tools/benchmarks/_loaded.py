@@ -1,4 +1,4 @@
-"""Load a model in a process of its own: run as a program, with the options of `load_model` as JSON; prints JSON.
+"""Load a model in processes of their own: a program that takes a list of options of `load_model` as JSON; prints JSON.
 
 On a device that is not here, tensors of FakeTensorMode take the place of those that would lie there; what the process
 itself takes on the way, such as the file's pages and what is read of it, is real. That needs what `_traced.py` needs.
@@ -111,8 +111,24 @@ def _highest(name: str) -> Iterator[list[int]]:
         thread.join()
 
 
+def alone(given: dict[str, Any]) -> dict[str, int]:
+    """Load a model in a process that is forked from this one, which has loaded torch and transformers. OSError."""
+    out, into = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(out)
+        if given.get("quantization"):
+            import bitsandbytes  # noqa: F401
+        with os.fdopen(into, "w") as answer:
+            json.dump(asdict(measured(given)), answer)
+        os._exit(0)
+    os.close(into)
+    with os.fdopen(out) as answer:
+        said = answer.read()
+    if os.waitpid(child, 0)[1]:
+        raise OSError(f"{given} cannot be loaded")
+    found: dict[str, int] = json.loads(said)
+    return found
+
+
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    if given.get("quantization"):
-        import bitsandbytes  # noqa: F401
-    json.dump(asdict(measured(given)), sys.stdout)
+    json.dump([alone(given) for given in json.loads(sys.argv[1])], sys.stdout)

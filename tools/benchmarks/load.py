@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ def run(options: argparse.Namespace) -> Report:
     lines, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
         library = device_library(Path(folder))
-        for kind, given in KINDS.items():
-            found = {name: size / MIB for name, size in load(options.model, library, **given).items()}
+        loaded = load(options.model, library, list(KINDS.values()))
+        for kind, sizes in zip(KINDS, loaded, strict=True):
+            found = {name: size / MIB for name, size in sizes.items()}
             figures = (found[name] for name in ("weights", "on_device", "peak_allocated", "peak"))
             rows.append((kind, *(f"{figure:,.0f}" for figure in figures)))
             own = 0 if found["on_device"] else found["weights"]
@@ -56,10 +57,13 @@ def run(options: argparse.Namespace) -> Report:
     return Report(title, facts, lines, [Grid("At the peak of loading", columns, rows)])
 
 
-def load(model: str, library: Path | None, **options: Any) -> dict[str, int]:
-    """Load a model in a process of its own; gives a `_loaded.Loaded` as plain values. OSError where that fails."""
+def load(model: str, library: Path | None, several: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
+    """Load a model with each of several options, in a process of its own each.
+
+    Gives a `_loaded.Loaded` for each as plain values. OSError where one fails.
+    """
     path = os.pathsep.join((str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")))
-    given = json.dumps({"name": model} | options)
+    given = json.dumps([{"name": model, **options} for options in several])
     done = subprocess.run(
         [sys.executable, str(HERE / "_loaded.py"), given, str(library or "")],
         capture_output=True,
@@ -75,5 +79,5 @@ def load(model: str, library: Path | None, **options: Any) -> dict[str, int]:
     )
     if done.returncode:
         raise OSError(f"{given} cannot be loaded:\n{done.stderr}")
-    found: dict[str, int] = json.loads(done.stdout)
+    found: list[dict[str, int]] = json.loads(done.stdout)
     return found
