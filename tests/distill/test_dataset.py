@@ -451,6 +451,8 @@ def test_several_processes_make_the_same(
     assert done == sorted(done)
     assert done[-1] == len(many)
     assert capfd.readouterr() == ("", ""), "nothing on the screen"
+    if start == "spawn":
+        return  # errors come back the same way, and processes take seconds to start
 
     monkeypatch.setattr(module, "_fingerprint", lambda *_: "a third")
     many[250] = Row(251, "", "no conversation")
