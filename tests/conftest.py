@@ -115,6 +115,25 @@ def _the_source_of_aliases_is_said() -> None:
     snapshots._process.said.add("")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _views_of_wheels_are_made_once() -> Iterator[None]:
+    """Keep the views that `load_tokenizer` makes of tokenizers in the user's cache, each a second of work."""
+    from cdm_toolkit.artifacts.cache import cache_folder
+    from cdm_toolkit.hub import tokenizers
+
+    made, built, kept = tokenizers.view_of, cache_folder() / "tokenizers", {}
+
+    def view_of(tokenizer: Any, name: str) -> TokenizerView:
+        folder = Path(tokenizer.name_or_path).resolve()
+        if folder.parent != built.resolve():
+            return made(tokenizer, name)
+        return kept.get((folder, name)) or kept.setdefault((folder, name), made(tokenizer, name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "view_of", view_of)
+        yield
+
+
 SHARED = Path(__file__).parents[2] / "shared"
 REAL = ("llama3", "qwen2", "gpt2", "opt", "smollm2", "mistral", "deepseek", "gemma2", "phi3", "llama2")
 # No wheel ships these; the folder beside the repository may.

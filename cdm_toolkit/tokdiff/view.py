@@ -83,6 +83,18 @@ def utf8(text: str) -> bytes:
         raise BadText(problem, "remove it, or decode the source with errors='replace'") from None
 
 
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause the garbage collector: a vocabulary is a million objects, all live, and making them takes a third less."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None = None) -> TokenizerView:
     """Make the view of a tokenizer.
 
@@ -90,14 +102,21 @@ def make_view(name: str, backend: Backend, special_map: Mapping[str, str] | None
     then on: truncation, padding and the trimming of offsets are turned off. Raises UnsupportedTokenizer.
     """
     try:
-        backend.no_truncation()
-        backend.no_padding()
-        with _garbage_collection_paused():
-            description: Description = json.loads(backend.to_str())
+        described = backend.to_str()
     except Exception as error:  # plain Exception is what the library raises for parts written in Python
         raise UnsupportedTokenizer(name, f"it does not describe itself: {error}") from None
+    return _view_as_described(name, backend, described, special_map or {})
+
+
+@_garbage_collection_paused()
+def _view_as_described(
+    name: str, backend: Backend, described: str, special_map: Mapping[str, str]
+) -> TokenizerView:
+    """Make the view of a tokenizer from what its `to_str` gives."""
+    description: Description = json.loads(described)
+    backend.no_truncation()
+    backend.no_padding()
     _disable_offset_trimming(backend, description)
-    special_map = special_map or {}
     scheme = scheme_of(description, name=name)
     table = list(token_bytes(description, name=name))
     special = {}
@@ -145,7 +164,8 @@ def view_of(tokenizer: Any, name: str) -> TokenizerView:
         fix = "load it with use_fast=True, or use a tokenizer that has a tokenizer.json"
         raise UnsupportedTokenizer(name, f"{type(tokenizer).__name__} has no fast backend", fix)
     special = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return make_view(name, Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), special)
+    described = tokenizer.backend_tokenizer.to_str()
+    return _view_as_described(name, Tokenizer.from_str(described), described, special)
 
 
 def _disable_offset_trimming(backend: Backend, description: Description) -> None:
@@ -162,18 +182,6 @@ def _disable_offset_trimming(backend: Backend, description: Description) -> None
     model = {"type": "BPE", "vocab": {}, "merges": []}
     minimal = {"added_tokens": [], "model": model, "post_processor": untrimmed}
     backend.post_processor = Tokenizer.from_str(json.dumps(minimal)).post_processor
-
-
-@contextmanager
-def _garbage_collection_paused() -> Iterator[None]:
-    """Pause the garbage collector; halves the time to parse a vocabulary, which is a million live objects."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _pruned(value: Any) -> Any:
