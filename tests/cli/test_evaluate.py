@@ -25,7 +25,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("models") / "student"
     try:
-        new_student("mistral", "3m", folder)
+        new_student("mistral", "2.6m", folder)
     except SourceNotFound as error:
         pytest.skip(f"no Mistral tokenizer here: {error}")
     return str(folder)

@@ -220,7 +220,7 @@ def test_equals_the_command_line_of_lm_eval_item_by_item(start_module, tmp_path:
 
     student, folder, out = tmp_path / "student", tmp_path / "task", tmp_path / "out"
     try:
-        new_student("mistral", "3m", student)
+        new_student("mistral", "2.6m", student)
     except SourceNotFound as error:
         pytest.skip(f"no Mistral tokenizer here: {error}")
     settings = {"fewshot": 3, "max_new_tokens": 24}

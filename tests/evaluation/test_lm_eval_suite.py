@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +18,22 @@ from cdm_toolkit.evaluation.item_store import open_items
 lm_eval_evaluator = pytest.importorskip("lm_eval.evaluator", reason="lm-eval is not installed")
 MakeSubject = Callable[..., Subject]
 TASK = "colours"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _the_tasks_of_lm_eval_are_indexed_once() -> Iterator[None]:
+    """Keep what its thousands of files say, which takes seconds to parse."""
+    from lm_eval.tasks._index import TaskIndex
+
+    build, own = TaskIndex.build, Path(lm_eval_evaluator.__file__).parent / "tasks"
+    index_of_own = cache(lambda: build([own]))
+
+    def with_own(paths: Sequence[Path]) -> dict[str, Any]:
+        return index_of_own() | build(paths[1:]) if paths[:1] == [own] else build(paths)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(with_own))
+        yield
 
 
 @pytest.fixture
