@@ -22,6 +22,7 @@ from cdm_toolkit.errors import BadArtifact, BadOption, Interrupted, ServerProble
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.tokenizers import load_tokenizer
 from cdm_toolkit.kd.method import methods
+from cdm_toolkit.teachers import scoring_client
 from cdm_toolkit.teachers.scoring_client import _Server
 
 from ..teachers.scoring_server import ScoringServer
@@ -214,7 +215,10 @@ def test_a_key_comes_from_the_environment_and_is_written_nowhere(
         assert path.is_dir() or b"s3cret-value" not in path.read_bytes(), path
 
 
-def test_failures_on_the_way_do_not_change_the_run(tiny, config, server, tmp_path: Path) -> None:
+def test_failures_on_the_way_do_not_change_the_run(
+    tiny, config, server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring_client, "FIRST_PAUSE", 0.05)
     local = losses(config({"output": str(tmp_path / "local")}))
 
     def fail() -> None:
@@ -323,7 +327,10 @@ def test_a_server_that_comes_back_with_another_model_is_found_out(
     assert no_threads()
 
 
-def test_a_run_that_lost_its_server_goes_on_with_the_same_bits(tiny, config, server, tmp_path: Path) -> None:
+def test_a_run_that_lost_its_server_goes_on_with_the_same_bits(
+    tiny, config, server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring_client, "FIRST_PAUSE", 0.05)
     whole = losses(config(served(tiny, server) | {"output": str(tmp_path / "whole")}, max_steps=6))
     server.delay = StopsAfter(server, len(server.scored) + 14, server.stop)
     settings = served(tiny, server, in_flight=4, patience=0.5)
