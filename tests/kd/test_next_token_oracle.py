@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from cdm_toolkit.alignment.aligners import TextAlignment
 from cdm_toolkit.kd import TokenizerPair, next_token_oracle
 from cdm_toolkit.kd.continuations import Continuations, ReadText
 from cdm_toolkit.kd.next_token_oracle import NextToken, NextTokenOracle
@@ -158,18 +159,26 @@ TEXT = (
 SAMPLES = 250
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["1-1", "1-n", "n-1", "inside"])
-def test_agrees_with_samples_of_a_real_teacher(kind: str) -> None:
-    """Whole continuations are sampled, and encoded with all of the text before."""
+@pytest.fixture(scope="module")
+def real() -> tuple[TokenizerPair, TextAlignment, ReadText]:
+    """Let SmolLM2 read the text."""
     from cdm_toolkit.hub.cut_vocabulary import load_cut
     from cdm_toolkit.hub.models import load_model
     from cdm_toolkit.hub.tokenizers import load_tokenizer
 
     pair = TokenizerPair.from_loaded(load_tokenizer("smollm2"), load_cut("gpt2", 6000))
     aligned = pair.align(TEXT)
-    ids_t, ids = aligned.t.ids.tolist(), aligned.s.ids.tolist()
-    read = ReadText(load_model("smollm2"), ids_t, vocab=pair.vocab_t)
+    return pair, aligned, ReadText(load_model("smollm2"), aligned.t.ids.tolist(), vocab=pair.vocab_t)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["1-1", "1-n", "n-1", "inside"])
+def test_agrees_with_samples_of_a_real_teacher(
+    kind: str, real: tuple[TokenizerPair, TextAlignment, ReadText]
+) -> None:
+    """Whole continuations are sampled, and encoded with all of the text before."""
+    pair, aligned, read = real
+    ids = aligned.s.ids.tolist()
     wanted = "1-n" if kind == "inside" else kind
     group = [each for each in aligned.alignment if each.kind == wanted and each.s0 > 12][1]
     position, after = group.s0 + (kind == "inside"), read.after(group.t0)
