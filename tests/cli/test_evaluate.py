@@ -25,7 +25,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("models") / "student"
     try:
-        new_student("mistral", "2.6m", folder)
+        new_student("smollm2", "200k", folder, entries=1100)
     except SourceNotFound as error:
         pytest.skip(f"no Mistral tokenizer here: {error}")
     return str(folder)
@@ -148,7 +148,7 @@ def test_an_output_that_cannot_be_written(cdm, student: str, rows: Path) -> None
 def test_a_model_that_does_not_fit(cdm, student: str, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cdm_toolkit.evaluation import memory
 
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**20)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**10)
     answer = cdm("eval", "--suite", "bpb", "--data", rows, "--model", student, "--device", "cpu")
     assert answer.status == 2
     assert "of memory in float32, 0.0 GiB are available on cpu" in answer.err

@@ -20,12 +20,12 @@ ROWS = 12
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory, real_view) -> str:
-    """Make a fresh small model with a real vocabulary."""
+    """Make a fresh small model with the first entries of a real vocabulary."""
     from cdm_toolkit.hub.students import new_student
 
     real_view("smollm2")
     folder = tmp_path_factory.mktemp("teacher")
-    new_student("smollm2", "3.3m", folder)
+    new_student("smollm2", "200k", folder, entries=1100)
     return str(folder)
 
 
@@ -97,7 +97,7 @@ def test_cache_and_info(cdm, words: list[str], tmp_path: Path) -> None:
     assert (about["tokens"], about["size"], about["k"]) == (said["tokens"], said["size"], 100)
     assert about["provenance"]["versions"]["cdm-toolkit"]
     shown = cdm("teacher", "info", tmp_path / "cached")
-    for fact in ("top 100 of 49,152 ids, float16", "3, all as they were written", "bytes a token"):
+    for fact in ("top 100 of 1,100 ids, float16", "3, all as they were written", "bytes a token"):
         assert fact in shown.out
 
 
@@ -110,7 +110,7 @@ def test_parts_say_what_is_left(cdm, words: list[str], tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "k too large": (["-k", "49153"], ["-k is 49153", "at most 49152"]),
+    "k too large": (["-k", "1101"], ["-k is 1101", "at most 1100"]),
     "k negative": (["-k", "-1"], ["k is -1"]),
     "no part": (["--shard", "5/4"], ["'5/4' is no part", "1/4"]),
     "part zero": (["--shard", "0/4"], ["is no part"]),
@@ -224,7 +224,7 @@ def test_what_cannot_be_converted(cdm, words: list[str], teacher: str, tmp_path:
     refused(cdm(*none, "--quantised", "--dtype", "float16"), "--dtype and --quantised do not go together")
     assert cdm(*convert).status == 0
     Path(made, "compression_config.yaml").write_text(
-        "d: 49152\nk: 20\nexact_k: 20\nresidual_bins: []\nzip: 1\n"
+        "d: 1100\nk: 20\nexact_k: 20\nresidual_bins: []\nzip: 1\n"
     )
     of_set = ["teacher", "convert", made, "-o", str(tmp_path / "back"), "--tokenizer", teacher]
     refused(cdm(*of_set), "compression_config.yaml has a fault: zip is no setting")
