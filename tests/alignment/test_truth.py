@@ -173,7 +173,7 @@ def test_multilingual(views: dict[str, TokenizerView], multilingual: list[str]) 
 def test_a_line_of_a_megabyte(views: dict[str, TokenizerView]) -> None:
     assert len(LONG_LINE.encode()) > 1_000_000
     pair = {name: views[name] for name in ("llama3", "mistral")}
-    assert not any(check(pair, [LONG_LINE]).values())
+    assert not any(check(pair, [LONG_LINE], both_ways=False).values())
 
 
 def test_a_lone_surrogate_is_refused(views: dict[str, TokenizerView]) -> None:
