@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from cdm_toolkit.compare.runner import cell_config
 from cdm_toolkit.compare.study import StudyConfig, cell_at, find_study, from_file, grid, list_studies
 from cdm_toolkit.errors import BadOption, BadSettings, FileProblem, UnknownName
 
@@ -204,3 +206,35 @@ def test_each_shipped_study_is_without_fault(shipped: str) -> None:
 
 def test_the_shipped_studies_are_these() -> None:
     assert {"quickstart-small", "transfer-small", "transfer-epoch"} <= list_studies().keys()
+
+
+def test_a_method_may_be_on_policy(file: Path, tmp_path: Path) -> None:
+    """Its teacher is then in memory, though the others read a cache; the rest of the run is the same."""
+    more = {"method": "spelling", "divergence": "reverse-kl", "on_policy": {"share": 1, "max_new_tokens": 8}}
+    methods = STUDY["methods"] | {"on-policy": more}
+    file.write_text(yaml.safe_dump(STUDY | {"methods": methods}, sort_keys=False), encoding="utf-8")
+    study = from_file(str(file))
+    entry = study.methods["on-policy"]
+    assert not entry.uses_cache
+    assert study.methods["spelling"].uses_cache
+    assert entry.options()["on_policy"]["max_new_tokens"] == 8
+    assert "on_policy" not in entry.default_options() | study.methods["spelling"].options()
+    shared: Any = SimpleNamespace(
+        student="smollm2", train=tmp_path / "rows", teacher_model=None, cache="cache"
+    )
+    one, other = (
+        cell_config(study, shared, cell_at(study, f"{name}-alpha0.5-seed0"), tmp_path)
+        for name in ("on-policy", "spelling")
+    )
+    assert one.on_policy is not None
+    assert one.on_policy.share == 1
+    assert (one.teachers[0].cache, other.teachers[0].cache) == (None, "cache")
+    assert other.on_policy is None
+    assert one.train == other.train
+
+
+def test_what_is_on_policy_needs_a_method(file: Path) -> None:
+    said = faults(file, "methods.sft.on_policy.share=1")
+    assert "on_policy has no use without a method: nobody judges the samples" in said
+    said = faults(file, "methods.spelling.on_policy.shares=1")
+    assert "shares is no setting, did you mean share?" in said

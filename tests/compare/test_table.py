@@ -125,3 +125,21 @@ def test_continuations_have_their_own_part(with_near: StudyResult, full_study: S
     ]
     assert found["agreement with the teacher", "inside"].written("spelling") == "0.617 ± 0.126"
     assert summarize(full_study).columns("continuations") == ()
+
+
+def test_sampling_has_a_cost_where_a_method_is_on_policy(full_study: StudyResult) -> None:
+    seconds = {"teacher": 0.3, "student": 0.5}
+    cells = tuple(
+        replace(
+            cell,
+            teacher_tokens=20_000,
+            seconds=seconds | {"sampling": 0.25 if cell.cell.method == "spelling" else 0.0},
+        )
+        for cell in full_study.cells
+    )
+    found = columns_of(replace(full_study, cells=cells))
+    assert found["cost", "s a step, sampling"].means["spelling"].value == 0.25
+    assert found["cost", "s a step, sampling"].means["sft"].value == 0
+    assert found["cost", "s a step, teacher"].means["sft"].value == 0.3
+    assert found["cost", "student's tokens"].means["sft"].value == 17_342
+    assert found["cost", "teacher's tokens"].written("spelling", spread=False) == "20,000"
