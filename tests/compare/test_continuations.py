@@ -107,4 +107,4 @@ def test_each_kind_has_the_bits_of_its_own_texts(small_models: Path) -> None:
 
 def test_nothing_said_is_no_figure() -> None:
     ratios = [measure.ratio for measure in MEASURES if measure.of_continuations]
-    assert [NOTHING.ratio(*ratio) for ratio in ratios] == [None, None, None]
+    assert [NOTHING.ratio(*ratio) for ratio in ratios] == [None] * 4
