@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -128,6 +130,20 @@ def logits_at(
     with head.register_forward_pre_hook(take):
         logits: Tensor = model(**inputs, use_cache=False).logits
     return logits.squeeze(0)
+
+
+@contextmanager
+def as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a model without gradients and dropout, and leave it and all random numbers as they were."""
+    training, of_python, of_numpy = model.training, random.getstate(), np.random.get_state()
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        model.train(training)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from cdm_toolkit.distill.heldout import BATCH
 from cdm_toolkit.distill.logs import SampleLog
 from cdm_toolkit.distill.output_folder import SAMPLES
 from cdm_toolkit.errors import BadArtifact, DoesNotSpell, UnsupportedTokenizer
+from cdm_toolkit.forward import as_it_was
 from cdm_toolkit.kd.aligned_rows import (
     AlignedRow,
     AlignedTeacherRow,
@@ -270,7 +271,7 @@ def sample_ids(
     new = [min(settings.max_new_tokens, max_length - len(prompt.ids)) for prompt in prompts]
     lengths = [len(prompt.ids) + count for prompt, count in zip(prompts, new, strict=True)]
     sampled: list[list[int]] = [[] for _ in prompts]
-    with _evaluating(model, device), torch.no_grad():
+    with as_it_was(model, device), _without_defaults(model):
         torch.manual_seed(seed)
         for batch in _together(model, lengths, new):
             ids, mask, _ = padded([prompts[nth].ids for nth in batch], ends[0] if ends else 0, "left")
@@ -352,22 +353,18 @@ class _Finite:
 
 
 @contextmanager
-def _evaluating(model: Any, device: torch.device) -> Iterator[None]:
-    """Put a model in evaluation mode, leave out what its checkpoint says of sampling, and keep random numbers."""
-    training = model.training
+def _without_defaults(model: Any) -> Iterator[None]:
+    """Leave out what a model's checkpoint says of sampling."""
     models = [
         model,
         *([model.get_base_model()] if hasattr(model, "get_base_model") else []),
     ]  # under adapters
     settings = [each.generation_config for each in models]
-    model.eval()
     for each in models:
         each.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
+        yield
     finally:
-        model.train(training)
         for each, its in zip(models, settings, strict=True):
             each.generation_config = its
 

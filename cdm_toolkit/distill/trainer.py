@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -49,7 +47,7 @@ from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.sharding import shard_frozen
 from cdm_toolkit.distill.step_times import StepTimes
 from cdm_toolkit.errors import BadArtifact, BadOption, NotFinite, ServerProblem, UnknownName
-from cdm_toolkit.forward import logits_at
+from cdm_toolkit.forward import as_it_was, logits_at
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
 from cdm_toolkit.kd.method import Method, Teacher
@@ -617,7 +615,7 @@ class DistillTrainer(Trainer):
         """Compute the objective over the held-out rows as if they were one step, without a trace in training."""
         assert self.heldout is not None
         began, model = perf_counter(), self.model_wrapped
-        with _as_it_was(model, self.args.device):
+        with as_it_was(model, self.args.device):
             sums = self._heldout_sums(model, self.heldout).tolist()
         self._times.begin(None)
         self._times.take()
@@ -827,20 +825,6 @@ def _counts(part: WeightedBatch) -> list[int]:
     """Count the labels of a batch that have a cross-entropy, and the groups of each teacher."""
     labels = len(part.batch.labels) if part.samples is None else 0
     return [labels, *(side.groups for side in part.batch.teachers)]
-
-
-@contextmanager
-def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a model without gradients and dropout, and leave it and all random numbers as they were."""
-    training, of_python, of_numpy = model.training, random.getstate(), np.random.get_state()
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        model.train(training)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
 
 
 class _AfterStep(TrainerCallback):
