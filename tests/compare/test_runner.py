@@ -103,7 +103,7 @@ def copied(done: StudyFolder, tmp_path: Path) -> StudyFolder:
 
 def figures(result: CellResult) -> CellResult:
     """Take what must be the same wherever a cell is run: not its costs, and not the paths among its settings."""
-    return replace(result, step_seconds=0.0, peak_memory=0, settings={})
+    return replace(result, step_seconds=0.0, peak_memory=0, settings={}, seconds={})
 
 
 # A teacher that is trained first
@@ -513,10 +513,18 @@ def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
     }
 
 
-# All cells, in processes of their own
+# All cells, in processes of their own; `test_docs_kd` has one that is started as a user's
+
+
+@pytest.fixture
+def cells_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import forked_cells
+
+    monkeypatch.setattr(run_module, "subprocess", forked_cells.module())
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cells_are_forked")
 def test_a_study_runs_what_is_missing(
     make: Callable[..., StudyConfig], study: StudyConfig, copied: StudyFolder
 ) -> None:
@@ -547,9 +555,11 @@ def test_a_study_runs_what_is_missing(
 
 
 @pytest.fixture
-def started(start_cdm: Callable[..., Started]) -> Callable[..., Started]:
-    """Give the function that goes on with a study in a process of its own."""
-    return lambda folder, *words: start_cdm("compare", folder.study_file, "-o", folder.path, *words)
+def started(start_module: Callable[..., Started]) -> Callable[..., Started]:
+    """Give the function that goes on with a study in a process of its own, which forks those of cells."""
+    return lambda folder, *words: start_module(
+        "forked_cells", "compare", folder.study_file, "-o", folder.path, *words
+    )
 
 
 @pytest.mark.slow
@@ -571,7 +581,7 @@ def half_done(
     make: Callable[..., StudyConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[StudyConfig, StudyFolder]:
     """Run the first of two cells that are long enough to be stopped in."""
-    study = make("steps=150", "methods={sft: {seeds: [0, 1]}}", "default=sft")
+    study = make("steps=60", "methods={sft: {seeds: [0, 1]}}", "default=sft")
     folder = claimed(study, tmp_path_factory.mktemp("half") / "out")
     run_cell(study, folder, 0)
     return study, folder
@@ -609,6 +619,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cells_are_forked")
 def test_a_killed_study_goes_on(
     second_cell: tuple[StudyConfig, StudyFolder, Started],
 ) -> None:

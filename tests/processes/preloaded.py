@@ -10,8 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 SETTINGS = {
@@ -67,23 +69,54 @@ class Started:
         return self.out.read_text(encoding="utf-8"), self.err.read_text(encoding="utf-8")
 
 
-def start(command: Sequence[object], out: Path, err: Path, environment: Mapping[str, str]) -> Started:
-    """Run a module with arguments, as `python -m` does, in this folder and with its output in two files."""
+def start(
+    command: Sequence[object],
+    out: Path,
+    err: Path,
+    environment: Mapping[str, str],
+    *,
+    given: Connection | None = None,
+    own_session: bool = False,
+) -> Started:
+    """Run a module with arguments, as `python -m` does, in this folder and with its output in two files.
+
+    It reads `given` as its standard input. A process that was started here may start others.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with patch.dict(os.environ, SETTINGS):
         forkserver.ensure_running()
     out.touch()
     err.touch()
-    given = (list(map(str, command)), str(Path.cwd()), str(out), str(err), dict(environment) | SETTINGS)
-    process = context.Process(target=_run, args=given)
+    words, variables = list(map(str, command)), dict(environment) | SETTINGS
+    settings = (_server._forkserver_address, words, str(Path.cwd()), str(out), str(err), variables)
+    process = context.Process(target=_run, args=(*settings, given, own_session))
     process.start()
     return Started(process, out, err)
 
 
-def _run(command: list[str], folder: str, out: str, err: str, environment: dict[str, str]) -> None:
+_server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+
+
+def _run(
+    server: str,
+    command: list[str],
+    folder: str,
+    out: str,
+    err: str,
+    environment: dict[str, str],
+    given: Connection | None,
+    own_session: bool,
+) -> None:
+    _server._forkserver_address, _server.ensure_running = server, lambda: None
+    forkserver.ensure_running = _server.ensure_running
+    if own_session:
+        os.setsid()
     for file, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(file, os.O_WRONLY), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    if given is not None:
+        os.dup2(given.fileno(), 0)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # it was closed  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
