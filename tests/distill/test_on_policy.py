@@ -49,7 +49,7 @@ from cdm_toolkit.kd import ExactMatch, Spelling, TokenizerPair
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.rows import Message, Row
 from cdm_toolkit.kd.tokenized_rows import TeacherSide, tokenize_prompts, tokenize_rows, tokenizer_side
-from cdm_toolkit.teachers import Local
+from cdm_toolkit.teachers import Local, scoring_client
 
 PAIRS = [
     ("smollm2", "qwen2"),
@@ -504,6 +504,7 @@ def test_a_run_that_loses_its_server_keeps_the_samples_of_the_step(config, tiny,
     with served_by(tiny) as (server, teacher):
         whole = run(config(settings | teacher | {"output": str(tmp_path / "whole")}, **more))
     with served_by(tiny) as (server, teacher):
+        teacher["teachers"][0] |= {"patience": 0.5}
         chosen = config(settings | teacher, **more)
         real = DistillTrainer._answered
 
@@ -514,6 +515,7 @@ def test_a_run_that_loses_its_server_keeps_the_samples_of_the_step(config, tiny,
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DistillTrainer, "_answered", lost)
+            patch.setattr(scoring_client, "FIRST_PAUSE", 0.05)
             with pytest.raises(ServerProblem):
                 run(chosen)
     with served_by(tiny) as (server, teacher):
