@@ -1,13 +1,14 @@
 """Run the released TRL with losses of the toolkit: docs/how-to/train-in-trl.md, and what has to be equal.
 
-    python gold_in_trl.py PAGE
+    python gold_in_trl.py PAGE FOLDER
 
-Works in the current folder. Writes what it found as JSON.
+Works in the folder. Writes what it found as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -217,6 +218,7 @@ def chats() -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.chdir(sys.argv[2])
     with redirect_stdout(sys.stderr):
         for seed, made in enumerate(MODELS.items()):
             make_model(*made, seed)

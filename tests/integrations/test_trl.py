@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unicodedata import normalize
 
+import preloaded
 import pytest
 import torch
 from hypothesis import given, settings
@@ -360,22 +361,14 @@ def found(trl_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> di
             load_tokenizer(name)
         except SourceNotFound as error:
             pytest.skip(str(error))
-    page = ROOT / "docs" / "how-to" / "train-in-trl.md"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("gold_in_trl.py"), page],
-        cwd=tmp_path_factory.mktemp("trl"),
-        env=os.environ
-        | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{trl_environment}",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results: dict[str, Any] = json.loads(done.stdout)
+    folder = tmp_path_factory.mktemp("trl")
+    searched = map(str, (ROOT, trl_environment, Path(__file__).parent))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(searched), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["gold_in_trl", ROOT / "docs" / "how-to" / "train-in-trl.md", folder]
+    done = preloaded.start(command, folder / "out.json", folder / "err.txt", environment)
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    results: dict[str, Any] = json.loads(out)
     return results
 
 

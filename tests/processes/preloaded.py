@@ -120,5 +120,6 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     module, *sys.argv[1:] = command
     runpy.run_module(module, run_name="__main__", alter_sys=True)
