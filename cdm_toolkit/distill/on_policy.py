@@ -343,9 +343,9 @@ class _Finite:
         self._all = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(self, ids: Tensor, scores: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        bad = scores.isnan().any() | (scores == torch.inf).any()
-        self._all &= bad.logical_not()
-        return torch.where(bad, torch.zeros_like(scores), scores)
+        finite = scores.sum().isfinite()  # one pass: what is not finite stays so in a sum
+        self._all &= finite
+        return torch.where(finite, scores, 0.0)
 
     @property
     def all(self) -> bool:
