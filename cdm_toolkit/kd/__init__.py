@@ -2,8 +2,8 @@
 
 >>> from cdm_toolkit import kd
 >>> list(kd.methods())  # doctest: +NORMALIZE_WHITESPACE
-['alm', 'byte-marginal', 'cdm', 'exact', 'gold', 'likelihood', 'min-ed', 'prefix', 'simct', 'spelling', 'uld',
- 'x-token', 'jsd', 'kl', 'reverse-kl']
+['alm', 'byte-marginal', 'cdm', 'exact', 'gold', 'likelihood', 'min-ed', 'prefix', 'sampled-reverse-kl', 'simct',
+ 'spelling', 'uld', 'x-token', 'jsd', 'kl', 'reverse-kl']
 """
 
 from cdm_toolkit.kd.alm import ALM

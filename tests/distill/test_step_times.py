@@ -17,9 +17,9 @@ def times(monkeypatch: pytest.MonkeyPatch) -> StepTimes:
 
 
 def test_a_part_lasts_until_the_next(times: StepTimes) -> None:
-    for part in ("data", "student", "teacher", "student", "optimizer", None, "data", None):
+    for part in ("sampling", "data", "student", "teacher", "student", "optimizer", None, "data", None):
         times.begin(part)
-    assert times.take() == {"data": 2, "teacher": 1, "student": 2, "optimizer": 1}
+    assert times.take() == {"data": 2, "teacher": 1, "student": 2, "optimizer": 1, "sampling": 1}
 
 
 def test_what_is_taken_is_gone_and_what_runs_is_not(times: StepTimes) -> None:
@@ -29,7 +29,7 @@ def test_what_is_taken_is_gone_and_what_runs_is_not(times: StepTimes) -> None:
     assert times.take()["data"] == 1
     times.begin(None)
     times.begin(None)
-    assert times.take() == {"data": 0, "teacher": 0, "student": 1, "optimizer": 0}
+    assert times.take() == {"data": 0, "teacher": 0, "student": 1, "optimizer": 0, "sampling": 0}
 
 
 @pytest.mark.gpu
