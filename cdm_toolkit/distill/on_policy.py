@@ -97,18 +97,17 @@ class OnPolicy:
     max_length: int
     seed: int
     markers: re.Pattern[str] | None = field(init=False)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash the ids of the prompts, by their numbers."""
-        digest = hashlib.sha256()
-        for number, prompt in sorted(self.prompts.items()):
-            digest.update(number.to_bytes(8, "big") + prompt.ids.tobytes())
-        return digest.hexdigest()
+    """Special tokens of the teachers."""
+    fingerprint: str = field(init=False)
+    """Of the prompts: a hash of their numbers and ids."""
 
     def __post_init__(self) -> None:
         views = [teacher.side.view for teacher in self.teachers]
+        digest = hashlib.sha256()
+        for number, prompt in sorted(self.prompts.items()):
+            digest.update(number.to_bytes(8, "big") + prompt.ids.tobytes())
         object.__setattr__(self, "markers", special_texts(views))
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
 
     def chosen(self, numbers: Sequence[int], step: int, batch: int) -> list[bool]:
         """Choose the rows of a batch that are sampled: `share` of those that have a prompt.
@@ -355,10 +354,8 @@ class _Finite:
 @contextmanager
 def _without_defaults(model: Any) -> Iterator[None]:
     """Leave out what a model's checkpoint says of sampling."""
-    models = [
-        model,
-        *([model.get_base_model()] if hasattr(model, "get_base_model") else []),
-    ]  # under adapters
+    under_adapters = [model.get_base_model()] if hasattr(model, "get_base_model") else []
+    models = [model, *under_adapters]
     settings = [each.generation_config for each in models]
     for each in models:
         each.generation_config = GenerationConfig()

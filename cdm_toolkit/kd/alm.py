@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cdm_toolkit.kd.divergences import NOTHING, group_sums
+from cdm_toolkit.kd.divergences import NOTHING
+from cdm_toolkit.kd.group_likelihoods import every_token, log_likelihoods
 from cdm_toolkit.kd.method import Method
 from cdm_toolkit.kd.settings import MethodSettings, setting
 from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal
@@ -47,19 +48,13 @@ class ALM(Method[ALMSettings, Tensor]):
     reads_student_tokens = True
 
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[Tensor]:
-        assert student.token_rows is not None
-        assert student.token_ids is not None
-        assert student.token_group is not None
-        return LogprobRequest(student.token_rows, student.token_ids, student.token_group)
+        return every_token(student)
 
     def loss(
         self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[Tensor], signal: TeacherSignal
     ) -> KDSums:
-        assert signal.token_logprobs is not None
-        assert signal.token_group is not None
-        groups = len(signal.top.ids)
-        likelihood = group_sums(signal.token_logprobs, signal.token_group, groups)
-        student = self._log_chance(group_sums(logprobs, request.state, groups))
+        likelihood, of_student = log_likelihoods(logprobs, request, signal)
+        student = self._log_chance(of_student)
         return KDSums(
             kd=binary_kl(self._log_chance(likelihood), student).sum(),
             matched_mass=likelihood.exp().sum(),

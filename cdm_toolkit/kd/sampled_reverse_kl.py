@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from cdm_toolkit.kd.divergences import NOTHING, group_sums
+from cdm_toolkit.kd.divergences import NOTHING
+from cdm_toolkit.kd.group_likelihoods import every_token, log_likelihoods
 from cdm_toolkit.kd.method import Method
 from cdm_toolkit.kd.settings import MethodSettings, setting
 from cdm_toolkit.kd.types import KDSums, LogprobRequest, StudentLogits, TeacherSignal
@@ -48,20 +49,13 @@ class SampledReverseKL(Method[SampledReverseKLSettings, Tensor]):
     samples_alone = True
 
     def select(self, student: StudentLogits, signal: TeacherSignal) -> LogprobRequest[Tensor]:
-        assert student.token_rows is not None
-        assert student.token_ids is not None
-        assert student.token_group is not None
-        return LogprobRequest(student.token_rows, student.token_ids, student.token_group)
+        return every_token(student)
 
     def loss(
         self, logprobs: Float[Tensor, " pick"], request: LogprobRequest[Tensor], signal: TeacherSignal
     ) -> KDSums:
-        assert signal.token_logprobs is not None
-        assert signal.token_group is not None
-        groups = len(signal.top.ids)
         of_teacher, of_student = (
-            group_sums(each, group, groups).clamp(min=NOTHING)
-            for each, group in ((signal.token_logprobs, signal.token_group), (logprobs, request.state))
+            each.clamp(min=NOTHING) for each in log_likelihoods(logprobs, request, signal)
         )
         return KDSums(
             kd=huber_loss(of_student, of_teacher, delta=self.settings.clip, reduction="sum"),
