@@ -14,7 +14,7 @@ import numpy as np
 from cdm_toolkit.distill.dataset import RowCounts
 from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import training_arguments
+from cdm_toolkit.distill.training_arguments import training_arguments
 
 if TYPE_CHECKING:
     from jaxtyping import Int64

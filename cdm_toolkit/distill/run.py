@@ -24,7 +24,8 @@ from cdm_toolkit.distill.prepare import OnProgress, Prepared, Progress, prepare
 from cdm_toolkit.distill.settings import DistillConfig
 from cdm_toolkit.distill.sharding import check_launch, is_sharded
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
+from cdm_toolkit.distill.trainer import DistillTrainer
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.errors import BadOption, FileProblem, Interrupted, ServerProblem
 from cdm_toolkit.hub.models import model_folder_to_fill, save_model
 from cdm_toolkit.hub.upload import check_login, upload

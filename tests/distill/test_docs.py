@@ -9,7 +9,7 @@ from typing import Any
 
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.teacher_settings import ACROSS_TOKENIZERS, TeacherConfig
-from cdm_toolkit.distill.trainer import training_arguments
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.kd.method import Method, methods
 from cdm_toolkit.kd.settings import fields_of
 

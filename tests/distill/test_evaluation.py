@@ -24,7 +24,8 @@ from cdm_toolkit.distill.prepare import Progress, prepare
 from cdm_toolkit.distill.run import RunResult, run
 from cdm_toolkit.distill.settings import DistillConfig, from_mapping
 from cdm_toolkit.distill.sources import Rows, read_rows
-from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
+from cdm_toolkit.distill.trainer import DistillTrainer
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.errors import BadArtifact, BadOption, BadRow, BadSettings, FileProblem
 from cdm_toolkit.kd.rows import Row

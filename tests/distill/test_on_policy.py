@@ -40,7 +40,8 @@ from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.run import RunResult, run
 from cdm_toolkit.distill.settings import DistillConfig, OnPolicyConfig, from_mapping
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
+from cdm_toolkit.distill.trainer import DistillTrainer
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.errors import BadArtifact, BadOption, BadSettings, NotFinite, ServerProblem, SourceNotFound
 from cdm_toolkit.hub.models import load_model, save_model
 from cdm_toolkit.hub.students import new_student

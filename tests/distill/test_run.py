@@ -27,7 +27,8 @@ from cdm_toolkit.distill.prepare import Progress, prepare
 from cdm_toolkit.distill.run import RunResult, run
 from cdm_toolkit.distill.settings import SourceConfig, from_mapping
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import Mixture, training_arguments
+from cdm_toolkit.distill.trainer import Mixture
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.errors import (
     BadArtifact,
     BadOption,

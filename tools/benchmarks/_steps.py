@@ -14,7 +14,8 @@ from benchmarks.distill import SAMPLE, TEACHER
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.sources import Rows
-from cdm_toolkit.distill.trainer import asked_ahead, training_arguments
+from cdm_toolkit.distill.trainer import asked_ahead
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.distill.write_teacher_cache import CacheSettings, write_cache
 from cdm_toolkit.hub.students import transplant
 from cdm_toolkit.hub.tokenizers import load_tokenizer

@@ -21,7 +21,8 @@ from benchmarks._report import Line, Report, medians, once
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.sources import Rows, read_rows
-from cdm_toolkit.distill.trainer import DistillTrainer, training_arguments
+from cdm_toolkit.distill.trainer import DistillTrainer
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.forward import logits_at
 from cdm_toolkit.hub.models import load_model
 from cdm_toolkit.hub.students import new_student

@@ -24,7 +24,7 @@ from cdm_toolkit import kd
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.sources import Rows, read_rows
-from cdm_toolkit.distill.trainer import training_arguments
+from cdm_toolkit.distill.training_arguments import training_arguments
 from cdm_toolkit.errors import MissingExtra
 from cdm_toolkit.hub.models import model_folder
 from cdm_toolkit.hub.students import new_student, transplant
