@@ -342,20 +342,20 @@ def _teacher(study: StudyConfig, shared: Path, on_stage: OnStage) -> str:
 
         on_stage("training the teacher", 0, 1)
         own = study.teacher_run.model_dump(exclude_unset=True)
-        settings = run_settings(study, study.teacher, shared / TRAIN_FILE, folder, own)
+        settings = run_settings(study, study.teacher, shared / TRAIN_FILE, folder, study.steps, own)
         run(from_mapping(settings, source="the teacher's training"), overwrite=True)
     return str(folder)
 
 
 def run_settings(
-    study: StudyConfig, model: str, rows: Path, output: Path, train: Mapping[str, Any]
+    study: StudyConfig, model: str, rows: Path, output: Path, steps: int, train: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write down a run on the study's rows for its steps, with settings of training that are its own."""
+    """Write down a run on the study's rows for so many steps, with settings of training that are its own."""
     return {
         "student": model,
         "data": {"path": str(rows), "max_length": study.max_length},
         "output": str(output),
-        "train": {**train, "max_steps": study.steps, "save_every": 0, "group_by_length": False},
+        "train": {**train, "max_steps": steps, "save_every": 0, "group_by_length": False},
     }
 
 

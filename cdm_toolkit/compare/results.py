@@ -93,7 +93,7 @@ def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command:
         "trained on": _counted(shared.counts),
         **held_out,
         "passed over": too_long if shared.passed_over else "",
-        "steps": f"{study.steps} of {study.rows_per_step} rows, {_tokens(results)}",
+        "steps": f"{_steps(study)}, {_tokens(results)}",
         "seeds": ", ".join(map(str, study.seeds)),
         "machine": "; ".join(dict.fromkeys(stored.machine for stored in cells)),
         "code": _versions(cells),
@@ -106,6 +106,11 @@ def _facts(study: StudyConfig, shared: Shared, cells: Sequence[Stored], command:
 
 def _counted(rows: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} ({count} rows)" for kind, count in rows.items())
+
+
+def _steps(study: StudyConfig) -> str:
+    own = [f"{entry.steps} with {name}" for name, entry in study.methods.items() if entry.steps is not None]
+    return f"{study.steps} of {study.rows_per_step} rows" + (f" ({', '.join(own)})" if own else "")
 
 
 def _tokens(cells: Sequence[CellResult]) -> str:

@@ -97,8 +97,9 @@ def run_cell(
 
 def cell_config(study: StudyConfig, shared: Shared, cell: Cell, output: Path) -> DistillConfig:
     """Write down the run of a cell."""
-    own = {"log_every": max(1, study.steps // LINES_OF_LOG)} | study.run.model_dump(exclude_unset=True)
-    run = run_settings(study, shared.student, shared.train, output, own | {"seed": cell.seed})
+    steps = study.steps_of(cell.method)
+    own = {"log_every": max(1, steps // LINES_OF_LOG)} | study.run.model_dump(exclude_unset=True)
+    run = run_settings(study, shared.student, shared.train, output, steps, own | {"seed": cell.seed})
     entry = study.methods[cell.method]
     teacher, _ = entry.resolved()
     if teacher:

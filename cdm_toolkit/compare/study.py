@@ -164,6 +164,8 @@ class MethodConfig(Settings):
     """Weight of cross-entropy; the preset's or the study's without it."""
     seeds: Seeds | None = None
     """The study's without it."""
+    steps: Count | None = None
+    """The study's without it. What a student samples is longer or shorter than rows: equal tokens want other steps."""
     on_policy: OnPolicyConfig | None = None
     """Learn from texts that the student samples, as `on_policy` of a run: the teacher is then in memory."""
 
@@ -174,7 +176,7 @@ class MethodConfig(Settings):
             return {}
         if isinstance(given, Mapping) and (shared := [name for name in given if name in _shared_names()]):
             raise ValueError(
-                f"{', '.join(shared)}: the cells of a study share data and steps, teacher and student; "
+                f"{', '.join(shared)}: the cells of a study share data, teacher and student; "
                 "set it for the whole study, or leave it out"
             )
         return given
@@ -283,8 +285,8 @@ class StudyConfig(Settings):
     run: TrainConfig = TrainConfig()
     """Of training, for all cells."""
     teacher_run: TrainConfig | None = None
-    """Train the teacher on the rows first, by cross-entropy, for as many steps: its settings of training. None, as it
-    is without it, lets it teach as it is."""
+    """Train the teacher on the rows first, by cross-entropy, for the study's steps: its settings of training. None, as
+    it is without it, lets it teach as it is."""
     threads: Count = 1
     """Of a cell: with as many, a cell that is run again gives the same bits."""
     measures: tuple[Text, ...] = MEASURES
@@ -373,6 +375,10 @@ class StudyConfig(Settings):
         """Give the weight of cross-entropy of a method as such."""
         own = self.methods[method].resolved()[1]
         return self.alpha if own is None else own
+
+    def steps_of(self, method: str) -> int:
+        """Give the steps of a method, its own or the study's."""
+        return self.methods[method].steps or self.steps
 
     @property
     def rings(self) -> dict[Ring, Mapping[str, TextConfig]]:

@@ -150,6 +150,9 @@ class StudyFolder:
         if differing := _named(differences(entry.default_options() | dict(found.options), entry.options())):
             problem = f"it was trained with other options: {differing}"
             raise BadArtifact(file, problem, f"give the method another name, or {again}")
+        if (steps := found.result.steps) != (wanted := study.steps_of(cell.method)):
+            problem = f"it was trained for {steps:,} steps, not for {wanted:,}"
+            raise BadArtifact(file, problem, f"give the method another name, or {again}")
         return replace(found, result=replace(found.result, cell=cell))
 
     def read_cells(self, study: StudyConfig, cells: Iterable[Cell]) -> dict[Cell, Stored]:

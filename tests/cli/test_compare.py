@@ -177,7 +177,7 @@ def test_a_study_that_cannot_begin_takes_no_folder(
         (["--cell", "1", "--list"], "--cell and --list do not go together"),
         (["--report", "--overwrite"], "--overwrite and --report do not go together"),
         (["--set", "steps"], "KEY=VALUE"),
-        (["--set", "methods.exact.lr=1"], "the cells of a study share data and steps"),
+        (["--set", "methods.exact.lr=1"], "the cells of a study share data, teacher and student"),
         (["--workers", "0"], "--workers"),
     ],
 )

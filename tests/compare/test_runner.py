@@ -485,6 +485,18 @@ def test_unequal_work_is_told(study: StudyConfig, copied: StudyFolder) -> None:
     assert result.facts["unequal work"] == line
 
 
+def test_a_method_may_have_steps_of_its_own(make: Callable[..., StudyConfig], copied: StudyFolder) -> None:
+    study = make("methods.twice={steps: 6}")
+    result = put_together(study, copied, command="x")
+    assert result.facts["steps"].startswith("3 of 2 rows (6 with twice), ")
+    twice = run_cell(study, copied, [cell.method for cell in grid(study)].index("twice"))
+    assert twice.steps == 6
+    assert twice.tokens > result.cells[0].tokens
+    (steps, tokens) = uneven(put_together(study, copied, command="x").cells)
+    assert steps == "seed 0 has unequal steps: 3 by sft, exact, cdm, spelling; 6 by twice"
+    assert tokens.startswith("seed 0 has unequal tokens")
+
+
 def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
     result = put_together(study, done, command="cdm compare small.yaml")
     assert (

@@ -129,8 +129,8 @@ def test_a_place_that_is_a_file(tmp_path: Path, study: StudyConfig) -> None:
         StudyFolder(tmp_path / "out").claim(study)
 
 
-THE_SAME = from_file("quickstart-small", ["methods.spelling.top_k=64"])
-"""A study whose method cdm is that of `stored`."""
+THE_SAME = from_file("quickstart-small", ["methods.spelling.top_k=64", "steps=60"])
+"""A study whose method spelling is that of `stored`."""
 
 
 @pytest.fixture
@@ -166,6 +166,15 @@ def test_a_cell_with_other_options_is_told(
     with pytest.raises(
         BadArtifact, match=f"{told}; give the method another name, or run it again with `cell=0`"
     ):
+        folder.read_cell(other, stored.result.cell)
+
+
+@pytest.mark.parametrize("steps", ["steps=61", "methods.spelling.steps=61"])
+def test_a_cell_with_other_steps_is_told(folder: StudyFolder, stored: Stored, steps: str) -> None:
+    folder.write_cell(stored)
+    other = from_file("quickstart-small", ["methods.spelling.top_k=64", "steps=60", steps])
+    told = "trained for 60 steps, not for 61; give the method another name, or run it again with `cell=0`"
+    with pytest.raises(BadArtifact, match=told):
         folder.read_cell(other, stored.result.cell)
 
 
