@@ -368,6 +368,13 @@ def _print_plan(config: DistillConfig, planned: Plan, as_json: bool) -> None:
     shown.add_row(
         "tokens", f"{planned.tokens_an_epoch:,} an epoch, {planned.labels_an_epoch:,} of them trained on"
     )
+    if (sampling := planned.sampling) is not None:
+        after = "" if sampling.buffer_steps == 1 else f", drawn for {sampling.buffer_steps} steps at once"
+        shown.add_row(
+            "samples",
+            f"{sampling.per_step:,.3g} a step of at most {sampling.tokens:,} tokens{after}, "
+            f"after {sampling.prompts:,} prompts",
+        )
     if planned.evaluations:
         shown.add_row("evaluations", f"{planned.evaluations:,}, of {planned.held_out:,} held-out rows")
     shown.add_row("CE, nats a token", f"{planned.ce:.4f} on {planned.looked_at} rows")

@@ -109,6 +109,10 @@ class OnPolicy:
         object.__setattr__(self, "markers", special_texts(views))
         object.__setattr__(self, "fingerprint", digest.hexdigest())
 
+    def room(self, prompt: Prompt) -> int:
+        """Give the most tokens that a sample after a prompt has."""
+        return _room(prompt, self.settings, self.max_length)
+
     def chosen(self, numbers: Sequence[int], step: int, batch: int) -> list[bool]:
         """Choose the rows of a batch that are sampled: `share` of those that have a prompt.
 
@@ -267,7 +271,7 @@ def sample_ids(
     """
     device = next(model.parameters()).device
     ends = ends_of(side, model)
-    new = [min(settings.max_new_tokens, max_length - len(prompt.ids)) for prompt in prompts]
+    new = [_room(prompt, settings, max_length) for prompt in prompts]
     lengths = [len(prompt.ids) + count for prompt, count in zip(prompts, new, strict=True)]
     sampled: list[list[int]] = [[] for _ in prompts]
     with as_it_was(model, device), _without_defaults(model):
@@ -287,6 +291,10 @@ def sample_ids(
                 until = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
                 sampled[nth] = row[: min(until, new[nth])]
     return sampled
+
+
+def _room(prompt: Prompt, settings: OnPolicyConfig, max_length: int) -> int:
+    return min(settings.max_new_tokens, max_length - len(prompt.ids))
 
 
 def _together(model: Any, lengths: Sequence[int], new: Sequence[int]) -> Iterator[list[int]]:

@@ -47,6 +47,19 @@ class TeacherPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """What the student samples in a run that is on-policy."""
+
+    prompts: int
+    """Rows whose prompt leaves room for a sample."""
+    per_step: float
+    """Samples of a step, in the mean."""
+    tokens: int
+    """Of a sample, at most."""
+    buffer_steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A run before it starts. `memory` estimates in bytes what lies in memory at the height of a step."""
 
@@ -68,6 +81,7 @@ class Plan:
     held_out: int = 0
     """Rows that are evaluated."""
     evaluations: int = 0
+    sampling: SamplingPlan | None = None
 
 
 def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> Plan:
@@ -87,13 +101,16 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
     steps = config.train.max_steps or math.ceil(config.train.epochs * steps_an_epoch)
     lengths, labels = prepared.features.student_lengths[epoch], prepared.features.label_counts[epoch]
     trained = [p for p in prepared.student.parameters() if p.requires_grad]
+    rows_per_step = (
+        round(len(epoch) / batches * batches_per_step)
+        if config.train.batch_tokens
+        else config.train.batch_size * batches_per_step
+    )
     return Plan(
         rows=prepared.counts,
         steps=steps,
         steps_an_epoch=steps_an_epoch,
-        rows_per_step=round(len(epoch) / batches * batches_per_step)
-        if config.train.batch_tokens
-        else config.train.batch_size * batches_per_step,
+        rows_per_step=rows_per_step,
         tokens_an_epoch=int(lengths.sum()),
         labels_an_epoch=int(labels.sum()),
         parameters=sum(p.numel() for p in prepared.student.parameters()),
@@ -105,6 +122,20 @@ def plan(config: DistillConfig, *, on_progress: OnProgress = lambda _: None) -> 
         warnings=(*prepared.warnings, *_low(teachers)),
         held_out=len(prepared.heldout.features) if prepared.heldout else 0,
         evaluations=math.ceil(steps / config.eval.every) if config.eval else 0,
+        sampling=_sampling(prepared, rows_per_step),
+    )
+
+
+def _sampling(prepared: Prepared, rows_per_step: int) -> SamplingPlan | None:
+    on_policy = prepared.on_policy
+    if on_policy is None:
+        return None
+    settings, prompts = on_policy.settings, len(on_policy.prompts)
+    return SamplingPlan(
+        prompts=prompts,
+        per_step=settings.share * rows_per_step * prompts / len(prepared.features),
+        tokens=max(on_policy.room(prompt) for prompt in on_policy.prompts.values()),
+        buffer_steps=settings.buffer_steps,
     )
 
 
@@ -172,10 +203,16 @@ def _memory(prepared: Prepared) -> Iterator[tuple[str, int]]:
     wide = 2 if config.train.weights == "bfloat16" else 4
     yield "gradients", wide * trained
     yield "optimizer (AdamW)", 2 * wide * trained
-    lengths, many = np.sort(prepared.features.student_lengths), config.train.batch_size
+    lengths, labels = prepared.features.student_lengths, prepared.features.label_counts
+    many = config.train.batch_size
     if config.train.batch_tokens:
-        many = max(1, config.train.batch_tokens // int(lengths[-1]))
-    longest, labels = lengths[-many:], np.sort(prepared.features.label_counts)[-many:]
+        many = max(1, config.train.batch_tokens // int(lengths.max()))
+    if (on_policy := prepared.on_policy) is not None and on_policy.settings.share > 0:
+        prompts = on_policy.prompts.values()  # a sample may be longer than the rows
+        new = np.array([on_policy.room(prompt) for prompt in prompts])
+        whole = new + [len(prompt.ids) for prompt in prompts]
+        lengths, labels = np.append(lengths, whole), np.append(labels, new)
+    longest, labels = np.sort(lengths)[-many:], np.sort(labels)[-many:]
     shape, tokens = student.config, int(longest.max()) * len(longest)
     kept = 1 if config.train.gradient_checkpointing else ACTIVATIONS
     yield "student activations", kept * mixed * tokens * shape.hidden_size * shape.num_hidden_layers

@@ -36,6 +36,7 @@ from cdm_toolkit.distill.on_policy import (
     sample_ids,
 )
 from cdm_toolkit.distill.output_folder import last_checkpoint
+from cdm_toolkit.distill.plan import plan
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.run import RunResult, run
 from cdm_toolkit.distill.settings import DistillConfig, OnPolicyConfig, from_mapping
@@ -460,6 +461,18 @@ def test_a_part_of_the_rows_is_sampled(config) -> None:
         assert len(records) == 4
         assert len({record["row"] for record in records}) == 2
         assert len({record["completion"] for record in records}) > 2, "samples of one prompt are not the same"
+
+
+def test_a_plan_counts_the_samples(config) -> None:
+    settings = {"share": 0.5, "max_new_tokens": 90, "buffer_steps": 2}
+    plain, planned = plan(config(batch_size=4)), plan(config({"on_policy": settings}, batch_size=4))
+    assert plain.sampling is None
+    assert planned.sampling is not None
+    assert (planned.sampling.per_step, planned.sampling.buffer_steps) == (2, 2)
+    assert planned.sampling.prompts == plain.rows.trained
+    assert planned.sampling.tokens == 90
+    height = "student logits and their gradient"
+    assert planned.memory[height] > plain.memory[height], "no answer in the data has 90 tokens"
 
 
 def _dies_before_the_step(config: DistillConfig, step: int) -> None:
