@@ -63,11 +63,6 @@ PAIRS = [
 """Students and teachers."""
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tiny) -> None:
-    monkeypatch.setenv("CDM_CACHE", str(Path(tiny.data).parent / "cache"))
-
-
 @cache
 def loaded(name: str) -> Any:
     try:
