@@ -258,3 +258,13 @@ def start_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def start_cdm(start_module: Callable[..., Started]) -> Callable[..., Started]:
     """Give the function that runs `cdm` with arguments in a process of its own."""
     return partial(start_module, "cdm_toolkit.cli")
+
+
+@pytest.fixture
+def cells_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start the cells of a study as `start_module` starts processes; `test_docs_kd` has one as a user's."""
+    import forked_cells
+
+    from cdm_toolkit.compare import runner
+
+    monkeypatch.setattr(runner, "subprocess", forked_cells.module())

@@ -198,7 +198,7 @@ def test_drawing_is_possible_before_anything_is_run(cdm, study: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("cells_are_forked")
 def test_a_study_with_a_cell_that_fails(cdm, study: Path, output: Path) -> None:
     words = ["--set", "methods.kl={method: kl}", "--overwrite"]
     answer = cdm("compare", study, "-o", output, *words)

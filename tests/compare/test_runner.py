@@ -528,13 +528,6 @@ def test_what_a_reader_must_know(study: StudyConfig, done: StudyFolder) -> None:
 # All cells, in processes of their own; `test_docs_kd` has one that is started as a user's
 
 
-@pytest.fixture
-def cells_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    import forked_cells
-
-    monkeypatch.setattr(run_module, "subprocess", forked_cells.module())
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("cells_are_forked")
 def test_a_study_runs_what_is_missing(
