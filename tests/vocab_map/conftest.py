@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
+from cdm_toolkit.artifacts.maps import load_table, save_table
 from cdm_toolkit.tokdiff.view import TokenizerView
 from cdm_toolkit.tokdiff.vocabulary import SpecialToken
 from cdm_toolkit.vocab_map.exact import build_exact
@@ -64,11 +67,18 @@ def random_view(toy_view: ToyView) -> Callable[[random.Random, str, int], Tokeni
 
 @pytest.fixture(scope="session")
 def smollm2_to_mistral(
-    smollm2_view: TokenizerView, mistral_view: TokenizerView
+    smollm2_view: TokenizerView, mistral_view: TokenizerView, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[VocabMap, NeighbourTable]:
-    """Build what contextual selection needs for two real tokenizers."""
+    """Build what contextual selection needs for two real tokenizers, once for all processes of tests."""
     exact = build_exact(smollm2_view, mistral_view)
-    return exact, build_neighbours(smollm2_view, mistral_view, match_digits=False, workers=2)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    file = folder / "smollm2-to-mistral.safetensors"
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            save_table(file, build_neighbours(smollm2_view, mistral_view, match_digits=False, workers=2))
+        return exact, load_table(file, smollm2_view, mistral_view)
 
 
 @pytest.fixture
