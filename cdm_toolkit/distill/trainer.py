@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from cdm_toolkit.distill.generate import NotFiniteLogits
 from cdm_toolkit.distill.logs import (
     EvalLog,
     SampleLog,
@@ -31,7 +32,6 @@ from cdm_toolkit.distill.logs import (
 )
 from cdm_toolkit.distill.on_policy import (
     Drawn,
-    NotFiniteLogits,
     OnPolicy,
     Sample,
     SampleLogprobs,

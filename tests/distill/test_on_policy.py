@@ -24,16 +24,15 @@ from scoring_server import ScoringServer
 from torch import nn
 
 from cdm_toolkit.distill import on_policy as module
+from cdm_toolkit.distill.generate import Prompt, sample_ids
 from cdm_toolkit.distill.logs import StepLog
 from cdm_toolkit.distill.on_policy import (
     Drawn,
     OnPolicy,
-    Prompt,
     Sample,
     add_samples,
     keep_samples_until,
     prompts_of,
-    sample_ids,
 )
 from cdm_toolkit.distill.output_folder import last_checkpoint
 from cdm_toolkit.distill.plan import plan

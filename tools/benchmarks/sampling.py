@@ -15,7 +15,8 @@ from benchmarks import _steps
 from benchmarks._report import Line, Report
 from benchmarks.distill import TEACHER
 from cdm_toolkit.batching import padded
-from cdm_toolkit.distill.on_policy import OnPolicy, ends_of, seed_of
+from cdm_toolkit.distill.generate import ends_of, seed_of
+from cdm_toolkit.distill.on_policy import OnPolicy
 from cdm_toolkit.distill.prepare import prepare
 from cdm_toolkit.distill.settings import from_mapping
 from cdm_toolkit.distill.sources import Rows
