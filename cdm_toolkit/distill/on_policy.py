@@ -41,6 +41,7 @@ from cdm_toolkit.kd.tokenized_rows import (
 
 if TYPE_CHECKING:
     from cdm_toolkit.distill.settings import OnPolicyConfig
+    from cdm_toolkit.distill.vllm_server import VLLMServer
     from cdm_toolkit.kd.batch import AlignedBatch
     from cdm_toolkit.kd.types import TeacherSignal
 
@@ -80,6 +81,8 @@ class OnPolicy:
     template: TemplateName
     max_length: int
     seed: int
+    server: VLLMServer | None = None
+    """What samples in place of `generate`."""
     markers: re.Pattern[str] | None = field(init=False)
     """Special tokens of the teachers."""
     fingerprint: str = field(init=False)
@@ -111,14 +114,23 @@ class OnPolicy:
     def draw(
         self, model: Any, batches: Sequence[Sequence[int]], step: int, process: int, processes: int
     ) -> list[Drawn]:
-        """Sample for batches of rows, whose numbers are given, in one of several processes. NotFiniteLogits."""
+        """Sample for batches of rows, whose numbers are given, in one of several processes.
+
+        NotFiniteLogits; of a server, whose weights have to be written before, also ServerProblem and Stopped.
+        """
         chosen = [
             self.chosen(numbers, step, nth * processes + process) for nth, numbers in enumerate(batches)
         ]
         wanted = [self._wanted(*each) for each in zip(batches, chosen, strict=True)]
         prompts = [self.prompts[number] for numbers in wanted for number in numbers]
         seed = seed_of(self.seed, step, process)
-        ids = iter(sample_ids(model, prompts, self.settings, self.student, self.max_length, seed))
+        if self.server is None:
+            found = sample_ids(model, prompts, self.settings, self.student, self.max_length, seed)
+        else:
+            found = self.server.sample(
+                model, prompts, self.settings, self.student, self.max_length, step, seed
+            )
+        ids = iter(found)
         return [
             Drawn(tuple(numbers), tuple(which), tuple((number, tuple(next(ids))) for number in own))
             for numbers, which, own in zip(batches, chosen, wanted, strict=True)

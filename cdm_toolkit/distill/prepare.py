@@ -24,6 +24,7 @@ from cdm_toolkit.distill.sharding import device_to_load_on, is_sharded
 from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.teacher_settings import PLACEMENT
 from cdm_toolkit.distill.trainer import DistillTrainer, Heldout, Mixture, TeacherObjective
+from cdm_toolkit.distill.vllm_server import VLLMServer
 from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, ModelNotLoaded, NothingToTrain
 from cdm_toolkit.forward import keeps_rows_apart
 from cdm_toolkit.hub.models import (
@@ -136,6 +137,8 @@ class Prepared:
     ) -> DistillTrainer:
         for teacher in self.served:
             teacher.stopping = stopping
+        if self.on_policy is not None and self.on_policy.server is not None:
+            self.on_policy.server.stopping = stopping
         return DistillTrainer(
             self.student,
             arguments,
@@ -241,6 +244,8 @@ def _prepared(
     student = models.student
     _check(student, config.student, student_tokenizer, [each.student_lengths for each in read])
     on_policy = _on_policy(config, rows, features, student_side, sides, models)
+    if on_policy is not None and on_policy.server is not None:
+        opened.callback(on_policy.server.close)
     data = _Data(rows, others, read, models, connections, sets, keep_answers, resumed)
     objectives = tuple(
         _objective(nth, pair, tokenizer, data)
@@ -310,8 +315,29 @@ def _on_policy(
         if teacher.kind == "local":  # nobody knows how many tokens a sample is for a teacher
             check_positions(models.teacher(nth), teacher.model, data.max_length, option="max_length")
     return OnPolicy(
-        settings, prompts, student, tuple(teachers), data.template, data.max_length, config.train.seed
+        settings,
+        prompts,
+        student,
+        tuple(teachers),
+        data.template,
+        data.max_length,
+        config.train.seed,
+        _vllm_server(config, longest),
     )
+
+
+def _vllm_server(config: DistillConfig, longest: int) -> VLLMServer | None:
+    """Connect to the server that samples, if one does. BadOption, ServerProblem."""
+    settings = config.on_policy
+    if settings is None or settings.engine != "vllm":
+        return None
+    if config.train.lora is not None:
+        allowed = "transformers where adapters are trained: the server reads whole weights"
+        raise BadOption("on_policy.engine", "vllm", allowed)
+    folder = Path(settings.weights or Path(config.output) / "weights-for-vllm")
+    server = VLLMServer(settings, config.student, folder)
+    server.connect(longest)
+    return server
 
 
 def _of_samples(

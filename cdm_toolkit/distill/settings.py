@@ -21,12 +21,12 @@ from cdm_toolkit.artifacts.settings import (
     read_yaml,
     with_settings,
 )
-from cdm_toolkit.distill.teacher_settings import ACROSS_TOKENIZERS, TeacherConfig
+from cdm_toolkit.distill.teacher_settings import ACROSS_TOKENIZERS, Server, TeacherConfig
 from cdm_toolkit.errors import UnknownName
 from cdm_toolkit.hub.models import resolve_device, resolve_dtype
 from cdm_toolkit.kd.method import find_method
 from cdm_toolkit.kd.rows import Learn
-from cdm_toolkit.kd.settings import fields_of
+from cdm_toolkit.kd.settings import Fault, Faults, fields_of
 from cdm_toolkit.kd.tokenized_rows import TemplateName
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -147,6 +147,9 @@ class EvalConfig(_Rows):
         return self
 
 
+OF_A_SERVER_THAT_SAMPLES = {"url", "weights", "api_key_env", "timeout", "patience"}
+
+
 class OnPolicyConfig(Settings):
     """Let the student sample completions of the data's prompts, and learn from what the teachers say of these
     (on-policy distillation: GKD, arXiv 2306.13649). CE is of the data's own completions alone."""
@@ -164,6 +167,31 @@ class OnPolicyConfig(Settings):
     buffer_steps: Count = 1
     """Steps whose samples are drawn together, from the student as it is before the first: more at once is faster, and
     the later ones are of an earlier student."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: `generate` in the run's own processes, or a vLLM server that reads the student's weights anew
+    before each draw."""
+    url: Server | None = None
+    """Of engine vllm: the server, such as http://localhost:8000."""
+    weights: Text | None = None
+    """Of engine vllm: folder that the student's weights are written to, and that the server sees under the same path;
+    in the output folder unless given."""
+    api_key_env: Text | None = None
+    """Of engine vllm: name of the environment variable that holds the server's key, where it asks for one."""
+    timeout: Positive = 600.0
+    """Of engine vllm: seconds after which a sample is given up, and the draw begun anew."""
+    patience: Positive = 300.0
+    """Of engine vllm: seconds to wait for a server that does not sample, before the run stops with a checkpoint."""
+
+    @model_validator(mode="after")
+    def _has_a_server(self) -> OnPolicyConfig:
+        if self.engine == "vllm":
+            if self.url is None:
+                raise Faults([Fault("url", "is missing: engine vllm needs the address of its server")])
+        elif given := sorted(self.model_fields_set & OF_A_SERVER_THAT_SAMPLES):
+            raise Faults(
+                [Fault(name, "is of engine vllm: set `engine: vllm`, or leave it out") for name in given]
+            )
+        return self
 
 
 class LoraConfig(Settings):

@@ -45,7 +45,7 @@ from cdm_toolkit.distill.output_folder import check_seal, last_checkpoint, seal_
 from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.sharding import shard_frozen
 from cdm_toolkit.distill.step_times import StepTimes
-from cdm_toolkit.errors import BadArtifact, NotFinite, ServerProblem
+from cdm_toolkit.errors import BadArtifact, FileProblem, NotFinite, ServerProblem
 from cdm_toolkit.forward import as_it_was, logits_at
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from cdm_toolkit.distill.dataset_store import AlignedDataset
     from cdm_toolkit.distill.heldout import SomeRows, Spelled
     from cdm_toolkit.distill.settings import EvalConfig
+    from cdm_toolkit.distill.vllm_server import VLLMServer
     from cdm_toolkit.kd.aligned_rows import AlignedRow
 
 
@@ -316,7 +317,10 @@ class DistillTrainer(Trainer):
         if self.stopped_by is not None:
             return [], torch.zeros(1 + len(self.objectives), device=device)
         self._taken = []
-        batches, _ = super().get_batch_samples(self._batches, num_batches, device)
+        try:
+            batches, _ = super().get_batch_samples(self._batches, num_batches, device)
+        except (Stopped, ServerProblem) as problem:  # of the server that samples
+            self.stopped_by, batches = problem, []
         if not self._answered(batches):
             return [], torch.zeros(1 + len(self.objectives), device=device)
         counts = torch.tensor(
@@ -332,7 +336,8 @@ class DistillTrainer(Trainer):
 
         It is then between two steps, in all processes: its checkpoint is one like any other.
         """
-        if not any(isinstance(each.teacher, Served) for each in self.objectives):
+        samples = self.on_policy is not None and self.on_policy.server is not None
+        if not samples and not any(isinstance(each.teacher, Served) for each in self.objectives):
             return True
         self._times.begin("teacher")
         try:
@@ -397,6 +402,8 @@ class DistillTrainer(Trainer):
         self._times.begin("sampling")
         began, student = perf_counter(), _unwrapped(self.accelerator.unwrap_model(self.model_wrapped))
         step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
+        if on_policy.server is not None:
+            self._renew(on_policy.server, student)
         try:
             with self.accelerator.autocast():
                 self._pending.extend(on_policy.draw(student, numbers, step, process, processes))
@@ -405,6 +412,20 @@ class DistillTrainer(Trainer):
         self._times.begin("data")
         tokens = sum(len(ids) for drawn in self._pending for _, ids in drawn.samples)
         self._drawn += np.array([tokens, perf_counter() - began])
+
+    def _renew(self, server: VLLMServer, student: Any) -> None:
+        """Let the first process give the server the weights of the step. Its errors; Stopped in the others."""
+        problem: Exception | None = None
+        if self.args.process_index == 0:
+            try:
+                server.renew(student, self.state.global_step)
+            except (FileProblem, ServerProblem, Stopped) as found:
+                problem = found
+        failed = torch.tensor(float(problem is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            failed = self.accelerator.reduce(failed, "sum")
+        if failed:
+            raise problem or Stopped()
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Estimate what the student computes for a batch."""

@@ -278,7 +278,7 @@ class ScoringClient:
         except (TimeoutError, self._httpx.TimeoutException):
             raise _Failed(f"took more than {self.settings.timeout:g} s") from None
         except self._httpx.RequestError as error:
-            raise _Failed(f"cannot be reached ({_why(error)})") from None
+            raise _Failed(f"cannot be reached ({why(error)})") from None
         finally:
             server.busy -= 1
         if answer.status_code >= 500 or answer.status_code in (408, 425, 429):
@@ -354,7 +354,7 @@ def _not_answering(url: str, reason: str) -> ServerProblem:
     return ServerProblem(url, reason, "start it, or check `url`")
 
 
-def _why(error: BaseException | None) -> str:
+def why(error: BaseException | None) -> str:
     """Say in a few words why a connection failed: the system's reason, where there is one."""
     said = str(error) or type(error).__name__
     while error is not None:

@@ -20,6 +20,11 @@ vLLM, POST /v1/completions
                     `stream` with prompt_logprobs; a prompt as long as the context is told that max_tokens is 0. 404
                     NotFoundError for another model; 401 {"error": "Unauthorized"} for paths under /v1 without the key.
   use_beam_search   gives no prompt log-probabilities (null).
+  sampling          temperature (0: the likeliest), top_p, seed, stop_token_ids, max_tokens. With return_token_ids
+                    choices[i].token_ids are those that were sampled, the one that ends it among them; with logprobs 0
+                    logprobs.token_logprobs are theirs, before temperature.
+  weights           with VLLM_SERVER_DEV_MODE=1: POST /collective_rpc {"method": "reload_weights", "kwargs":
+                    {"weights_path": folder}} → {"results": [null]}, POST /reset_prefix_cache; else HTTP 404.
   others            GET /v1/models (id, root, max_model_len), /version, /health (empty); POST /tokenize ({prompt,
                     add_special_tokens} → {tokens, count, max_model_len, token_strs}), /detokenize ({tokens} →
                     {prompt}). A connection is closed after 5 idle seconds (so SGLang's).
@@ -59,6 +64,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Condition, Event, Lock, Thread
 from typing import Any, Literal
 
@@ -121,6 +127,14 @@ class ScoringServer:
     """Answer for other ids than those asked for."""
     cut_answers: bool = False
     hang: bool = False
+
+    dev_mode: bool = False
+    """Take weights while it runs."""
+    keeps_weights: bool = False
+    """Say that they were taken, and keep those that were there."""
+    generated: list[list[int]] = field(default_factory=list, init=False)
+    reloaded: list[str] = field(default_factory=list, init=False)
+    """Folders of weights that were read."""
 
     requests: list[Request] = field(default_factory=list, init=False)
     answered: list[Request] = field(default_factory=list, init=False)
@@ -254,6 +268,11 @@ class ScoringServer:
             }
         if path == "/detokenize":
             return {"prompt": self.tokenizer.decode(body["tokens"])}
+        if self.dev_mode and path == "/reset_prefix_cache":
+            return None
+        if self.dev_mode and path == "/collective_rpc" and body["method"] == "reload_weights":
+            self._reload(body["kwargs"]["weights_path"])
+            return {"results": [None]}
         raise Refused(404, {"detail": "Not Found"})
 
     # vLLM
@@ -292,7 +311,45 @@ class ScoringServer:
         except ValueError as error:
             raise _vllm_error(str(error)) from None
 
+    def _reload(self, folder: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if not Path(folder, "config.json").is_file():
+            raise Refused(500, {"error": {"message": f"Cannot find any model weights with `{folder}`"}})
+        self.reloaded.append(folder)
+        if not self.keeps_weights:
+            read = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+            with self._model_lock:
+                self.model.load_state_dict(read)
+
+    def _sampled(self, prompt: list[int], body: Any) -> dict[str, Any]:
+        """Sample as vLLM does, one token after the other."""
+        random, ids, scores = torch.Generator().manual_seed(body["seed"] % 2**63), list(prompt), []
+        ended = False
+        while not ended and len(ids) - len(prompt) < body["max_tokens"]:
+            logprobs = self._logprobs(ids)[-1]
+            if body["temperature"] == 0:
+                token = int(logprobs.argmax())
+            else:
+                shares, order = (logprobs / body["temperature"]).softmax(-1).sort(descending=True)
+                shares[shares.cumsum(0) - shares > body["top_p"]] = 0
+                token = int(order[torch.multinomial(shares, 1, generator=random)])
+            ids.append(token)
+            scores.append(float(logprobs[token]))
+            ended = token in body["stop_token_ids"]
+        new = ids[len(prompt) :]
+        self.generated.append(new)
+        return {
+            "index": 0,
+            "text": "" if self.tokenizer is None else self.tokenizer.decode(new),
+            "logprobs": {"token_logprobs": scores},
+            "finish_reason": "stop" if ended else "length",
+            "token_ids": new,
+        }
+
     def _choice(self, index: int, ids: list[int], body: Any, k: int | None) -> dict[str, Any]:
+        if "stop_token_ids" in body:
+            return self._sampled(ids, body)
         logprobs = self._logprobs(ids)
         following = int(logprobs[-1].argmax())
         echoed = "" if self.tokenizer is None or not body.get("echo") else self.tokenizer.decode(ids)
