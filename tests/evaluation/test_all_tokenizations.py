@@ -19,8 +19,8 @@ ROUNDING = 1e-4
 """Bits that two sums over float32 logits of other batches may differ by."""
 REAL = (
     "Natalia sold clips to 48 of her friends in April.",
-    "Return a copy of the string s with the leading whitespace removed.",
-    "Zażółć gęślą jaźń, said the linguistically overqualified hippopotamus.",
+    "Return a copy of the string s without blanks.",
+    "Zażółć gęślą jaźń, said the hippopotamus.",
 )
 
 

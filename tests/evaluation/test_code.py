@@ -69,21 +69,15 @@ def off_by_one(suite: Any) -> Callable[[Sequence[str]], list[str]]:
     return lambda prompts: [answers[prompt].replace("return ", "return 'wrong', ") for prompt in prompts]
 
 
-def nothing_or(other: Callable[[Sequence[str]], list[str]]) -> Callable[[Sequence[str]], list[str]]:
-    """Give programs that return nothing, and every other time another program."""
-    return lambda prompts: [
-        program if nth % 2 else "    return None\n" for nth, program in enumerate(other(prompts))
-    ]
-
-
 @pytest.mark.slow
 def test_all_reference_solutions_pass_and_nothing_else_does() -> None:
     suite: Any = open_suite("code", Ask(**ALLOWED))
     assert len(suite.contents.keys) == 164
     assert scored(suite, gold(suite))[0] == {"pass@1": 1.0}
-    values, items = scored(suite, nothing_or(off_by_one(suite)))
+    some: Any = open_suite("code", Ask(**ALLOWED, limit=60))
+    values, items = scored(some, off_by_one(some))
     assert values == {"pass@1": 0.0}
-    assert {item.details["reason"] for item in items[::2]} <= {"failed", "raised"}
+    assert {item.details["reason"] for item in items} <= {"failed", "raised"}
 
 
 def test_the_first_tasks() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -69,6 +69,15 @@ class Started:
         return self.out.read_text(encoding="utf-8"), self.err.read_text(encoding="utf-8")
 
 
+def serve() -> ForkServerContext:
+    """See that the process is there that others are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, SETTINGS):
+        forkserver.ensure_running()
+    return context
+
+
 def start(
     command: Sequence[object],
     out: Path,
@@ -82,10 +91,7 @@ def start(
 
     It reads `given` as its standard input. A process that was started here may start others.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with patch.dict(os.environ, SETTINGS):
-        forkserver.ensure_running()
+    context = serve()
     out.touch()
     err.touch()
     words, variables = list(map(str, command)), dict(environment) | SETTINGS
