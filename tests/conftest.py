@@ -116,12 +116,29 @@ def _the_source_of_aliases_is_said() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _views_of_wheels_are_made_once() -> Iterator[None]:
-    """Keep the views that `load_tokenizer` makes of tokenizers in the user's cache, each a second of work."""
+def _tokenizers_of_wheels_are_read_once() -> Iterator[None]:
+    """Keep what `load_tokenizer` makes of files in the user's cache, each a second of work: views as they are, and
+    tokenizers until somebody changes one."""
     from cdm_toolkit.artifacts.cache import cache_folder
     from cdm_toolkit.hub import tokenizers
 
     made, built, kept = tokenizers.view_of, cache_folder() / "tokenizers", {}
+    read, known = tokenizers._fast_tokenizer, dict[Path, tuple[Any, Any]]()
+
+    def state(tokenizer: Any) -> Any:
+        own = {name: value for name, value in vars(tokenizer).items() if name != "_tokenizer"}
+        backend = tokenizer.backend_tokenizer
+        parts = (backend.truncation, backend.padding, backend.post_processor)
+        return str(own), len(tokenizer), str(parts)
+
+    def fast_tokenizer(name: str, folder: Path) -> Any:
+        place = folder.resolve()
+        if place.parent != built.resolve():
+            return read(name, folder)
+        if place not in known or state(known[place][0]) != known[place][1]:
+            found = read(name, folder)
+            known[place] = found, state(found)
+        return known[place][0]
 
     def view_of(tokenizer: Any, name: str) -> TokenizerView:
         folder = Path(tokenizer.name_or_path).resolve()
@@ -131,6 +148,7 @@ def _views_of_wheels_are_made_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "view_of", view_of)
+        patch.setattr(tokenizers, "_fast_tokenizer", fast_tokenizer)
         yield
 
 

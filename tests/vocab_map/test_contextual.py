@@ -259,7 +259,7 @@ def test_real_candidates_equal_the_twin(smollm2_view, mistral_view, smollm2_to_m
 def test_the_teachers_own_candidates_equal_the_twin(
     smollm2_view, mistral_view, smollm2_to_mistral, gsm8k_rows
 ):
-    """SmolLM2's top 100 at every position of 13 GSM8K rows; the student's are its probability moved to prefixes."""
+    """SmolLM2's top 100 at every position of 7 GSM8K rows; the student's are its probability moved to prefixes."""
     from cdm_toolkit.hub.models import load_model
     from cdm_toolkit.vocab_map.prefix import build_prefix
 
@@ -272,7 +272,7 @@ def test_the_teachers_own_candidates_equal_the_twin(
     prefix = torch.from_numpy(build_prefix(smollm2_view, mistral_view).dense())
     to_student = torch.where(prefix >= 0, prefix, mistral_view.vocab_size)
     positions = better = 0
-    for row in gsm8k_rows[:13]:
+    for row in gsm8k_rows[:7]:
         ids = torch.from_numpy(smollm2_view.encode(f"{row['question']}\n{row['answer']}").ids).long()
         with torch.no_grad():
             logprob = model(ids[None]).logits[0, :, : smollm2_view.vocab_size].log_softmax(-1)
@@ -288,5 +288,5 @@ def test_the_teachers_own_candidates_equal_the_twin(
         assert (contextual_mass >= among_both).all()
         better += int((contextual_mass > among_both).sum())
         positions += len(ids)
-    assert positions > 1300
-    assert better > 260
+    assert positions > 700
+    assert better > 140
