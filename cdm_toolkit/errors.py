@@ -220,7 +220,7 @@ class DoesNotSpell(CdmError):
 
 
 class ServerProblem(CdmError):
-    """A server does not do what a teacher has to."""
+    """A server does not do what a teacher, or a student that samples, has to."""
 
     def __init__(self, url: str, problem: str, fix: str) -> None:
         self.url, self.problem = url, problem

@@ -196,6 +196,9 @@ class MethodConfig(Settings):
             if self.on_policy is not None:
                 raise ValueError("on_policy has no use without a method: nobody judges the samples")
             return self
+        if self.on_policy is not None and self.on_policy.engine != "transformers":
+            problem = "is vllm: a server has one student, and each cell its own; give transformers"
+            raise Faults([Fault("on_policy.engine", problem)])
         try:
             self.resolved()
         except BadSettings as error:
@@ -233,7 +236,7 @@ class MethodConfig(Settings):
         if not teacher:
             return {}
         found = TeacherConfig.model_validate({"model": "-"} | teacher).options
-        return found if self.on_policy is None else found | {"on_policy": self.on_policy.model_dump()}
+        return found if self.on_policy is None else found | {"on_policy": self.on_policy.of_samples}
 
     @property
     def uses_cache(self) -> bool:

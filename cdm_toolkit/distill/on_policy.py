@@ -127,9 +127,7 @@ class OnPolicy:
         if self.server is None:
             found = sample_ids(model, prompts, self.settings, self.student, self.max_length, seed)
         else:
-            found = self.server.sample(
-                model, prompts, self.settings, self.student, self.max_length, step, seed
-            )
+            found = self.server.sample(model, prompts, self.student, self.max_length, step, seed)
         ids = iter(found)
         return [
             Drawn(tuple(numbers), tuple(which), tuple((number, tuple(next(ids))) for number in own))

@@ -14,6 +14,8 @@ from cdm_toolkit.errors import FileProblem, OutputExists
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SAMPLES = "samples.jsonl"
 """Samples of the steps that were logged, in the output folder of a run with `on_policy`."""
+WEIGHTS = "weights-for-vllm-"
+"""Beginning of the name of a folder with the weights of a student, for a server that samples."""
 SEAL = "checksums.json"
 """The file that a checkpoint gets last: size and sha256 of each of its files."""
 TRAINED_BY = ("batching.py", "forward.py", "tokdiff", "alignment", "vocab_map", "kd", "teachers", "distill")
@@ -81,6 +83,6 @@ def claim_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
 
 def remove_run(output: Path) -> None:
     """Remove the checkpoints and samples of an earlier run; what else it wrote is replaced when the new one ends."""
-    for path in output.glob("checkpoint-*"):
+    for path in (*output.glob("checkpoint-*"), *output.glob(f"{WEIGHTS}*")):
         shutil.rmtree(path)
     (output / SAMPLES).unlink(missing_ok=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -25,7 +27,14 @@ from cdm_toolkit.distill.sources import Rows
 from cdm_toolkit.distill.teacher_settings import PLACEMENT
 from cdm_toolkit.distill.trainer import DistillTrainer, Heldout, Mixture, TeacherObjective
 from cdm_toolkit.distill.vllm_server import VLLMServer
-from cdm_toolkit.errors import BadOption, FileProblem, MissingExtra, ModelNotLoaded, NothingToTrain
+from cdm_toolkit.errors import (
+    BadOption,
+    FileProblem,
+    MissingExtra,
+    ModelNotLoaded,
+    NothingToTrain,
+    ServerProblem,
+)
 from cdm_toolkit.forward import keeps_rows_apart
 from cdm_toolkit.hub.models import (
     check_placement,
@@ -334,9 +343,16 @@ def _vllm_server(config: DistillConfig, longest: int) -> VLLMServer | None:
     if config.train.lora is not None:
         allowed = "transformers where adapters are trained: the server reads whole weights"
         raise BadOption("on_policy.engine", "vllm", allowed)
-    folder = Path(settings.weights or Path(config.output) / "weights-for-vllm")
-    server = VLLMServer(settings, config.student, folder)
-    server.connect(longest)
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if local < world and urlsplit(settings.url).hostname in ("localhost", "127.0.0.1", "::1"):
+        allowed = "one server that all machines of the run reach: the first process alone gives it weights"
+        raise BadOption("on_policy.url", settings.url, allowed)
+    server = VLLMServer(settings, config.student, Path(config.output))
+    try:
+        server.connect(longest)
+    except ServerProblem:
+        server.close()
+        raise
     return server
 
 

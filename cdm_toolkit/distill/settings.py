@@ -147,7 +147,7 @@ class EvalConfig(_Rows):
         return self
 
 
-OF_A_SERVER_THAT_SAMPLES = {"url", "weights", "api_key_env", "timeout", "patience"}
+OF_A_SERVER_THAT_SAMPLES = {"url", "weights", "api_key_env", "in_flight", "timeout", "patience"}
 
 
 class OnPolicyConfig(Settings):
@@ -177,10 +177,17 @@ class OnPolicyConfig(Settings):
     in the output folder unless given."""
     api_key_env: Text | None = None
     """Of engine vllm: name of the environment variable that holds the server's key, where it asks for one."""
+    in_flight: Count = 64
+    """Of engine vllm: requests that are open at once, in each process; the server makes batches of them."""
     timeout: Positive = 600.0
-    """Of engine vllm: seconds after which a sample is given up, and the draw begun anew."""
+    """Of engine vllm: seconds after which a sample, or the reading of weights, is given up, and asked for again."""
     patience: Positive = 300.0
-    """Of engine vllm: seconds to wait for a server that does not sample, before the run stops with a checkpoint."""
+    """Of engine vllm: seconds to wait for a server that fails, before the run stops with a checkpoint."""
+
+    @property
+    def of_samples(self) -> dict[str, Any]:
+        """Give what decides which texts are sampled, and when."""
+        return self.model_dump(exclude={"engine", *OF_A_SERVER_THAT_SAMPLES})
 
     @model_validator(mode="after")
     def _has_a_server(self) -> OnPolicyConfig:

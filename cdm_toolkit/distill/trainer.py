@@ -45,7 +45,7 @@ from cdm_toolkit.distill.output_folder import check_seal, last_checkpoint, seal_
 from cdm_toolkit.distill.sampler import LengthGroupedSampler, TokenBatchSampler
 from cdm_toolkit.distill.sharding import shard_frozen
 from cdm_toolkit.distill.step_times import StepTimes
-from cdm_toolkit.errors import BadArtifact, FileProblem, NotFinite, ServerProblem
+from cdm_toolkit.errors import BadArtifact, NotFinite, ServerProblem
 from cdm_toolkit.forward import as_it_was, logits_at
 from cdm_toolkit.kd.batch import AlignedBatch, Collator
 from cdm_toolkit.kd.loss_sums import LossInputs, loss_sums
@@ -244,6 +244,7 @@ class DistillTrainer(Trainer):
         """Those of the step that was logged last, as they are written down."""
         self._pending: deque[Drawn] = deque()
         self._taken: list[Drawn] = []  # of the step at hand
+        self._undrawn = False
         self._logprobs: list[SampleLogprobs] = []
         self._rows, self._drawn = 0, np.zeros(2)  # since the log before; of what was drawn tokens and seconds
         self._sums = self._no_sums()
@@ -320,7 +321,7 @@ class DistillTrainer(Trainer):
         try:
             batches, _ = super().get_batch_samples(self._batches, num_batches, device)
         except (Stopped, ServerProblem) as problem:  # of the server that samples
-            self.stopped_by, batches = problem, []
+            self.stopped_by, self._undrawn, batches = problem, True, []
         if not self._answered(batches):
             return [], torch.zeros(1 + len(self.objectives), device=device)
         counts = torch.tensor(
@@ -347,18 +348,32 @@ class DistillTrainer(Trainer):
                         teacher.await_answers(part.batch.of_teacher(nth))
         except (Stopped, ServerProblem) as problem:
             self.stopped_by = problem
-        stopped = torch.tensor(float(self.stopped_by is not None), device=self.args.device)
+        lost = isinstance(self.stopped_by, ServerProblem)
+        told = torch.tensor(
+            [float(self.stopped_by is not None), lost, self._undrawn], device=self.args.device
+        )
         if self.args.world_size > 1:
-            stopped = self.accelerator.reduce(stopped, "sum")
+            told = self.accelerator.reduce(told, "sum")
+        stopped, lost, undrawn = told.tolist()
         if not stopped:
             return True
-        self.stopped_by = self.stopped_by or Stopped()
-        self._pending.extendleft(reversed(self._taken))  # the step is not taken: a run that goes on takes it
+        self.stopped_by = self.stopped_by or (self._lost_elsewhere() if lost else Stopped())
+        if undrawn:  # in one process: a run that goes on draws again in all
+            self._pending.clear()
+        else:  # the step is not taken: a run that goes on takes it
+            self._pending.extendleft(reversed(self._taken))
         # the Trainer would warn of an epoch without a row, where the first step of one is not taken
         logging.getLogger("transformers.trainer").addFilter(lambda record: "single sample" not in record.msg)
         self.control.should_training_stop = True
         self.control.should_log = self.control.should_save = self.state.global_step > 0
         return False
+
+    def _lost_elsewhere(self) -> ServerProblem:
+        served = [each.teacher for each in self.objectives if isinstance(each.teacher, Served)]
+        url = served[0].client.settings.urls[0] if served else ""
+        if self.on_policy is not None and self.on_policy.server is not None:
+            url = self.on_policy.server.url
+        return ServerProblem(url, "does not serve another process of this run", "see what that one says")
 
     def _teachers_of(self, part: WeightedBatch) -> list[Teacher | None]:
         """List who is asked about a batch."""
@@ -402,7 +417,7 @@ class DistillTrainer(Trainer):
         self._times.begin("sampling")
         began, student = perf_counter(), _unwrapped(self.accelerator.unwrap_model(self.model_wrapped))
         step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
-        if on_policy.server is not None:
+        if on_policy.server is not None and on_policy.settings.share > 0:
             self._renew(on_policy.server, student)
         try:
             with self.accelerator.autocast():
@@ -414,18 +429,20 @@ class DistillTrainer(Trainer):
         self._drawn += np.array([tokens, perf_counter() - began])
 
     def _renew(self, server: VLLMServer, student: Any) -> None:
-        """Let the first process give the server the weights of the step. Its errors; Stopped in the others."""
-        problem: Exception | None = None
+        """Let the first process give the server the weights of the step. ServerProblem, Stopped, in all of them."""
+        problem: ServerProblem | Stopped | None = None
         if self.args.process_index == 0:
             try:
                 server.renew(student, self.state.global_step)
-            except (FileProblem, ServerProblem, Stopped) as found:
+            except (ServerProblem, Stopped) as found:
                 problem = found
-        failed = torch.tensor(float(problem is not None), device=self.args.device)
+        lost = isinstance(problem, ServerProblem)
+        told = torch.tensor([float(problem is not None), lost], device=self.args.device)
         if self.args.world_size > 1:
-            failed = self.accelerator.reduce(failed, "sum")
+            told = self.accelerator.reduce(told, "sum")
+        failed, lost = told.tolist()
         if failed:
-            raise problem or Stopped()
+            raise problem or (self._lost_elsewhere() if lost else Stopped())
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Estimate what the student computes for a batch."""

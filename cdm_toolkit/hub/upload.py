@@ -6,7 +6,10 @@ from pathlib import Path
 
 from cdm_toolkit.errors import BadOption, FileProblem
 
-LEFT_HERE = ("checkpoint-*", "checkpoint-*/**", "runs/**")
+LEFT_HERE = (
+    *("checkpoint-*", "checkpoint-*/**", "runs/**", "samples.jsonl"),
+    *("answers-of-teacher-*/**", "weights-for-vllm-*/**"),
+)
 """What an output folder has besides the model."""
 
 

@@ -17,7 +17,13 @@ FILES = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"a
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "out"
-    for name, data in FILES.items() | {("checkpoint-4/model.safetensors", b"x"), ("runs/events", b"x")}:
+    for name, data in FILES.items() | {
+        ("checkpoint-4/model.safetensors", b"x"),
+        ("runs/events", b"x"),
+        ("samples.jsonl", b"x"),
+        ("answers-of-teacher-0/held-out/part", b"x"),
+        ("weights-for-vllm-0/step-1/model.safetensors", b"x"),
+    }:
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_bytes(data)
     return made

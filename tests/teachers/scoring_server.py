@@ -135,6 +135,8 @@ class ScoringServer:
     generated: list[list[int]] = field(default_factory=list, init=False)
     reloaded: list[str] = field(default_factory=list, init=False)
     """Folders of weights that were read."""
+    ends_by: str | None = None
+    """Say that the next sample ended by this."""
 
     requests: list[Request] = field(default_factory=list, init=False)
     answered: list[Request] = field(default_factory=list, init=False)
@@ -328,6 +330,8 @@ class ScoringServer:
         ended = False
         while not ended and len(ids) - len(prompt) < body["max_tokens"]:
             logprobs = self._logprobs(ids)[-1]
+            if logprobs.isnan().any():
+                raise _vllm_error("Out of range float values are not JSON compliant: nan")
             if body["temperature"] == 0:
                 token = int(logprobs.argmax())
             else:
@@ -339,11 +343,12 @@ class ScoringServer:
             ended = token in body["stop_token_ids"]
         new = ids[len(prompt) :]
         self.generated.append(new)
+        reason, self.ends_by = self.ends_by, None
         return {
             "index": 0,
             "text": "" if self.tokenizer is None else self.tokenizer.decode(new),
             "logprobs": {"token_logprobs": scores},
-            "finish_reason": "stop" if ended else "length",
+            "finish_reason": reason or ("stop" if ended else "length"),
             "token_ids": new,
         }
 
