@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as first_of
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from cdm_toolkit.artifacts.cache import cache_folder
+from cdm_toolkit.artifacts.lock import locked
 from cdm_toolkit.distill.generate import NotFiniteLogits, Prompt, ends_of, room_after
 from cdm_toolkit.distill.output_folder import WEIGHTS
 from cdm_toolkit.errors import ServerProblem
@@ -94,6 +97,16 @@ class VLLMServer:
         if context < longest:
             problem = f"takes {context:,} tokens, and prompts with their samples have up to {longest:,}"
             raise ServerProblem(self.url, problem, "start it with a longer context, or lower `max_length`")
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep the server from other runs of this machine, which would give it their weights. ServerProblem."""
+
+        def taken() -> None:
+            fix = "wait for the end of that one, or start another server"
+            raise ServerProblem(self.url, "samples for another run", fix)
+
+        name = hashlib.sha256(self.url.encode()).hexdigest()[:12]
+        return locked(cache_folder() / "locks" / f"vllm-{name}.lock", taken)
 
     def renew(self, student: Any, step: int) -> None:
         """Write the student's weights of a step, and let the server read them. ServerProblem, Stopped."""

@@ -180,6 +180,16 @@ def test_a_run_that_is_told_to_end_does_not_wait(config, server: ScoringServer) 
         assert time.monotonic() - began < 4
 
 
+def test_two_runs_do_not_share_a_server(config, server: ScoringServer, tmp_path: Path) -> None:
+    chosen = config({"on_policy": SHORT | by(server)})
+    prepared = prepare(chosen, Rows(chosen.sources), lambda _: None)
+    with prepared.opened:
+        assert plan(chosen).sampling is not None
+        with pytest.raises(ServerProblem, match="samples for another run; wait for the end of that one"):
+            run(config({"on_policy": SHORT | by(server), "output": str(tmp_path / "other")}))
+    run(chosen)
+
+
 def says(server: ScoringServer, status: int, reason: str) -> Any:
     """Let the server answer a request for weights so."""
 
