@@ -80,9 +80,17 @@ def sample_ids(
                 top_p=settings.top_p,
             )
             for nth, row in zip(batch, rows, strict=True):
-                until = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
-                sampled[nth] = row[: min(until, new[nth])]
+                sampled[nth] = row[: min(up_to_end(row, ends), new[nth])]
     return sampled
+
+
+def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> int:
+    """Count the ids up to the first that ends a sample, that one among them; all where none does.
+
+    >>> up_to_end([5, 2, 7], ends=[2]), up_to_end([5, 7], ends=[2])
+    (2, 2)
+    """
+    return next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
 
 
 def room_after(prompt: Prompt, settings: OnPolicyConfig, max_length: int) -> int:

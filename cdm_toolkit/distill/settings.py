@@ -148,6 +148,7 @@ class EvalConfig(_Rows):
 
 
 OF_A_SERVER_THAT_SAMPLES = {"url", "weights", "api_key_env", "in_flight", "timeout", "patience"}
+"""Settings of engine vllm; none of them decides what is sampled."""
 
 
 class OnPolicyConfig(Settings):

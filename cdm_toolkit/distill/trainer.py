@@ -328,17 +328,16 @@ class DistillTrainer(Trainer):
             [_counts(part) for inputs in batches for part in inputs["parts"] if not part.is_dummy],
             device=device,
         ).sum(0)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        return batches, counts
+        return batches, self._over_processes(counts)
 
     def _answered(self, batches: Sequence[Inputs]) -> bool:
         """Wait for the servers that teachers are behind; where one fails, or the run is told to stop, end it here.
 
         It is then between two steps, in all processes: its checkpoint is one like any other.
         """
-        samples = self.on_policy is not None and self.on_policy.server is not None
-        if not samples and not any(isinstance(each.teacher, Served) for each in self.objectives):
+        if self._sampling_server is None and not any(
+            isinstance(each.teacher, Served) for each in self.objectives
+        ):
             return True
         self._times.begin("teacher")
         try:
@@ -348,18 +347,11 @@ class DistillTrainer(Trainer):
                         teacher.await_answers(part.batch.of_teacher(nth))
         except (Stopped, ServerProblem) as problem:
             self.stopped_by = problem
-        lost = isinstance(self.stopped_by, ServerProblem)
-        told = torch.tensor(
-            [float(self.stopped_by is not None), lost, self._undrawn], device=self.args.device
-        )
-        if self.args.world_size > 1:
-            told = self.accelerator.reduce(told, "sum")
-        stopped, lost, undrawn = told.tolist()
-        if not stopped:
+        self.stopped_by = self._in_any_process(self.stopped_by)
+        if self.stopped_by is None:
             return True
-        self.stopped_by = self.stopped_by or (self._lost_elsewhere() if lost else Stopped())
-        if undrawn:  # in one process: a run that goes on draws again in all
-            self._pending.clear()
+        if self._over_processes(torch.tensor(float(self._undrawn), device=self.args.device)):
+            self._pending.clear()  # a run that goes on draws again in all processes
         else:  # the step is not taken: a run that goes on takes it
             self._pending.extendleft(reversed(self._taken))
         # the Trainer would warn of an epoch without a row, where the first step of one is not taken
@@ -368,12 +360,29 @@ class DistillTrainer(Trainer):
         self.control.should_log = self.control.should_save = self.state.global_step > 0
         return False
 
-    def _lost_elsewhere(self) -> ServerProblem:
-        served = [each.teacher for each in self.objectives if isinstance(each.teacher, Served)]
-        url = served[0].client.settings.urls[0] if served else ""
-        if self.on_policy is not None and self.on_policy.server is not None:
-            url = self.on_policy.server.url
+    def _in_any_process(self, problem: Stopped | ServerProblem | None) -> Stopped | ServerProblem | None:
+        """Give this process's problem, or word of one that another process has; None where all are well."""
+        flags = [float(problem is not None), float(isinstance(problem, ServerProblem))]
+        stopped, lost = self._over_processes(torch.tensor(flags, device=self.args.device)).tolist()
+        if problem is not None or not stopped:
+            return problem
+        if not lost:
+            return Stopped()
+        urls = [
+            each.teacher.client.settings.urls[0]
+            for each in self.objectives
+            if isinstance(each.teacher, Served)
+        ]
+        url = urls[0] if self._sampling_server is None else self._sampling_server.url
         return ServerProblem(url, "does not serve another process of this run", "see what that one says")
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        """Sum up over all processes."""
+        return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
+
+    @property
+    def _sampling_server(self) -> VLLMServer | None:
+        return None if self.on_policy is None else self.on_policy.server
 
     def _teachers_of(self, part: WeightedBatch) -> list[Teacher | None]:
         """List who is asked about a batch."""
@@ -436,13 +445,9 @@ class DistillTrainer(Trainer):
                 server.renew(student, self.state.global_step)
             except (ServerProblem, Stopped) as found:
                 problem = found
-        lost = isinstance(problem, ServerProblem)
-        told = torch.tensor([float(problem is not None), lost], device=self.args.device)
-        if self.args.world_size > 1:
-            told = self.accelerator.reduce(told, "sum")
-        failed, lost = told.tolist()
-        if failed:
-            raise problem or (self._lost_elsewhere() if lost else Stopped())
+        problem = self._in_any_process(problem)
+        if problem is not None:
+            raise problem
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Estimate what the student computes for a batch."""
@@ -578,7 +583,7 @@ class DistillTrainer(Trainer):
         super()._maybe_log_save_evaluate(*arguments, **more)
 
     def _step_log(self, logs: dict[str, float]) -> StepLog:
-        sums = self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums
+        sums = self._over_processes(self._sums)
         self._sums = self._no_sums()
         many = len(self.objectives)
         ce, *parts = sums.tolist()

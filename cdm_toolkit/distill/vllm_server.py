@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 
 from cdm_toolkit.artifacts.cache import cache_folder
 from cdm_toolkit.artifacts.lock import locked
-from cdm_toolkit.distill.generate import NotFiniteLogits, Prompt, ends_of, room_after
+from cdm_toolkit.distill.generate import NotFiniteLogits, Prompt, ends_of, room_after, up_to_end
 from cdm_toolkit.distill.output_folder import WEIGHTS
 from cdm_toolkit.errors import ServerProblem
 from cdm_toolkit.forward import as_it_was, logits_at
 from cdm_toolkit.teachers.engines import ENGINES
-from cdm_toolkit.teachers.scoring_client import ServerSettings, why
 from cdm_toolkit.teachers.served import Stopped
+from cdm_toolkit.teachers.server_requests import Failed, is_passing, key_header, why
 
 if TYPE_CHECKING:
     import httpx2
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 """Seconds before what has failed is done again; doubled each time."""
-LATER = (408, 425, 429, 502, 503, 504)
-"""HTTP statuses of what may go better another time."""
 SAME_WEIGHTS = 0.2
 """Nats a token by which student and server may differ about a sample: in bfloat16 they do by a few hundredths."""
 LOOKED_AT = 64
@@ -72,10 +70,9 @@ class VLLMServer:
         self._folder = Path(settings.weights or output) / f"{WEIGHTS}{own}"
         self._written: list[Path] = []
         self._student, self._model, self._nonce = student, "", uuid.uuid4().hex
-        given = ServerSettings((self.url,), student, api_key_env=settings.api_key_env)
         self._pool = ThreadPoolExecutor(settings.in_flight, "vllm-server")
         self._client: httpx2.Client = httpx2.Client(
-            headers=given.headers | {"Content-Type": "application/json"},
+            headers=key_header(settings.api_key_env) | {"Content-Type": "application/json"},
             timeout=httpx2.Timeout(settings.timeout, connect=10.0, pool=None),
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=3.0),
         )
@@ -90,7 +87,7 @@ class VLLMServer:
             found = json.loads(self._asked("GET", "/v1/models"))["data"][0]
             self._model, context = str(found["id"]), int(found["max_model_len"])
             self._asked("POST", "/reset_prefix_cache", {})  # is there where weights are taken
-        except _Failed as failed:
+        except Failed as failed:
             raise ServerProblem(self.url, failed.reason, f"{self._start}, or check `on_policy.url`") from None
         except (ValueError, LookupError, TypeError):
             raise ServerProblem(self.url, "has no list of models", "check that it runs vLLM") from None
@@ -179,7 +176,7 @@ class VLLMServer:
         for _ in self._ended([future]):
             try:
                 future.result()
-            except _Failed as failed:
+            except Failed as failed:
                 trouble.happened(failed)
                 return False
         return True
@@ -216,7 +213,7 @@ class VLLMServer:
                 for future in self._ended(list(asked)):
                     found[asked[future]] = future.result()
                     trouble.is_over()
-            except _Failed as failed:
+            except Failed as failed:
                 for future in asked:
                     future.cancel()
                 trouble.happened(failed)
@@ -244,29 +241,27 @@ class VLLMServer:
             problem = "answers without the ids of what it sampled"
             raise ServerProblem(self.url, problem, "check that it runs vLLM 0.32 or newer") from None
         if reason not in ("stop", "length") or not ids:
-            raise _Failed(f"ended a sample by {reason!r}")
+            raise Failed(f"ended a sample by {reason!r}")
         ends = request["stop_token_ids"]
-        until = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
+        until = up_to_end(ids, ends)
         if reason == "length" and until == len(ids) < request["max_tokens"]:
             problem = f"cuts samples at {len(ids)} tokens, not at {request['max_tokens']}"
             raise ServerProblem(self.url, problem, "start it without a limit of its own")
         return _Drawn(ids[:until], logprobs[:until])
 
     def _asked(self, verb: str, path: str, body: Any = None) -> bytes:
-        """Make one request. _Failed for what may go better another time, ServerProblem for what will not."""
+        """Make one request. Failed for what may go better another time, ServerProblem for what will not."""
         content = None if body is None else json.dumps(body)
         try:
             answer = self._client.request(verb, self.url + path, content=content)
         except self._httpx.TimeoutException:
-            raise _Failed("takes too long to answer") from None
+            raise Failed("takes too long to answer") from None
         except (self._httpx.RequestError, RuntimeError) as error:  # RuntimeError: the client is closed
-            raise _Failed(f"cannot be reached ({why(error)})") from None
+            raise Failed(f"cannot be reached ({why(error)})") from None
         status = answer.status_code
         if status == 200:
             return bytes(answer.content)
         reason = f"HTTP {status}: {ENGINES['vllm'].refusal(answer.content).reason}"
-        if status in LATER:
-            raise _Failed(f"answers {reason}")
         if status in (401, 403):
             name = self.settings.api_key_env
             fix = f"check the key in {name}" if name else "give `on_policy.api_key_env`"
@@ -274,8 +269,8 @@ class VLLMServer:
         if path == RELOAD and status == 500 and self._is_well():
             problem = f"cannot read the student's weights in {body['kwargs']['weights_path']} ({reason})"
             raise ServerProblem(self.url, problem, "see that it has this folder, and start it again")
-        if status >= 500:
-            raise _Failed(f"answers {reason}")
+        if is_passing(status):
+            raise Failed(f"answers {reason}")
         if path != SAMPLE:
             raise ServerProblem(self.url, f"does not take the student's weights ({reason})", self._start)
         raise ServerProblem(self.url, f"refuses a request ({reason})", "give what it allows")
@@ -312,14 +307,6 @@ class VLLMServer:
         return found.cpu()
 
 
-class _Failed(Exception):
-    """A request that may go better another time."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
-
-
 class _Trouble:
     """How long a server has given nothing, and how long to wait before it is asked again."""
 
@@ -334,7 +321,7 @@ class _Trouble:
     def is_over(self) -> None:
         self.since, self.seconds = None, FIRST_PAUSE
 
-    def happened(self, failed: _Failed) -> None:
+    def happened(self, failed: Failed) -> None:
         """ServerProblem where patience is at its end."""
         now, patience = time.monotonic(), self.server.settings.patience
         self.since = now if self.since is None else self.since

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cdm_toolkit.errors import BadOption, ServerProblem
+from cdm_toolkit.errors import ServerProblem
 from cdm_toolkit.teachers.engines import ENGINES, BadAnswer, EngineName, Refusal, Scored, within_vocabulary
+from cdm_toolkit.teachers.server_requests import Failed, is_passing, key_header, why
 
 if TYPE_CHECKING:
     import httpx2
@@ -50,13 +50,7 @@ class ServerSettings:
     @property
     def headers(self) -> dict[str, str]:
         """Give the header with the key. BadOption where the variable is not set."""
-        if self.api_key_env is None:
-            return {}
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            allowed = "the name of an environment variable that is set, to a key in ASCII"
-            raise BadOption("api_key_env", self.api_key_env, allowed)
-        return {"Authorization": f"Bearer {key}"}
+        return key_header(self.api_key_env)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +141,7 @@ class ScoringClient:
         for server in self._servers:
             try:
                 found = self._run(self._ask(server, probe.ids, 0, probe.k)).result()
-            except _Failed as failed:
+            except Failed as failed:
                 server.failed()
                 problems.append(_not_answering(server.url, str(failed)))
                 continue
@@ -170,7 +164,7 @@ class ScoringClient:
         for server in self._servers:
             try:
                 return self.engine.texts(self._run(self._posted(server, request)).result())
-            except (_Failed, BadAnswer) as failed:
+            except (Failed, BadAnswer) as failed:
                 problems.append(_not_answering(server.url, str(failed)))
             except Refusal as refusal:
                 raise refused(refusal) from None
@@ -223,7 +217,7 @@ class ScoringClient:
                 try:
                     scored = await self._ask(server, ids, first, k)
                     await self._proved(server)
-                except _Failed as failed:
+                except Failed as failed:
                     server.failed()
                     self.retries += 1
                     if time.monotonic() - began > self.settings.patience:
@@ -252,13 +246,13 @@ class ScoringClient:
             await asyncio.sleep(max(0.05, min(server.left_out_until for server in self._servers) - now))
 
     async def _ask(self, server: _Server, ids: Sequence[int], first: int, k: int) -> Scored:
-        """Ask one server once. _Failed for what may go better another time, Refusal for what will not."""
+        """Ask one server once. Failed for what may go better another time, Refusal for what will not."""
         began = time.monotonic()
         body = await self._posted(server, self.engine.request(self.settings.model, ids, first, k))
         try:
             scored = within_vocabulary(self.engine.read(body, ids, first, k), self.vocab)
         except BadAnswer as bad:
-            raise _Failed(f"gives an answer that cannot be used: {bad}") from None
+            raise Failed(f"gives an answer that cannot be used: {bad}") from None
         server.answered(time.monotonic() - began)
         return scored
 
@@ -276,14 +270,14 @@ class ScoringClient:
                     extensions={"trace": trace},
                 )
         except (TimeoutError, self._httpx.TimeoutException):
-            raise _Failed(f"took more than {self.settings.timeout:g} s") from None
+            raise Failed(f"took more than {self.settings.timeout:g} s") from None
         except self._httpx.RequestError as error:
-            raise _Failed(f"cannot be reached ({why(error)})") from None
+            raise Failed(f"cannot be reached ({why(error)})") from None
         finally:
             server.busy -= 1
-        if answer.status_code >= 500 or answer.status_code in (408, 425, 429):
+        if is_passing(answer.status_code):
             reason = self.engine.refusal(answer.content).reason
-            raise _Failed(f"answers HTTP {answer.status_code}: {reason}")
+            raise Failed(f"answers HTTP {answer.status_code}: {reason}")
         if answer.status_code != 200:
             self._refuse(server, answer.status_code, answer.content)
         content: bytes = answer.content
@@ -328,14 +322,6 @@ class ScoringClient:
                 server.proved = there
 
 
-class _Failed(Exception):
-    """A request that may go better another time."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
-
-
 def other_model(known: Logprobs, found: Logprobs) -> str:
     """Say how far scores of the probe are from those that are known, where that is too far for one model."""
     if len(known) != len(found):
@@ -352,17 +338,6 @@ def refused(refusal: Refusal) -> ServerProblem:
 
 def _not_answering(url: str, reason: str) -> ServerProblem:
     return ServerProblem(url, reason, "start it, or check `url`")
-
-
-def why(error: BaseException | None) -> str:
-    """Say in a few words why a connection failed: the system's reason, where there is one."""
-    said = str(error) or type(error).__name__
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return os.strerror(error.errno).lower() if error.errno > 0 else str(error.strerror)
-        inner = getattr(error, "exceptions", None)
-        error = inner[0] if inner else error.__cause__ or error.__context__
-    return said
 
 
 def wait(
