@@ -236,7 +236,7 @@ class MethodConfig(Settings):
         if not teacher:
             return {}
         found = TeacherConfig.model_validate({"model": "-"} | teacher).options
-        return found if self.on_policy is None else found | {"on_policy": self.on_policy.of_samples}
+        return found if self.on_policy is None else found | {"on_policy": self.on_policy.sampling_options}
 
     @property
     def uses_cache(self) -> bool:

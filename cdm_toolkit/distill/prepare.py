@@ -256,7 +256,7 @@ def _prepared(
     if on_policy is not None and on_policy.server is not None:
         opened.callback(on_policy.server.close)
         if keep_answers and os.environ.get("RANK", "0") == "0":  # not where the run is only planned
-            opened.enter_context(on_policy.server.alone())
+            opened.enter_context(on_policy.server.lock())
     data = _Data(rows, others, read, models, connections, sets, keep_answers, resumed)
     objectives = tuple(
         _objective(nth, pair, tokenizer, data)

@@ -186,7 +186,7 @@ class OnPolicyConfig(Settings):
     """Of engine vllm: seconds to wait for a server that fails, before the run stops with a checkpoint."""
 
     @property
-    def of_samples(self) -> dict[str, Any]:
+    def sampling_options(self) -> dict[str, Any]:
         """Give what decides which texts are sampled, and when."""
         return self.model_dump(exclude={"engine", *OF_A_SERVER_THAT_SAMPLES})
 

@@ -427,7 +427,7 @@ class DistillTrainer(Trainer):
         began, student = perf_counter(), _unwrapped(self.accelerator.unwrap_model(self.model_wrapped))
         step, process, processes = self.state.global_step, self.args.process_index, self.args.world_size
         if on_policy.server is not None and on_policy.settings.share > 0:
-            self._renew(on_policy.server, student)
+            self._update_weights(on_policy.server, student)
         try:
             with self.accelerator.autocast():
                 self._pending.extend(on_policy.draw(student, numbers, step, process, processes))
@@ -437,12 +437,12 @@ class DistillTrainer(Trainer):
         tokens = sum(len(ids) for drawn in self._pending for _, ids in drawn.samples)
         self._drawn += np.array([tokens, perf_counter() - began])
 
-    def _renew(self, server: VLLMServer, student: Any) -> None:
+    def _update_weights(self, server: VLLMServer, student: Any) -> None:
         """Let the first process give the server the weights of the step. ServerProblem, Stopped, in all of them."""
         problem: ServerProblem | Stopped | None = None
         if self.args.process_index == 0:
             try:
-                server.renew(student, self.state.global_step)
+                server.update_weights(student, self.state.global_step)
             except (ServerProblem, Stopped) as found:
                 problem = found
         problem = self._in_any_process(problem)

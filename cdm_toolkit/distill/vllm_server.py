@@ -32,7 +32,7 @@ from cdm_toolkit.errors import ServerProblem
 from cdm_toolkit.forward import as_it_was, logits_at
 from cdm_toolkit.teachers.engines import ENGINES
 from cdm_toolkit.teachers.served import Stopped
-from cdm_toolkit.teachers.server_requests import Failed, is_passing, key_header, why
+from cdm_toolkit.teachers.server_requests import Failed, is_retryable, key_header, why
 
 if TYPE_CHECKING:
     import httpx2
@@ -95,7 +95,7 @@ class VLLMServer:
             problem = f"takes {context:,} tokens, and prompts with their samples have up to {longest:,}"
             raise ServerProblem(self.url, problem, "start it with a longer context, or lower `max_length`")
 
-    def alone(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keep the server from other runs of this machine, which would give it their weights. ServerProblem."""
 
         def taken() -> None:
@@ -105,7 +105,7 @@ class VLLMServer:
         name = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         return locked(cache_folder() / "locks" / f"vllm-{name}.lock", taken)
 
-    def renew(self, student: Any, step: int) -> None:
+    def update_weights(self, student: Any, step: int) -> None:
         """Write the student's weights of a step, and let the server read them. ServerProblem, Stopped."""
         folder = self._at(step)
         try:
@@ -269,7 +269,7 @@ class VLLMServer:
         if path == RELOAD and status == 500 and self._is_well():
             problem = f"cannot read the student's weights in {body['kwargs']['weights_path']} ({reason})"
             raise ServerProblem(self.url, problem, "see that it has this folder, and start it again")
-        if is_passing(status):
+        if is_retryable(status):
             raise Failed(f"answers {reason}")
         if path != SAMPLE:
             raise ServerProblem(self.url, f"does not take the student's weights ({reason})", self._start)

@@ -21,7 +21,7 @@ import numpy as np
 
 from cdm_toolkit.errors import ServerProblem
 from cdm_toolkit.teachers.engines import ENGINES, BadAnswer, EngineName, Refusal, Scored, within_vocabulary
-from cdm_toolkit.teachers.server_requests import Failed, is_passing, key_header, why
+from cdm_toolkit.teachers.server_requests import Failed, is_retryable, key_header, why
 
 if TYPE_CHECKING:
     import httpx2
@@ -275,7 +275,7 @@ class ScoringClient:
             raise Failed(f"cannot be reached ({why(error)})") from None
         finally:
             server.busy -= 1
-        if is_passing(answer.status_code):
+        if is_retryable(answer.status_code):
             reason = self.engine.refusal(answer.content).reason
             raise Failed(f"answers HTTP {answer.status_code}: {reason}")
         if answer.status_code != 200:

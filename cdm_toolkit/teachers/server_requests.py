@@ -15,7 +15,7 @@ class Failed(Exception):
         super().__init__(reason)
 
 
-def is_passing(status: int) -> bool:
+def is_retryable(status: int) -> bool:
     """Say whether a request that was answered with an HTTP status may go better another time."""
     return status >= 500 or status in (408, 425, 429)
 

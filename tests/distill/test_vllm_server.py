@@ -172,7 +172,7 @@ def test_a_run_that_is_told_to_end_does_not_wait(config, server: ScoringServer) 
         on_policy.server.stopping = lambda began=began: time.monotonic() - began > 1
         numbers = [sorted(on_policy.prompts)[:4]]
         work = {
-            "reload": partial(on_policy.server.renew, prepared.student, 0),
+            "reload": partial(on_policy.server.update_weights, prepared.student, 0),
             "sample": partial(on_policy.draw, prepared.student, numbers, 0, 0, 1),
         }
         with prepared.opened, pytest.raises(Stopped):
